@@ -1,0 +1,46 @@
+# Two commands for a newcomer: `make demo` draws a picture, `make test` checks everything.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := outputs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test golden bench
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/installed ## install into .venv and draw a picture with the embedded model
+	$(BIN)/python -m hydrarun hydra.run.dir=$(DEMO)
+	@echo "The picture is in $(DEMO):" && ls $(DEMO)/*.png
+
+test: $(VENV)/installed-test ## lint, check types, run all tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+golden: $(VENV)/installed-test ## rewrite tests/golden: the resolved configuration of every model and recipe
+	$(BIN)/python tests/golden/update.py
+
+bench: $(VENV)/installed-test ## our denoising loop against diffusers' on the demo model
+	$(BIN)/python bench/loop.py
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 10) and sys.exit("Python >= 3.10 is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# torch first and alone: no other requirement can then pull a different build of it; one that is there already
+# (2.13.0 for CUDA, say) is kept
+$(VENV)/torch: | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch==2.13.0
+	@touch $@
+
+$(VENV)/installed: pyproject.toml constraints.txt $(VENV)/torch
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@

@@ -1,0 +1,1 @@
+"""Reading and writing finished media: one module per container format."""

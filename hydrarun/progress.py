@@ -1,0 +1,107 @@
+"""What a user sees while a run goes on: bars on a terminal, plain lines in a log, and a closing table.
+
+Everything goes to stderr, so that stdout stays free for results.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+TIMINGS = {
+    "load_s": "load weights",
+    "encode_s": "encode prompt",
+    "denoise_s": "denoise",
+    "decode_s": "decode",
+    "save_s": "save",
+    "total_s": "total",
+}
+
+
+class Progress:
+    """Tells the user where a run is. One phase at a time."""
+
+    def __init__(self, console: Console | None = None, quiet: bool = False):
+        """`console`: where to write instead of stderr; `quiet`: say nothing (the Python API)."""
+        self.console = console or Console(stderr=True, quiet=quiet)
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+        """Show the phase `name` while the block runs; call what it yields once per finished step of `total`."""
+        with (self._bar if self.console.is_terminal else self._lines)(name, total) as advance:
+            yield advance
+
+    def note(self, text: str) -> None:
+        """Print a line that the user must see: a choice made for them, a warning."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def table(self, record: dict[str, Any], folder: Path = Path()) -> None:
+        """The closing table of a run: stage timings, steps, memory, and the files, which lie in `folder`.
+
+        `record`: what run.json holds (docs/outputs.md).
+        """
+        table = Table.grid(padding=(0, 2))
+        table.add_column()
+        table.add_column(justify="right")
+        for label, value in _rows(record):
+            table.add_row(label, value)
+        self.console.print(table)
+        for output in record["outputs"]:
+            self.note(str(folder / output["path"]))
+
+    @contextmanager
+    def _bar(self, name: str, total: int | None) -> Iterator[Callable[[], None]]:
+        text, elapsed = TextColumn("{task.description}"), TimeElapsedColumn()
+        steps = (BarColumn(), MofNCompleteColumn(), elapsed, TextColumn("left"), TimeRemainingColumn())
+        columns = (text, *steps) if total else (SpinnerColumn(), text, elapsed)
+        with Bars(*columns, console=self.console, transient=True) as bars:
+            task = bars.add_task(name, total=total)
+            yield lambda: bars.advance(task)
+
+    @contextmanager
+    def _lines(self, name: str, total: int | None) -> Iterator[Callable[[], None]]:
+        start = time.perf_counter()
+        done = 0
+        shown = {1, total, *(round(total * tenth / 10) for tenth in range(1, 10))} if total else set()
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            if done in shown:
+                self.note(f"{name} {done}/{total}, {(time.perf_counter() - start) / done:.3g} s/step")
+
+        self.note(f"{name} ...")
+        yield advance
+        self.note(f"{name}: {time.perf_counter() - start:.2f} s")
+
+
+def _rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    timings, memory = record["timings"], record["memory"]
+    for key, label in TIMINGS.items():
+        if timings.get(key) is not None:
+            yield label, f"{timings[key]:.2f} s"
+    steps = timings.get("steps_s") or []
+    # the first step pays for warming up (and compiling): the two figures are never mixed
+    if steps:
+        yield "first step", f"{steps[0] * 1000:.1f} ms"
+    if len(steps) > 1:
+        yield "steady step (median)", f"{statistics.median(steps[1:]) * 1000:.1f} ms"
+    for key, label in (("peak_host_bytes", "peak host memory"), ("peak_device_bytes", "peak device memory")):
+        if memory.get(key):
+            yield label, f"{memory[key] / 2**20:,.0f} MiB"

@@ -1,0 +1,127 @@
+"""Where a picture comes from: configuration hash, versions, hardware; and what of it may be published."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import resource
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import hydrarun
+
+PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
+
+SECRET_KEY = re.compile(r"(^|_)(token|password|secret|api_?key)$", re.IGNORECASE)
+SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+REMOVED = "[removed]"
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """8 hex digits that name what was asked for.
+
+    Left out, because they do not reach the pixels: `output` (what is written beside them) and `model.facts` (published
+    figures). Paths in the home folder count as `~`, so that a redacted configuration has the hash of its original.
+    """
+    asked = {key: value for key, value in redact(config).items() if key != "output"}
+    asked["model"] = {key: value for key, value in asked.get("model", {}).items() if key != "facts"}
+    canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode(errors="surrogatepass")).hexdigest()[:8]
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of hydrarun, Python and the packages that compute the pixels; None for one that is not installed."""
+    return {"hydrarun": hydrarun.__version__, "python": platform.python_version()} | {
+        package: _version(package) for package in PACKAGES
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """What of this machine can change the last bits of a picture. `device`: cpu, cuda or cuda:N."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch_threads": torch.get_num_threads(),
+    }
+    if device.startswith("cuda"):
+        major, minor = torch.cuda.get_device_capability(device)
+        facts |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "gpu_capability": f"{major}.{minor}",
+            "gpu_bytes": torch.cuda.get_device_properties(device).total_memory,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return facts
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def peak_host_bytes() -> int:
+    """Peak resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def redact(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy fit for publishing: the home folder becomes `~`, secrets go. Applying it twice changes nothing more.
+
+    Keys named like a secret (`token`, `password`, `api_key`, ...) are left out with their values, and Hugging Face
+    tokens inside any text are cut. `sampling` is kept to the letter: a prompt is the user's own words, and one letter
+    less would be another picture.
+    """
+    return _map_texts(config, lambda text: _from_home(SECRET_TEXT.sub(REMOVED, text)))
+
+
+def expand(config: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `redact` on this machine: `~` at the start of a path becomes the home folder."""
+    return _map_texts(config, _to_home)
+
+
+def redact_text(text: str) -> str:
+    """Free text (an error message) with every mention of the home folder and every token taken out."""
+    return SECRET_TEXT.sub(REMOVED, text).replace(str(Path.home()), "~")
+
+
+def _from_home(text: str) -> str:
+    home = str(Path.home())
+    return "~" + text[len(home) :] if text == home or text.startswith(home + os.sep) else text
+
+
+def _to_home(text: str) -> str:
+    return str(Path.home()) + text[1:] if text == "~" or text.startswith("~" + os.sep) else text
+
+
+def _map_texts(config: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    def walk(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: walk(child) for key, child in value.items() if not SECRET_KEY.search(str(key))}
+        if isinstance(value, list | tuple):
+            return [walk(child) for child in value]
+        return change(value) if isinstance(value, str) else value
+
+    kept = {"sampling": config["sampling"]} if "sampling" in config else {}
+    return walk(config) | kept

@@ -1,0 +1,129 @@
+"""What the user sees, on a terminal and in a log."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from hydrarun.progress import Progress
+
+RECORD = {
+    "outputs": [{"path": f"{index:04d}-{'a-long-slug' * 12}.png"} for index in range(2)],
+    "timings": {
+        "load_s": 1.5,
+        "encode_s": 0.25,
+        "denoise_s": 2.0,
+        "decode_s": 0.125,
+        "save_s": 0.01,
+        "total_s": 4.0,
+        "steps_s": [0.5, 0.1, 0.3, 0.2],
+    },
+    "memory": {"peak_host_bytes": 512 * 2**20, "peak_device_bytes": 0},
+}
+
+
+def in_a_log() -> tuple[Progress, io.StringIO]:
+    text = io.StringIO()
+    return Progress(Console(file=text, width=80)), text
+
+
+def on_a_terminal() -> tuple[Progress, io.StringIO]:
+    text = io.StringIO()
+    return Progress(Console(file=text, width=100, force_terminal=True)), text
+
+
+def test_phase_without_steps_is_two_lines_in_a_log():
+    progress, text = in_a_log()
+    with progress.phase("load weights"):
+        pass
+    start, end = text.getvalue().splitlines()
+    assert start == "load weights ..."
+    assert end.startswith("load weights: ")
+    assert end.endswith(" s")
+
+
+def test_steps_in_a_log_are_the_first_every_tenth_and_the_last():
+    progress, text = in_a_log()
+    with progress.phase("denoise", total=50) as advance:
+        for _ in range(50):
+            advance()
+    steps = [line.split(",")[0] for line in text.getvalue().splitlines()[1:-1]]
+    assert steps == [f"denoise {step}/50" for step in (1, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50)]
+    assert "s/step" in text.getvalue()
+
+
+@pytest.mark.parametrize("total", [1, 2, 3])
+def test_few_steps_are_each_shown_once(total):
+    progress, text = in_a_log()
+    with progress.phase("denoise", total=total) as advance:
+        for _ in range(total):
+            advance()
+    assert len(text.getvalue().splitlines()) == total + 2
+
+
+def test_bar_on_a_terminal_counts_steps_and_leaves_nothing_behind():
+    progress, text = on_a_terminal()
+    with progress.phase("denoise", total=4) as advance:
+        for _ in range(4):
+            advance()
+    assert "4/4" in text.getvalue()
+    assert text.getvalue().endswith("\x1b[2K")  # the bar's own line is erased at the end
+
+
+def test_bar_without_a_total_works():
+    progress, text = on_a_terminal()
+    with progress.phase("load weights"):
+        pass
+    assert "load weights" in text.getvalue()
+
+
+@pytest.mark.parametrize("make", [in_a_log, on_a_terminal])
+def test_an_error_inside_a_phase_passes_through(make):
+    progress, text = make()
+    with pytest.raises(ValueError, match="boom"), progress.phase("decode", total=2):
+        raise ValueError("boom")
+    assert "decode: " not in text.getvalue()
+
+
+def test_notes_are_neither_wrapped_nor_read_as_markup():
+    progress, text = in_a_log()
+    note = "[bold]kept[/bold] " + "long " * 40
+    progress.note(note)
+    assert text.getvalue() == note + "\n"
+
+
+def test_table_shows_timings_first_and_steady_step_memory_and_whole_file_names():
+    progress, text = in_a_log()
+    progress.table(RECORD, Path("outputs/demo"))
+    shown = text.getvalue()
+    lines = {" ".join(line.split()) for line in shown.splitlines()}
+    assert {"load weights 1.50 s", "denoise 2.00 s", "total 4.00 s", "first step 500.0 ms"} <= lines
+    assert {"steady step (median) 200.0 ms", "peak host memory 512 MiB"} <= lines
+    assert "device memory" not in shown
+    for output in RECORD["outputs"]:
+        assert str(Path("outputs/demo") / output["path"]) in shown
+
+
+def test_table_of_a_run_without_steps():
+    progress, text = in_a_log()
+    progress.table({"outputs": [], "timings": {"load_s": 1.0}, "memory": {}})
+    assert text.getvalue().split() == ["load", "weights", "1.00", "s"]
+
+
+def test_everything_goes_to_stderr(capsys):
+    progress = Progress()
+    with progress.phase("load weights"):
+        progress.note("device: cpu")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "device: cpu" in captured.err
+
+
+def test_quiet_says_nothing(capsys):
+    progress = Progress(quiet=True)
+    with progress.phase("denoise", total=2) as advance:
+        advance()
+    progress.note("device: cpu")
+    progress.table(RECORD)
+    assert capsys.readouterr() == ("", "")
