@@ -1,0 +1,18 @@
+"""Where the folders that travel with the package lie: beside it in a checkout, inside it in a wheel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydrarun.errors import RunError
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def folder(name: str) -> Path:
+    """Absolute path of `conf`, `recipes` or `weights`. Raises RunError if the installation lacks it."""
+    # Inside first: in site-packages, what lies beside the package belongs to others.
+    for place in (PACKAGE / name, PACKAGE.parent / name):
+        if place.is_dir():
+            return place
+    raise RunError(f"hydrarun: the folder '{name}' is missing beside {PACKAGE}: the installation is incomplete.")

@@ -1,0 +1,172 @@
+"""What a configuration may build: an allow-list of exact classes, and the building itself.
+
+A `_target_` is code chosen by data, and recipes and pictures carry data from strangers. So every target must be one of
+`ALLOWED` (exact names, no prefixes: a prefix such as `torch.` admits `torch.load`), or a class that the user allowed
+by `--allow-target`. Hydra 1.3 has only a block-list, which is no boundary; its `instantiate` is not used here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hydrarun.errors import UsageError, nearest
+
+ALLOWED = frozenset(
+    {
+        "hydrarun.models.qwen_image.QwenImageTransformer",
+        "hydrarun.guidance.ClassifierFreeGuidance",
+        "hydrarun.stages.validate.ValidateInput",
+        "hydrarun.stages.encode.EncodePrompt",
+        "hydrarun.stages.latents.PrepareLatents",
+        "hydrarun.stages.timesteps.PrepareTimesteps",
+        "hydrarun.stages.denoise.Denoise",
+        "hydrarun.stages.decode.DecodeLatents",
+        "hydrarun.layers.backends.SDPA",
+        "hydrarun.layers.backends.FlashAttention",
+        "hydrarun.layers.backends.CuDNNAttention",
+        "hydrarun.layers.backends.FlexAttention",
+        "hydrarun.layers.backends.SageAttention",
+        "hydrarun.compiling.NoCompile",
+        "hydrarun.compiling.CompileBlocks",
+        "diffusers.QwenImagePipeline",
+        "diffusers.FlowMatchEulerDiscreteScheduler",
+        "diffusers.FlowMatchHeunDiscreteScheduler",
+        "diffusers.FlowMatchLCMScheduler",
+        "diffusers.UniPCMultistepScheduler",
+        "diffusers.DPMSolverMultistepScheduler",
+        "diffusers.DEISMultistepScheduler",
+        "diffusers.SASolverScheduler",
+    }
+)
+
+# Arguments that make an allowed class run code from a checkpoint's repository.
+FORBIDDEN_ARGUMENTS = frozenset({"trust_remote_code", "custom_pipeline", "custom_revision"})
+
+_allowed_by_user: set[str] = set()
+
+
+def allow(name: str) -> None:
+    """Let the class with this dotted name be built too. Only the user's own command line or code may call this."""
+    if not all(part.isidentifier() for part in name.split(".")) or "." not in name:
+        raise UsageError(f"--allow-target {name}: not the dotted name of a class, such as my.module.Class.")
+    _allowed_by_user.add(name)
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Refuse every target that is not allowed, and every other `_key_`, in a plain resolved configuration.
+
+    Imports nothing. Raises UsageError with one line for each violation.
+    """
+    if problems := list(_problems(config, "")):
+        raise UsageError("\n".join(problems))
+
+
+def load_class(node: Mapping[str, Any], where: str = "") -> type:
+    """The class that `node["_target_"]` names, imported and verified to be that very class; not called.
+
+    `where` is the node's key path, for messages. Raises UsageError.
+    """
+    where = where or "_target_"
+    check({where: {"_target_": node.get("_target_")}})
+    name = node["_target_"]
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        if name in ALLOWED and module.startswith("hydrarun."):
+            raise  # our own module does not load: a bug, not a mistake of the user
+        raise UsageError(f"{where}: cannot load {name}: {error}") from error
+    package = module.partition(".")[0]
+    if not isinstance(found, type) or found.__name__ != attribute or found.__module__.partition(".")[0] != package:
+        raise UsageError(f"{where}: {name} is not a class of the package '{package}' but {found!r}.")
+    return found
+
+
+def instantiate(node: Mapping[str, Any], where: str = "", /, **extra: Any) -> Any:
+    """Build the class that `node` names from the node's other keys and `extra`, what the caller adds to them.
+
+    The callee's signature is the schema: unknown and missing arguments and simple types (bool, int, float, str, None,
+    Literal and unions of them) are checked before the call. `where` is the node's key path, for messages. Nested
+    nodes are passed as they are. Raises UsageError.
+    """
+    cls = load_class(node, where)
+    where = where or cls.__name__
+    given = {key: value for key, value in node.items() if key != "_target_"}
+    parameters = {name: p for name, p in inspect.signature(cls).parameters.items() if name != "self"}
+    named = {name for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    settable = sorted(named - extra.keys())
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key in given:
+        if key in extra or (key not in named and not open_ended):
+            names = ", ".join(settable) or "none"
+            raise UsageError(
+                f"{where}.{key}: {cls.__name__} takes no such argument.{nearest(key, settable)} It takes: {names}."
+            )
+    required = [name for name in settable if parameters[name].default is inspect.Parameter.empty]
+    if missing := [name for name in required if name not in given]:
+        raise UsageError(f"{where}: {cls.__name__} needs {', '.join(missing)}; set {where}.{missing[0]}=…")
+    hints = _hints(cls)
+    for key, value in given.items():
+        if key in hints and not _fits(value, hints[key]):
+            raise UsageError(f"{where}.{key}: {value!r} is not {_describe(hints[key])}.")
+    return cls(**given, **extra)
+
+
+def _problems(node: Any, path: str) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            here = f"{path}.{key}" if path else str(key)
+            if key == "_target_":
+                yield from _target_problem(value, here)
+            elif str(key).startswith("_"):
+                yield f"{here}: keys with a leading underscore other than _target_ are not allowed."
+            elif key in FORBIDDEN_ARGUMENTS:
+                yield f"{here}: not allowed: it would run code that comes with a checkpoint."
+            else:
+                yield from _problems(value, here)
+    elif isinstance(node, (list, tuple)):
+        for index, value in enumerate(node):
+            yield from _problems(value, f"{path}[{index}]")
+
+
+def _target_problem(name: Any, path: str) -> Iterator[str]:
+    allowed = ALLOWED | _allowed_by_user
+    if not isinstance(name, str) or name not in allowed:
+        hint = nearest(str(name), allowed)
+        yield f"{path}: {name!r} is not on the list of allowed classes.{hint} Your own class: --allow-target {name}"
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    except NameError:  # annotations that exist for the type checker only: nothing to compare with
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain YAML value suits an annotation; True for annotations that YAML cannot express."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if hint in (None, type(None)):
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    return True
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint).replace("typing.", "")
