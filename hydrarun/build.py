@@ -1,0 +1,91 @@
+"""Assembly: from a configuration to loaded parts, in one readable order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hydrarun.components import load_pipeline
+from hydrarun.errors import UsageError
+from hydrarun.layers.attention import AttentionBackend
+from hydrarun.memory.hub import Source, resolve
+from hydrarun.memory.loading import load_transformer
+from hydrarun.memory.safetensors_files import check_folder
+from hydrarun.pipeline import Parts, Stage, check_chain
+from hydrarun.progress import Progress
+from hydrarun.sizes import check_size, size_multiple
+from hydrarun.targets import instantiate, load_class
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Built:
+    """A pipeline, ready to run."""
+
+    parts: Parts
+    stages: list[Stage]
+    source: Source
+    attention: AttentionBackend
+
+
+def build(config: dict[str, Any], progress: Progress) -> Built:
+    """Everything that can be refused is refused before the first weight is read."""
+    model = config["model"]
+    device = choose_device(config["device"], progress)
+    dtype = choose_dtype(config["dtype"], device, progress)
+    attention = instantiate(config["attention"], "attention")
+    compiler = instantiate(config["compile"], "compile")
+    guidance = instantiate(model["guidance"], "model.guidance")
+    stages = [instantiate(node, f"model.stages[{index}]") for index, node in enumerate(model["stages"])]
+    scheduler = instantiate(model["scheduler"], "model.scheduler") if model["scheduler"] else None
+    transformer_class = load_class(model["transformer"], "model.transformer")
+    pipeline_class = load_class(model["pipeline"], "model.pipeline")
+    check_chain(stages)
+    source = resolve(model)
+    check_request(config["sampling"], source.folder)
+    check_folder(source.folder)
+
+    with progress.phase("loading weights"):
+        pipeline = load_pipeline(pipeline_class, source.folder, device=device, dtype=dtype, scheduler=scheduler)
+        transformer = load_transformer(
+            transformer_class, source.folder / "transformer", device=device, dtype=dtype, note=progress.note
+        )
+    if config["vae"]["slicing"]:
+        pipeline.vae.enable_slicing()
+    if config["vae"]["tiling"]:
+        pipeline.vae.enable_tiling()
+    transformer.set_attention_backend(attention)
+    compiler.apply(transformer)
+    return Built(Parts(transformer, pipeline, guidance, device, dtype, progress), stages, source, attention)
+
+
+def check_request(sampling: dict[str, Any], folder: Path) -> None:
+    """What the checkpoint's JSON files already tell about the request."""
+    multiple = size_multiple(folder)
+    if multiple is not None:
+        check_size(sampling["height"], sampling["width"], multiple)
+
+
+def choose_device(name: str, progress: Progress) -> torch.device:
+    """`auto` is CUDA where there is one; says what was chosen. Raises `UsageError` for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        progress.note(f"device={name} (auto)")
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise UsageError(f"device={name}: torch sees {count} CUDA devices here; use device=cpu or device=auto")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device, progress: Progress) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA and float32 on the CPU, where bfloat16 is slower or no faster; says what was chosen."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+        progress.note(f"dtype={name} (auto)")
+    return DTYPES[name]

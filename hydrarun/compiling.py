@@ -1,0 +1,32 @@
+"""Compilation of the transformer's blocks: the options of the `compile` group."""
+
+from __future__ import annotations
+
+from hydrarun.transformer import Transformer
+
+
+class NoCompile:
+    """Run the blocks as they are."""
+
+    name = "none"
+
+    def apply(self, transformer: Transformer) -> None:
+        """Nothing to do."""
+
+
+class CompileBlocks:
+    """Regional `torch.compile`: all blocks of a class share one compiled graph, so that compiling takes seconds.
+
+    `mode` and `dynamic` are torch.compile's.
+    """
+
+    name = "blocks"
+
+    def __init__(self, mode: str = "default", dynamic: bool = False) -> None:
+        self.mode = mode
+        self.dynamic = dynamic
+
+    def apply(self, transformer: Transformer) -> None:
+        """Compile every block in place; a block that cannot be one graph raises at its first call."""
+        for block in transformer.all_blocks():
+            block.compile(fullgraph=True, mode=self.mode, dynamic=self.dynamic)

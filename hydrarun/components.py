@@ -1,0 +1,132 @@
+"""What stands around the transformer: VAE, text encoder, tokenizer and scheduler, from the checkpoint's own classes.
+
+They are diffusers' and transformers' own, put into the model's diffusers pipeline without its transformer, so that the
+pipeline's methods (prompt encoding, latent layout, image processing) can be called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hydrarun.errors import RunError
+from hydrarun.memory.safetensors_files import Checkpoint
+
+#: components that we load ourselves
+OURS = ("transformer",)
+LIBRARIES = ("diffusers", "transformers")
+#: what a file of weights is called, by the library of its class
+STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+
+
+def load_pipeline(
+    cls: type,
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    scheduler: Any | None,
+    loaded: Callable[[], None] = lambda: None,
+) -> Any:
+    """An instance of the diffusers pipeline `cls` from `folder`, without its transformer.
+
+    `scheduler` replaces the checkpoint's own; `loaded` is called after each component. Raises `RunError` naming
+    folder and component for whatever cannot be used.
+    """
+    index = read_index(folder, cls)
+    components: dict[str, Any] = dict.fromkeys(OURS)
+    for name, entry in index.items():
+        if name == "scheduler" and scheduler is not None:
+            components[name] = scheduler
+        elif name not in OURS:
+            components[name] = load_component(folder, name, entry, device=device, dtype=dtype)
+            loaded()
+    pipeline = cls(**components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def read_index(folder: Path, cls: type) -> dict[str, tuple[str, str]]:
+    """`{component: (library, class)}` of model_index.json, for the components that `cls` takes."""
+    path = folder / "model_index.json"
+    try:
+        content = json.loads(path.read_text())
+        saved_by = content["_class_name"]
+        entries = {k: tuple(v) for k, v in content.items() if isinstance(v, list) and len(v) == 2 and v[0]}
+    except (ValueError, KeyError, TypeError, OSError):
+        raise RunError(f"{path}: not the index of a diffusers pipeline") from None
+    if saved_by != cls.__name__:
+        raise RunError(f"{path}: a checkpoint of {saved_by}, and this model option runs {cls.__name__}")
+    return entries
+
+
+def load_component(
+    folder: Path, name: str, entry: tuple[str, str], *, device: torch.device, dtype: torch.dtype
+) -> Any:
+    """One component by its library's own `from_pretrained`, safetensors only."""
+    library, class_name = entry
+    if library not in LIBRARIES:
+        raise RunError(f"{folder / 'model_index.json'}: {name} comes from {library!r}; only {LIBRARIES} are loaded")
+    cls = getattr(importlib.import_module(library), class_name, None)
+    if not hasattr(cls, "from_pretrained"):
+        raise RunError(f"{folder / 'model_index.json'}: {name}: the installed {library} has no {class_name}")
+    if not (issubclass(cls, torch.nn.Module)):
+        with readable(folder / name):
+            return cls.from_pretrained(folder / name)
+    checkpoint = Checkpoint(folder / name, STEMS[library])
+    _ = checkpoint.files  # damaged files are named here, by us
+    dtype_argument = "torch_dtype" if library == "diffusers" else "dtype"
+    with readable(folder / name), quiet_libraries():
+        module, info = cls.from_pretrained(
+            folder / name, use_safetensors=True, output_loading_info=True, **{dtype_argument: dtype}
+        )
+    refuse_incomplete(folder / name, info)
+    return module.eval().requires_grad_(False).to(device)
+
+
+def refuse_incomplete(folder: Path, info: dict[str, Any]) -> None:
+    """The libraries fill what is missing with random numbers and go on; we do not."""
+    for kind, problem in (
+        ("missing_keys", "is missing"),
+        ("mismatched_keys", "has another shape than config.json asks for"),
+        ("error_msgs", "cannot be loaded"),
+        ("unexpected_keys", "has no place in this model"),
+    ):
+        names = sorted(str(key) for key in info.get(kind) or ())
+        if names:
+            raise RunError(f"{folder}: {names[0]!r} {problem} ({len(names)} such tensors)")
+
+
+@contextmanager
+def readable(folder: Path) -> Any:
+    """Turn a library's complaint about a checkpoint into one line that names the folder."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RunError(f"{folder}: cannot be loaded: {first}") from error
+
+
+@contextmanager
+def quiet_libraries() -> Any:
+    """No loading bars and no warnings of theirs between ours: what they warn about is an error here."""
+    import diffusers
+    import transformers
+
+    bars = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [library.get_verbosity() for library in bars]
+    for library in bars:
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, level in zip(bars, levels, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()

@@ -1,0 +1,71 @@
+"""A pipeline is a list of stages; this is what a stage is and how the list is checked and run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from hydrarun.errors import UsageError, nearest
+from hydrarun.guidance import ClassifierFreeGuidance
+from hydrarun.progress import Progress
+from hydrarun.state import State
+from hydrarun.timing import Timings
+from hydrarun.transformer import Transformer
+
+
+@dataclass
+class Parts:
+    """What was built and loaded, for the stages to use."""
+
+    transformer: Transformer
+    #: the model's diffusers pipeline without its transformer: text encoder, VAE, scheduler and their methods
+    pipeline: Any
+    guidance: ClassifierFreeGuidance
+    device: torch.device
+    dtype: torch.dtype
+    progress: Progress
+
+
+class Stage:
+    """One step from a request to pictures.
+
+    `needs` and `gives` name fields of `State`; `phase` names the sum that the stage's time goes to.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    gives: ClassVar[tuple[str, ...]] = ()
+    phase: ClassVar[str] = ""
+
+    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+        """Read what the stage needs from `state` and set what it gives."""
+        raise NotImplementedError
+
+
+def check_chain(stages: Sequence[Stage]) -> None:
+    """Every stage must find what it needs, and the last result must be pictures. Raises `UsageError` otherwise."""
+    known = set(State.request_fields())
+    all_fields = State.request_fields() | State.stage_fields()
+    for position, stage in enumerate(stages):
+        label = f"model.stages[{position}] ({type(stage).__name__})"
+        for name in (*stage.needs, *stage.gives):
+            if name not in all_fields:
+                raise UsageError(f"{label}: the state has no field {name!r}.{nearest(name, all_fields)}")
+        missing = [name for name in stage.needs if name not in known]
+        if missing:
+            givers = [type(other).__name__ for other in stages[position:] if set(missing) & set(other.gives)]
+            hint = f"; {givers[0]} gives it, but runs later" if givers else "; no stage of this list gives it"
+            raise UsageError(f"{label} needs {', '.join(missing)}, which no stage before it gives{hint}")
+        known.update(stage.gives)
+    if "images" not in known:
+        raise UsageError("model.stages: no stage gives images; the last one is usually hydrarun.stages.decode.DecodeLatents")
+
+
+def run_stages(stages: Sequence[Stage], state: State, parts: Parts, timings: Timings) -> None:
+    """Run them in order, timing each under its phase. Nothing is differentiated."""
+    with torch.inference_mode():
+        for stage in stages:
+            with timings.phase(stage.phase):
+                stage(state, parts, timings)

@@ -1,0 +1,115 @@
+"""A run: build once, then draw. The command and the Python API both come through here."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hydrarun.build import build
+from hydrarun.errors import RunError, UsageError, nearest
+from hydrarun.memory.safetensors_files import fingerprint
+from hydrarun.outputs import OutputWriter
+from hydrarun.pipeline import run_stages
+from hydrarun.progress import Progress
+from hydrarun.provenance import hardware, peak_host_bytes, versions
+from hydrarun.request import make_state
+from hydrarun.state import State
+from hydrarun.timing import Timings
+from hydrarun.validate import check_values
+
+
+@dataclass
+class Picture:
+    """What was drawn, and what makes it again."""
+
+    pixels: np.ndarray  # [H, W, 3] uint8
+    prompt: str
+    negative_prompt: str | None
+    seed: int
+
+
+class Runner:
+    """A model with its weights loaded, built from a composed configuration (`hydrarun.compose`)."""
+
+    def __init__(self, config: dict[str, Any], progress: Progress | None = None) -> None:
+        """Raises `UsageError` for what the user must change, `RunError` for weights that cannot be used."""
+        self.config = config
+        self.progress = progress or Progress(quiet=True)
+        start = time.perf_counter()
+        self.built = build(config, self.progress)
+        self.load_s = time.perf_counter() - start
+
+    def generate(self, **sampling: Any) -> list[Picture]:
+        """Draw with the loaded model; keywords are fields of `sampling` and replace the configuration's."""
+        fields = self.config["sampling"]
+        for name in sampling:
+            if name not in fields:
+                raise UsageError(f"sampling has no field {name!r}.{nearest(name, fields)}")
+        changed = {**self.config, "sampling": {**fields, **sampling}}
+        check_values(changed)
+        return pictures(self.draw(make_state(changed["sampling"]), Timings(self.built.parts.device)))
+
+    def draw(self, state: State, timings: Timings) -> State:
+        """Run the stages."""
+        run_stages(self.built.stages, state, self.built.parts, timings)
+        return state
+
+    def run(self, output_dir: Path) -> dict[str, Any]:
+        """Draw what the configuration asks for, write it into `output_dir` and return what run.json says."""
+        start = time.perf_counter()
+        timings = Timings(self.built.parts.device)
+        writer = OutputWriter(output_dir, self.config, self.facts(), self.config["output"]["metadata"])
+        try:
+            state = self.draw(make_state(self.config["sampling"]), timings)
+            measured = self.measured(timings, start)
+            with self.progress.phase("saving", total=len(state.seeds)) as advance:
+                for picture in pictures(state):
+                    writer.save(picture.pixels, picture.prompt, picture.negative_prompt, picture.seed, measured)
+                    advance()
+        except (RunError, RuntimeError) as error:
+            writer.fail(error, self.measured(timings, start), self.memory())
+            raise
+        record = writer.finish(self.measured(timings, start), self.memory())
+        self.progress.table(record, output_dir)
+        return record
+
+    def measured(self, timings: Timings, start: float) -> dict[str, Any]:
+        """Seconds so far; `total_s` is loading and everything since `start`."""
+        phases = {f"{name}_s": timings.phases.get(name, 0.0) for name in ("encode", "denoise", "decode")}
+        total = self.load_s + time.perf_counter() - start
+        return {"load_s": self.load_s, **phases, "steps_s": timings.steps, "total_s": total}
+
+    def memory(self) -> dict[str, int]:
+        """Peak bytes of this process, on the host and on its device (0 for the CPU, which is the host)."""
+        device = self.built.parts.device
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        return {"peak_host_bytes": peak_host_bytes(), "peak_device_bytes": peak}
+
+    def facts(self) -> dict[str, Any]:
+        """What the run really uses, beside its configuration."""
+        built = self.built
+        return {
+            "weights": {
+                "path": self.config["model"]["path"],
+                "revision": built.source.revision,
+                "fingerprint": fingerprint(built.source.folder),
+            },
+            "device": str(built.parts.device),
+            "dtype": str(built.parts.dtype).removeprefix("torch."),
+            "attention": built.attention.name,
+            "compile": self.config["compile"]["_target_"].rpartition(".")[2],
+            "versions": versions(),
+            "hardware": hardware(str(built.parts.device)),
+        }
+
+
+def pictures(state: State) -> list[Picture]:
+    """The items of a finished batch."""
+    negatives = state.negative_prompts or [None] * len(state.prompts)
+    items = zip(state.images, state.prompts, negatives, state.seeds, strict=True)
+    return [Picture(*item) for item in items]

@@ -1,0 +1,54 @@
+"""The schedule of noise levels."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+
+from hydrarun.errors import UsageError
+from hydrarun.pipeline import Parts, Stage
+from hydrarun.state import State
+from hydrarun.timing import Timings
+
+
+class PrepareTimesteps(Stage):
+    """Evenly spaced sigmas from 1 to 1/steps, shifted by the number of latent tokens where the scheduler asks for it.
+
+    Reference: diffusers' flow-matching pipelines (`calculate_shift`; Stable Diffusion 3, https://arxiv.org/abs/2403.03206).
+    """
+
+    needs = ("latents", "num_inference_steps")
+    gives = ("timesteps",)
+    phase = "encode"
+
+    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+        scheduler = parts.pipeline.scheduler
+        accepted = inspect.signature(scheduler.set_timesteps).parameters
+        arguments: dict[str, Any] = {"device": parts.device}
+        if "mu" in accepted:
+            arguments["mu"] = shift(scheduler.config, state.latents.shape[1])
+        if "sigmas" in accepted:
+            steps = state.num_inference_steps
+            arguments["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+        else:
+            arguments["num_inference_steps"] = state.num_inference_steps
+        with np.errstate(invalid="ignore"):
+            scheduler.set_timesteps(**arguments)
+        if not scheduler.timesteps.isfinite().all():
+            raise UsageError(
+                f"sampling.num_inference_steps={state.num_inference_steps}: too few for this checkpoint's scheduler,"
+                f" which stretches the schedule to end at {scheduler.config.get('shift_terminal')}; use 2 or more"
+            )
+        # from the first step on: the scheduler then never has to search where it is
+        scheduler.set_begin_index(0)
+        state.timesteps = scheduler.timesteps
+
+
+def shift(config: Any, tokens: int) -> float:
+    """Where `tokens` falls on the line through the scheduler's base and largest shift."""
+    base, largest = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (max_shift - base_shift) / (largest - base)
+    return tokens * slope + (base_shift - slope * base)

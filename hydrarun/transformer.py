@@ -1,0 +1,103 @@
+"""The contract: a diffusion transformer is `embed -> blocks -> head`.
+
+A model says how its inputs become tokens, what one block does and how tokens become a prediction; the forward
+pass itself is ours and the same for all, so that what happens around the blocks is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hydrarun.layers.attention import Attention, AttentionBackend
+
+
+def token_field(dim: int, of: str) -> Any:
+    """A field whose dimension `dim` counts tokens of the stream `of` (the name of the stream's own field)."""
+    return field(default=None, metadata={"token_dim": dim, "of": of})
+
+
+@dataclass
+class Tokens:
+    """What flows through the blocks. S latent tokens, T context (text) tokens, D channels, d channels of a head."""
+
+    hidden_states: Tensor = token_field(1, "hidden_states")  # [B, S, D]
+    encoder_hidden_states: Tensor | None = token_field(1, "encoder_hidden_states")  # [B, T, D]
+    encoder_mask: Tensor | None = token_field(1, "encoder_hidden_states")  # [B, T] bool, True: a real token
+    rope: Tensor | None = token_field(0, "hidden_states")  # [S, 2, d/2] cosines and sines
+    encoder_rope: Tensor | None = token_field(0, "encoder_hidden_states")  # [T, 2, d/2]
+    temb: Tensor | None = None  # [B, D] timestep and other global conditioning
+
+    @classmethod
+    def token_dims(cls) -> dict[str, tuple[int, str]]:
+        """`{field: (token dimension, stream)}` of every field that is cut when tokens are spread over ranks."""
+        return {f.name: (f.metadata["token_dim"], f.metadata["of"]) for f in fields(cls) if "token_dim" in f.metadata}
+
+
+class Transformer(nn.Module):
+    """Base of all transformers.
+
+    A block is called as `block(hidden_states, encoder_hidden_states, tokens)` and returns the first two; it takes its
+    shifts, scales and gates from a sub-module named `modulation`, and offers `modulated(tokens)`.
+    """
+
+    #: names of the `nn.ModuleList`s, in the order in which they run
+    block_lists: ClassVar[tuple[str, ...]] = ()
+    #: `{our module: checkpoint module, or a tuple of them fused along dimension 0}`; `*` is a block's index.
+    #: Modules that are not listed have the checkpoint's name.
+    weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
+    #: the values of the checkpoint's config.json that the constructor took
+    config: Mapping[str, Any]
+
+    def embed(self, hidden_states: Tensor, timestep: Tensor, **conditioning: Any) -> Tokens:
+        """Packed latents `[B, S, C]`, timesteps `[B]` (the scheduler's own values) and conditioning to tokens."""
+        raise NotImplementedError
+
+    def head(self, tokens: Tokens) -> Tensor:
+        """Tokens to the prediction, in the shape of the latents."""
+        raise NotImplementedError
+
+    def gate_signal(self, tokens: Tokens) -> Tensor:
+        """What tells whether a step differs from the last one: by default the first block's modulated input."""
+        return next(self.all_blocks()).modulated(tokens)
+
+    def all_blocks(self) -> Iterator[Any]:
+        """Every block, in order."""
+        for name in self.block_lists:
+            yield from getattr(self, name)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        conditioning: Mapping[str, Any],
+        *,
+        branch: str = "positive",
+        expert: str = "transformer",
+    ) -> Tensor:
+        """Predict for one guidance branch.
+
+        `branch` and `expert` name whose call this is, so that whoever keeps state between steps never has to count
+        calls.
+        """
+        tokens = self.embed(hidden_states, timestep, **conditioning)
+        for block in self.all_blocks():
+            tokens.hidden_states, tokens.encoder_hidden_states = block(
+                tokens.hidden_states, tokens.encoder_hidden_states, tokens
+            )
+        return self.head(tokens)
+
+    def set_attention_backend(self, backend: AttentionBackend) -> None:
+        """Let every attention layer compute with `backend`."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return next(self.parameters()).dtype

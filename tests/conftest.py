@@ -1,0 +1,42 @@
+"""Fixtures shared by all tests: tiny checkpoints, built once, and configurations composed as the command does."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline():
+    """diffusers' own QwenImagePipeline with random weights, in float32 on the CPU: the reference."""
+    return tiny.qwen_image()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_pipeline, tmp_path_factory) -> Path:
+    """The same, saved by diffusers. Do not change it; copy it."""
+    folder = tmp_path_factory.mktemp("tiny") / "qwen_image"
+    tiny_pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_runner(tiny_folder):
+    """Our runner on the same checkpoint."""
+    return tiny.runner(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    """The trained model that the package ships."""
+    from hydrarun.resources import folder
+
+    return folder("weights") / "demo"

@@ -1,0 +1,62 @@
+"""The other layers, each against its definition."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from hydrarun.layers.linear import FeedForward, QKVLinear
+from hydrarun.layers.norm import AdaLayerNorm, Modulation, modulate
+from hydrarun.layers.rope import frequencies, rotate
+
+
+def test_rotation_is_complex_multiplication():
+    x = torch.randn(2, 7, 3, 8)
+    rope = frequencies(torch.arange(-3, 4), 8)
+    angles = torch.outer(torch.arange(-3, 4).double(), 10000.0 ** (-torch.arange(0, 8, 2).double() / 8))
+    turned = torch.view_as_complex(x.double().reshape(2, 7, 3, 4, 2)) * torch.polar(torch.ones(7, 1, 4).double(), angles[:, None])
+    want = torch.view_as_real(turned).flatten(-2).float()
+    assert (rotate(x, rope) - want).abs().max() < 1e-6
+
+
+def test_rotation_keeps_norms_and_dtype():
+    x = torch.randn(1, 5, 2, 8, dtype=torch.bfloat16)
+    turned = rotate(x, frequencies(torch.arange(5), 8))
+    assert turned.dtype == torch.bfloat16
+    assert (turned.float().norm(dim=-1) - x.float().norm(dim=-1)).abs().max() < 0.03  # 8 bits of a norm near 3
+
+
+def test_fused_projection_is_three_projections():
+    layer = QKVLinear(12, heads=3, head_dim=4)
+    x = torch.randn(2, 5, 12)
+    for part, (weight, bias) in zip(layer(x), zip(layer.weight.chunk(3), layer.bias.chunk(3), strict=True), strict=True):
+        assert part.shape == (2, 5, 3, 4)
+        assert (part.flatten(2) - F.linear(x, weight, bias)).abs().max() < 1e-6
+
+
+def test_modulate_is_shift_and_scale_of_the_norm():
+    x, shift, scale = torch.randn(2, 5, 12), torch.randn(2, 1, 12), torch.randn(2, 1, 12)
+    normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    assert (modulate(x, shift, scale) - (normed * (1 + scale) + shift)).abs().max() < 1e-5
+
+
+def test_modulation_has_its_parts_in_order():
+    layer = Modulation(4, parts=3)
+    temb = torch.randn(2, 4)
+    want = layer.linear(F.silu(temb))
+    for index, part in enumerate(layer(temb)):
+        assert torch.equal(part[:, 0], want[:, 4 * index : 4 * index + 4])
+
+
+def test_last_norm_has_the_scale_first():
+    layer = AdaLayerNorm(4)
+    x, temb = torch.randn(2, 5, 4), torch.randn(2, 4)
+    scale, shift = layer.modulation.linear(F.silu(temb)).unsqueeze(1).chunk(2, -1)
+    assert (layer(x, temb) - (F.layer_norm(x, (4,), eps=1e-6) * (1 + scale) + shift)).abs().max() < 1e-6
+
+
+def test_feed_forward():
+    layer = FeedForward(4)
+    x = torch.randn(2, 4)
+    assert torch.equal(layer(x), layer.down(F.gelu(layer.up(x), approximate="tanh")))
+    assert layer.up.out_features == 16

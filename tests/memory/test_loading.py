@@ -1,0 +1,190 @@
+"""Weights into place: what is written equals what was saved, and every damage is named by file and tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from hydrarun.errors import RunError
+from hydrarun.memory.loading import load_transformer, source_names
+from hydrarun.memory.safetensors_files import fingerprint
+from hydrarun.models.qwen_image import QwenImageTransformer
+
+FILE = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """diffusers' transformer and the folder it saved itself to; copy the folder before changing it."""
+    reference = tiny.transformer(layers=2)
+    folder = tmp_path_factory.mktemp("saved") / "transformer"
+    reference.save_pretrained(folder)
+    return reference, folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(saved[1], tmp_path / "transformer"))
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, notes: list[str] | None = None):
+    return load_transformer(
+        QwenImageTransformer,
+        folder,
+        device=torch.device("cpu"),
+        dtype=dtype,
+        note=(notes if notes is not None else []).append,
+    )
+
+
+def edit(folder: Path, change) -> None:
+    tensors = load_file(folder / FILE)
+    change(tensors)
+    save_file(tensors, folder / FILE)
+
+
+def test_every_value_is_in_its_place(saved):
+    """Fused projections hold q, k, v one below the other; everything else is copied."""
+    reference, folder = saved
+    ours = load(folder)
+    theirs = reference.state_dict()
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in reference.parameters())
+    for name, parameter in ours.named_parameters():
+        sources = source_names(name, ours.weight_map)
+        assert torch.equal(parameter, torch.cat([theirs[source] for source in sources])), name
+    assert source_names("blocks.1.text.qkv.bias", ours.weight_map) == (
+        "transformer_blocks.1.attn.add_q_proj.bias",
+        "transformer_blocks.1.attn.add_k_proj.bias",
+        "transformer_blocks.1.attn.add_v_proj.bias",
+    )
+
+
+def test_dtype_is_converted_once(saved):
+    """bfloat16 from float32 files is torch's own rounding of each value."""
+    ours, exact = load(saved[1], torch.bfloat16), load(saved[1])
+    for (name, half), full in zip(ours.named_parameters(), exact.parameters(), strict=True):
+        assert half.dtype == torch.bfloat16
+        assert torch.equal(half, full.to(torch.bfloat16)), name
+
+
+def test_sharded_checkpoint_equals_a_single_file(saved, tmp_path):
+    reference, folder = saved
+    sharded = tmp_path / "sharded"
+    reference.save_pretrained(sharded, max_shard_size="100KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    for have, want in zip(load(sharded).parameters(), load(folder).parameters(), strict=True):
+        assert torch.equal(have, want)
+
+
+def test_missing_tensor(folder):
+    edit(folder, lambda tensors: tensors.pop("proj_out.bias"))
+    with pytest.raises(RunError, match=rf"{FILE}: 1 tensors are missing, the first is 'proj_out.bias'"):
+        load(folder)
+
+
+def test_unexpected_tensor(folder):
+    edit(folder, lambda tensors: tensors.update({"extra.weight": torch.zeros(2)}))
+    with pytest.raises(RunError, match=rf"{FILE}: 1 tensors have no place in this model, the first is 'extra.weight'"):
+        load(folder)
+
+
+def test_misspelt_tensor_suggests_the_name(folder):
+    edit(folder, lambda tensors: tensors.update({"proj_out.bais": tensors.pop("proj_out.bias")}))
+    with pytest.raises(RunError, match=r"'proj_out.bias'.*Did you mean 'proj_out.bais'"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["img_in.weight", "transformer_blocks.0.attn.to_k.weight"])
+def test_wrong_shape(folder, name):
+    edit(folder, lambda tensors: tensors.update({name: tensors[name][:-1].contiguous()}))
+    with pytest.raises(RunError, match=rf"{FILE}: '{name}' has shape .*config.json asks for"):
+        load(folder)
+
+
+def test_wrong_order_of_sizes_within_a_fused_projection(folder):
+    """q longer and k shorter by the same number of rows: the sum fits, the checkpoint does not."""
+
+    def change(tensors):
+        q, k = (f"transformer_blocks.0.attn.to_{x}.weight" for x in "qk")
+        tensors[q] = torch.cat([tensors[q], tensors[k][:1]])
+        tensors[k] = tensors[k][1:].contiguous()
+
+    edit(folder, change)
+    with pytest.raises(RunError, match="to_q.weight"):
+        load(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 300, -1])
+def test_truncated_file(folder, keep):
+    data = (folder / FILE).read_bytes()
+    (folder / FILE).write_bytes(data[:keep])
+    with pytest.raises(RunError, match=rf"{FILE}: "):
+        load(folder)
+
+
+def test_damaged_header(folder):
+    data = bytearray((folder / FILE).read_bytes())
+    data[20:60] = b"x" * 40
+    (folder / FILE).write_bytes(bytes(data))
+    with pytest.raises(RunError, match=rf"{FILE}: its header is damaged"):
+        load(folder)
+
+
+def test_pickle_is_never_loaded(folder):
+    (folder / FILE).unlink()
+    (folder / "diffusion_pytorch_model.bin").write_bytes(b"anything")
+    with pytest.raises(RunError, match="pickle weights, which are never loaded"):
+        load(folder)
+
+
+def test_index_that_names_a_missing_shard_or_tensor(saved, tmp_path):
+    sharded = tmp_path / "sharded"
+    saved[0].save_pretrained(sharded, max_shard_size="100KB")
+    index_path = next(sharded.glob("*.index.json"))
+    index = json.loads(index_path.read_text())
+    shard = index["weight_map"]["proj_out.bias"]
+    index["weight_map"]["ghost.weight"] = shard
+    index_path.write_text(json.dumps(index))
+    with pytest.raises(RunError, match=rf"{shard}: lacks 'ghost.weight'"):
+        load(sharded)
+    (sharded / shard).unlink()
+    with pytest.raises(RunError, match=rf"{shard}: no such file"):
+        load(sharded)
+    index["weight_map"]["proj_out.bias"] = "../elsewhere.safetensors"
+    index_path.write_text(json.dumps(index))
+    with pytest.raises(RunError, match=r"must lie in the same folder, not at '\.\./elsewhere.safetensors'"):
+        load(sharded)
+
+
+def test_config_keys_that_are_not_used_are_said(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pooled_projection_dim": 768}))
+    notes: list[str] = []
+    load(folder, notes=notes)
+    assert notes == ["transformer/config.json: pooled_projection_dim not used by QwenImageTransformer"]
+
+
+def test_config_that_is_missing_or_no_json(folder):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(RunError, match=r"config.json: not a JSON object"):
+        load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(RunError, match=r"config.json: no such file"):
+        load(folder)
+
+
+def test_fingerprint_sees_names_shapes_and_settings(folder):
+    first = fingerprint(folder)
+    assert first == fingerprint(folder)
+    assert len(first) == 16
+    edit(folder, lambda tensors: tensors.update({"extra.weight": torch.zeros(2)}))
+    second = fingerprint(folder)
+    (folder / "config.json").write_text("{}")
+    assert len({first, second, fingerprint(folder)}) == 3

@@ -1,0 +1,64 @@
+"""What single stages do beyond the parity of whole runs."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from hydrarun.errors import UsageError
+from hydrarun.stages.timesteps import shift
+
+
+def test_shift_is_a_line_through_the_schedulers_two_points():
+    config = FlowMatchEulerDiscreteScheduler(**tiny.SCHEDULER).config
+    assert shift(config, 256) == pytest.approx(0.5)
+    assert shift(config, 8192) == pytest.approx(0.9)
+    assert shift(config, (256 + 8192) // 2) == pytest.approx(0.7)
+
+
+def test_a_schedule_that_cannot_be_is_refused(tiny_runner):
+    """The reference divides by zero here and returns NaN."""
+    with pytest.raises(UsageError, match="sampling.num_inference_steps=1: too few .* use 2 or more"):
+        tiny_runner.generate(num_inference_steps=1)
+
+
+def test_a_scheduler_with_a_schedule_of_its_own(tiny_folder):
+    """UniPC takes a number of steps and a shift; its own class says what the timesteps are."""
+    from diffusers import UniPCMultistepScheduler
+
+    settings = "prediction_type: flow_prediction, use_flow_sigmas: true, flow_shift: 3.0"
+    runner = tiny.runner(tiny_folder, f"model.scheduler={{_target_: diffusers.UniPCMultistepScheduler, {settings}}}")
+    (picture,) = runner.generate(num_inference_steps=5)
+    assert picture.pixels.std() > 1
+    own = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    own.set_timesteps(5)
+    assert torch.equal(runner.built.parts.pipeline.scheduler.timesteps, own.timesteps)
+
+
+def test_noise_belongs_to_the_seed_not_to_the_batch(tiny_runner):
+    from hydrarun.request import make_state
+    from hydrarun.stages.latents import PrepareLatents
+
+    def noise(seeds):
+        state = make_state({**tiny_runner.config["sampling"], "seed": seeds})
+        PrepareLatents()(state, tiny_runner.built.parts, None)
+        return state.latents, state.grid
+
+    both, grid = noise([3, 9])
+    assert torch.equal(both[1:], noise([9])[0])
+    assert grid == (1, 8, 8)
+    # the reference draws [1, 1, C, h, w] from the generator and packs 2 x 2 patches
+    drawn = torch.randn(1, 1, 4, 16, 16, generator=torch.Generator().manual_seed(9))
+    packed = drawn.view(4, 8, 2, 8, 2).permute(1, 3, 0, 2, 4).reshape(64, 16)
+    assert torch.equal(both[1], packed)
+
+
+def test_equal_prompts_are_encoded_once(tiny_runner, monkeypatch):
+    seen = []
+    pipeline = tiny_runner.built.parts.pipeline
+    original = pipeline.encode_prompt
+    monkeypatch.setattr(pipeline, "encode_prompt", lambda **kw: (seen.append(kw["prompt"]), original(**kw))[1])
+    tiny_runner.generate(prompt=["a", "b", "a"], num_inference_steps=2)
+    assert seen == [["a", "b"], [" "]]

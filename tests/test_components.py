@@ -1,0 +1,90 @@
+"""VAE, text encoder, tokenizer and scheduler: complete and intact, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from hydrarun.errors import RunError
+
+WEIGHTS = {"vae": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_folder, tmp_path / "checkpoint"))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_missing_tensor_is_an_error_not_random_numbers(folder, name):
+    path = folder / name / WEIGHTS[name]
+    tensors = load_file(path)
+    gone = sorted(key for key in tensors if key.endswith("weight"))[3]
+    del tensors[gone]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(RunError, match=rf"{name}: '{gone}' is missing"):
+        tiny.runner(folder)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_an_unexpected_tensor(folder, name):
+    path = folder / name / WEIGHTS[name]
+    save_file({**load_file(path), "stray.weight": torch.zeros(3)}, path, metadata={"format": "pt"})
+    with pytest.raises(RunError, match=rf"{name}: .*stray.weight.* has no place"):
+        tiny.runner(folder)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_wrong_shape(folder, name):
+    path = folder / name / WEIGHTS[name]
+    tensors = load_file(path)
+    key = next(key for key in sorted(tensors) if tensors[key].ndim > 1)
+    tensors[key] = torch.zeros(*tensors[key].shape, 2)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(RunError, match=rf"{name}: .*{key}"):
+        tiny.runner(folder)
+
+
+@pytest.mark.parametrize("name", ["vae", "text_encoder", "transformer"])
+def test_a_truncated_file(folder, name):
+    path = folder / name / WEIGHTS.get(name, WEIGHTS["vae"])
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RunError, match=rf"{name}/.*: truncated"):
+        tiny.runner(folder)
+
+
+def test_a_checkpoint_of_another_pipeline(folder):
+    path = folder / "model_index.json"
+    path.write_text(path.read_text().replace("QwenImagePipeline", "FluxPipeline"))
+    with pytest.raises(RunError, match="a checkpoint of FluxPipeline, and this model option runs QwenImagePipeline"):
+        tiny.runner(folder)
+
+
+@pytest.mark.parametrize("entry", [["os", "system"], ["my_code", "Vae"], ["diffusers", "__version__"]])
+def test_a_component_of_foreign_code_is_refused(folder, entry):
+    path = folder / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vae": entry}))
+    with pytest.raises(RunError, match="model_index.json: vae"):
+        tiny.runner(folder)
+
+
+def test_a_missing_folder(folder):
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(RunError, match="tokenizer"):
+        tiny.runner(folder)
+
+
+def test_the_scheduler_can_be_another(folder):
+    """By `_target_`, with its arguments; the checkpoint's own otherwise."""
+    runner = tiny.runner(
+        folder, "model.scheduler={_target_: diffusers.FlowMatchEulerDiscreteScheduler, shift: 3.0}"
+    )
+    assert runner.built.parts.pipeline.scheduler.config.shift == 3.0
+    own = tiny.runner(folder).built.parts.pipeline.scheduler.config
+    assert {key: own[key] for key in tiny.SCHEDULER} == tiny.SCHEDULER

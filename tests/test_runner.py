@@ -1,0 +1,149 @@
+"""A run as a whole: options that change how, not what; what run.json says; what is refused before weights are read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import hydrarun
+from hydrarun.errors import RunError, UsageError
+from hydrarun.runner import Runner
+
+
+def latents(runner, **sampling):
+    from hydrarun.request import make_state
+    from hydrarun.timing import Timings
+
+    fields = {**runner.config["sampling"], **sampling}
+    return runner.draw(make_state(fields), Timings(torch.device("cpu"))).latents
+
+
+def test_compiled_blocks_equal_plain_ones(tiny_folder, tiny_runner):
+    """Rounding only; and the blocks really are compiled, in one graph."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    compiled = tiny.runner(tiny_folder, "compile=blocks")
+    assert (latents(compiled) - latents(tiny_runner)).abs().max() < 1e-4
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert not counters["graph_break"]
+
+
+def test_flex_attention_equals_the_default(tiny_folder, tiny_runner):
+    prompts = ["a", "a much longer prompt"]
+    flex = tiny.runner(tiny_folder, "attention=flex")
+    assert flex.facts()["attention"] == "flex"
+    assert (latents(flex, prompt=prompts) - latents(tiny_runner, prompt=prompts)).abs().max() < 1e-4
+
+
+def test_vae_slicing_is_exact(tiny_folder, tiny_runner):
+    sliced = tiny.runner(tiny_folder, "vae.slicing=true").generate(num_images_per_prompt=3)
+    whole = tiny_runner.generate(num_images_per_prompt=3)
+    for have, want in zip(sliced, whole, strict=True):
+        assert np.abs(have.pixels.astype(int) - want.pixels.astype(int)).max() <= 1
+
+
+def test_vae_tiling_equals_diffusers_tiling(tiny_folder, tiny_pipeline):
+    """Tiles change the picture a little; they change it exactly as the reference's do."""
+    runner = tiny.runner(tiny_folder, "vae.tiling=true")
+    vae = runner.built.parts.pipeline.vae
+    vae.enable_tiling(tile_sample_min_height=32, tile_sample_min_width=32, tile_sample_stride_height=24, tile_sample_stride_width=24)
+    have = runner.generate(num_inference_steps=2)[0].pixels
+    plain = tiny.runner(tiny_folder).generate(num_inference_steps=2)[0].pixels
+    assert (have != plain).any()
+    tiny_pipeline.vae.enable_tiling(32, 32, 24, 24)
+    try:
+        want = tiny_pipeline(
+            prompt="a cat",
+            negative_prompt=" ",
+            true_cfg_scale=4.0,
+            height=64,
+            width=64,
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0),
+            output_type="np",
+        ).images[0]
+    finally:
+        tiny_pipeline.vae.disable_tiling()
+    assert np.abs(have.astype(int) - (want * 255).round().astype(int)).max() <= 1
+
+
+def test_run_json_says_what_happened(tiny_folder, tmp_path):
+    runner = tiny.runner(tiny_folder, "sampling.num_images_per_prompt=2", "sampling.seed=11")
+    record = runner.run(tmp_path)
+    assert record == json.loads((tmp_path / "run.json").read_text())
+    timings = record["timings"]
+    assert len(timings["steps_s"]) == 4
+    assert sum(timings["steps_s"]) <= timings["denoise_s"]
+    parts = sum(timings[f"{name}_s"] for name in ("load", "encode", "denoise", "decode"))
+    assert 0 < parts <= timings["total_s"]
+    assert record["memory"]["peak_host_bytes"] > 100e6  # torch alone is more
+    assert record["attention"] == "sdpa"
+    assert record["dtype"] == "float32"
+    assert len(record["weights"]["fingerprint"]) == 16
+    assert [output["seed"] for output in record["outputs"]] == [11, 12]
+    for output in record["outputs"]:
+        assert (tmp_path / output["path"]).is_file()
+
+
+def test_the_python_api_draws_what_the_command_draws(tiny_folder, tiny_runner):
+    runner = hydrarun.load(
+        "model=qwen_image",
+        f"model.path={tiny_folder}",
+        "device=cpu",
+        "dtype=float32",
+        "sampling.prompt=a cat",
+        "sampling.num_inference_steps=4",
+        "sampling.height=64",
+        "sampling.width=64",
+    )
+    (picture,) = runner.generate(prompt="a dog", seed=3)
+    (want,) = tiny_runner.generate(prompt="a dog", seed=3)
+    assert (picture.prompt, picture.seed, picture.negative_prompt) == ("a dog", 3, " ")
+    assert (picture.pixels == want.pixels).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hieght": 64}, "no field 'hieght'. Did you mean 'height'"),
+        ({"height": 60}, "sampling.height=60: this checkpoint needs a multiple of 8: .*height=56 or .*height=64"),
+        ({"width": 4}, "sampling.width=4: .*multiple of 8: sampling.width=8"),
+        ({"guidance_scale": 3.5}, "not guidance-distilled"),
+        ({"negative_prompt": None}, "negative_prompt"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+    ],
+)
+def test_requests_that_cannot_be(tiny_runner, change, message):
+    with pytest.raises(UsageError, match=message):
+        tiny_runner.generate(**change)
+
+
+def test_a_wrong_size_is_refused_before_weights_are_read(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "x", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(UsageError, match="multiple of 8"):
+        Runner(tiny.config(folder, "sampling.height=60"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is that of a machine without a GPU")
+def test_a_device_that_is_not_there(tiny_folder):
+    with pytest.raises(UsageError, match="device=cuda: torch sees 0 CUDA devices here; use device=cpu"):
+        Runner(tiny.config(tiny_folder, "device=cuda"))
+
+
+@pytest.mark.parametrize(("component", "message"), [("transformer", "latents are NaN"), ("vae", "VAE decoded NaN")])
+def test_nan_is_an_error_and_no_file(tiny_folder, tmp_path, component, message):
+    runner = tiny.runner(tiny_folder)
+    parts = runner.built.parts
+    module = parts.transformer if component == "transformer" else parts.pipeline.vae
+    with torch.no_grad():
+        next(p for p in reversed(list(module.parameters()))).fill_(torch.nan)
+    with pytest.raises(RunError, match=message):
+        runner.run(tmp_path)
+    assert not list(tmp_path.glob("*.png"))
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"

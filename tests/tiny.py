@@ -1,0 +1,141 @@
+"""Tiny checkpoints with random weights, in diffusers' own layout, built without any network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+from diffusers import QwenImageTransformer2DModel as ReferenceTransformer
+from tokenizers import pre_tokenizers
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+#: the published scheduler's settings, so that the shift by size and the terminal stretch are tested too
+SCHEDULER = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 8192,
+    "max_shift": 0.9,
+    "shift_terminal": 0.02,
+    "use_dynamic_shifting": True,
+}
+
+
+def randomise(module: torch.nn.Module, std: float, seed: int = 0) -> torch.nn.Module:
+    """Random values everywhere: freshly made models have zeros and ones where errors would hide."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
+    return module.eval()
+
+
+def transformer(layers: int = 3, heads: int = 3, seed: int = 0, **kwargs) -> ReferenceTransformer:
+    model = ReferenceTransformer(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=heads,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+        **kwargs,
+    )
+    return randomise(model, std=0.15, seed=seed)
+
+
+def vae() -> AutoencoderKLQwenImage:
+    """Halves the size twice: sizes must be multiples of 8."""
+    torch.manual_seed(0)
+    return AutoencoderKLQwenImage(
+        base_dim=16,
+        z_dim=4,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.05],
+        latents_std=[1.5, 0.8, 1.1, 2.0],
+    ).eval()
+
+
+def tokenizer() -> Qwen2Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: index for index, symbol in enumerate(alphabet + SPECIAL)}
+    return Qwen2Tokenizer(
+        vocab=vocab, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=SPECIAL
+    )
+
+
+def text_encoder() -> Qwen2_5_VLForConditionalGeneration:
+    ids = {symbol: 256 + index for index, symbol in enumerate(SPECIAL)}
+    ends = {
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+    }
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "vocab_size": 320,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+            **ends,
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 16,
+            "fullatt_block_indexes": [0],
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|image_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        **ends,
+    )
+    torch.manual_seed(0)
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def qwen_image() -> QwenImagePipeline:
+    pipeline = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+        vae=vae(),
+        text_encoder=text_encoder(),
+        tokenizer=tokenizer(),
+        transformer=transformer(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def config(folder: Path, *overrides: str) -> dict:
+    """The configuration of a run on the checkpoint in `folder`, composed as the command does."""
+    from hydrarun.compose import compose
+
+    defaults = (
+        "model=qwen_image",
+        f"model.path={folder}",
+        "device=cpu",
+        "dtype=float32",
+        "sampling.prompt=a cat",
+        "sampling.num_inference_steps=4",
+        "sampling.height=64",
+        "sampling.width=64",
+    )
+    return compose([*defaults, *overrides])
+
+
+def runner(folder: Path, *overrides: str):
+    from hydrarun.runner import Runner
+
+    return Runner(config(folder, *overrides))
