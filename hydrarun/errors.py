@@ -14,7 +14,18 @@ class RunError(Exception):
     """A run failed for a reason the user can act on (corrupt weights, NaN pictures…). Printed as is; exit code 1."""
 
 
+def closest(name: str, names: Iterable[str]) -> str | None:
+    """The most similar of `names`, whole or by one of its words (`steps`: `num_inference_steps`), or None."""
+
+    def likeness(candidate: str) -> float:
+        words = {candidate, *candidate.split("_")}
+        return max(difflib.SequenceMatcher(None, name, word).ratio() for word in words)
+
+    best = max(sorted(names), key=likeness, default=None)
+    return best if best is not None and likeness(best) >= 0.6 else None
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the most similar of `names`, or "" if none is similar (0.6 of difflib's ratio)."""
-    close = difflib.get_close_matches(name, sorted(names), n=1)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    """` Did you mean 'x'?` for the most similar of `names`, or "" if none is similar."""
+    match = closest(name, names)
+    return f" Did you mean '{match}'?" if match else ""

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from hydrarun.annotations import describe, fits, show
 from hydrarun.errors import UsageError, nearest
 
 ALLOWED = frozenset(
@@ -112,8 +112,8 @@ def instantiate(node: Mapping[str, Any], where: str = "", /, **extra: Any) -> An
         raise UsageError(f"{where}: {cls.__name__} needs {', '.join(missing)}; set {where}.{missing[0]}=…")
     hints = _hints(cls)
     for key, value in given.items():
-        if key in hints and not _fits(value, hints[key]):
-            raise UsageError(f"{where}.{key}: {value!r} is not {_describe(hints[key])}.")
+        if key in hints and not fits(value, hints[key]):
+            raise UsageError(f"{where}.{key}: {show(value)} is not {describe(hints[key])}.")
     return cls(**given, **extra)
 
 
@@ -146,27 +146,3 @@ def _hints(cls: type) -> dict[str, Any]:
         return typing.get_type_hints(cls.__init__)  # type: ignore[misc]
     except NameError:  # annotations that exist for the type checker only: nothing to compare with
         return {}
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain YAML value suits an annotation; True for annotations that YAML cannot express."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    if origin is typing.Literal:
-        return value in typing.get_args(hint)
-    if hint in (None, type(None)):
-        return value is None
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (bool, str):
-        return isinstance(value, hint)
-    return True
-
-
-def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    return getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint).replace("typing.", "")

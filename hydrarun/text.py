@@ -1,4 +1,4 @@
-"""Free text on the command line: quote it, so that Hydra's override grammar does not read it as lists, sweeps or numbers.
+"""Free text on the command line: quoted, so that Hydra's grammar does not read it as lists, sweeps or numbers.
 
 `sampling.prompt=` and `sampling.negative_prompt=` take what follows the `=` as text, whatever it holds, except
 
@@ -39,15 +39,14 @@ def _literal(override: str) -> str:
     try:
         override.encode()
     except UnicodeEncodeError:
-        raise UsageError(f"{ascii(override)}: not valid UTF-8.") from None
+        raise UsageError(f"{override!a}: not valid UTF-8.") from None
     key, equals, value = override.partition("=")
     if not equals:
         return override
     if key.lstrip("+") in TEXT_KEYS:
         return f"{key}={_text(key, value)}"
-    if _parse(override) is None:
-        return f"{key}={QuotedString(value, Quote.double).with_quotes()}"
-    return override
+    quoted = f"{key}={QuotedString(value, Quote.double).with_quotes()}"
+    return quoted if _parse(override) is None and _parse(quoted) is not None else override
 
 
 def _text(key: str, value: str) -> str:
@@ -74,7 +73,7 @@ def _item(key: str, item: Any) -> str:
     if item is None and key.endswith("negative_prompt"):
         return "null"
     if not isinstance(item, str):
-        raise UsageError(f"{key}: {item!r} is not text: write each text in quotes, {key}=choice(\"…\",\"…\").")
+        raise UsageError(f'{key}: {item!r} is not text: write each text in quotes, {key}=choice("…","…").')
     return QuotedString(escape_interpolation(item), Quote.double).with_quotes()
 
 

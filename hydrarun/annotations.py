@@ -1,0 +1,43 @@
+"""Does a plain YAML value suit a type annotation? For dataclass fields and the arguments of `_target_` nodes."""
+
+from __future__ import annotations
+
+import types
+import typing
+from typing import Any
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether `value` suits `hint`; True for annotations that YAML cannot express. A bool is not a number."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if origin in (list, dict):
+        return isinstance(value, origin)
+    if hint in (None, type(None)):
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    return True
+
+
+def describe(hint: Any) -> str:
+    """The annotation in a user's words: "true or false", "a whole number or null", "one of a, b"."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(option) for option in typing.get_args(hint))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    return words.get(hint) or {list: "a list", dict: "a mapping"}.get(origin or hint) or str(hint)
+
+
+def show(value: Any) -> str:
+    """A value as one writes it in YAML or on the command line: true, null, 'text'."""
+    return {True: "true", False: "false", None: "null"}[value] if isinstance(value, (bool, type(None))) else repr(value)

@@ -1,0 +1,92 @@
+"""From overrides to one plain, complete, checked configuration: for the command, the Python API, replay and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import hydra
+from hydra import initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from hydrarun import recipes, resources, schema, targets
+from hydrarun.errors import UsageError
+from hydrarun.explain import explained
+from hydrarun.text import literal
+from hydrarun.validate import check_values
+
+
+def compose(overrides: Sequence[str]) -> dict[str, Any]:
+    """The resolved and validated configuration that `hydrarun OVERRIDES…` runs. Raises UsageError."""
+    return check(*compose_raw(literal(overrides)))
+
+
+def compose_raw(overrides: Sequence[str]) -> tuple[dict[str, Any], Origin]:
+    """The resolved configuration of quoted overrides (`hydrarun.text.literal`), unchecked: what is missing is `???`."""
+    register()
+    conf = str(resources.folder("conf"))
+    with explained(overrides), initialize_config_dir(version_base="1.3", config_dir=conf, job_name="hydrarun"):
+        composed = hydra.compose("config", list(overrides), return_hydra_config=True)
+        return split(composed, composed.hydra)
+
+
+def split(composed: DictConfig, hydra_node: DictConfig) -> tuple[dict[str, Any], Origin]:
+    """The run's own part of what Hydra composed, as plain data, and where its values come from."""
+    own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    config = OmegaConf.to_container(own, resolve=True)
+    overrides = tuple(OmegaConf.to_container(hydra_node.overrides.task))
+    for override in overrides:
+        group, _, option = override.partition("=")
+        if option.startswith("[") and group in recipes.groups():
+            raise UsageError(f"{override}: choose one option; to compare several: -m {group}={option.strip('[]')}")
+    choices = hydra_node.runtime.choices
+    return config, Origin(overrides, choices.get("recipe", "none"), choices.get("model", "none"))
+
+
+def check(config: dict[str, Any], origin: Origin) -> dict[str, Any]:
+    """The same configuration, if it can be run. Raises UsageError that lists every violation."""
+    targets.check(config)
+    check_values(config, origin)
+    return config
+
+
+def register() -> None:
+    """Make the schema and the recipes known to Hydra."""
+    schema.register()
+    recipes.register()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the values of a configuration come from."""
+
+    overrides: tuple[str, ...]
+    recipe: str
+    model: str
+
+    def __call__(self, key: str) -> str:
+        """Who set `key`: "command line", "recipe demo/quick", "model demo" or "default"."""
+        if self._on_command_line(key):
+            return "command line"
+        if _sets(recipes.load(self.recipe), key):
+            return f"recipe {self.recipe}"
+        return f"model {self.model}" if key.startswith(("model", "sampling")) else "default"
+
+    def notes(self, config: dict[str, Any]) -> list[str]:
+        """What the user should be told before the run: choices that a recipe made about what is loaded."""
+        if self("model.path") == f"recipe {self.recipe}":
+            return [f"recipe {self.recipe} loads weights from {config['model']['path']}"]
+        return []
+
+    def _on_command_line(self, key: str) -> bool:
+        keys = [override.lstrip("+").partition("=")[0] for override in self.overrides]
+        return any(key == one or key.startswith((f"{one}.", f"{one}[")) for one in keys)
+
+
+def _sets(content: Any, key: str) -> bool:
+    for part in key.split("[")[0].split("."):
+        if not isinstance(content, dict) or part not in content:
+            return False
+        content = content[part]
+    return True

@@ -1,0 +1,133 @@
+"""Exceptions of Hydra and OmegaConf in one line: the key, where it came from, the nearest name, what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from hydrarun import recipes
+from hydrarun.annotations import describe, show
+from hydrarun.errors import UsageError, closest, nearest
+from hydrarun.schema import Config
+
+# What Hydra raises as a plain ValueError for a mistake on the command line (any other ValueError is a bug).
+COMMAND_LINE_MISTAKES = ("Only one of --run", "The --resolve flag", "Expecting one subcommand", "No completion plugin")
+
+
+@contextmanager
+def explained(overrides: Sequence[str]) -> Iterator[None]:
+    """Turn the exceptions of a composition of these overrides into a UsageError."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(explain(error, overrides)) from error
+    except ValueError as error:
+        if str(error).startswith("Config group override"):
+            raise UsageError(_not_an_option(overrides)) from error
+        if str(error).startswith(COMMAND_LINE_MISTAKES):
+            raise UsageError(str(error)) from error
+        raise
+
+
+def explain(error: Exception, overrides: Sequence[str]) -> str:
+    """One line for the user."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _unknown_option(error, overrides)
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override}: not of the form key=value; a text with spaces needs the shell's quotes around it all."
+        )
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
+    if isinstance(cause, OmegaConfBaseException):
+        return _at_key(cause, _file(error) or "command line")
+    return _sweep(str(error)) or str(error).splitlines()[0]
+
+
+def _unknown_option(error: MissingConfigException, overrides: Sequence[str]) -> str:
+    group, _, option = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
+    if not error.options:
+        return str(error).splitlines()[0]
+    chosen = [override for override in overrides if re.match(rf"\+?{group}=", override)]
+    recipe = [override.partition("=")[2] for override in overrides if override.startswith("recipe=")]
+    place = "command line" if chosen or not recipe else f"recipe {recipe[0]}"
+    return (
+        f"{group}={option} ({place}): no such option.{nearest(option, error.options)}"
+        f" Options: {', '.join(sorted(error.options))}."
+    )
+
+
+def _not_an_option(overrides: Sequence[str]) -> str:
+    groups = {"", "recipe", *recipes.groups()}
+    wrong = [override for override in overrides if override.lstrip("+").partition("=")[0] in groups]
+    return f"{wrong[0] if wrong else 'a group'}: not the name of an option; `hydrarun list` shows them."
+
+
+def _at_key(error: OmegaConfBaseException, place: str) -> str:
+    """What is wrong at one key: unknown, or of the wrong type."""
+    full_key = error.full_key or _line(error, "full_key")
+    where = f"{full_key} ({place})"
+    fields = _fields(error)
+    if isinstance(error, ValidationError) and error.key in fields:
+        return f"{where}: {show(error.value)} is not {_wanted(fields[error.key])}."
+    if " not in '" in str(error) or "is not in struct" in str(error):
+        hint = _hint(str(error.key), fields)
+        return f"{where}: unknown key.{hint} Known: {', '.join(fields) or 'none'}."
+    return f"{where}: {str(error).splitlines()[0]}"
+
+
+def _fields(error: OmegaConfBaseException) -> dict[str, Any]:
+    """Names that are allowed beside the key, with their types."""
+    kind = error.object_type
+    if kind is Config:
+        return {**typing.get_type_hints(Config), "recipe": str}
+    if dataclasses.is_dataclass(kind):
+        return typing.get_type_hints(kind)
+    node = error.parent_node
+    names = node.keys() if isinstance(node, Mapping) else ()
+    return {str(name): Any for name in names if not str(name).startswith("_")}
+
+
+def _hint(name: str, fields: Mapping[str, Any]) -> str:
+    """The nearest field beside it, else in any section: `prompt` is `sampling.prompt`."""
+    at_top = "sampling" in fields
+    match = None if at_top else closest(name, fields)
+    if match is None:
+        sections = {key: hint for key, hint in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
+        dotted = {leaf: f"{key}.{leaf}" for key, hint in sections.items() for leaf in typing.get_type_hints(hint)}
+        names = {**dotted, **{field: field for field in fields if at_top}}
+        match = names.get(closest(name, names) or "")
+    return f" Did you mean '{match}'?" if match else ""
+
+
+def _wanted(hint: Any) -> str:
+    return (
+        f"a section with {', '.join(typing.get_type_hints(hint))}" if dataclasses.is_dataclass(hint) else describe(hint)
+    )
+
+
+def _file(error: Exception) -> str | None:
+    """The file that Hydra blames: "recipe NAME", or the option's path in conf/."""
+    match = re.match(r"In '(recipe/)?([^']*)'", str(error))
+    return match and (f"recipe {match[2]}" if match[1] else f"conf/{match[2]}.yaml")
+
+
+def _line(error: Exception, name: str) -> str:
+    """`name: value` lines in the text of an OmegaConf error."""
+    match = re.search(rf"^\s*{name}: (.*)$", str(error), re.MULTILINE)
+    return match[1] if match else "configuration"
+
+
+def _sweep(text: str) -> str | None:
+    """Several values without -m."""
+    match = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'(?: requires|$)", text, re.MULTILINE)
+    if not match:
+        return None
+    key, _, value = match[1].partition("=")
+    return f"{match[1]}: several values: add -m to run them all, or write a list, {key}=[{value}]."
