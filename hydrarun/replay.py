@@ -1,0 +1,189 @@
+"""`hydrarun replay FILE`: draw a picture again from the recipe inside it, and say whether it is the same.
+
+The recipe may come from a stranger. It passes the same checks as a configuration from the command line; it never goes
+through OmegaConf, so no interpolation in it is resolved.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+
+from hydrarun import targets
+from hydrarun.compose import compose
+from hydrarun.errors import UsageError, nearest
+from hydrarun.media import png
+from hydrarun.outputs import WHICH
+from hydrarun.progress import Progress
+from hydrarun.provenance import expand
+from hydrarun.recorded import FACTS, Picture, Recorded, load
+from hydrarun.text import literal
+from hydrarun.validate import check_values
+
+USAGE = """\
+usage: hydrarun replay FILE [hydra.run.dir=DIR] [KEY=VALUE ...]
+
+Draws the picture FILE (a PNG with metadata, or a run.json) again from the recipe inside it and compares the pixels.
+KEY=VALUE changes how it is drawn: device=cuda, dtype=bfloat16, attention=sdpa, model.path=/elsewhere
+Exit code: 0 identical pixels, 1 different pixels, 2 FILE cannot be replayed."""
+
+# the groups that say how to draw; `model` and `sampling` say what, which is the file's to say
+GROUPS = ("attention", "compile")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Replay `argv`'s file; the exit code. Raises UsageError, and RunError from the run itself."""
+    if not argv or {"-h", "--help"} & set(argv):
+        print(USAGE)
+        return 0 if argv else 2
+    file, output_dir, overrides = parse(argv)
+    recorded = load(file)
+    config = configure(recorded, overrides)
+    progress = Progress()
+    progress.note(printable(describe(config)))
+
+    # these import torch: only now that the configuration is checked
+    from hydrarun.request import make_state
+    from hydrarun.runner import Runner
+
+    check_places(recorded, len(make_state(config["sampling"]).seeds))
+    record = Runner(config, progress).run(output_dir)
+    same = [compare(picture, record, output_dir) for picture in recorded.pictures]
+    for line in differences(recorded.facts, record):
+        print(printable(line))
+    return 0 if all(same) else 1
+
+
+def parse(argv: Sequence[str]) -> tuple[Path, Path, list[str]]:
+    """The file, where to write, and the other overrides."""
+    files = [argument for argument in argv if "=" not in argument or Path(argument).is_file()]
+    overrides = [argument for argument in argv if argument not in files]
+    if len(files) != 1 or files[0].startswith("-"):
+        raise UsageError(f"replay takes one file and KEY=VALUE overrides, not: {' '.join(files) or 'no file'}")
+    file = Path(files[0])
+    output_dir = Path(f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-replay")
+    for override in overrides:
+        if override.startswith("hydra.run.dir="):
+            output_dir = Path(override.partition("=")[2])
+    if output_dir.resolve() == file.parent.resolve():
+        raise UsageError(f"hydra.run.dir={output_dir}: {file.name} itself is there and would be overwritten")
+    return file, output_dir, [override for override in overrides if not override.startswith("hydra.")]
+
+
+def configure(recorded: Recorded, overrides: Sequence[str]) -> dict[str, Any]:
+    """The recorded configuration with `overrides`, checked like one from the command line.
+
+    Raises UsageError with all that is wrong.
+    """
+    config = copy.deepcopy(recorded.config)
+    _pin_revision(config, recorded.facts["weights"])
+    for override in overrides:
+        _apply(config, override)
+    config = expand(config)
+    targets.check(config)
+    check_values(config)
+    return config
+
+
+def _pin_revision(config: dict[str, Any], weights: Any) -> None:
+    """Ask for the hub commit that was really loaded, where the configuration left it open."""
+    if isinstance(weights, dict) and weights.get("revision") and isinstance(config.get("model"), dict):
+        config["model"]["revision"] = weights["revision"]
+
+
+def _apply(config: dict[str, Any], text: str) -> None:
+    override = _parse(text)
+    *path, name = override.key_or_group.split(".")
+    key = ".".join((*path, name))
+    if path == ["sampling"] and name in WHICH:
+        raise UsageError(f"{key}: a replay draws what the file says; for another picture: hydrarun {text}")
+    if key in GROUPS:
+        config[key] = compose([text])[key]
+        return
+    section: Any = config
+    for part in path:
+        section = section.get(part) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or name not in section:
+        known = map(str, section) if isinstance(section, dict) else ()
+        raise UsageError(f"{key}: the file's configuration has no such key.{nearest(name, known)}")
+    if isinstance(section[name], (dict, list)):
+        raise UsageError(f"{key}: a replay changes single values, not whole sections")
+    section[name] = override.value()
+
+
+def _parse(text: str) -> Override:
+    override = OverridesParser.create().parse_override(literal([text])[0])
+    if override.is_sweep_override() or override.is_delete() or override.is_add():
+        raise UsageError(f"{text}: a replay draws once and only changes values: KEY=VALUE")
+    return override
+
+
+def check_places(recorded: Recorded, count: int) -> None:
+    """Each recorded picture must be one of the `count` that its configuration draws."""
+    for picture in recorded.pictures:
+        if picture.index not in range(count):
+            name = printable(picture.name)
+            raise UsageError(f"{name}: said to be number {picture.index} (from 0) of a run that draws {count}")
+
+
+def describe(config: dict[str, Any]) -> str:
+    """One line that says what a stranger's file is about to make this machine do."""
+    model, sampling = config["model"], config["sampling"]
+    revision = f" at {model['revision']}" if model["revision"] else ""
+    size = f"{sampling['width']}x{sampling['height']}"
+    return f"replaying {model['name']} from {model['path']}{revision}: {size}, {sampling['num_inference_steps']} steps"
+
+
+def compare(picture: Picture, record: dict[str, Any], folder: Path) -> bool:
+    """Say how the redrawn picture, listed in `record` and lying in `folder`, compares; whether it is identical."""
+    name = printable(picture.name)
+    if picture.index not in range(len(record["outputs"])):
+        raise UsageError(
+            f"{name}: says that it is picture {picture.index} of {len(record['outputs'])} (counted from 0)"
+        )
+    output = record["outputs"][picture.index]
+    if output["pixels_sha256"] == picture.pixels_sha256:
+        print(f"{name}: identical pixels")
+        return True
+    print(f"{name}: different pixels, {_distance(picture.pixels, png.read(folder / output['path'])[0])}")
+    return False
+
+
+def _distance(old: np.ndarray | None, new: np.ndarray) -> str:
+    if old is None:
+        return "by their hash; the pixels that were recorded are no longer there to measure how far"
+    if old.shape != new.shape:
+        return f"{old.shape[1]}x{old.shape[0]} then, {new.shape[1]}x{new.shape[0]} now"
+    difference = np.abs(old.astype(np.int32) - new)
+    psnr = 10 * math.log10(255**2 / float(np.square(difference).mean()))
+    return f"largest difference {difference.max()} of 255, PSNR {psnr:.1f} dB"
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """One line for each fact about the two runs (versions, hardware, weights, device...) that is not the same."""
+    old = dict(_flat({key: then.get(key) for key in FACTS}))
+    new = dict(_flat({key: now.get(key) for key in FACTS}))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            yield f"  {key}: {old.get(key)} then, {new.get(key)} now"
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _flat(child, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def printable(text: str) -> str:
+    """Without the control characters by which a stranger's text could rewrite the terminal; at most 300 characters."""
+    return "".join(character if character.isprintable() else "?" for character in text[:300])
