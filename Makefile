@@ -13,7 +13,7 @@ help: ## show this list
 
 demo: $(VENV)/installed ## install into .venv and draw a picture with the embedded model
 	$(BIN)/python -m hydrarun hydra.run.dir=$(DEMO)
-	@echo "The picture is in $(DEMO):" && ls $(DEMO)/*.png
+	@echo "The picture: $$(ls -t $(DEMO)/*.png | head -n 1)"
 
 test: $(VENV)/installed-test ## lint, check types, run all tests
 	$(BIN)/ruff check .

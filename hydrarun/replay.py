@@ -41,9 +41,9 @@ GROUPS = ("attention", "compile")
 
 def main(argv: Sequence[str]) -> int:
     """Replay `argv`'s file; the exit code. Raises UsageError, and RunError from the run itself."""
-    if not argv or {"-h", "--help"} & set(argv):
+    if {"-h", "--help"} & set(argv):
         print(USAGE)
-        return 0 if argv else 2
+        return 0
     file, output_dir, overrides = parse(argv)
     recorded = load(file)
     config = configure(recorded, overrides)
@@ -67,7 +67,7 @@ def parse(argv: Sequence[str]) -> tuple[Path, Path, list[str]]:
     files = [argument for argument in argv if "=" not in argument or Path(argument).is_file()]
     overrides = [argument for argument in argv if argument not in files]
     if len(files) != 1 or files[0].startswith("-"):
-        raise UsageError(f"replay takes one file and KEY=VALUE overrides, not: {' '.join(files) or 'no file'}")
+        raise UsageError(f"replay takes one file, not {' '.join(files) or 'none'}\n{USAGE}")
     file = Path(files[0])
     output_dir = Path(f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-replay")
     for override in overrides:

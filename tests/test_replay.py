@@ -90,7 +90,7 @@ def test_an_index_beyond_the_batch(second, tmp_path):
     pixels, record = png.read(second)
     record["batch"]["index"] = 2
     second.write_bytes(png.encode(pixels, {"hydrarun": json.dumps(record)}))
-    with pytest.raises(UsageError, match="number 2 .from 0. of a run that draws 2"):
+    with pytest.raises(UsageError, match=r"number 2 .* of a run that draws 2"):
         replay.main([str(second), f"hydra.run.dir={tmp_path / 'again'}"])
     assert not (tmp_path / "again").exists()
 
@@ -115,13 +115,12 @@ print([name for name in ("torch", "diffusers", "transformers") if name in sys.mo
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
-def test_without_arguments_the_usage_is_printed(capsys):
-    assert replay.main([]) == 2
+def test_help(capsys):
     assert replay.main(["--help"]) == 0
-    assert capsys.readouterr().out.count("usage: hydrarun replay FILE") == 2
+    assert "usage: hydrarun replay FILE" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [["a.png", "b.png"], ["--fast"], ["device=cpu"]])
+@pytest.mark.parametrize("argv", [[], ["a.png", "b.png"], ["--fast"], ["device=cpu"]])
 def test_exactly_one_file(argv):
     with pytest.raises(UsageError, match="one file"):
         replay.parse(argv)
