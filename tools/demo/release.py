@@ -1,0 +1,128 @@
+"""Assemble the diffusers folder, and judge what its pictures show."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import Qwen2Tokenizer
+
+from demo import vae as auto_encoder
+from demo.common import default_device, log
+from demo.diffusion import load_average
+from hydrarun.quality.judge import Accuracy, Verdict, judge, summarize
+from hydrarun.quality.scenes import caption, render, sample_scene
+
+# Qwen-Image's own scheduler settings.
+SCHEDULER = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 8192,
+    "max_shift": 0.9,
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "shift_terminal": 0.02,
+    "time_shift_type": "exponential",
+    "use_dynamic_shifting": True,
+}
+SHEET_COLUMNS = 8
+
+
+def assemble(work: Path, out: Path) -> None:
+    """Write the averaged weights as a QwenImagePipeline folder in bf16."""
+    models = load_average(work)
+    tokenizer = Qwen2Tokenizer.from_pretrained(work / "tokenizer")
+    pipeline = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+        vae=auto_encoder.load(work / "vae.pt").to(torch.bfloat16),
+        text_encoder=models.text_encoder.to(torch.bfloat16),
+        tokenizer=tokenizer,
+        transformer=models.transformer.to(torch.bfloat16),
+    )
+    pipeline.save_pretrained(out)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    log(f"{out}: {size / 1e6:.2f} MB")
+
+
+def load_pipeline(folder: Path, dtype: torch.dtype) -> QwenImagePipeline:
+    pipeline = QwenImagePipeline.from_pretrained(folder, torch_dtype=dtype).to(default_device())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(
+    pipeline: QwenImagePipeline, prompts: list[str], steps: int, guidance: float, seed: int, side: int = 128
+) -> NDArray[np.uint8]:
+    """One picture for each prompt, with seeds counted up from `seed`: uint8 [n, side, side, 3]."""
+    generators = [torch.Generator().manual_seed(seed + k) for k in range(len(prompts))]
+    negative = {"negative_prompt": [" "] * len(prompts)} if guidance > 1 else {}
+    images = pipeline(
+        prompts,
+        height=side,
+        width=side,
+        num_inference_steps=steps,
+        true_cfg_scale=guidance,
+        generator=generators,
+        output_type="np",
+        **negative,
+    ).images
+    return (images * 255).round().astype(np.uint8)
+
+
+def judge_prompts(
+    pipeline: QwenImagePipeline,
+    prompts: list[str],
+    steps: int,
+    guidance: float,
+    sheet: Path | None = None,
+    batch: int = 20,
+    side: int = 128,
+) -> tuple[Accuracy, float, list[Verdict]]:
+    """The accuracy over the prompts, seconds a picture, and the verdicts; `sheet` gets the first 64 pictures."""
+    start, pictures = time.time(), []
+    for first in range(0, len(prompts), batch):
+        pictures += list(draw(pipeline, prompts[first : first + batch], steps, guidance, 1000 + first, side))
+    seconds = (time.time() - start) / len(prompts)
+    verdicts = [judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+    if sheet:
+        save_sheet(sheet, pictures[:64])
+    return summarize(verdicts), seconds, verdicts
+
+
+def save_sheet(path: Path, pictures: list[NDArray[np.uint8]]) -> None:
+    """Eight pictures a row; an incomplete last row is left out."""
+    rows = [np.concatenate(pictures[k : k + SHEET_COLUMNS], 1) for k in range(0, len(pictures), SHEET_COLUMNS)]
+    Image.fromarray(np.concatenate([row for row in rows if row.shape == rows[0].shape], 0)).save(path)
+
+
+def describe(accuracy: Accuracy) -> str:
+    """One row of a Markdown table, in per cent: right, with size, background, clean, place, colour, shape, size."""
+    names = ("right", "right_with_size", "background", "clean", "position", "color", "shape", "size")
+    return " | ".join(f"{100 * getattr(accuracy, name):.1f}" for name in names)
+
+
+@torch.no_grad()
+def judge_auto_encoder(work: Path, count: int = 200, sheet: Path | None = None) -> tuple[Accuracy, float, float]:
+    """The accuracy of reconstructed held-out scenes, and mean and least PSNR in dB. Nothing of them was trained on."""
+    import random
+
+    vae = auto_encoder.load(work / "vae.pt")
+    auto_encoder.use_single_frame_convolutions(vae)
+    rng = random.Random(77)
+    scenes = [sample_scene(rng, held_out=True) for _ in range(count)]
+    originals = np.stack([render(scene) for scene in scenes])
+    rebuilt = []
+    for part in torch.from_numpy(originals).permute(0, 3, 1, 2).split(16):
+        rebuilt.append(auto_encoder.to_pictures(auto_encoder.decode(vae, auto_encoder.encode(vae, part))))
+    pictures = np.concatenate(rebuilt)
+    error = ((pictures.astype(np.float64) - originals) ** 2).mean((1, 2, 3))
+    psnr = 10 * np.log10(255**2 / np.maximum(error, 1e-9))
+    if sheet:
+        save_sheet(sheet, [picture for pair in zip(originals[:16], pictures[:16], strict=True) for picture in pair])
+    verdicts = [judge(picture, caption(scene)) for picture, scene in zip(pictures, scenes, strict=True)]
+    return summarize(verdicts), float(psnr.mean()), float(psnr.min())

@@ -1,0 +1,206 @@
+"""The demo auto-encoder: a small AutoencoderKLQwenImage trained on single frames.
+
+A causal 3-D convolution over one frame sees zeros in every temporal tap but the last, so it *is* the 2-D convolution by
+that tap. Training uses the 2-D form (several times quicker on a CPU) and leaves the other taps at zero.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLQwenImage
+from diffusers.models.autoencoders import autoencoder_kl_qwenimage as qwen_vae
+from torch import nn
+
+from demo.common import MUON_MOMENTUM, agree, average_gradients, log, orthogonalize
+from hydrarun.quality.scenes import random_scene, render, sample_scene
+
+PICTURE = 128  # pixels a side
+CROP = 64  # pixels a side in the first part of the training
+CELL = 8  # pixels a side of one latent cell
+LATENT_NOISE = 0.1  # teaches the decoder to bear the transformer's small errors
+JOINT_PART, CROP_PART = 0.7, 0.5  # parts of the time: encoder trained at all; on crops
+
+
+def make_vae(z_dim: int, mean: list[float] | None = None, std: list[float] | None = None) -> AutoencoderKLQwenImage:
+    """An untrained 8x auto-encoder in the Qwen-Image layout; `mean` and `std` are per latent channel."""
+    return AutoencoderKLQwenImage(
+        base_dim=16,
+        dim_mult=[1, 2, 2, 2],
+        z_dim=z_dim,
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=mean or [0.0] * z_dim,
+        latents_std=std or [1.0] * z_dim,
+    )
+
+
+def use_single_frame_convolutions(vae: AutoencoderKLQwenImage) -> None:
+    """Compute one-frame inputs by the exactly equal 2-D convolutions. Touches this instance only."""
+    for module in vae.modules():
+        if isinstance(module, qwen_vae.QwenImageCausalConv3d) and module.stride == (1, 1, 1):
+            module.forward = functools.partial(_convolve_frame, module)
+
+
+def _convolve_frame(conv: nn.Conv3d, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+    """[batch, channels, 1, height, width] -> the same with the output channels."""
+    if x.shape[2] != 1 or cache_x is not None:
+        return type(conv).forward(conv, x, cache_x)
+    padding = conv._padding  # left, right, top, bottom, front, back
+    return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, padding=(padding[2], padding[0])).unsqueeze(2)
+
+
+def initialize(vae: AutoencoderKLQwenImage) -> None:
+    """Scale the used temporal tap by its own fan-in and start residual branches at zero: a linear auto-encoder.
+
+    The default initialisation counts all 27 taps of a 3x3x3 kernel where a single frame uses 9: weights come out too
+    small and the first hundred steps are lost.
+    """
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv3d):
+            module.weight.data.zero_()
+            used = module.weight.data[:, :, -1]
+            gain = 2.0 if ".conv1" in name else 1.0
+            if ".conv2" not in name:
+                used.normal_(0, (gain / used[0].numel()) ** 0.5)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            module.weight.data.normal_(0, module.weight[0].numel() ** -0.5)
+            nn.init.zeros_(module.bias)
+            if name.endswith("proj"):
+                nn.init.zeros_(module.weight)
+
+
+def encode(vae: AutoencoderKLQwenImage, pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, 3, height, width] -> the posterior's mean, float [n, z, height / 8, width / 8], not normalised."""
+    x = (pictures.float() / 127.5 - 1).unsqueeze(2)
+    return vae.quant_conv(vae.encoder(x)).chunk(2, dim=1)[0][:, :, 0]
+
+
+def decode(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
+    """[n, z, height / 8, width / 8] -> [n, 3, height, width] in about -1..1."""
+    return vae.decoder(vae.post_quant_conv(latents.unsqueeze(2)))[:, :, 0]
+
+
+def to_pictures(decoded: torch.Tensor) -> np.ndarray:
+    """[n, 3, h, w] in -1..1 -> uint8 [n, h, w, 3]."""
+    return ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """L1 for flat areas, L1 of the gradients for crisp edges, a little L2 against outliers."""
+    error = output - target
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + 0.3 * edges + 0.5 * error.pow(2).mean()
+
+
+class KernelMuon:
+    """Muon for convolution kernels, seen as [out, in * height * width]; a 3-D kernel counts by its last tap only."""
+
+    def __init__(self, kernels: list[nn.Parameter]) -> None:
+        self.kernels = kernels
+        self.momenta: dict[int, torch.Tensor] = {}
+
+    def step(self, rate: float) -> None:
+        for index, kernel in enumerate(self.kernels):
+            if kernel.grad is None:
+                continue
+            gradient = self._used(kernel.grad).flatten(1)
+            momentum = self.momenta.setdefault(index, torch.zeros_like(gradient)).mul_(MUON_MOMENTUM).add_(gradient)
+            update = orthogonalize((gradient + MUON_MOMENTUM * momentum)[None])[0]
+            used = self._used(kernel.data)
+            used.sub_(update.view_as(used), alpha=rate)
+
+    @staticmethod
+    def _used(kernel: torch.Tensor) -> torch.Tensor:
+        return kernel[:, :, -1] if kernel.ndim == 5 else kernel
+
+
+def _picture_pool(seed: int, count: int) -> torch.Tensor:
+    """uint8 [count, 3, 128, 128]: three in four are captioned training scenes, the others anything anywhere."""
+    rng = random.Random(seed)
+    scenes = [sample_scene(rng) if k % 4 else random_scene(rng) for k in range(count)]
+    return torch.from_numpy(np.stack([render(s, PICTURE) for s in scenes])).permute(0, 3, 1, 2).contiguous()
+
+
+def _batch(pool: torch.Tensor, size: int, crop: bool) -> torch.Tensor:
+    chosen = pool[torch.randint(len(pool), (size,))]
+    if not crop:
+        return chosen
+    top, left = (CELL * random.randrange((PICTURE - CROP) // CELL + 1) for _ in range(2))
+    return chosen[:, :, top : top + CROP, left : left + CROP]
+
+
+def train(rank: int, workers: int, out: Path, z_dim: int, minutes: float, pictures: int = 6000) -> None:
+    """Train for that long and leave state, latent mean and latent deviation in the file `out`.
+
+    First everything on crops, then on whole pictures, at last the decoder alone on a frozen encoder.
+    """
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vae = make_vae(z_dim)
+    initialize(vae)
+    vae.to(device).train()
+    use_single_frame_convolutions(vae)
+    torch.manual_seed(10 + rank)
+    random.seed(20 + rank)
+    pool = _picture_pool(30 + rank, pictures)
+    whole_batch, crop_batch = 12 // workers, 32 // workers
+    kernels = [p for p in vae.parameters() if p.ndim >= 4]
+    others = [p for p in vae.parameters() if p.ndim < 4]
+    adam = torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    muon = KernelMuon(kernels)
+    start, step, done = time.time(), 0, 0.0
+    while done < 1:
+        done = agree((time.time() - start) / (60 * minutes), workers)
+        joint = done < JOINT_PART
+        target = _batch(pool, crop_batch if done < CROP_PART else whole_batch, done < CROP_PART).to(device)
+        with torch.set_grad_enabled(joint):
+            latents = encode(vae, target)
+        output = decode(vae, latents + LATENT_NOISE * torch.randn_like(latents))
+        loss = reconstruction_loss(output, target.float() / 127.5 - 1)
+        vae.zero_grad()
+        (loss + 1e-3 * latents.pow(2).mean()).backward()
+        average_gradients([*kernels, *others], workers)
+        scale = min(1.0, (step + 1) / 20) * min(1.0, (1 - done) / 0.6) + 1e-3
+        for group in adam.param_groups:
+            group["lr"] = 2e-3 * scale
+        adam.step()
+        muon.step(0.012 * scale)
+        if step % 50 == 0 and rank == 0:
+            log(f"vae step {step} done {done:.2f} loss {loss.item():.4f} latent deviation {latents.std().item():.2f}")
+        step += 1
+    if rank == 0:
+        _finish(vae, pool, out)
+        log(f"vae: {step} steps of {workers} x {crop_batch} crops or {whole_batch} pictures")
+
+
+@torch.no_grad()
+def _finish(vae: AutoencoderKLQwenImage, pool: torch.Tensor, out: Path) -> None:
+    device = next(vae.parameters()).device
+    latents = torch.cat([encode(vae, part.to(device)) for part in pool[:1024].split(32)])
+    vae.quant_conv.weight[vae.config.z_dim :] = 0  # the second half is the log variance: make sampling the mean
+    vae.quant_conv.bias[vae.config.z_dim :] = -10.0
+    for name, parameter in vae.named_parameters():
+        if "time_conv" in name:
+            parameter.zero_()
+        elif parameter.ndim == 5:
+            parameter[:, :, :-1] = 0
+    state = {name: tensor.cpu() for name, tensor in vae.state_dict().items()}
+    mean, std = latents.mean((0, 2, 3)).cpu(), latents.std((0, 2, 3)).cpu()
+    torch.save({"state": state, "mean": mean, "std": std}, out)
+
+
+def load(path: Path) -> AutoencoderKLQwenImage:
+    """The trained auto-encoder, its latent statistics in the config, ready to use on single frames (fp32, CPU)."""
+    saved = torch.load(path)
+    mean, std = ([round(float(v), 4) for v in saved[key]] for key in ("mean", "std"))
+    vae = make_vae(len(mean), mean, std)
+    vae.load_state_dict(saved["state"])
+    return vae.eval()
