@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 
 def load(*overrides: str) -> Runner:
-    """Compose, validate and build a run exactly as `python -m hydrarun OVERRIDES…` does; returns it with weights loaded.
+    """Compose, validate and build a run exactly as `python -m hydrarun OVERRIDES…` does, with its weights loaded.
 
     Raises `hydrarun.errors.UsageError` for what the command would refuse with exit code 2.
     """

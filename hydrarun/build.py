@@ -84,7 +84,7 @@ def choose_device(name: str, progress: Progress) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device, progress: Progress) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA and float32 on the CPU, where bfloat16 is slower or no faster; says what was chosen."""
+    """`auto` is bfloat16 on CUDA and float32 on the CPU; says what was chosen."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
         progress.note(f"dtype={name} (auto)")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,17 +66,15 @@ def read_index(folder: Path, cls: type) -> dict[str, tuple[str, str]]:
     return entries
 
 
-def load_component(
-    folder: Path, name: str, entry: tuple[str, str], *, device: torch.device, dtype: torch.dtype
-) -> Any:
+def load_component(folder: Path, name: str, entry: tuple[str, str], *, device: torch.device, dtype: torch.dtype) -> Any:
     """One component by its library's own `from_pretrained`, safetensors only."""
     library, class_name = entry
     if library not in LIBRARIES:
         raise RunError(f"{folder / 'model_index.json'}: {name} comes from {library!r}; only {LIBRARIES} are loaded")
     cls = getattr(importlib.import_module(library), class_name, None)
-    if not hasattr(cls, "from_pretrained"):
+    if not isinstance(cls, type) or not hasattr(cls, "from_pretrained"):
         raise RunError(f"{folder / 'model_index.json'}: {name}: the installed {library} has no {class_name}")
-    if not (issubclass(cls, torch.nn.Module)):
+    if not issubclass(cls, torch.nn.Module):
         with readable(folder / name):
             return cls.from_pretrained(folder / name)
     checkpoint = Checkpoint(folder / name, STEMS[library])
@@ -84,7 +82,11 @@ def load_component(
     dtype_argument = "torch_dtype" if library == "diffusers" else "dtype"
     with readable(folder / name), quiet_libraries():
         module, info = cls.from_pretrained(
-            folder / name, use_safetensors=True, output_loading_info=True, **{dtype_argument: dtype}
+            folder / name,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **{dtype_argument: dtype},
         )
     refuse_incomplete(folder / name, info)
     return module.eval().requires_grad_(False).to(device)
@@ -98,13 +100,13 @@ def refuse_incomplete(folder: Path, info: dict[str, Any]) -> None:
         ("error_msgs", "cannot be loaded"),
         ("unexpected_keys", "has no place in this model"),
     ):
-        names = sorted(str(key) for key in info.get(kind) or ())
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind) or ())
         if names:
             raise RunError(f"{folder}: {names[0]!r} {problem} ({len(names)} such tensors)")
 
 
 @contextmanager
-def readable(folder: Path) -> Any:
+def readable(folder: Path) -> Iterator[None]:
     """Turn a library's complaint about a checkpoint into one line that names the folder."""
     try:
         yield
@@ -114,7 +116,7 @@ def readable(folder: Path) -> Any:
 
 
 @contextmanager
-def quiet_libraries() -> Any:
+def quiet_libraries() -> Iterator[None]:
     """No loading bars and no warnings of theirs between ours: what they warn about is an error here."""
     import diffusers
     import transformers

@@ -60,7 +60,9 @@ def check_chain(stages: Sequence[Stage]) -> None:
             raise UsageError(f"{label} needs {', '.join(missing)}, which no stage before it gives{hint}")
         known.update(stage.gives)
     if "images" not in known:
-        raise UsageError("model.stages: no stage gives images; the last one is usually hydrarun.stages.decode.DecodeLatents")
+        raise UsageError(
+            "model.stages: no stage gives images; the last one is usually hydrarun.stages.decode.DecodeLatents"
+        )
 
 
 def run_stages(stages: Sequence[Stage], state: State, parts: Parts, timings: Timings) -> None:

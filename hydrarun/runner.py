@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,6 @@ class Runner:
 
 def pictures(state: State) -> list[Picture]:
     """The items of a finished batch."""
-    negatives = state.negative_prompts or [None] * len(state.prompts)
+    negatives: Sequence[str | None] = state.negative_prompts or [None] * len(state.prompts)
     items = zip(state.images, state.prompts, negatives, state.seeds, strict=True)
     return [Picture(*item) for item in items]

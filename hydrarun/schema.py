@@ -22,7 +22,7 @@ class Model:
     revision: Optional[str] = None  # noqa: UP045 - OmegaConf on Python 3.10 reads Optional, not `X | None`
     pipeline: dict[str, Any] = MISSING
     transformer: dict[str, Any] = MISSING
-    scheduler: Optional[dict[str, Any]] = None  # noqa: UP045
+    scheduler: Any = None  # a node or null: OmegaConf cannot merge a node into a null of type dict
     guidance: dict[str, Any] = MISSING
     stages: list[dict[str, Any]] = MISSING
     facts: dict[str, Any] = field(default_factory=dict)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+
+def given_by_stage() -> Any:
+    """A field that is there once its stage has run; the check of the chain of stages sees to the order."""
+    return field(default=None)
 
 
 @dataclass(slots=True)
@@ -26,15 +31,15 @@ class State:
     guidance_scale: float | None
     max_sequence_length: int  # tokens
     #: {branch: what the transformer's `embed` takes beside latents and timestep}
-    conditioning: dict[str, dict[str, Any]] | None = None
+    conditioning: dict[str, dict[str, Any]] = given_by_stage()
     #: [N, S, C], packed as the transformer takes them
-    latents: Tensor | None = None
+    latents: Tensor = given_by_stage()
     #: latent tokens: frames, rows, columns
-    grid: tuple[int, int, int] | None = None
+    grid: tuple[int, int, int] = given_by_stage()
     #: [steps], the scheduler's own values
-    timesteps: Tensor | None = None
+    timesteps: Tensor = given_by_stage()
     #: [N, H, W, 3] uint8
-    images: np.ndarray | None = None
+    images: np.ndarray = given_by_stage()
 
     @classmethod
     def request_fields(cls) -> frozenset[str]:

@@ -53,8 +53,8 @@ class Transformer(nn.Module):
     #: the values of the checkpoint's config.json that the constructor took
     config: Mapping[str, Any]
 
-    def embed(self, hidden_states: Tensor, timestep: Tensor, **conditioning: Any) -> Tokens:
-        """Packed latents `[B, S, C]`, timesteps `[B]` (the scheduler's own values) and conditioning to tokens."""
+    def embed(self, *inputs: Any, **conditioning: Any) -> Tokens:
+        """`embed(hidden_states, timestep, **conditioning)`: packed latents `[B, S, C]`, timesteps `[B]` (the scheduler's own values) and conditioning to tokens."""
         raise NotImplementedError
 
     def head(self, tokens: Tokens) -> Tensor:

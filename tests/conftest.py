@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+
+torch.set_num_threads(1)  # these models are too small for more
 
 
 @pytest.fixture(scope="session")

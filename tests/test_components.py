@@ -28,8 +28,8 @@ def test_a_missing_tensor_is_an_error_not_random_numbers(folder, name):
     gone = sorted(key for key in tensors if key.endswith("weight"))[3]
     del tensors[gone]
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(RunError, match=rf"{name}: '{gone}' is missing"):
-        tiny.runner(folder)
+    with pytest.raises(RunError, match=rf"{name}: '\S*{gone.rpartition('layers')[2]}' is missing"):
+        tiny.runner(folder)  # transformers has a prefix of its own for some names
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -47,7 +47,7 @@ def test_a_wrong_shape(folder, name):
     key = next(key for key in sorted(tensors) if tensors[key].ndim > 1)
     tensors[key] = torch.zeros(*tensors[key].shape, 2)
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(RunError, match=rf"{name}: .*{key}"):
+    with pytest.raises(RunError, match=rf"{name}: '{key}' has another shape"):
         tiny.runner(folder)
 
 
@@ -82,9 +82,7 @@ def test_a_missing_folder(folder):
 
 def test_the_scheduler_can_be_another(folder):
     """By `_target_`, with its arguments; the checkpoint's own otherwise."""
-    runner = tiny.runner(
-        folder, "model.scheduler={_target_: diffusers.FlowMatchEulerDiscreteScheduler, shift: 3.0}"
-    )
+    runner = tiny.runner(folder, "model.scheduler={_target_: diffusers.FlowMatchEulerDiscreteScheduler, shift: 3.0}")
     assert runner.built.parts.pipeline.scheduler.config.shift == 3.0
     own = tiny.runner(folder).built.parts.pipeline.scheduler.config
     assert {key: own[key] for key in tiny.SCHEDULER} == tiny.SCHEDULER

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import tiny
 
 from hydrarun.errors import UsageError
 from hydrarun.pipeline import Stage, check_chain
+from hydrarun.runner import Runner
 from hydrarun.stages.decode import DecodeLatents
 from hydrarun.stages.denoise import Denoise
 from hydrarun.stages.encode import EncodePrompt
@@ -56,12 +59,8 @@ def test_the_state_is_closed():
 
 def test_the_chain_is_checked_before_weights_are_read(tiny_folder, tmp_path):
     """The checkpoint's weights are not even there."""
-    import shutil
-
     folder = shutil.copytree(tiny_folder, tmp_path / "x", ignore=shutil.ignore_patterns("*.safetensors"))
     config = tiny.config(folder)
     del config["model"]["stages"][3]
     with pytest.raises(UsageError, match="Denoise"):
-        from hydrarun.runner import Runner
-
         Runner(config)

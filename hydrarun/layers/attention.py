@@ -18,6 +18,8 @@ from hydrarun.layers.backends import SDPA
 class AttentionBackend(Protocol):
     """Computes attention. `mask` `[B, K]` bool says which keys are real; None: all are."""
 
+    name: str
+
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor: ...
 
 
@@ -28,9 +30,7 @@ class Attention(nn.Module):
         super().__init__()
         self.backend: AttentionBackend = SDPA()
 
-    def forward(
-        self, streams: Sequence[tuple[Tensor, Tensor, Tensor]], masks: Sequence[Tensor | None]
-    ) -> list[Tensor]:
+    def forward(self, streams: Sequence[tuple[Tensor, Tensor, Tensor]], masks: Sequence[Tensor | None]) -> list[Tensor]:
         """(query, key, value) of each stream, each `[B, S, H, D]`, to each stream's output `[B, S, H * D]`.
 
         A stream's mask `[B, S]` is True where a token is real; None: all of them are.
@@ -40,9 +40,7 @@ class Attention(nn.Module):
         return list(output.flatten(2).split([stream[0].shape[1] for stream in streams], dim=1))
 
 
-def join_masks(
-    streams: Sequence[tuple[Tensor, Tensor, Tensor]], masks: Sequence[Tensor | None]
-) -> Tensor | None:
+def join_masks(streams: Sequence[tuple[Tensor, Tensor, Tensor]], masks: Sequence[Tensor | None]) -> Tensor | None:
     """One mask `[B, S]` over all streams' keys, or None when nothing is masked."""
     if all(mask is None for mask in masks):
         return None

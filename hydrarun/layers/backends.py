@@ -109,7 +109,7 @@ class SageAttention:
         function = optional_function("sageattention", "sageattn")
         if function is None or not torch.cuda.is_available():
             raise UsageError(
-                "attention=sage needs an NVIDIA GPU and SageAttention 2, and one of them is missing here. Install it with"
+                "attention=sage needs an NVIDIA GPU and SageAttention 2, and one is missing here. Install it with"
                 " `pip install --no-build-isolation git+https://github.com/thu-ml/SageAttention`"
                 " (PyPI's 1.0.6 is too old), or use attention=sdpa"
             )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -100,9 +100,7 @@ class QwenImageTransformer(Transformer):
 
     block_lists = ("blocks",)
     weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = {
-        **stream_weights(
-            "image", "img_mod", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), "to_out.0", "img_mlp"
-        ),
+        **stream_weights("image", "img_mod", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), "to_out.0", "img_mlp"),
         **stream_weights(
             "text",
             "txt_mod",

@@ -25,9 +25,7 @@ class Denoise(Stage):
                 batch_timestep = timestep.expand(len(state.latents))
                 predictions = {branch: self.predict(state, parts, batch_timestep, branch) for branch in branches}
                 prediction = parts.guidance.combine(predictions, state.true_cfg_scale)
-                state.latents = parts.pipeline.scheduler.step(
-                    prediction, timestep, state.latents, return_dict=False
-                )[0]
+                state.latents = parts.pipeline.scheduler.step(prediction, timestep, state.latents, return_dict=False)[0]
                 timings.steps.append(timings.now() - start)
                 advance()
         if not state.latents.isfinite().all():

@@ -14,7 +14,9 @@ def test_rotation_is_complex_multiplication():
     x = torch.randn(2, 7, 3, 8)
     rope = frequencies(torch.arange(-3, 4), 8)
     angles = torch.outer(torch.arange(-3, 4).double(), 10000.0 ** (-torch.arange(0, 8, 2).double() / 8))
-    turned = torch.view_as_complex(x.double().reshape(2, 7, 3, 4, 2)) * torch.polar(torch.ones(7, 1, 4).double(), angles[:, None])
+    turned = torch.view_as_complex(x.double().reshape(2, 7, 3, 4, 2)) * torch.polar(
+        torch.ones(7, 1, 4).double(), angles[:, None]
+    )
     want = torch.view_as_real(turned).flatten(-2).float()
     assert (rotate(x, rope) - want).abs().max() < 1e-6
 
@@ -29,7 +31,9 @@ def test_rotation_keeps_norms_and_dtype():
 def test_fused_projection_is_three_projections():
     layer = QKVLinear(12, heads=3, head_dim=4)
     x = torch.randn(2, 5, 12)
-    for part, (weight, bias) in zip(layer(x), zip(layer.weight.chunk(3), layer.bias.chunk(3), strict=True), strict=True):
+    for part, (weight, bias) in zip(
+        layer(x), zip(layer.weight.chunk(3), layer.bias.chunk(3), strict=True), strict=True
+    ):
         assert part.shape == (2, 5, 3, 4)
         assert (part.flatten(2) - F.linear(x, weight, bias)).abs().max() < 1e-6
 

@@ -8,7 +8,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from hydrarun.errors import UsageError
+from hydrarun.request import make_state
 from hydrarun.stages.timesteps import shift
+from hydrarun.timing import Timings
 
 
 def test_shift_is_a_line_through_the_schedulers_two_points():
@@ -24,21 +26,31 @@ def test_a_schedule_that_cannot_be_is_refused(tiny_runner):
         tiny_runner.generate(num_inference_steps=1)
 
 
-def test_a_scheduler_with_a_schedule_of_its_own(tiny_folder):
-    """UniPC takes a number of steps and a shift; its own class says what the timesteps are."""
-    from diffusers import UniPCMultistepScheduler
+def test_another_scheduler_equals_diffusers_with_it(tiny_folder, tiny_pipeline):
+    """A multistep scheduler, by `_target_`, against the reference pipeline with the same one put in."""
+    from diffusers import QwenImagePipeline, UniPCMultistepScheduler
 
-    settings = "prediction_type: flow_prediction, use_flow_sigmas: true, flow_shift: 3.0"
-    runner = tiny.runner(tiny_folder, f"model.scheduler={{_target_: diffusers.UniPCMultistepScheduler, {settings}}}")
-    (picture,) = runner.generate(num_inference_steps=5)
-    assert picture.pixels.std() > 1
-    own = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    own.set_timesteps(5)
-    assert torch.equal(runner.built.parts.pipeline.scheduler.timesteps, own.timesteps)
+    settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    written = ", ".join(f"{key}: {value}" for key, value in settings.items())
+    runner = tiny.runner(tiny_folder, f"model.scheduler={{_target_: diffusers.UniPCMultistepScheduler, {written}}}")
+    state = make_state({**runner.config["sampling"], "num_inference_steps": 5})
+    runner.draw(state, Timings(torch.device("cpu")))
+    reference = QwenImagePipeline(**{**tiny_pipeline.components, "scheduler": UniPCMultistepScheduler(**settings)})
+    reference.set_progress_bar_config(disable=True)
+    want = reference(
+        prompt=state.prompts,
+        negative_prompt=state.negative_prompts,
+        true_cfg_scale=4.0,
+        height=64,
+        width=64,
+        num_inference_steps=5,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images
+    assert (want - state.latents).abs().max() <= 1e-4
 
 
 def test_noise_belongs_to_the_seed_not_to_the_batch(tiny_runner):
-    from hydrarun.request import make_state
     from hydrarun.stages.latents import PrepareLatents
 
     def noise(seeds):
