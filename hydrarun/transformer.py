@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from hydrarun.layers.attention import Attention, AttentionBackend
@@ -54,7 +53,10 @@ class Transformer(nn.Module):
     config: Mapping[str, Any]
 
     def embed(self, *inputs: Any, **conditioning: Any) -> Tokens:
-        """`embed(hidden_states, timestep, **conditioning)`: packed latents `[B, S, C]`, timesteps `[B]` (the scheduler's own values) and conditioning to tokens."""
+        """Inputs to tokens: `embed(hidden_states, timestep, **conditioning)`.
+
+        Packed latents `[B, S, C]`, timesteps `[B]` (the scheduler's own values), and what the model is conditioned on.
+        """
         raise NotImplementedError
 
     def head(self, tokens: Tokens) -> Tensor:
@@ -96,8 +98,3 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.backend = backend
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return next(self.parameters()).dtype
