@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from hydrarun import recorded, replay
+from hydrarun import cli, recorded, replay
 from hydrarun.errors import UsageError
 from hydrarun.media import png
 from hydrarun.outputs import OutputWriter, pixels_sha256
@@ -55,7 +55,7 @@ def complaint(config: dict, *overrides: str) -> str:
 
 
 def test_a_picture_of_a_batch_is_reproduced_exactly_from_its_file_alone(second, tmp_path, capsys):
-    assert replay.main([str(second), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
+    assert cli.main(["replay", str(second), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
     assert capsys.readouterr().out == "stranger.png: identical pixels\n"
     (again,) = (tmp_path / "again").glob("0001-*.png")
     assert np.array_equal(png.read(again)[0], png.read(second)[0])

@@ -1,0 +1,91 @@
+"""A built wheel, installed where the checkout cannot be seen, works from any folder."""
+
+import os
+import site
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from hydrarun.media import png
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ("conf", "recipes", "weights")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT]
+    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    (built,) = folder.glob("hydrarun-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """The bin folder of a virtual environment with the wheel in it; the dependencies are this environment's."""
+    folder = tmp_path_factory.mktemp("clean") / "venv"
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--disable-pip-version-check", wheel], check=True)
+    # only now: pip must not see a hydrarun that is installed here. A path file's own path files are not read, so an
+    # editable install of the checkout stays invisible.
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
+    return folder / "bin"
+
+
+@pytest.fixture
+def run(installed, tmp_path):
+    """Runs a command of the environment in an empty folder and returns what it printed."""
+
+    def call(command: str, *arguments: str) -> str:
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        done = subprocess.run(
+            [installed / command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return call
+
+
+@pytest.mark.parametrize("folder", SHIPPED)
+def test_every_shipped_file_is_in_the_wheel(wheel, folder):
+    files = [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    sizes = {entry.filename: entry.file_size for entry in zipfile.ZipFile(wheel).infolist()}
+    assert files
+    for file in files:
+        assert sizes[f"hydrarun/{file.relative_to(ROOT).as_posix()}"] == file.stat().st_size
+
+
+def test_the_wheel_holds_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert all(name.startswith(("hydrarun/", "hydrarun-")) for name in names)
+    assert not [name for name in names if name.endswith(".pyc")]
+    assert [name for name in names if name.endswith("licenses/LICENSE")]
+
+
+def test_the_checkout_is_not_what_runs(run, installed):
+    found = run("python", "-c", "import hydrarun; print(hydrarun.__file__)")
+    assert Path(found.strip()).is_relative_to(installed.parent)
+
+
+def test_the_command_knows_its_configuration(run):
+    assert "name: demo" in run("hydrarun", "--cfg", "job")
+    listed = run("hydrarun", "list")
+    assert "qwen_image" in listed
+    assert "demo/quick" in listed
+
+
+def test_the_command_draws(run, tmp_path):
+    run("hydrarun", "sampling.num_inference_steps=2", "hydra.run.dir=here")
+    (picture,) = (tmp_path / "here").glob("*.png")
+    pixels, record = png.read(picture)
+    assert pixels.shape == (128, 128, 3)
+    assert record["weights"]["path"] == "package:demo"
