@@ -14,8 +14,10 @@ def fits(value: Any, hint: Any) -> bool:
         return any(fits(value, option) for option in typing.get_args(hint))
     if origin is typing.Literal:
         return value in typing.get_args(hint)
-    if origin in (list, dict):
-        return isinstance(value, origin)
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, typing.get_args(hint)[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(item, typing.get_args(hint)[1]) for item in value.values())
     if hint in (None, type(None)):
         return value is None
     if hint is float:
@@ -34,8 +36,17 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(option) for option in typing.get_args(hint))
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
-    return words.get(hint) or {list: "a list", dict: "a mapping"}.get(origin or hint) or str(hint)
+    if origin in (list, dict):
+        return f"a {'list' if origin is list else 'mapping'} of {describe(typing.get_args(hint)[-1])}"
+    words = {
+        Any: "anything",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        type(None): "null",
+    }
+    return words.get(hint, str(hint))
 
 
 def show(value: Any) -> str:

@@ -13,6 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from hydrarun import recipes, resources, schema, targets
 from hydrarun.errors import UsageError
 from hydrarun.explain import explained
+from hydrarun.memory.hub import local_folder
+from hydrarun.sizes import check_size, size_multiple
 from hydrarun.text import literal
 from hydrarun.validate import check_values
 
@@ -46,9 +48,18 @@ def split(composed: DictConfig, hydra_node: DictConfig) -> tuple[dict[str, Any],
 
 def check(config: dict[str, Any], origin: Origin) -> dict[str, Any]:
     """The same configuration, if it can be run. Raises UsageError that lists every violation."""
-    targets.check(config)
+    targets.check(config, origin)
     check_values(config, origin)
+    _check_size(config)
     return config
+
+
+def _check_size(config: dict[str, Any]) -> None:
+    """Height and width against what a local checkpoint's JSON files tell; a hub's is asked when it is there."""
+    checkpoint = local_folder(config["model"]["path"])
+    multiple = size_multiple(checkpoint) if checkpoint else None
+    if multiple:
+        check_size(config["sampling"]["height"], config["sampling"]["width"], multiple)
 
 
 def register() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hydrarun.annotations import describe, fits, show
@@ -57,13 +57,13 @@ def allow(name: str) -> None:
     _allowed_by_user.add(name)
 
 
-def check(config: Mapping[str, Any]) -> None:
+def check(config: Mapping[str, Any], origin: Callable[[str], str] | None = None) -> None:
     """Refuse every target that is not allowed, and every other `_key_`, in a plain resolved configuration.
 
-    Imports nothing. Raises UsageError with one line for each violation.
+    Imports nothing. `origin` tells where a key's value came from. Raises UsageError with one line for each violation.
     """
     if problems := list(_problems(config, "")):
-        raise UsageError("\n".join(problems))
+        raise UsageError("\n".join(f"{key}{f' ({origin(key)})' if origin else ''}: {text}" for key, text in problems))
 
 
 def load_class(node: Mapping[str, Any], where: str = "") -> type:
@@ -71,9 +71,10 @@ def load_class(node: Mapping[str, Any], where: str = "") -> type:
 
     `where` is the node's key path, for messages. Raises UsageError.
     """
-    where = where or "_target_"
-    check({where: {"_target_": node.get("_target_")}})
-    name = node["_target_"]
+    name: Any = node.get("_target_")
+    for key, text in _target_problem(name, f"{where}._target_".lstrip(".")):
+        raise UsageError(f"{key}: {text}")
+    where = where or name
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -117,16 +118,17 @@ def instantiate(node: Mapping[str, Any], where: str = "", /, **extra: Any) -> An
     return cls(**given, **extra)
 
 
-def _problems(node: Any, path: str) -> Iterator[str]:
+def _problems(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Key paths, and what is wrong there."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             here = f"{path}.{key}" if path else str(key)
             if key == "_target_":
                 yield from _target_problem(value, here)
             elif str(key).startswith("_"):
-                yield f"{here}: keys with a leading underscore other than _target_ are not allowed."
+                yield here, "keys with a leading underscore other than _target_ are not allowed."
             elif key in FORBIDDEN_ARGUMENTS:
-                yield f"{here}: not allowed: it would run code that comes with a checkpoint."
+                yield here, "not allowed: it would run code that comes with a checkpoint."
             else:
                 yield from _problems(value, here)
     elif isinstance(node, (list, tuple)):
@@ -134,11 +136,11 @@ def _problems(node: Any, path: str) -> Iterator[str]:
             yield from _problems(value, f"{path}[{index}]")
 
 
-def _target_problem(name: Any, path: str) -> Iterator[str]:
+def _target_problem(name: Any, path: str) -> Iterator[tuple[str, str]]:
     allowed = ALLOWED | _allowed_by_user
     if not isinstance(name, str) or name not in allowed:
-        hint = nearest(str(name), allowed)
-        yield f"{path}: {name!r} is not on the list of allowed classes.{hint} Your own class: --allow-target {name}"
+        hint = nearest(str(name), allowed) or " For a class of your own: --allow-target my.module.Class"
+        yield path, f"{name!r} is not on the list of allowed classes.{hint}"
 
 
 def _hints(cls: type) -> dict[str, Any]:

@@ -54,7 +54,8 @@ def _text(key: str, value: str) -> str:
     if value.startswith("choice(") and value.endswith(")"):
         if parsed is None or not parsed.is_choice_sweep():
             raise UsageError(f'{key}: cannot read {value}: write each text in quotes, {key}=choice("…","…").')
-        return "choice(" + ",".join(_item(key, item) for item in parsed.sweep_iterator()) + ")"
+        # as a plain list of values: Hydra forgets the quotes of choice()'s arguments between parsing and the runs
+        return ",".join(_item(key, item) for item in parsed.sweep_iterator())
     if parsed is not None and not parsed.is_sweep_override():
         content = parsed.value()
         if isinstance(content, str) or all(isinstance(item, str) for item in content):

@@ -1,0 +1,117 @@
+"""The command: verbs, and the way from a command line through Hydra to a run. Nothing heavy before a run starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import hydra
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from hydrarun import __version__, arguments, resources, targets
+from hydrarun.compose import check, compose_raw, register, split
+from hydrarun.errors import RunError, UsageError
+from hydrarun.explain import explained
+from hydrarun.text import literal
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (sys.argv by default); returns the exit code.
+
+    0 done; 1 the run failed (in a sweep: a point of it); 2 the user's mistake; 130 Ctrl-C. An exception that nobody
+    foresaw is printed with its traceback and counts as 1.
+    """
+    # Hydra would print some exceptions itself and exit; with this set it raises them all.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return exit_code(lambda: dispatch(words))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def exit_code(action: Callable[[], int]) -> int:
+    """The code that `action` returns, or that of its exception, which is printed."""
+    try:
+        return action()
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Hand the command line to its verb."""
+    arguments_ = arguments.parse(argv)
+    for name in arguments_.targets:
+        targets.allow(name)
+    if arguments_.verb == "list":
+        from hydrarun import listing
+
+        return listing.main(arguments_.overrides)
+    if arguments_.verb == "replay":
+        from hydrarun import replay
+
+        return replay.main(arguments_.overrides)
+    return run(literal(arguments_.overrides), arguments_.flags)
+
+
+def run(overrides: list[str], flags: list[str]) -> int:
+    """Compose and run; or, by a flag, sweep, show the configuration, help, complete."""
+    if "--version" in flags:
+        print(f"hydrarun {__version__}")
+        return 0
+    if sorted(flags) == ["--cfg", "--resolve", "job"]:
+        # Hydra's own printing reads a literal `${` in a prompt as an interpolation.
+        config, _ = compose_raw(overrides)
+        yaml.safe_dump(config, sys.stdout, sort_keys=False, allow_unicode=True, width=1000)
+        return 0
+    if not flags:
+        check(*compose_raw(overrides))  # before Hydra makes the output directory
+    codes: list[int] = []
+    register()
+    decorate = hydra.main(version_base="1.3", config_path=str(resources.folder("conf")), config_name="config")
+    with explained(overrides), _command_line([*overrides, *flags]):
+        decorate(lambda config: codes.append(exit_code(lambda: run_point(config))))()
+    return max(codes, default=0)
+
+
+def run_point(composed: DictConfig) -> int:
+    """One run, or one point of a sweep, in the output directory that Hydra made for it."""
+    settings = HydraConfig.get()
+    if settings.mode is RunMode.MULTIRUN:
+        print(f"[{settings.job.num}] {' '.join(settings.overrides.task)}", file=sys.stderr)
+    config, origin = split(composed, settings)
+    check(config, origin)
+    for note in origin.notes(config):
+        print(note, file=sys.stderr)
+
+    from hydrarun.progress import Progress
+    from hydrarun.runner import Runner
+
+    Runner(config, Progress()).run(Path(settings.runtime.output_dir))
+    return 0
+
+
+@contextmanager
+def _command_line(words: list[str]) -> Iterator[None]:
+    """Hydra reads sys.argv."""
+    before = sys.argv
+    sys.argv = [before[0], *words]
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -1,0 +1,111 @@
+"""`hydrarun list`: the models, the options of each group and the recipes, as tables."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from hydrarun import recipes, resources
+from hydrarun.compose import compose_raw
+from hydrarun.errors import UsageError, nearest
+
+USAGE = """\
+usage: hydrarun list [models|recipes|GROUP ...] [--markdown]
+
+Shows what there is to choose from: all of it, or the tables you name."""
+
+
+class Table(NamedTuple):
+    """A title, the names of the columns, and the cells."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the tables that `argv` names; returns the exit code. Raises UsageError for a name that is no table."""
+    flags = [word for word in argv if word.startswith("-")]
+    if {"-h", "--help"} & set(flags):
+        print(USAGE)
+        return 0
+    if unknown := [flag for flag in flags if flag != "--markdown"]:
+        raise UsageError(f"list: {unknown[0]}: no such flag; it takes --markdown.")
+    tables = [table(name) for name in [word for word in argv if word not in flags] or names()]
+    if flags:
+        print("\n\n".join(map(markdown, tables)))
+    elif sys.stdout.isatty():
+        _print_rich(tables)
+    else:
+        print("\n\n".join(map(plain, tables)))
+    return 0
+
+
+def names() -> list[str]:
+    """The tables: models first, recipes last."""
+    return ["models", *(group for group in recipes.groups() if group != "model"), "recipes"]
+
+
+def table(name: str) -> Table:
+    """One table by its name; `model` and `recipe` will do too."""
+    if name in ("models", "model"):
+        return _models()
+    if name in ("recipes", "recipe"):
+        rows = [(recipe, first_comment(recipes.file_of(recipe))) for recipe in recipes.names()]
+        return Table("recipes", ("recipe=", "what it is"), rows)
+    if name not in names():
+        raise UsageError(f"list {name}: no such table.{nearest(name, names())} Tables: {', '.join(names())}.")
+    files = sorted((resources.folder("conf") / name).glob("*.yaml"))
+    return Table(name, (f"{name}=", "what it is"), [(file.stem, first_comment(file)) for file in files])
+
+
+def first_comment(file: Path) -> str:
+    """The first comment line of a YAML file that says something; headers such as `# @package` do not."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"#\s*(?!@)(\S.*)", line):
+            return match[1]
+    return ""
+
+
+def markdown(table: Table) -> str:
+    """The table in Markdown, with a heading."""
+    lines = [table.header, tuple("---" for _ in table.header), *table.rows]
+    body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return "\n".join([f"### {table.title}", "", *body])
+
+
+def plain(table: Table) -> str:
+    """The table in aligned columns, for pipes and logs."""
+    lines = [table.header, *table.rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(table.header))]
+    body = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([f"{table.title}:", *(f"  {line}" for line in body)])
+
+
+def _models() -> Table:
+    header = ("model=", "task", "checkpoint", "params", "steps", "guidance", "size")
+    rows = []
+    for file in sorted((resources.folder("conf") / "model").glob("*.yaml")):
+        config, _ = compose_raw([f"model={file.stem}"])
+        model, sampling = config["model"], config["sampling"]
+        size = f"{sampling['height']}x{sampling['width']}"
+        cells = (model["task"], model["path"], model["facts"].get("parameters", ""), sampling["num_inference_steps"])
+        rows.append((file.stem, *map(str, cells), str(sampling["true_cfg_scale"]), size))
+    return Table("models", header, rows)
+
+
+def _print_rich(tables: Sequence[Table]) -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    console = Console()
+    for table in tables:
+        shown = RichTable(title=f"\n{table.title}", title_justify="left", title_style="bold", box=None, pad_edge=False)
+        for column in table.header:
+            shown.add_column(column, overflow="fold")
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)

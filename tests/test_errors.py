@@ -1,0 +1,23 @@
+import pytest
+
+from hydrarun.errors import closest, nearest
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("dmeo", "demo"),
+        ("steps", "num_inference_steps"),
+        ("stpes", "num_inference_steps"),
+        ("cfg_scale", "true_cfg_scale"),
+        ("zzz", None),
+    ],
+)
+def test_closest_looks_at_whole_names_and_at_their_words(name, expected):
+    assert closest(name, ["demo", "num_inference_steps", "true_cfg_scale", "height"]) == expected
+
+
+def test_nearest_is_a_sentence_or_nothing():
+    assert nearest("dmeo", ["demo"]) == " Did you mean 'demo'?"
+    assert nearest("zzz", ["demo"]) == ""
+    assert nearest("zzz", []) == ""
