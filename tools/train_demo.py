@@ -2,8 +2,9 @@
 
     python tools/train_demo.py --work DIR --out weights/demo [--minutes 90]
 
-Stages: tokenizer, vae, pool, transformer, save, judge. A stage whose result lies in the work folder is not done again,
-and the transformer continues from its last checkpoint, so a killed run goes on where it was. `--stage` does one alone.
+Stages: tokenizer, vae, pool, transformer, refine (the decoder), save, judge. A stage whose result lies in the work
+folder is not done again, and the transformer continues from its last checkpoint, so a killed run goes on where it was.
+`--stage` does one alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from demo import common, diffusion, pool, release, text, vae
 
 from hydrarun.quality.judge import held_out_prompts
 
-STAGES = ("tokenizer", "vae", "pool", "transformer", "save", "judge")
+STAGES = ("tokenizer", "vae", "pool", "transformer", "refine", "save", "judge")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -31,6 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stage", choices=STAGES, help="do this stage alone, even if its result is there")
     parser.add_argument("--minutes", type=float, default=90.0, help="time for the transformer")
     parser.add_argument("--vae-minutes", type=float, default=8.0)
+    parser.add_argument("--refine-minutes", type=float, default=5.0)
     parser.add_argument("--z-dim", type=int, default=4, help="latent channels of the auto-encoder")
     parser.add_argument("--scenes", type=int, default=40_000, help="size of the pool")
     parser.add_argument("--workers", type=int, default=common.default_workers())
@@ -56,13 +58,19 @@ def _run_stage(stage: str, options: argparse.Namespace) -> None:
     elif stage == "vae":
         if forced or not (work / "vae.pt").exists():
             common.launch(vae.train, options.workers, work / "vae.pt", options.z_dim, options.vae_minutes)
-        accuracy, mean, least = release.judge_auto_encoder(work, sheet=work / "vae.png")
+        accuracy, mean, least = release.judge_auto_encoder(work / "vae.pt", sheet=work / "vae.png")
         common.log(f"reconstructions: {release.describe(accuracy)}; PSNR {mean:.1f} dB, least {least:.1f}")
     elif stage == "pool":
         if forced or not all(pool.part_file(work, rank).exists() for rank in range(options.workers)):
             common.launch(pool.encode_part, options.workers, work, options.scenes)
     elif stage == "transformer":
         common.launch(diffusion.train, options.workers, work, options.minutes)
+    elif stage == "refine":
+        refined = release.refined_file(work)
+        if forced or not refined.exists():
+            common.launch(vae.refine, options.workers, work / "vae.pt", refined, options.refine_minutes)
+        accuracy, mean, least = release.judge_auto_encoder(refined, sheet=work / "vae_refined.png")
+        common.log(f"refined reconstructions: {release.describe(accuracy)}; PSNR {mean:.1f} dB, least {least:.1f}")
     elif stage == "save":
         release.assemble(work, options.out)
     else:

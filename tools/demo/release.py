@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from pathlib import Path
 
@@ -33,13 +34,18 @@ SCHEDULER = {
 SHEET_COLUMNS = 8
 
 
+def refined_file(work: Path) -> Path:
+    return work / "vae_refined.pt"
+
+
 def assemble(work: Path, out: Path) -> None:
-    """Write the averaged weights as a QwenImagePipeline folder in bf16."""
+    """Write the averaged weights, with the refined decoder if there is one, as a QwenImagePipeline folder in bf16."""
+    auto_encoder_file = refined_file(work) if refined_file(work).exists() else work / "vae.pt"
     models = load_average(work)
     tokenizer = Qwen2Tokenizer.from_pretrained(work / "tokenizer")
     pipeline = QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
-        vae=auto_encoder.load(work / "vae.pt").to(torch.bfloat16),
+        vae=auto_encoder.load(auto_encoder_file).to(torch.bfloat16),
         text_encoder=models.text_encoder.to(torch.bfloat16),
         tokenizer=tokenizer,
         transformer=models.transformer.to(torch.bfloat16),
@@ -107,11 +113,9 @@ def describe(accuracy: Accuracy) -> str:
 
 
 @torch.no_grad()
-def judge_auto_encoder(work: Path, count: int = 200, sheet: Path | None = None) -> tuple[Accuracy, float, float]:
+def judge_auto_encoder(file: Path, count: int = 200, sheet: Path | None = None) -> tuple[Accuracy, float, float]:
     """The accuracy of reconstructed held-out scenes, and mean and least PSNR in dB. Nothing of them was trained on."""
-    import random
-
-    vae = auto_encoder.load(work / "vae.pt")
+    vae = auto_encoder.load(file)
     auto_encoder.use_single_frame_convolutions(vae)
     rng = random.Random(77)
     scenes = [sample_scene(rng, held_out=True) for _ in range(count)]

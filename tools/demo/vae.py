@@ -18,8 +18,8 @@ from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders import autoencoder_kl_qwenimage as qwen_vae
 from torch import nn
 
-from demo.common import MUON_MOMENTUM, agree, average_gradients, log, orthogonalize
-from hydrarun.quality.scenes import random_scene, render, sample_scene
+from demo.common import MUON_MOMENTUM, agree, average_gradients, default_device, log, orthogonalize
+from hydrarun.quality.scenes import Scene, random_scene, render, sample_scene
 
 PICTURE = 128  # pixels a side
 CROP = 64  # pixels a side in the first part of the training
@@ -137,13 +137,33 @@ def _batch(pool: torch.Tensor, size: int, crop: bool) -> torch.Tensor:
     return chosen[:, :, top : top + CROP, left : left + CROP]
 
 
+class _Optimizer:
+    """Muon for kernels and AdamW for the rest, over the parameters given."""
+
+    def __init__(self, parameters: list[nn.Parameter], workers: int, muon_rate: float, adam_rate: float) -> None:
+        self.parameters, self.workers, self.muon_rate, self.adam_rate = parameters, workers, muon_rate, adam_rate
+        self.muon = KernelMuon([p for p in parameters if p.ndim >= 4])
+        rest = [p for p in parameters if p.ndim < 4]
+        self.adam = torch.optim.AdamW(rest, lr=adam_rate, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def step(self, loss: torch.Tensor, scale: float) -> None:
+        for p in self.parameters:
+            p.grad = None
+        loss.backward()
+        average_gradients(self.parameters, self.workers)
+        for group in self.adam.param_groups:
+            group["lr"] = self.adam_rate * scale
+        self.adam.step()
+        self.muon.step(self.muon_rate * scale)
+
+
 def train(rank: int, workers: int, out: Path, z_dim: int, minutes: float, pictures: int = 6000) -> None:
     """Train for that long and leave state, latent mean and latent deviation in the file `out`.
 
     First everything on crops, then on whole pictures, at last the decoder alone on a frozen encoder.
     """
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     vae = make_vae(z_dim)
     initialize(vae)
     vae.to(device).train()
@@ -152,33 +172,73 @@ def train(rank: int, workers: int, out: Path, z_dim: int, minutes: float, pictur
     random.seed(20 + rank)
     pool = _picture_pool(30 + rank, pictures)
     whole_batch, crop_batch = 12 // workers, 32 // workers
-    kernels = [p for p in vae.parameters() if p.ndim >= 4]
-    others = [p for p in vae.parameters() if p.ndim < 4]
-    adam = torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    muon = KernelMuon(kernels)
+    optimizer = _Optimizer(list(vae.parameters()), workers, muon_rate=0.012, adam_rate=2e-3)
     start, step, done = time.time(), 0, 0.0
     while done < 1:
         done = agree((time.time() - start) / (60 * minutes), workers)
-        joint = done < JOINT_PART
         target = _batch(pool, crop_batch if done < CROP_PART else whole_batch, done < CROP_PART).to(device)
-        with torch.set_grad_enabled(joint):
+        with torch.set_grad_enabled(done < JOINT_PART):
             latents = encode(vae, target)
         output = decode(vae, latents + LATENT_NOISE * torch.randn_like(latents))
         loss = reconstruction_loss(output, target.float() / 127.5 - 1)
-        vae.zero_grad()
-        (loss + 1e-3 * latents.pow(2).mean()).backward()
-        average_gradients([*kernels, *others], workers)
-        scale = min(1.0, (step + 1) / 20) * min(1.0, (1 - done) / 0.6) + 1e-3
-        for group in adam.param_groups:
-            group["lr"] = 2e-3 * scale
-        adam.step()
-        muon.step(0.012 * scale)
+        scale = min(1.0, (step + 1) / 20) * max(0.0, min(1.0, (1 - done) / 0.6)) + 1e-3
+        optimizer.step(loss + 1e-3 * latents.pow(2).mean(), scale)
         if step % 50 == 0 and rank == 0:
             log(f"vae step {step} done {done:.2f} loss {loss.item():.4f} latent deviation {latents.std().item():.2f}")
         step += 1
     if rank == 0:
         _finish(vae, pool, out)
         log(f"vae: {step} steps of {workers} x {crop_batch} crops or {whole_batch} pictures")
+
+
+def refine(rank: int, workers: int, source: Path, out: Path, minutes: float, pictures: int = 2400) -> None:
+    """Train the decoder further, on captioned scenes with many stars (their points are what it rounds off).
+
+    Encoder and latents stay as they are, so a transformer trained on them stays valid.
+    """
+    device = default_device()
+    vae = load(source).to(device)
+    use_single_frame_convolutions(vae)
+    torch.manual_seed(40 + rank)
+    random.seed(50 + rank)
+    pool = _star_pool(60 + rank, pictures)
+    with torch.no_grad():
+        all_latents = torch.cat([encode(vae, part.to(device)) for part in pool.split(16)])
+    decoder = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    vae.encoder.requires_grad_(False)
+    optimizer = _Optimizer(decoder, workers, muon_rate=0.006, adam_rate=1e-3)
+    cells = CROP // CELL + 1
+    start, step, done = time.time(), 0, 0.0
+    while done < 1:
+        done = agree((time.time() - start) / (60 * minutes), workers)
+        chosen = torch.randint(len(pool), (24 // workers if done < 0.7 else 8 // workers,))
+        latents, target = all_latents[chosen.to(device)], pool[chosen].to(device)
+        if done < 0.7:
+            top, left = (random.randrange(PICTURE // CELL - cells + 1) for _ in range(2))
+            latents = latents[:, :, top : top + cells, left : left + cells]
+            target = target[:, :, top * CELL : (top + cells) * CELL, left * CELL : (left + cells) * CELL]
+        noise = LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, device=device) * torch.randn_like(latents)
+        loss = reconstruction_loss(decode(vae, latents + noise), target.float() / 127.5 - 1)
+        optimizer.step(loss, min(1.0, (step + 1) / 20) * max(0.0, 1 - done) + 1e-3)
+        if step % 50 == 0 and rank == 0:
+            log(f"refine step {step} done {done:.2f} loss {loss.item():.4f}")
+        step += 1
+    if rank == 0:
+        saved = torch.load(source)
+        torch.save(saved | {"state": {name: tensor.cpu() for name, tensor in vae.state_dict().items()}}, out)
+        log(f"refine: {step} steps")
+
+
+def _star_pool(seed: int, count: int) -> torch.Tensor:
+    """uint8 [count, 3, 128, 128]: captioned training scenes, at least half of them with a star that is not large."""
+    rng = random.Random(seed)
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        scene = sample_scene(rng)
+        starry = any(obj.shape == "star" and obj.size != "large" for obj in scene.objects)
+        if starry or len(scenes) % 2:
+            scenes.append(scene)
+    return torch.from_numpy(np.stack([render(s, PICTURE) for s in scenes])).permute(0, 3, 1, 2).contiguous()
 
 
 @torch.no_grad()
