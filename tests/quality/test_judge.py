@@ -58,7 +58,7 @@ def _wrong_size(scene, rng):
 
 @pytest.mark.parametrize("size", [64, 128, 256])
 def test_drawn_scenes_are_right(size):
-    scenes = _scenes(300 if size == 128 else 100)
+    scenes = _scenes({64: 100, 128: 300, 256: 25}[size])
     accuracy = judge_all((render(scene, size), caption(scene)) for scene in scenes)
     assert accuracy.pictures == len(scenes)
     assert accuracy.right >= 0.99

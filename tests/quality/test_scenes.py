@@ -1,7 +1,6 @@
 """The caption grammar, the split and the drawing of scenes."""
 
 import random
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -118,7 +117,7 @@ def test_drawing_has_the_said_colours_at_the_said_places(size):
         picture = render(scene, size)
         assert picture.shape == (size, size, 3)
         assert picture.dtype == np.uint8
-        assert Counter(map(tuple, picture.reshape(-1, 3))).most_common(1)[0][0] == COLORS[scene.background]
+        assert (picture == COLORS[scene.background]).all(-1).mean() > 0.5
         for obj in scene.objects:
             assert tuple(picture[int(obj.y * size), int(obj.x * size)]) == COLORS[obj.color]
 

@@ -205,7 +205,7 @@ def train(rank: int, workers: int, work: Path, minutes: float) -> None:
         return (velocity.float() - (batch["noise"] - batch["latents"])).pow(2).mean()
 
     _compile_in_turn(rank, workers, lambda: [loss_of(next(batches)).backward() for _ in range(COMPILE_STEPS)])
-    start = time.time()
+    start, first_step = time.time(), step
     last_saved, smooth, done = before, 0.0, 0.0
     while True:
         seconds = agree(before + time.time() - start, workers)
@@ -224,8 +224,8 @@ def train(rank: int, workers: int, work: Path, minutes: float) -> None:
         optimizer.step(_learning_rate(step, done))
         keep = min(EMA_DECAY, (step + 1) / (step + 20))
         torch._foreach_lerp_(list(average.values()), [p.data for p in parameters], 1 - keep)
-        smooth += (loss.item() - smooth) * max(0.01, 1 / (step + 1))
         step += 1
+        smooth += (loss.item() - smooth) * max(0.01, 1 / (step - first_step))
         if rank == 0 and step % 100 == 0:
             log(f"step {step} {seconds:.0f} s, {100 * done:.1f} %, loss {smooth:.4f}")
     if rank == 0:
