@@ -35,6 +35,8 @@ Draws the picture FILE (a PNG with metadata, or a run.json) again from the recip
 KEY=VALUE changes how it is drawn: device=cuda, dtype=bfloat16, attention=sdpa, model.path=/elsewhere
 Exit code: 0 identical pixels, 1 different pixels, 2 FILE cannot be replayed."""
 
+RUN_DIR = "hydra.run.dir="
+
 # the groups that say how to draw; `model` and `sampling` say what, which is the file's to say
 GROUPS = ("attention", "compile")
 
@@ -70,12 +72,12 @@ def parse(argv: Sequence[str]) -> tuple[Path, Path, list[str]]:
         raise UsageError(f"replay takes one file, not {' '.join(files) or 'none'}\n{USAGE}")
     file = Path(files[0])
     output_dir = Path(f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-replay")
-    for override in overrides:
-        if override.startswith("hydra.run.dir="):
-            output_dir = Path(override.partition("=")[2])
+    for override in [override for override in overrides if override.startswith(RUN_DIR)]:
+        output_dir = Path(override.removeprefix(RUN_DIR))
+        overrides.remove(override)
     if output_dir.resolve() == file.parent.resolve():
         raise UsageError(f"hydra.run.dir={output_dir}: {file.name} itself is there and would be overwritten")
-    return file, output_dir, [override for override in overrides if not override.startswith("hydra.")]
+    return file, output_dir, overrides
 
 
 def configure(recorded: Recorded, overrides: Sequence[str]) -> dict[str, Any]:
@@ -83,20 +85,27 @@ def configure(recorded: Recorded, overrides: Sequence[str]) -> dict[str, Any]:
 
     Raises UsageError with all that is wrong.
     """
-    config = copy.deepcopy(recorded.config)
-    _pin_revision(config, recorded.facts["weights"])
-    for override in overrides:
-        _apply(config, override)
-    config = expand(config)
-    targets.check(config)
-    check_values(config)
+    try:
+        config = copy.deepcopy(recorded.config)
+        _pin(config, recorded.facts)
+        for override in overrides:
+            _apply(config, override)
+        config = expand(config)
+        targets.check(config)
+        check_values(config)
+    except RecursionError:
+        raise UsageError("the file's configuration is nested too deeply") from None
     return config
 
 
-def _pin_revision(config: dict[str, Any], weights: Any) -> None:
-    """Ask for the hub commit that was really loaded, where the configuration left it open."""
-    if isinstance(weights, dict) and weights.get("revision") and isinstance(config.get("model"), dict):
-        config["model"]["revision"] = weights["revision"]
+def _pin(config: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Ask for what was really used where the configuration left it open: the hub commit, an `auto` device and dtype."""
+    weights, model = facts["weights"], config.get("model")
+    if isinstance(weights, dict) and weights.get("revision") and isinstance(model, dict):
+        model["revision"] = weights["revision"]
+    for key in ("device", "dtype"):
+        if config.get(key) == "auto" and facts[key]:
+            config[key] = facts[key]
 
 
 def _apply(config: dict[str, Any], text: str) -> None:

@@ -171,6 +171,7 @@ def test_overrides_change_how_it_is_drawn(config):
         ("device=cpu,cuda", "draws once"),
         ("+device=cpu", "only changes values"),
         ("~device", "only changes values"),
+        ("hydra.run.dri=x", "no such key"),
         ("sampling.seed=8", "hydrarun sampling.seed=8"),
         ("sampling.prompt=a dog", "hydrarun sampling.prompt=a dog"),
         ("dtype=float", "dtype"),
@@ -210,12 +211,25 @@ def test_a_hostile_or_damaged_configuration_is_refused(config, path, value):
     assert complaint(config)
 
 
-def test_home_comes_back_and_the_hub_commit_is_pinned(config, monkeypatch):
+def test_a_deeply_nested_configuration_is_refused(config):
+    for _ in range(5000):
+        config["model"]["facts"] = {"x": config["model"]["facts"]}
+    assert "nested too deeply" in complaint(config)
+
+
+def test_home_comes_back(config, monkeypatch):
     monkeypatch.setenv("HOME", "/home/bob")
     config["model"]["path"] = "~/weights"
-    facts = {**dict.fromkeys(recorded.FACTS), "weights": {"revision": "abc123"}}
-    model = replay.configure(recorded.Recorded(config, facts, []), [])["model"]
-    assert (model["path"], model["revision"]) == ("/home/bob/weights", "abc123")
+    assert configured(config)["model"]["path"] == "/home/bob/weights"
+
+
+def test_what_was_left_open_is_pinned_to_what_was_used(config):
+    config.update(device="auto", dtype="bfloat16")
+    used = {"weights": {"revision": "abc123"}, "device": "cuda", "dtype": "float32"}
+    found = recorded.Recorded(config, {**dict.fromkeys(recorded.FACTS), **used}, [])
+    pinned = replay.configure(found, [])
+    assert (pinned["model"]["revision"], pinned["device"], pinned["dtype"]) == ("abc123", "cuda", "bfloat16")
+    assert replay.configure(found, ["device=cpu"])["device"] == "cpu"
 
 
 # --- the comparison --------------------------------------------------------------------------------------------------
