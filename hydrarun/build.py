@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from hydrarun.memory.loading import load_transformer
 from hydrarun.memory.safetensors_files import check_folder
 from hydrarun.pipeline import Parts, Stage, check_chain
 from hydrarun.progress import Progress
-from hydrarun.sizes import check_size, size_multiple
+from hydrarun.sizes import check_sampling
 from hydrarun.targets import instantiate, load_class
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,7 +45,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     pipeline_class = load_class(model["pipeline"], "model.pipeline")
     check_chain(stages)
     source = resolve(model)
-    check_request(config["sampling"], source.folder)
+    check_sampling(config["sampling"], source.folder)
     check_folder(source.folder)
 
     with progress.phase("loading weights"):
@@ -61,13 +60,6 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     transformer.set_attention_backend(attention)
     compiler.apply(transformer)
     return Built(Parts(transformer, pipeline, guidance, device, dtype, progress), stages, source, attention)
-
-
-def check_request(sampling: dict[str, Any], folder: Path) -> None:
-    """What the checkpoint's JSON files already tell about the request."""
-    multiple = size_multiple(folder)
-    if multiple is not None:
-        check_size(sampling["height"], sampling["width"], multiple)
 
 
 def choose_device(name: str, progress: Progress) -> torch.device:

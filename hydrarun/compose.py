@@ -14,7 +14,7 @@ from hydrarun import recipes, resources, schema, targets
 from hydrarun.errors import UsageError
 from hydrarun.explain import explained
 from hydrarun.memory.hub import local_folder
-from hydrarun.sizes import check_size, size_multiple
+from hydrarun.sizes import check_sampling
 from hydrarun.text import literal
 from hydrarun.validate import check_values
 
@@ -50,16 +50,10 @@ def check(config: dict[str, Any], origin: Origin) -> dict[str, Any]:
     """The same configuration, if it can be run. Raises UsageError that lists every violation."""
     targets.check(config, origin)
     check_values(config, origin)
-    _check_size(config)
+    folder = local_folder(config["model"]["path"])
+    if folder is not None:  # a hub checkpoint is asked when it is here
+        check_sampling(config["sampling"], folder)
     return config
-
-
-def _check_size(config: dict[str, Any]) -> None:
-    """Height and width against what a local checkpoint's JSON files tell; a hub's is asked when it is there."""
-    checkpoint = local_folder(config["model"]["path"])
-    multiple = size_multiple(checkpoint) if checkpoint else None
-    if multiple:
-        check_size(config["sampling"]["height"], config["sampling"]["width"], multiple)
 
 
 def register() -> None:

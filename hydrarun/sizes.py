@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from hydrarun.errors import UsageError
 
@@ -18,6 +19,13 @@ def size_multiple(folder: Path) -> int | None:
         return 2 ** len(config["temperal_downsample"]) * PATCH
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def check_sampling(sampling: dict[str, Any], folder: Path) -> None:
+    """Refuse a size that the checkpoint in `folder` cannot make; says nothing where its JSON does not tell."""
+    multiple = size_multiple(folder)
+    if multiple is not None:
+        check_size(sampling["height"], sampling["width"], multiple)
 
 
 def check_size(height: int, width: int, multiple: int) -> None:

@@ -125,9 +125,12 @@ def test_requests_that_cannot_be(tiny_runner, change, message):
 
 
 def test_a_wrong_size_is_refused_before_weights_are_read(tiny_folder, tmp_path):
+    """Also where nothing was composed: the Python API and replay come straight here."""
     folder = shutil.copytree(tiny_folder, tmp_path / "x", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = tiny.config(folder)
+    config["sampling"]["height"] = 60
     with pytest.raises(UsageError, match="multiple of 8"):
-        Runner(tiny.config(folder, "sampling.height=60"))
+        Runner(config)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is that of a machine without a GPU")
