@@ -17,12 +17,16 @@ class RunError(Exception):
 def closest(name: str, names: Iterable[str]) -> str | None:
     """The most similar of `names`, whole or by one of its words (`steps`: `num_inference_steps`), or None."""
 
-    def likeness(candidate: str) -> float:
-        words = {candidate, *candidate.split("_")}
-        return max(difflib.SequenceMatcher(None, name, word).ratio() for word in words)
+    def likeness(candidate: str) -> tuple[float, float]:
+        whole, *words = (_ratio(name, word) for word in (candidate, *candidate.split("_")))
+        return max(whole, *words), whole
 
     best = max(sorted(names), key=likeness, default=None)
-    return best if best is not None and likeness(best) >= 0.6 else None
+    return best if best is not None and likeness(best)[0] >= 0.6 else None
+
+
+def _ratio(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -79,6 +79,8 @@ def _at_key(error: OmegaConfBaseException, place: str) -> str:
     if " not in '" in str(error) or "is not in struct" in str(error):
         hint = _hint(str(error.key), fields)
         return f"{where}: unknown key.{hint} Known: {', '.join(fields) or 'none'}."
+    if "is not Optional" in str(error):
+        return f"{where}: is empty (null): give it a value, or leave it out."
     return f"{where}: {str(error).splitlines()[0]}"
 
 

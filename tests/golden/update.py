@@ -1,0 +1,40 @@
+"""The resolved configuration of every shipped model and recipe: a diff shows what a change gives users.
+
+python tests/golden/update.py        rewrites the files; `make golden` does the same
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))  # the checkout, when it is not installed
+
+from hydrarun import recipes, resources  # noqa: E402
+from hydrarun.compose import compose_raw  # noqa: E402
+
+
+def golden() -> dict[str, str]:
+    """File names and their content; a required value that a model leaves open is `???`."""
+    models = sorted(file.stem for file in (resources.folder("conf") / "model").glob("*.yaml"))
+    cases = {f"model-{name}": f"model={name}" for name in models}
+    cases |= {f"recipe-{name.replace('/', '-')}": f"recipe={name}" for name in recipes.names()}
+    return {f"{name}.yaml": _yaml(override) for name, override in cases.items()}
+
+
+def _yaml(override: str) -> str:
+    config, _ = compose_raw([override])
+    head = f"# hydrarun --cfg job --resolve {override}\n"
+    return head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=1000)
+
+
+if __name__ == "__main__":
+    contents = golden()
+    for stale in {file.name for file in HERE.glob("*.yaml")} - contents.keys():
+        (HERE / stale).unlink()
+    for name, text in contents.items():
+        (HERE / name).write_text(text, encoding="utf-8")
+    print(f"{len(contents)} files in {HERE}")

@@ -1,0 +1,55 @@
+import pytest
+from omegaconf import OmegaConf
+
+from hydrarun.compose import compose, compose_raw
+from hydrarun.errors import UsageError
+from hydrarun.text import literal
+
+
+def test_the_result_is_plain_data():
+    config = compose([])
+    assert OmegaConf.to_container(OmegaConf.create(config)) == config
+    assert {type(value) for value in config.values()} == {dict, str}
+    assert "hydra" not in config
+
+
+def test_the_models_defaults_flow_into_sampling_and_the_command_line_wins():
+    assert compose([])["sampling"]["num_inference_steps"] == 24
+    assert compose(["sampling.num_inference_steps=3"])["sampling"]["num_inference_steps"] == 3
+    qwen = compose(["model=qwen_image", "sampling.prompt=a cat, sitting"])["sampling"]
+    assert (qwen["height"], qwen["true_cfg_scale"], qwen["prompt"]) == (1328, 4.0, "a cat, sitting")
+
+
+def test_all_violations_of_a_configuration_come_at_once():
+    with pytest.raises(UsageError) as caught:
+        compose(["model=qwen_image", "sampling.seed=-1", "sampling.height=0", "device=tpu"])
+    keys = [line.split(" ")[0] for line in str(caught.value).splitlines()]
+    assert keys == ["sampling.prompt"]  # what is missing first, the values once they are all there
+    with pytest.raises(UsageError) as caught:
+        compose(["sampling.seed=-1", "sampling.height=0", "device=tpu"])
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "place"),
+    [
+        (["sampling.height=0"], "sampling.height", "command line"),
+        (["recipe=demo/quick"], "sampling.num_inference_steps", "recipe demo/quick"),
+        (["recipe=demo/quick", "sampling.num_inference_steps=3"], "sampling.num_inference_steps", "command line"),
+        (["recipe=demo/quick"], "sampling.height", "model demo"),
+        (["model.scheduler={_target_: x}"], "model.scheduler._target_", "command line"),
+        ([], "device", "default"),
+        ([], "model.path", "model demo"),
+    ],
+)
+def test_origin_tells_who_set_a_value(overrides, key, place):
+    _, origin = compose_raw(literal(overrides))
+    assert origin(key) == place
+
+
+def test_composing_twice_and_inside_each_other_is_fine():
+    assert compose(["sampling.seed=1"]) == compose(["sampling.seed=1"])
+
+
+def test_numbers_need_not_be_floats():
+    assert compose(["sampling.true_cfg_scale=2"])["sampling"]["true_cfg_scale"] == 2.0

@@ -1,0 +1,66 @@
+"""Every mistake on the command line is one line: what, where from, the nearest name, what is allowed."""
+
+import pytest
+
+from hydrarun.compose import compose
+from hydrarun.errors import UsageError
+from hydrarun.explain import explained
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("sampling.stpes=3", "sampling.stpes (command line): unknown key. Did you mean 'num_inference_"),
+        ("+sampling.stpes=3", "sampling.stpes (command line): unknown key. Did you mean 'num_inference_"),
+        ("modle=demo", "modle (command line): unknown key. Did you mean 'model'? Known: model, sampling,"),
+        ("prompt=a cat", "prompt (command line): unknown key. Did you mean 'sampling.prompt'?"),
+        ("steps=3", "Did you mean 'sampling.num_inference_steps'?"),
+        ("reciep=demo/quick", "Did you mean 'recipe'?"),
+        ("model.pth=x", "model.pth (command line): unknown key. Did you mean 'path'?"),
+        ("sampling.tiling=true", "Did you mean 'vae.tiling'?"),
+        ("compile.mode=x", "compile.mode (command line): unknown key. Known: none."),
+        ("model.stages.0.foo=3", "model.stages[0].foo (command line): unknown key"),
+        ("hydra.run.dri=x", "hydra.run.dri (command line): unknown key. Did you mean 'dir'?"),
+        ("model=dmeo", "model=dmeo (command line): no such option. Did you mean 'demo'? Options: demo, qwen_image."),
+        ("attention=spda", "Did you mean 'sdpa'? Options: cudnn, flash, flex, sage, sdpa."),
+        ("recipe=demo/quik", "recipe=demo/quik: no such recipe. Did you mean 'demo/quick'? Shipped: demo/grid,"),
+        ("hydra/launcher=ray", "hydra/launcher=ray (command line): no such option"),
+        ("model=null", "model=null: not the name of an option"),
+        ("model=3", "model=3: not the name of an option"),
+        ("attention=[sdpa,flash]", "choose one option; to compare several: -m attention=sdpa,flash"),
+        ("sampling.num_inference_steps=fast", "num_inference_steps (command line): 'fast' is not a whole number."),
+        ("sampling.num_inference_steps=true", "true is not a whole number."),
+        ("sampling.num_inference_steps=2.5", "2.5 is not a whole number."),
+        ("sampling.true_cfg_scale=true", "sampling.true_cfg_scale (command line): true is not a number."),
+        ("sampling.height=null", "sampling.height (command line): null is not a whole number."),
+        ("sampling.guidance_scale=much", "sampling.guidance_scale (command line): 'much' is not a number or null."),
+        ("vae.slicing=maybe", "vae.slicing (command line): 'maybe' is not true or false."),
+        ("vae=3", "vae (command line): 3 is not a section with slicing, tiling."),
+        ("sampling.height=[1,2]", "[1, 2] is not a whole number."),
+        ("sampling.height=${nope}", "sampling.height (command line): Interpolation key 'nope' not found"),
+        ("sampling.height=${no:1}", "sampling.height (command line): Unsupported interpolation type no"),
+        ("sampling.seed=1,2", "several values: add -m to run them all, or write a list, sampling.seed=[1,2]."),
+        ("sampling.seed=range(1,3)", "several values: add -m"),
+        ("sampling.seed=some", "sampling.seed (command line): 'some' is not a whole number from 0 to 2**63-1"),
+        ("word", "word: not of the form key=value"),
+        ("sampling..height=3", "sampling..height=3: not of the form key=value"),
+        ("attention._target_=os.system", "attention._target_ (command line): 'os.system' is not on the list"),
+        ("+attention._partial_=true", "attention._partial_ (command line): keys with a leading underscore"),
+        ("+model.pipeline.trust_remote_code=true", "model.pipeline.trust_remote_code (command line): not allowed"),
+        ("model=qwen_image", 'sampling.prompt (model qwen_image): is missing: set it, sampling.prompt="…"'),
+        ("sampling.height=100", "sampling.height=100: this checkpoint needs a multiple of 16"),
+        ("model.path=/no/such/folder", "model.path=/no/such/folder: no such folder"),
+        ("sampling.negative_prompt=null", 'set sampling.negative_prompt=" ", or sampling.true_cfg_scale=1'),
+        ("~sampling.height", "sampling.height (command line)"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(override, words):
+    with pytest.raises(UsageError) as caught:
+        compose([override])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_exception_that_is_no_mistake_of_the_user_passes():
+    with pytest.raises(ValueError, match="a bug"), explained([]):
+        raise ValueError("a bug")

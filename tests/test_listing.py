@@ -1,0 +1,62 @@
+import json
+
+import pytest
+
+from hydrarun import listing, recipes
+from hydrarun.errors import UsageError
+
+
+def test_everything_there_is_to_choose_is_listed(capsys):
+    assert listing.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    demo = next(line for line in lines if line.strip().startswith("demo "))
+    assert demo.split() == ["demo", "text-to-image", "package:demo", *demo.split()[3:]]
+    for name in ["qwen_image", "sdpa", "blocks", *recipes.names()]:
+        assert any(line.strip().startswith(f"{name} ") for line in lines), name
+    assert any("runs as they are" in line or "run the blocks as they are" in line for line in lines)
+
+
+def test_a_model_shows_its_own_defaults(capsys):
+    listing.main(["models"])
+    row = next(line.split() for line in capsys.readouterr().out.splitlines() if "qwen_image" in line)
+    assert row == ["qwen_image", "text-to-image", "Qwen/Qwen-Image", "20.4B", "50", "4.0", "1328x1328"]
+
+
+def test_markdown(capsys):
+    listing.main(["attention", "--markdown"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == ["### attention", "", "| attention= | what it is |", "| --- | --- |"]
+    assert all(line.count("|") == 3 for line in lines[2:])
+
+
+def test_a_terminal_gets_the_same_cells(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    listing.main(["recipe", "model"])
+    shown = capsys.readouterr().out
+    for table in (listing.table("recipes"), listing.table("models")):
+        for row in table.rows:
+            assert all(cell in shown for cell in row), json.dumps(row)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [(["attenton"], "Did you mean 'attention'? Tables: models,"), (["--json"], "--json: no such flag")],
+)
+def test_what_is_no_table_is_refused(argv, words):
+    with pytest.raises(UsageError) as caught:
+        listing.main(argv)
+    assert words in str(caught.value)
+
+
+def test_help(capsys):
+    assert listing.main(["--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: hydrarun list")
+
+
+def test_first_comment_skips_headers(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("# @package _global_\n#\n# what it is\n# more\na: 1\n")
+    assert listing.first_comment(file) == "what it is"
+    file.write_text("a: 1\n")
+    assert listing.first_comment(file) == ""
