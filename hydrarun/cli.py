@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import hydra
@@ -81,12 +82,32 @@ def run(overrides: list[str], flags: list[str]) -> int:
         return 0
     if not flags:
         check(*compose_raw(overrides))  # before Hydra makes the output directory
+    if {"-sc", "--shell-completion"} & set(flags):
+        return complete(overrides, flags)
+    return launch(overrides, flags)
+
+
+def launch(overrides: list[str], flags: list[str]) -> int:
+    """Let Hydra do what the flags say; returns the highest exit code of the runs it made."""
     codes: list[int] = []
     register()
     decorate = hydra.main(version_base="1.3", config_path=str(resources.folder("conf")), config_name="config")
-    with explained(overrides), _command_line([*overrides, *flags]):
-        decorate(lambda config: codes.append(exit_code(lambda: run_point(config))))()
+    try:
+        with explained(overrides), _command_line([*overrides, *flags]):
+            decorate(lambda config: codes.append(exit_code(lambda: run_point(config))))()
+    except OSError as error:  # of Hydra's own writing; what goes wrong in a run has become its exit code
+        raise UsageError(f"cannot write the output directory: {error}; choose another: hydra.run.dir=…") from error
     return max(codes, default=0)
+
+
+def complete(overrides: list[str], flags: list[str]) -> int:
+    """Answer the shell. The line is half typed, so mistakes in it are no errors."""
+    # Hydra completes overrides; it would read the verb as one
+    line = os.environ.get("COMP_LINE", "")
+    os.environ["COMP_LINE"] = re.sub(r"^(\s*\S+\s+)run\s", r"\1", line)
+    with suppress(UsageError):
+        launch(overrides, flags)
+    return 0
 
 
 def run_point(composed: DictConfig) -> int:
