@@ -130,10 +130,9 @@ def parameters(config: dict[str, Any], facts: dict[str, Any], record: dict[str, 
     lines = [record["prompt"]]
     if (record["negative_prompt"] or "").strip():
         lines.append(f"Negative prompt: {record['negative_prompt']}")
-    scheduler = (model.get("scheduler") or {}).get("_target_", "default")
     settings = {
         "Steps": sampling["num_inference_steps"],
-        "Sampler": scheduler.rpartition(".")[2],
+        "Sampler": facts["scheduler"],
         "CFG scale": sampling["true_cfg_scale"],
         "Seed": record["seed"],
         "Size": f"{record['width']}x{record['height']}",

@@ -18,7 +18,7 @@ T = TypeVar("T")
 MAX_JSON_BYTES = 64 * 2**20
 
 # what the run really used, beside its configuration
-FACTS = ("versions", "hardware", "weights", "device", "dtype", "attention", "compile")
+FACTS = ("versions", "hardware", "weights", "device", "dtype", "attention", "scheduler", "compile")
 
 
 @dataclass

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hydrarun.build import build
-from hydrarun.errors import RunError, UsageError, nearest
+from hydrarun.errors import UsageError, nearest
 from hydrarun.memory.safetensors_files import fingerprint
 from hydrarun.outputs import OutputWriter
 from hydrarun.pipeline import run_stages
@@ -72,7 +72,7 @@ class Runner:
                 for picture in pictures(state):
                     writer.save(picture.pixels, picture.prompt, picture.negative_prompt, picture.seed, measured)
                     advance()
-        except (RunError, RuntimeError) as error:
+        except BaseException as error:  # Ctrl-C and a full disk too: what was made stays, and run.json says so
             writer.fail(error, self.measured(timings, start), self.memory())
             raise
         record = writer.finish(self.measured(timings, start), self.memory())
@@ -103,6 +103,7 @@ class Runner:
             "device": str(built.parts.device),
             "dtype": str(built.parts.dtype).removeprefix("torch."),
             "attention": built.attention.name,
+            "scheduler": type(built.parts.pipeline.scheduler).__name__,
             "compile": self.config["compile"]["_target_"].rpartition(".")[2],
             "versions": versions(),
             "hardware": hardware(str(built.parts.device)),

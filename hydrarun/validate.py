@@ -19,6 +19,7 @@ from hydrarun.schema import Config
 MISSING = "???"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_SEED = 2**63 - 1
+MAX_PROMPTS = 100_000  # characters of all prompts of a run: with room to spare in a picture's metadata
 
 Problem = tuple[str, str]  # the key, and the sentence about it
 
@@ -106,6 +107,8 @@ def _texts(sampling: Mapping[str, Any]) -> Iterator[Problem]:
     prompts = prompt if isinstance(prompt, list) else [prompt]
     if not prompts or not all(isinstance(text, str) and text for text in prompts):
         yield "sampling.prompt", f"{show(prompt)} is not a non-empty text, or a list of them."
+    elif sum(map(len, prompts)) > MAX_PROMPTS:
+        yield "sampling.prompt", f"more than {MAX_PROMPTS} characters in all, and each picture carries them."
     if negative is None:
         if sampling["true_cfg_scale"] > 1:
             yield (

@@ -23,7 +23,12 @@ CONFIG = {
     },
     "output": {"metadata": True},
 }
-FACTS = {"weights": {"path": "package:demo", "revision": None}, "device": "cpu", "versions": {"hydrarun": "0.1.0"}}
+FACTS = {
+    "weights": {"path": "package:demo", "revision": None},
+    "device": "cpu",
+    "scheduler": "Euler",
+    "versions": {"hydrarun": "0.1.0"},
+}
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), dtype=np.uint8)
 
 

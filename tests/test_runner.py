@@ -117,6 +117,7 @@ def test_the_python_api_draws_what_the_command_draws(tiny_folder, tiny_runner):
         ({"guidance_scale": 3.5}, "not guidance-distilled"),
         ({"negative_prompt": None}, "negative_prompt"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"prompt": ["x" * 60_000] * 2}, "more than 100000 characters in all"),
     ],
 )
 def test_requests_that_cannot_be(tiny_runner, change, message):

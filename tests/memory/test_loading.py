@@ -180,11 +180,13 @@ def test_config_that_is_missing_or_no_json(folder):
         load(folder)
 
 
-def test_fingerprint_sees_names_shapes_and_settings(folder):
+def test_fingerprint_sees_names_shapes_values_and_settings(folder):
     first = fingerprint(folder)
     assert first == fingerprint(folder)
     assert len(first) == 16
     edit(folder, lambda tensors: tensors.update({"extra.weight": torch.zeros(2)}))
     second = fingerprint(folder)
     (folder / "config.json").write_text("{}")
-    assert len({first, second, fingerprint(folder)}) == 3
+    third = fingerprint(folder)
+    edit(folder, lambda tensors: tensors.update({"extra.weight": torch.ones(2)}))  # other values, same header
+    assert len({first, second, third, fingerprint(folder)}) == 4
