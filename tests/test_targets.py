@@ -58,9 +58,10 @@ def user_classes():
     for cls in (Part, Strict):
         cls.__module__, cls.__qualname__ = "user_module", cls.__name__
         setattr(module, cls.__name__, cls)
-    module.function, module.Stranger = len, dict
+    module.function, module.Renamed = len, dict
+    module.Borrowed = type("Borrowed", (), {"__module__": "elsewhere"})
     sys.modules["user_module"] = module
-    for name in ("Part", "Strict", "function", "Stranger", "Absent"):
+    for name in ("Part", "Strict", "function", "Renamed", "Borrowed", "Absent"):
         targets.allow(f"user_module.{name}")
     yield module
     del sys.modules["user_module"]
@@ -106,7 +107,7 @@ def test_what_the_shipped_options_build_is_on_the_list_and_is_what_it_says():
 
 def test_a_user_can_allow_a_class_but_not_a_function_or_an_alias(user_classes):
     assert targets.instantiate({"_target_": "user_module.Part", "size": 3}).size == 3
-    for name in ("function", "Stranger"):
+    for name in ("function", "Renamed", "Borrowed"):
         with pytest.raises(UsageError, match="is not a class of the package 'user_module'"):
             targets.load_class({"_target_": f"user_module.{name}"})
     with pytest.raises(UsageError, match="cannot load user_module.Absent"):
