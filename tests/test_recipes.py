@@ -10,6 +10,7 @@ import pytest
 from hydrarun import cli, recipes
 from hydrarun.compose import compose, compose_raw
 from hydrarun.errors import UsageError
+from hydrarun.quality.scenes import parse_caption
 
 MARKER = "marker-of-executed-code"
 TOUCH = f"touch {MARKER}"
@@ -214,6 +215,13 @@ def test_the_command_in_a_shipped_recipes_head_composes(name):
     words = shlex.split(head[0].removeprefix("#"))[3:]
     assert words[0] == f"recipe={name}"
     compose(words)
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.names() if name.startswith("demo/")])
+def test_the_demo_model_understands_the_prompts_of_its_recipes(name):
+    prompts = compose([f"recipe={name}"])["sampling"]["prompt"]
+    for prompt in prompts if isinstance(prompts, list) else [prompts]:
+        parse_caption(prompt)
 
 
 def test_no_recipe_is_picked_up_from_the_current_folder(folder):
