@@ -56,18 +56,18 @@ def exit_code(action: Callable[[], int]) -> int:
 
 def dispatch(argv: Sequence[str]) -> int:
     """Hand the command line to its verb."""
-    arguments_ = arguments.parse(argv)
-    for name in arguments_.targets:
+    line = arguments.parse(argv)
+    for name in line.targets:
         targets.allow(name)
-    if arguments_.verb == "list":
+    if line.verb == "list":
         from hydrarun import listing
 
-        return listing.main(arguments_.overrides)
-    if arguments_.verb == "replay":
+        return listing.main(line.overrides)
+    if line.verb == "replay":
         from hydrarun import replay
 
-        return replay.main(arguments_.overrides)
-    return run(literal(arguments_.overrides), arguments_.flags)
+        return replay.main(line.overrides)
+    return run(literal(line.overrides), line.flags)
 
 
 def run(overrides: list[str], flags: list[str]) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
@@ -65,8 +66,10 @@ def _unknown_option(error: MissingConfigException, overrides: Sequence[str]) -> 
 
 def _not_an_option(overrides: Sequence[str]) -> str:
     groups = {"", "recipe", *recipes.groups()}
-    wrong = [override for override in overrides if override.lstrip("+").partition("=")[0] in groups]
-    return f"{wrong[0] if wrong else 'a group'}: not the name of an option; `hydrarun list` shows them."
+    for parsed in OverridesParser.create().parse_overrides(list(overrides)):
+        if parsed.key_or_group in groups and not isinstance(parsed.value(), (str, list)):
+            return f"{parsed.input_line}: not the name of an option; `hydrarun list` shows them."
+    return "a group has no name of an option; `hydrarun list` shows them."
 
 
 def _at_key(error: OmegaConfBaseException, place: str) -> str:

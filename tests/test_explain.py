@@ -61,6 +61,11 @@ def test_a_mistake_is_one_line(override, words):
     assert "\n" not in str(caught.value)
 
 
+def test_the_override_that_is_wrong_is_blamed_not_the_first():
+    with pytest.raises(UsageError, match="^recipe=null: not the name of an option"):
+        compose(["model=demo", "recipe=null"])
+
+
 def test_an_exception_that_is_no_mistake_of_the_user_passes():
     with pytest.raises(ValueError, match="a bug"), explained([]):
         raise ValueError("a bug")
