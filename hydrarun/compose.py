@@ -79,10 +79,16 @@ class Origin:
         return f"model {self.model}" if key.startswith(("model", "sampling")) else "default"
 
     def notes(self, config: dict[str, Any]) -> list[str]:
-        """What the user should be told before the run: choices that a recipe made about what is loaded."""
+        """What the user should be told before the run: what a recipe loads, and what they set to no effect."""
+        notes = []
         if self("model.path") == f"recipe {self.recipe}":
-            return [f"recipe {self.recipe} loads weights from {config['model']['path']}"]
-        return []
+            notes.append(f"recipe {self.recipe} loads weights from {config['model']['path']}")
+        sampling, setter = config["sampling"], self("sampling.negative_prompt")
+        if sampling["negative_prompt"] is not None and sampling["true_cfg_scale"] <= 1 and not setter.startswith("model"):
+            # no error: a sweep over the scale passes through 1
+            off = f"sampling.true_cfg_scale={sampling['true_cfg_scale']} turns guidance off"
+            notes.append(f"sampling.negative_prompt ({setter}) is not used: {off}")
+        return notes
 
     def _on_command_line(self, key: str) -> bool:
         keys = [override.lstrip("+").partition("=")[0] for override in self.overrides]

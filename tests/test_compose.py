@@ -53,3 +53,19 @@ def test_composing_twice_and_inside_each_other_is_fine():
 
 def test_numbers_need_not_be_floats():
     assert compose(["sampling.true_cfg_scale=2"])["sampling"]["true_cfg_scale"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "notes"),
+    [
+        (["sampling.true_cfg_scale=1"], []),  # the model's own negative prompt: nobody asked for it
+        (["sampling.negative_prompt=blurry"], []),
+        (
+            ["sampling.negative_prompt=blurry", "sampling.true_cfg_scale=1"],
+            ["sampling.negative_prompt (command line) is not used: sampling.true_cfg_scale=1.0 turns guidance off"],
+        ),
+    ],
+)
+def test_what_the_user_sets_to_no_effect_is_said(overrides, notes):
+    config, origin = compose_raw(literal(overrides))
+    assert origin.notes(config) == notes
