@@ -83,10 +83,10 @@ class Origin:
         notes = []
         if self("model.path") == f"recipe {self.recipe}":
             notes.append(f"recipe {self.recipe} loads weights from {config['model']['path']}")
-        sampling, setter = config["sampling"], self("sampling.negative_prompt")
-        if sampling["negative_prompt"] is not None and sampling["true_cfg_scale"] <= 1 and not setter.startswith("model"):
-            # no error: a sweep over the scale passes through 1
-            off = f"sampling.true_cfg_scale={sampling['true_cfg_scale']} turns guidance off"
+        setter, scale = self("sampling.negative_prompt"), config["sampling"]["true_cfg_scale"]
+        chosen = config["sampling"]["negative_prompt"] is not None and not setter.startswith("model")
+        if chosen and scale <= 1:  # no error: a sweep over the scale passes through 1
+            off = f"sampling.true_cfg_scale={scale} turns guidance off"
             notes.append(f"sampling.negative_prompt ({setter}) is not used: {off}")
         return notes
 
