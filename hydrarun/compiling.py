@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from hydrarun.transformer import Transformer
+
+Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
 class NoCompile:
@@ -22,7 +26,7 @@ class CompileBlocks:
 
     name = "blocks"
 
-    def __init__(self, mode: str = "default", dynamic: bool = False) -> None:
+    def __init__(self, mode: Mode = "default", dynamic: bool = False) -> None:
         self.mode = mode
         self.dynamic = dynamic
 
