@@ -27,19 +27,9 @@ def test_size(demo_folder):
 def test_diffusers_loads_it_and_draws_the_same(runner, demo_folder):
     pipeline = QwenImagePipeline.from_pretrained(demo_folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    sampling = runner.config["sampling"]
-    (ours,) = runner.generate(seed=7)
-    theirs = pipeline(
-        prompt=sampling["prompt"],
-        negative_prompt=sampling["negative_prompt"],
-        true_cfg_scale=sampling["true_cfg_scale"],
-        num_inference_steps=sampling["num_inference_steps"],
-        height=sampling["height"],
-        width=sampling["width"],
-        generator=torch.Generator().manual_seed(7),
-        output_type="np",
-    ).images[0]
-    assert np.abs(ours.pixels.astype(int) - (theirs * 255).round().astype(int)).max() <= 1
+    state = tiny.draw(runner, seed=7)
+    theirs = tiny.reference(pipeline, state, "np")
+    assert np.abs(state.images.astype(int) - (theirs * 255).round().astype(int)).max() <= 1
 
 
 def test_it_is_an_ordinary_checkpoint_of_the_family(runner, demo_folder):

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tiny
 import torch
-
-from hydrarun.request import make_state
-from hydrarun.timing import Timings
 
 LATENTS = 1e-4
 PIXELS = 1  # of 255
@@ -32,36 +30,15 @@ CASES = {
 }
 
 
-def draw(runner, **sampling):
-    fields = {**runner.config["sampling"], **sampling}
-    return runner.draw(make_state(fields), Timings(torch.device("cpu")))
-
-
-def reference(pipeline, state, output_type: str):
-    """diffusers' own loop on what our request came to."""
-    guided = {"negative_prompt": state.negative_prompts} if state.true_cfg_scale > 1 else {}
-    return pipeline(
-        prompt=state.prompts,
-        true_cfg_scale=state.true_cfg_scale,
-        height=state.height,
-        width=state.width,
-        num_inference_steps=state.num_inference_steps,
-        max_sequence_length=state.max_sequence_length,
-        generator=[torch.Generator().manual_seed(seed) for seed in state.seeds],
-        output_type=output_type,
-        **guided,
-    ).images
-
-
 def differences(pipeline, state) -> tuple[float, int]:
-    latents = (reference(pipeline, state, "latent") - state.latents).abs().max().item()
-    wanted = (reference(pipeline, state, "np") * 255).round().astype(np.int32)
+    latents = (tiny.reference(pipeline, state, "latent") - state.latents).abs().max().item()
+    wanted = (tiny.reference(pipeline, state, "np") * 255).round().astype(np.int32)
     return latents, int(np.abs(wanted - state.images.astype(np.int32)).max())
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_diffusers(tiny_pipeline, tiny_runner, case):
-    state = draw(tiny_runner, **CASES[case])
+    state = tiny.draw(tiny_runner, **CASES[case])
     latents, pixels = differences(tiny_pipeline, state)
     assert latents <= LATENTS
     assert pixels <= PIXELS
@@ -69,41 +46,40 @@ def test_equals_diffusers(tiny_pipeline, tiny_runner, case):
 
 def test_cases_can_fail(tiny_pipeline, tiny_runner):
     """Another seed, scale or prompt is far outside the bounds: the comparison sees what it should."""
-    state = draw(tiny_runner)
+    state = tiny.draw(tiny_runner)
     for change in ({"seed": 1}, {"true_cfg_scale": 3.0}, {"prompt": LONG}):
-        other = draw(tiny_runner, **change)
+        other = tiny.draw(tiny_runner, **change)
         assert (other.latents - state.latents).abs().max() > 100 * LATENTS, change
 
 
 def test_batch_equals_singles(tiny_runner):
     """Pictures drawn together are those drawn alone, whatever the other prompts' lengths."""
     prompts, seeds = [SHORT, LONG, "x"], [5, 6, 7]
-    batch = draw(tiny_runner, prompt=prompts, seed=seeds)
+    batch = tiny.draw(tiny_runner, prompt=prompts, seed=seeds)
     for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-        single = draw(tiny_runner, prompt=prompt, seed=seed)
+        single = tiny.draw(tiny_runner, prompt=prompt, seed=seed)
         assert (single.latents[0] - batch.latents[index]).abs().max() <= LATENTS
         assert np.abs(single.images[0].astype(int) - batch.images[index].astype(int)).max() <= PIXELS
 
 
 def test_several_images_of_several_prompts_equal_singles(tiny_runner):
     """diffusers repeats the padding masks in the wrong order here, so singles are the reference."""
-    batch = draw(tiny_runner, prompt=[SHORT, LONG], seed=20, num_images_per_prompt=2)
+    batch = tiny.draw(tiny_runner, prompt=[SHORT, LONG], seed=20, num_images_per_prompt=2)
     assert batch.seeds == [20, 21, 20, 21]
     for index in range(4):
-        single = draw(tiny_runner, prompt=batch.prompts[index], seed=batch.seeds[index])
+        single = tiny.draw(tiny_runner, prompt=batch.prompts[index], seed=batch.seeds[index])
         assert (single.latents[0] - batch.latents[index]).abs().max() <= LATENTS
 
 
 def test_half_precision_follows_the_reference(tiny_folder, tiny_runner):
     """bfloat16 keeps 8 bits: the same operations in the same precision stay close to diffusers' own bfloat16 run."""
-    import tiny
     from diffusers import QwenImagePipeline
 
     pipeline = QwenImagePipeline.from_pretrained(tiny_folder, torch_dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
-    state = draw(tiny.runner(tiny_folder, "dtype=bfloat16"), num_inference_steps=2)
-    exact = draw(tiny_runner, num_inference_steps=2)
-    theirs = reference(pipeline, state, "latent").float()
+    state = tiny.draw(tiny.runner(tiny_folder, "dtype=bfloat16"), num_inference_steps=2)
+    exact = tiny.draw(tiny_runner, num_inference_steps=2)
+    theirs = tiny.reference(pipeline, state, "latent").float()
     scale = exact.latents.abs().mean()
     assert (theirs - state.latents.float()).abs().mean() / scale < 0.03
     # and it is no further from the exact result than the reference is

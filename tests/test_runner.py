@@ -15,21 +15,13 @@ from hydrarun.errors import RunError, UsageError
 from hydrarun.runner import Runner
 
 
-def latents(runner, **sampling):
-    from hydrarun.request import make_state
-    from hydrarun.timing import Timings
-
-    fields = {**runner.config["sampling"], **sampling}
-    return runner.draw(make_state(fields), Timings(torch.device("cpu"))).latents
-
-
 def test_compiled_blocks_equal_plain_ones(tiny_folder, tiny_runner):
     """Rounding only; and the blocks really are compiled, in one graph."""
     from torch._dynamo.utils import counters
 
     counters.clear()
     compiled = tiny.runner(tiny_folder, "compile=blocks")
-    assert (latents(compiled) - latents(tiny_runner)).abs().max() < 1e-4
+    assert (tiny.draw(compiled).latents - tiny.draw(tiny_runner).latents).abs().max() < 1e-4
     assert counters["stats"]["unique_graphs"] >= 1
     assert not counters["graph_break"]
 
@@ -38,7 +30,7 @@ def test_flex_attention_equals_the_default(tiny_folder, tiny_runner):
     prompts = ["a", "a much longer prompt"]
     flex = tiny.runner(tiny_folder, "attention=flex")
     assert flex.facts()["attention"] == "flex"
-    assert (latents(flex, prompt=prompts) - latents(tiny_runner, prompt=prompts)).abs().max() < 1e-4
+    assert (tiny.draw(flex, prompt=prompts).latents - tiny.draw(tiny_runner, prompt=prompts).latents).abs().max() < 1e-4
 
 
 def test_vae_slicing_is_exact(tiny_folder, tiny_runner):
@@ -53,24 +45,15 @@ def test_vae_tiling_equals_diffusers_tiling(tiny_folder, tiny_pipeline):
     runner = tiny.runner(tiny_folder, "vae.tiling=true")
     vae = runner.built.parts.pipeline.vae
     vae.enable_tiling(32, 32, 24, 24)  # min height and width, stride of both: small enough for this picture
-    have = runner.generate(num_inference_steps=2)[0].pixels
-    plain = tiny.runner(tiny_folder).generate(num_inference_steps=2)[0].pixels
-    assert (have != plain).any()
+    state = tiny.draw(runner, num_inference_steps=2)
+    plain = tiny.draw(tiny.runner(tiny_folder), num_inference_steps=2)
+    assert (state.images != plain.images).any()
     tiny_pipeline.vae.enable_tiling(32, 32, 24, 24)
     try:
-        want = tiny_pipeline(
-            prompt="a cat",
-            negative_prompt=" ",
-            true_cfg_scale=4.0,
-            height=64,
-            width=64,
-            num_inference_steps=2,
-            generator=torch.Generator().manual_seed(0),
-            output_type="np",
-        ).images[0]
+        want = tiny.reference(tiny_pipeline, state, "np")
     finally:
         tiny_pipeline.vae.disable_tiling()
-    assert np.abs(have.astype(int) - (want * 255).round().astype(int)).max() <= 1
+    assert np.abs(state.images.astype(int) - (want * 255).round().astype(int)).max() <= 1
 
 
 def test_run_json_says_what_happened(tiny_folder, tmp_path):

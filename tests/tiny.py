@@ -139,3 +139,28 @@ def runner(folder: Path, *overrides: str):
     from hydrarun.runner import Runner
 
     return Runner(config(folder, *overrides))
+
+
+def draw(runner, **sampling):
+    """The finished state of a run with these fields of `sampling`."""
+    from hydrarun.request import make_state
+    from hydrarun.timing import Timings
+
+    fields = {**runner.config["sampling"], **sampling}
+    return runner.draw(make_state(fields), Timings(torch.device("cpu")))
+
+
+def reference(pipeline, state, output_type: str):
+    """diffusers' own loop on what our request came to."""
+    guided = {"negative_prompt": state.negative_prompts} if state.true_cfg_scale > 1 else {}
+    return pipeline(
+        prompt=state.prompts,
+        true_cfg_scale=state.true_cfg_scale,
+        height=state.height,
+        width=state.width,
+        num_inference_steps=state.num_inference_steps,
+        max_sequence_length=state.max_sequence_length,
+        generator=[torch.Generator().manual_seed(seed) for seed in state.seeds],
+        output_type=output_type,
+        **guided,
+    ).images

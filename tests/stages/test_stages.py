@@ -10,7 +10,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from hydrarun.errors import UsageError
 from hydrarun.request import make_state
 from hydrarun.stages.timesteps import shift
-from hydrarun.timing import Timings
 
 
 def test_shift_is_a_line_through_the_schedulers_two_points():
@@ -33,21 +32,10 @@ def test_another_scheduler_equals_diffusers_with_it(tiny_folder, tiny_pipeline):
     settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     written = ", ".join(f"{key}: {value}" for key, value in settings.items())
     runner = tiny.runner(tiny_folder, f"model.scheduler={{_target_: diffusers.UniPCMultistepScheduler, {written}}}")
-    state = make_state({**runner.config["sampling"], "num_inference_steps": 5})
-    runner.draw(state, Timings(torch.device("cpu")))
+    state = tiny.draw(runner, num_inference_steps=5)
     reference = QwenImagePipeline(**{**tiny_pipeline.components, "scheduler": UniPCMultistepScheduler(**settings)})
     reference.set_progress_bar_config(disable=True)
-    want = reference(
-        prompt=state.prompts,
-        negative_prompt=state.negative_prompts,
-        true_cfg_scale=4.0,
-        height=64,
-        width=64,
-        num_inference_steps=5,
-        generator=torch.Generator().manual_seed(0),
-        output_type="latent",
-    ).images
-    assert (want - state.latents).abs().max() <= 1e-4
+    assert (tiny.reference(reference, state, "latent") - state.latents).abs().max() <= 1e-4
 
 
 def test_noise_belongs_to_the_seed_not_to_the_batch(tiny_runner):
