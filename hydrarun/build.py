@@ -9,13 +9,13 @@ import torch
 
 from hydrarun.components import load_pipeline
 from hydrarun.errors import UsageError
+from hydrarun.fit import check_fit
 from hydrarun.layers.attention import AttentionBackend
 from hydrarun.memory.hub import Source, resolve
 from hydrarun.memory.loading import load_transformer
 from hydrarun.memory.safetensors_files import check_folder
 from hydrarun.pipeline import Parts, Stage, check_chain
 from hydrarun.progress import Progress
-from hydrarun.sizes import check_sampling
 from hydrarun.targets import instantiate, load_class
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,7 +45,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     pipeline_class = load_class(model["pipeline"], "model.pipeline")
     check_chain(stages)
     source = resolve(model)
-    check_sampling(config["sampling"], source.folder)
+    check_fit(config["sampling"], source.folder)
     check_folder(source.folder)
 
     with progress.phase("loading weights"):

@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from hydrarun import recipes, resources, schema, targets
 from hydrarun.errors import UsageError
 from hydrarun.explain import explained
+from hydrarun.fit import check_fit
 from hydrarun.memory.hub import local_folder
-from hydrarun.sizes import check_sampling
 from hydrarun.text import literal
 from hydrarun.validate import check_values
 
@@ -52,7 +52,7 @@ def check(config: dict[str, Any], origin: Origin) -> dict[str, Any]:
     check_values(config, origin)
     folder = local_folder(config["model"]["path"])
     if folder is not None:  # a hub checkpoint is asked when it is here
-        check_sampling(config["sampling"], folder)
+        check_fit(config["sampling"], folder)
     return config
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from hydrarun.fit import PATCH
 from hydrarun.pipeline import Parts, Stage
-from hydrarun.sizes import PATCH
 from hydrarun.state import State
 from hydrarun.timing import Timings
 

@@ -1,10 +1,9 @@
-"""Does the loaded checkpoint take this request?"""
+"""Does the loaded checkpoint take this request? A loaded model is asked again and again, with other settings."""
 
 from __future__ import annotations
 
-from hydrarun.errors import UsageError
+from hydrarun.fit import check_guidance_scale, check_size
 from hydrarun.pipeline import Parts, Stage
-from hydrarun.sizes import check_size
 from hydrarun.state import State
 from hydrarun.timing import Timings
 
@@ -17,8 +16,4 @@ class ValidateInput(Stage):
 
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
         check_size(state.height, state.width, parts.pipeline.image_processor.config.vae_scale_factor)
-        if state.guidance_scale is not None:
-            raise UsageError(
-                f"sampling.guidance_scale={state.guidance_scale}: this checkpoint is not guidance-distilled and would"
-                " ignore it; use sampling.true_cfg_scale"
-            )
+        check_guidance_scale(state.guidance_scale, parts.transformer.config.get("guidance_embeds", False))

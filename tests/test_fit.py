@@ -1,4 +1,4 @@
-"""Sizes are refused from JSON alone, with the sizes that would do."""
+"""What a checkpoint cannot make is refused from its JSON alone, with what would do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from hydrarun.errors import UsageError
-from hydrarun.sizes import check_size, size_multiple
+from hydrarun.fit import check_guidance_scale, check_size, size_multiple
 
 
 def test_the_multiple_is_the_pipelines_own(tiny_pipeline, tiny_folder, demo_folder):
@@ -46,3 +46,13 @@ def test_the_command_refuses_it_without_importing_torch():
     assert "sampling.height=100: this checkpoint needs a multiple of 16" in finished.stderr
     assert "Traceback" not in finished.stderr
     assert " torch\n" not in finished.stderr
+
+
+def test_a_guidance_scale_that_would_be_ignored_is_refused_while_composing(tiny_folder):
+    with pytest.raises(UsageError, match=r"sampling.guidance_scale=3.5: .*use sampling.true_cfg_scale"):
+        tiny.config(tiny_folder, "sampling.guidance_scale=3.5")
+
+
+@pytest.mark.parametrize(("scale", "distilled"), [(None, False), (None, True), (3.5, True)])
+def test_guidance_scales_that_are_used(scale, distilled):
+    check_guidance_scale(scale, distilled)
