@@ -72,8 +72,8 @@ def load_component(folder: Path, name: str, entry: tuple[str, str], *, device: t
     if library not in LIBRARIES:
         raise RunError(f"{folder / 'model_index.json'}: {name} comes from {library!r}; only {LIBRARIES} are loaded")
     cls = getattr(importlib.import_module(library), class_name, None)
-    if not isinstance(cls, type) or not hasattr(cls, "from_pretrained"):
-        raise RunError(f"{folder / 'model_index.json'}: {name}: the installed {library} has no {class_name}")
+    if not isinstance(cls, type) or not issubclass(cls, kinds()):
+        raise RunError(f"{folder / 'model_index.json'}: {name}: the installed {library} has no component {class_name}")
     if not issubclass(cls, torch.nn.Module):
         with readable(folder / name):
             return cls.from_pretrained(folder / name)
@@ -90,6 +90,22 @@ def load_component(folder: Path, name: str, entry: tuple[str, str], *, device: t
         )
     refuse_incomplete(folder / name, info)
     return module.eval().requires_grad_(False).to(device)
+
+
+def kinds() -> tuple[type, ...]:
+    """What a component may be. Other classes of the libraries have a `from_pretrained` too, and some read pickles."""
+    import diffusers
+    import transformers
+
+    return (
+        diffusers.ModelMixin,
+        diffusers.SchedulerMixin,
+        transformers.PreTrainedModel,
+        transformers.PreTrainedTokenizerBase,
+        transformers.ProcessorMixin,
+        transformers.ImageProcessingMixin,
+        transformers.FeatureExtractionMixin,
+    )
 
 
 def refuse_incomplete(folder: Path, info: dict[str, Any]) -> None:

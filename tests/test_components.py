@@ -66,7 +66,9 @@ def test_a_checkpoint_of_another_pipeline(folder):
         tiny.runner(folder)
 
 
-@pytest.mark.parametrize("entry", [["os", "system"], ["my_code", "Vae"], ["diffusers", "__version__"]])
+@pytest.mark.parametrize(
+    "entry", [["os", "system"], ["my_code", "Vae"], ["diffusers", "__version__"], ["transformers", "RagRetriever"]]
+)
 def test_a_component_of_foreign_code_is_refused(folder, entry):
     path = folder / "model_index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "vae": entry}))

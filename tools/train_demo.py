@@ -39,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts to judge by")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0], help="true_cfg_scale values to judge")
+    parser.add_argument("--side", type=int, default=128, help="pixels a side of the judged pictures")
     parser.add_argument("--dtype", default="float32", help="in which the judged pictures are computed")
     return parser.parse_args()
 
@@ -82,8 +83,10 @@ def _judge(options: argparse.Namespace) -> None:
     prompts = held_out_prompts(options.prompts)
     print("guidance | steps | right | with size | background | clean | position | colour | shape | size | s/picture")
     for guidance in options.guidance:
-        sheet = options.work / f"sheet_{guidance:g}.png"
-        accuracy, seconds, verdicts = release.judge_prompts(pipeline, prompts, options.steps, guidance, sheet)
+        sheet = options.work / f"sheet_{options.side}_steps{options.steps}_guidance{guidance:g}_{options.dtype}.png"
+        accuracy, seconds, verdicts = release.judge_prompts(
+            pipeline, prompts, options.steps, guidance, sheet, side=options.side
+        )
         print(f"{guidance:g} | {options.steps} | {release.describe(accuracy)} | {seconds:.3f}", flush=True)
         wrong = [prompt for prompt, verdict in zip(prompts, verdicts, strict=True) if not verdict.right]
         print(f"  wrong, first 8: {wrong[:8]}", flush=True)
