@@ -71,7 +71,7 @@ def load_component(folder: Path, name: str, entry: tuple[str, str], *, device: t
     library, class_name = entry
     if library not in LIBRARIES:
         raise RunError(f"{folder / 'model_index.json'}: {name} comes from {library!r}; only {LIBRARIES} are loaded")
-    cls = getattr(importlib.import_module(library), class_name, None)
+    cls: Any = getattr(importlib.import_module(library), class_name, None)
     if not isinstance(cls, type) or not issubclass(cls, kinds()):
         raise RunError(f"{folder / 'model_index.json'}: {name}: the installed {library} has no component {class_name}")
     if not issubclass(cls, torch.nn.Module):
