@@ -71,8 +71,8 @@ def load_component(folder: Path, name: str, entry: tuple[str, str], *, device: t
     library, class_name = entry
     if library not in LIBRARIES:
         raise RunError(f"{folder / 'model_index.json'}: {name} comes from {library!r}; only {LIBRARIES} are loaded")
-    cls: Any = getattr(importlib.import_module(library), class_name, None)
-    if not isinstance(cls, type) or not issubclass(cls, kinds()):
+    cls = component_class(library, class_name)
+    if cls is None:
         raise RunError(f"{folder / 'model_index.json'}: {name}: the installed {library} has no component {class_name}")
     if not issubclass(cls, torch.nn.Module):
         with readable(folder / name):
@@ -92,12 +92,13 @@ def load_component(folder: Path, name: str, entry: tuple[str, str], *, device: t
     return module.eval().requires_grad_(False).to(device)
 
 
-def kinds() -> tuple[type, ...]:
-    """What a component may be. Other classes of the libraries have a `from_pretrained` too, and some read pickles."""
+def component_class(library: str, name: str) -> Any:
+    """The class, or None. Other classes of the libraries have a `from_pretrained` too, and some read pickles."""
     import diffusers
     import transformers
 
-    return (
+    found = getattr(importlib.import_module(library), name, None)
+    kinds = (
         diffusers.ModelMixin,
         diffusers.SchedulerMixin,
         transformers.PreTrainedModel,
@@ -106,6 +107,7 @@ def kinds() -> tuple[type, ...]:
         transformers.ImageProcessingMixin,
         transformers.FeatureExtractionMixin,
     )
+    return found if isinstance(found, type) and issubclass(found, kinds) else None
 
 
 def refuse_incomplete(folder: Path, info: dict[str, Any]) -> None:
