@@ -27,8 +27,8 @@ class Tokens:
     hidden_states: Tensor = token_field(1, "hidden_states")  # [B, S, D]
     encoder_hidden_states: Tensor | None = token_field(1, "encoder_hidden_states")  # [B, T, D]
     encoder_mask: Tensor | None = token_field(1, "encoder_hidden_states")  # [B, T] bool, True: a real token
-    rope: Tensor | None = token_field(0, "hidden_states")  # [S, 2, d/2] cosines and sines
-    encoder_rope: Tensor | None = token_field(0, "encoder_hidden_states")  # [T, 2, d/2]
+    rope: Tensor | None = token_field(0, "hidden_states")  # [S, d/2, 2] cosines and sines
+    encoder_rope: Tensor | None = token_field(0, "encoder_hidden_states")  # [T, d/2, 2]
     temb: Tensor | None = None  # [B, D] timestep and other global conditioning
 
     @classmethod

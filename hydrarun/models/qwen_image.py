@@ -189,7 +189,7 @@ def refuse(**switches: bool) -> None:
 def rope_tables(
     grid: tuple[int, int, int], text_length: int, axes_dims: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Rotations of the latent tokens `[F * H * W, 2, d / 2]` and of the text tokens `[T, 2, d / 2]`.
+    """Rotations of the latent tokens `[F * H * W, d / 2, 2]` and of the text tokens `[T, d / 2, 2]`.
 
     Rows and columns are counted from the picture's centre, so that sizes share positions; text follows on the
     diagonal after the larger half (the paper's MSRoPE).
@@ -206,7 +206,7 @@ def rope_tables(
         axes[1][None, :, None].expand(frames, height, width, -1, -1),
         axes[2][None, None, :].expand(frames, height, width, -1, -1),
     ]
-    image = torch.cat(spread, dim=-1).flatten(0, 2)
+    image = torch.cat(spread, dim=-2).flatten(0, 2)
     start = max(height // 2, width // 2)
-    text = torch.cat([frequencies(torch.arange(start, start + text_length), dim) for dim in axes_dims], dim=-1)
+    text = torch.cat([frequencies(torch.arange(start, start + text_length), dim) for dim in axes_dims], dim=-2)
     return image.to(device), text.to(device)

@@ -21,6 +21,12 @@ def test_rotation_is_complex_multiplication():
     assert (rotate(x, rope) - want).abs().max() < 1e-6
 
 
+def test_compiled_rotation_is_the_same_rotation():
+    x, rope = torch.randn(2, 7, 3, 8), frequencies(torch.arange(-3, 4), 8)
+    compiled = torch.compile(rotate, fullgraph=True, backend="aot_eager")
+    assert (compiled(x, rope) - rotate(x, rope)).abs().max() < 1e-6
+
+
 def test_rotation_keeps_norms_and_dtype():
     x = torch.randn(1, 5, 2, 8, dtype=torch.bfloat16)
     turned = rotate(x, frequencies(torch.arange(5), 8))
