@@ -113,6 +113,9 @@ def test_an_object_too_many_and_one_too_few_are_noticed():
     verdict = judge(render(extra), text)
     assert not verdict.clean
     assert not verdict.right
+    scrap = render(scene).copy()
+    scrap[90:98, 90:98] = COLORS["red"]
+    assert not judge(scrap, text).clean
     empty = judge(render(replace(scene, objects=())), text)
     assert not empty.objects[0].present
     assert not empty.right
