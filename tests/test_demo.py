@@ -42,7 +42,7 @@ def test_it_is_an_ordinary_checkpoint_of_the_family(runner, demo_folder):
     assert (by_path.pixels == by_name.pixels).all()
 
 
-@pytest.mark.parametrize(("guidance", "least"), [(None, 0.8), (1.0, 0.7)])
+@pytest.mark.parametrize(("guidance", "least"), [(None, 0.9), (1.0, 0.9)])
 def test_it_draws_what_it_is_told(runner, guidance, least):
     """40 of the 200 held-out prompts (docs/demo-model.md has the figures on all): a floor below them."""
     prompts = held_out_prompts()[:40]
