@@ -32,7 +32,12 @@ SPECIAL_TOKENS = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
-_MORE_WORDS = ["tiny", "big", "next", "to", "with", "between", "picture", "image", "drawing", "shapes", "two", "three"]
+# fmt: off
+_MORE_WORDS = [  # what people try besides; one token each is kinder than letters
+    "ring", "cross", "striped", "tiny", "big", "huge", "next", "to", "with", "between", "behind", "picture", "image",
+    "drawing", "shapes", "three", "two",
+]
+# fmt: on
 
 
 def train_tokenizer(folder: Path) -> Qwen2Tokenizer:
