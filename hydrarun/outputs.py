@@ -42,6 +42,7 @@ class OutputWriter:
         self.config_hash = config_hash(self.config)
         self.created = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.outputs: list[dict[str, Any]] = []
+        self.drawn = 0
         self.save_s = 0.0
         run_dir.mkdir(parents=True, exist_ok=True)
 
@@ -53,9 +54,11 @@ class OutputWriter:
         Raises RunError for a picture that cannot be one: black, or a single colour.
         """
         start = time.perf_counter()
+        index = self.drawn
+        self.drawn += 1  # a refused picture keeps its place: replay finds the others by theirs
         _refuse_constant(pixels, prompt, seed)
-        index = len(self.outputs)
         record = {
+            "index": index,
             "path": f"{index:04d}-{slug(prompt)}-{seed}-{self.config_hash}.png",
             "prompt": prompt,
             "negative_prompt": negative_prompt,

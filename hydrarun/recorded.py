@@ -80,8 +80,8 @@ def _from_run(path: Path) -> Recorded:
         raise UsageError(f"{path}: not the run.json of a run")
     _check_format(path, record)
     pictures = [
-        _picture(path, index, output, _pixels_beside(path, output))
-        for index, output in enumerate(_get(path, record, "outputs", list))
+        _picture(path, _get(path, output, "index", int), output, _pixels_beside(path, output))
+        for output in _get(path, record, "outputs", list)
     ]
     if not pictures:
         raise UsageError(f"{path}: lists no pictures to compare with")

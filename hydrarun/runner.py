@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hydrarun.build import build
-from hydrarun.errors import UsageError, nearest
+from hydrarun.errors import RunError, UsageError, nearest
 from hydrarun.memory.safetensors_files import fingerprint
 from hydrarun.outputs import OutputWriter
 from hydrarun.pipeline import run_stages
@@ -68,16 +68,26 @@ class Runner:
         try:
             state = self.draw(make_state(self.config["sampling"]), timings)
             measured = self.measured(timings, start)
-            with self.progress.phase("saving", total=len(state.seeds)) as advance:
-                for picture in pictures(state):
-                    writer.save(picture.pixels, picture.prompt, picture.negative_prompt, picture.seed, measured)
-                    advance()
+            self.save(pictures(state), writer, measured)
         except BaseException as error:  # Ctrl-C and a full disk too: what was made stays, and run.json says so
             writer.fail(error, self.measured(timings, start), self.memory())
             raise
         record = writer.finish(self.measured(timings, start), self.memory())
         self.progress.table(record, output_dir)
         return record
+
+    def save(self, drawn: list[Picture], writer: OutputWriter, timings: dict[str, Any]) -> None:
+        """Write every picture that can be; then raise for the first that could not."""
+        refused: list[RunError] = []
+        with self.progress.phase("saving", total=len(drawn)) as advance:
+            for picture in drawn:
+                try:
+                    writer.save(picture.pixels, picture.prompt, picture.negative_prompt, picture.seed, timings)
+                except RunError as error:
+                    refused.append(error)
+                advance()
+        if refused:
+            raise refused[0]
 
     def measured(self, timings: Timings, start: float) -> dict[str, Any]:
         """Seconds so far; `total_s` is loading and everything since `start`."""

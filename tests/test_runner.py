@@ -11,6 +11,7 @@ import tiny
 import torch
 
 import hydrarun
+from hydrarun import replay
 from hydrarun.errors import RunError, UsageError
 from hydrarun.runner import Runner
 
@@ -121,6 +122,25 @@ def test_a_wrong_size_is_refused_before_weights_are_read(tiny_folder, tmp_path):
 def test_a_device_that_is_not_there(tiny_folder):
     with pytest.raises(UsageError, match="device=cuda: torch sees 0 CUDA devices here; use device=cpu"):
         Runner(tiny.config(tiny_folder, "device=cuda"))
+
+
+def test_a_refused_picture_loses_none_of_the_others(tiny_folder, tmp_path, monkeypatch, capsys):
+    """The second of three is black: the others are written, keep their places, and replay."""
+    runner = tiny.runner(tiny_folder, "sampling.num_images_per_prompt=3")
+    original = runner.draw
+
+    def draw(state, timings):
+        original(state, timings).images[1] = 0
+        return state
+
+    monkeypatch.setattr(runner, "draw", draw)
+    with pytest.raises(RunError, match="all black"):
+        runner.run(tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert [(output["index"], output["seed"]) for output in record["outputs"]] == [(0, 0), (2, 2)]
+    assert replay.main([str(tmp_path / "run" / "run.json"), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
+    assert capsys.readouterr().out.count("identical pixels") == 2
 
 
 @pytest.mark.parametrize(("component", "message"), [("transformer", "latents are NaN"), ("vae", "VAE decoded NaN")])
