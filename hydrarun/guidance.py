@@ -14,7 +14,7 @@ class ClassifierFreeGuidance:
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598) by a second, negative prompt.
 
     `rescale_norm` scales each token of the guided prediction to the norm of the positive one, which keeps high scales
-    from burning out (Qwen-Image does it; reference: diffusers' `QwenImagePipeline`).
+    from burning out; a model's YAML says whether its reference does it.
     """
 
     def __init__(self, rescale_norm: bool = False) -> None:
