@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,11 @@ def load_pipeline(
     device: torch.device,
     dtype: torch.dtype,
     scheduler: Any | None,
-    loaded: Callable[[], None] = lambda: None,
 ) -> Any:
     """An instance of the diffusers pipeline `cls` from `folder`, without its transformer.
 
-    `scheduler` replaces the checkpoint's own; `loaded` is called after each component. Raises `RunError` naming
-    folder and component for whatever cannot be used.
+    `scheduler` replaces the checkpoint's own. Raises `RunError` naming folder and component for whatever cannot be
+    used.
     """
     index = read_index(folder, cls)
     components: dict[str, Any] = dict.fromkeys(OURS)
@@ -46,7 +45,6 @@ def load_pipeline(
             components[name] = scheduler
         elif name not in OURS:
             components[name] = load_component(folder, name, entry, device=device, dtype=dtype)
-            loaded()
     pipeline = cls(**components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

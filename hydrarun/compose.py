@@ -50,7 +50,7 @@ def check(config: dict[str, Any], origin: Origin) -> dict[str, Any]:
     """The same configuration, if it can be run. Raises UsageError that lists every violation."""
     targets.check(config, origin)
     check_values(config, origin)
-    folder = local_folder(config["model"]["path"])
+    folder = local_folder(config["model"]["path"], config["model"]["revision"])
     if folder is not None:  # a hub checkpoint is asked when it is here
         check_fit(config["sampling"], folder)
     return config

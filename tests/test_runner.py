@@ -76,16 +76,7 @@ def test_run_json_says_what_happened(tiny_folder, tmp_path):
 
 
 def test_the_python_api_draws_what_the_command_draws(tiny_folder, tiny_runner):
-    runner = hydrarun.load(
-        "model=qwen_image",
-        f"model.path={tiny_folder}",
-        "device=cpu",
-        "dtype=float32",
-        "sampling.prompt=a cat",
-        "sampling.num_inference_steps=4",
-        "sampling.height=64",
-        "sampling.width=64",
-    )
+    runner = hydrarun.load(*tiny.overrides(tiny_folder))
     (picture,) = runner.generate(prompt="a dog", seed=3)
     (want,) = tiny_runner.generate(prompt="a dog", seed=3)
     assert (picture.prompt, picture.seed, picture.negative_prompt) == ("a dog", 3, " ")

@@ -118,11 +118,9 @@ def qwen_image() -> QwenImagePipeline:
     return pipeline
 
 
-def config(folder: Path, *overrides: str) -> dict:
-    """The configuration of a run on the checkpoint in `folder`, composed as the command does."""
-    from hydrarun.compose import compose
-
-    defaults = (
+def overrides(folder: Path) -> list[str]:
+    """What a run on the checkpoint in `folder` is told."""
+    return [
         "model=qwen_image",
         f"model.path={folder}",
         "device=cpu",
@@ -131,14 +129,20 @@ def config(folder: Path, *overrides: str) -> dict:
         "sampling.num_inference_steps=4",
         "sampling.height=64",
         "sampling.width=64",
-    )
-    return compose([*defaults, *overrides])
+    ]
 
 
-def runner(folder: Path, *overrides: str):
+def config(folder: Path, *more: str) -> dict:
+    """The configuration of that run, composed as the command does."""
+    from hydrarun.compose import compose
+
+    return compose([*overrides(folder), *more])
+
+
+def runner(folder: Path, *more: str):
     from hydrarun.runner import Runner
 
-    return Runner(config(folder, *overrides))
+    return Runner(config(folder, *more))
 
 
 def draw(runner, **sampling):

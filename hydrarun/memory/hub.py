@@ -23,11 +23,19 @@ class Source:
     revision: str | None
 
 
-def local_folder(path: str) -> Path | None:
+def local_folder(path: str, revision: str | None) -> Path | None:
     """The folder that `path` names on this machine, or None when it is a hub id.
 
-    Raises `UsageError` when it is neither.
+    Raises `UsageError` when it is neither, or a folder with a revision, which only the hub has.
     """
+    found = named_folder(path)
+    if found is not None and revision is not None:
+        raise UsageError(f"model.revision={revision} has no effect on a local folder ({path}); drop it")
+    return found
+
+
+def named_folder(path: str) -> Path | None:
+    """The same, whatever the revision."""
     if path.startswith(PACKAGE):
         name = path.removeprefix(PACKAGE)
         shipped = folder("weights")
@@ -62,12 +70,8 @@ def resolve(model: dict[str, Any]) -> Source:
     Raises `UsageError` for a path that cannot be, `RunError` when the hub cannot give it.
     """
     path, revision = model["path"], model["revision"]
-    found = local_folder(path)
-    if found is None:
-        return download(path, revision)
-    if revision is not None:
-        raise UsageError(f"model.revision={revision} has no effect on a local folder ({path}); drop it")
-    return Source(found, None)
+    found = local_folder(path, revision)
+    return download(path, revision) if found is None else Source(found, None)
 
 
 def download(repository: str, revision: str | None) -> Source:

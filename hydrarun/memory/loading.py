@@ -37,12 +37,10 @@ def load_transformer(
     device: torch.device,
     dtype: torch.dtype,
     note: Callable[[str], None],
-    loaded: Callable[[], None] = lambda: None,
 ) -> Transformer:
     """Build `cls` from `folder`'s config.json and fill it from its safetensors files.
 
-    `loaded` is called after each tensor. Raises `RunError` naming file and tensor for whatever is missing, not used,
-    wrongly shaped or unreadable.
+    Raises `RunError` naming file and tensor for whatever is missing, not used, wrongly shaped or unreadable.
     """
     arguments = read_config(cls, folder / "config.json", note)
     with torch.device("meta"):
@@ -58,7 +56,6 @@ def load_transformer(
             for part, source in zip(parts, placement.sources, strict=True):
                 part.copy_(read(source))
             put(transformer, placement.name, tensor)
-            loaded()
     return transformer
 
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 
 from hydrarun.errors import RunError, UsageError
 from hydrarun.memory.hub import resolve
@@ -67,6 +68,11 @@ def test_a_revision_of_a_folder_is_refused(tiny_folder):
         source(tiny_folder, "main")
 
 
+def test_it_is_refused_while_composing(tiny_folder):
+    with pytest.raises(UsageError, match="model.revision=main has no effect on a local folder"):
+        tiny.config(tiny_folder, "model.revision=main")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -85,8 +91,6 @@ def test_what_is_no_checkpoint_is_refused(tiny_folder, tmp_path, name, message):
 
 def test_a_run_from_the_hub_cache_equals_the_folder(cached, tiny_folder):
     """The same loading code, end to end."""
-    import tiny
-
     from hydrarun.runner import Runner
 
     by_id = Runner(tiny.config(tiny_folder, "model.path=owner/tiny")).generate(num_inference_steps=2)
