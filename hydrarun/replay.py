@@ -126,6 +126,8 @@ def _apply(config: dict[str, Any], text: str) -> None:
     if isinstance(section[name], (dict, list)):
         raise UsageError(f"{key}: a replay changes single values, not whole sections")
     section[name] = override.value()
+    if key == "model.path":
+        section["revision"] = None  # the recorded one belongs to the recorded checkpoint
 
 
 def _parse(text: str) -> Override:

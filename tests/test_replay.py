@@ -232,6 +232,14 @@ def test_what_was_left_open_is_pinned_to_what_was_used(config):
     assert replay.configure(found, ["device=cpu"])["device"] == "cpu"
 
 
+def test_another_checkpoint_does_not_inherit_the_recorded_revision(config):
+    facts = {**dict.fromkeys(recorded.FACTS), "weights": {"revision": "abc123"}}
+    found = recorded.Recorded(config, facts, [])
+    assert replay.configure(found, ["model.path=/elsewhere"])["model"]["revision"] is None
+    chosen = replay.configure(found, ["model.path=owner/other", "model.revision=v2"])
+    assert chosen["model"]["revision"] == "v2"
+
+
 # --- the comparison --------------------------------------------------------------------------------------------------
 
 
