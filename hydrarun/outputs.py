@@ -1,10 +1,9 @@
-"""Writes what a run made: one PNG per picture with its recipe inside, and run.json. docs/outputs.md has every key."""
+"""Writes pictures and videos, each with its recipe inside, and run.json. docs/outputs.md has every key."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
 import unicodedata
@@ -15,29 +14,35 @@ from typing import Any
 import numpy as np
 
 from hydrarun.errors import RunError
-from hydrarun.media import png
+from hydrarun.media import frames, mp4, png
+from hydrarun.media.files import write_atomically
 from hydrarun.provenance import config_hash, redact, redact_text
+from hydrarun.validate import image_paths
 
 FORMAT = 1  # of run.json and of the metadata; grows when a key changes its meaning
 
 SLUG_LENGTH = 40
 
-# the part of `sampling` that says which pictures a run draws, beside how
+SUFFIXES = {"png": ".png", "mp4": ".mp4", "frames": ""}
+
+# the part of `sampling` that says which pictures or videos a run draws, beside how
 WHICH = ("prompt", "negative_prompt", "seed", "num_images_per_prompt")
 
 
 class OutputWriter:
-    """Writes the pictures of one run into its directory, in the order of `save` calls, and closes with run.json."""
+    """Writes the pictures or videos of one run into its directory, in the order of `save` calls, then run.json."""
 
     def __init__(self, run_dir: Path, config: dict[str, Any], facts: dict[str, Any], metadata: bool):
         """`config`: the resolved configuration; `metadata`: whether each file carries its recipe.
 
-        `facts`: what the run really used: weights {path, revision, fingerprint}, device, dtype, attention, compile,
-        versions, hardware.
+        `facts`: what the run really used: weights {path, revision, fingerprint}, inputs [{path, sha256, width,
+        height}], device, dtype, attention, compile, versions, hardware.
         """
         self.run_dir = run_dir
-        self.config = redact(_with_absolute_model_path(config))
-        self.facts = redact(facts)
+        self.config = redact(_with_absolute_paths(config))
+        self.facts = redact(
+            {**facts, "inputs": [{**image, "path": _absolute(image["path"])} for image in facts["inputs"]]}
+        )
         self.metadata = metadata
         self.config_hash = config_hash(self.config)
         self.created = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -49,28 +54,30 @@ class OutputWriter:
     def save(
         self, pixels: np.ndarray, prompt: str, negative_prompt: str | None, seed: int, timings: dict[str, Any]
     ) -> dict[str, Any]:
-        """Write the next picture (uint8 [H, W, 3]) and return its record; `timings`: those known by now, in seconds.
+        """Write the next picture (uint8 [H, W, 3]) or video (uint8 [F, H, W, 3]) and return its record.
 
-        Raises RunError for a picture that cannot be one: black, or a single colour.
+        `timings`: those known by now, in seconds. Raises RunError for pixels that cannot be a picture or video: all
+        black, or all of one colour; and for a video of a size that its format cannot hold.
         """
         start = time.perf_counter()
         index = self.drawn
         self.drawn += 1  # a refused picture keeps its place: replay finds the others by theirs
         _refuse_constant(pixels, prompt, seed)
+        output, is_video = self.config["output"], pixels.ndim == 4
+        name = f"{index:04d}-{slug(prompt, 'video' if is_video else 'picture')}-{seed}-{self.config_hash}"
         record = {
             "index": index,
-            "path": f"{index:04d}-{slug(prompt)}-{seed}-{self.config_hash}.png",
+            "path": name + SUFFIXES[output["format"]],
             "prompt": prompt,
             "negative_prompt": negative_prompt,
             "seed": seed,
             "pixels_sha256": pixels_sha256(pixels),
-            "width": pixels.shape[1],
-            "height": pixels.shape[0],
+            "width": pixels.shape[-2],
+            "height": pixels.shape[-3],
         }
-        text = self._chunks(index, record, timings) if self.metadata else {}
-        data = png.encode(pixels, text)
-        write_atomically(self.run_dir / record["path"], data)
-        record["sha256"] = hashlib.sha256(data).hexdigest()
+        if is_video:
+            record |= {"frames": len(pixels), "fps": output["fps"]}
+        record |= self._write(pixels, record, timings)
         self.outputs.append(record)
         self.save_s += time.perf_counter() - start
         return record
@@ -101,98 +108,108 @@ class OutputWriter:
         write_atomically(self.run_dir / "run.json", json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n")
         return record
 
-    def _chunks(self, index: int, record: dict[str, Any], timings: dict[str, Any]) -> dict[str, str]:
-        sampling = self.config["sampling"]
-        alone = {
-            "prompt": record["prompt"],
-            "negative_prompt": record["negative_prompt"],
-            "seed": record["seed"],
-            "num_images_per_prompt": 1,
+    def _write(self, pixels: np.ndarray, record: dict[str, Any], timings: dict[str, Any]) -> dict[str, str]:
+        """Write one picture or video; what its record says of the file: `sha256`, or nothing of a folder."""
+        path, output = self.run_dir / record["path"], self.config["output"]
+        if output["format"] == "frames":
+            own = ({"frame": number, "frame_sha256": pixels_sha256(frame)} for number, frame in enumerate(pixels))
+            frames.write(path, pixels, [self._text(record, timings, extra) for extra in own])
+            return {}
+        text = self._text(record, timings, {})
+        data = png.encode(pixels, text) if output["format"] == "png" else mp4.encode(pixels, output["fps"], text)
+        write_atomically(path, data)
+        return {"sha256": hashlib.sha256(data).hexdigest()}
+
+    def _text(self, record: dict[str, Any], timings: dict[str, Any], extra: dict[str, Any]) -> dict[str, str]:
+        """The two texts inside a file, by keyword; `extra` is what the recipe says of one frame alone."""
+        if not self.metadata:
+            return {}
+        recipe = {**self._recipe(record, timings), **extra}
+        return {
+            "parameters": parameters(self.config, self.facts, record),
+            png.CHUNK: json.dumps(recipe, ensure_ascii=False),
         }
-        recipe = {
+
+    def _recipe(self, record: dict[str, Any], timings: dict[str, Any]) -> dict[str, Any]:
+        sampling = self.config["sampling"]
+        alone = {key: record[key] for key in ("prompt", "negative_prompt", "seed")} | {"num_images_per_prompt": 1}
+        return {
             "format": FORMAT,
             "config": {**self.config, "sampling": {**sampling, **alone}},
             # A picture drawn alone equals the one drawn in its batch only to rounding (other matrix shapes), so
             # replay redraws the batch.
-            "batch": {"index": index, "sampling": {key: sampling.get(key) for key in WHICH}},
+            "batch": {"index": record["index"], "sampling": {key: sampling.get(key) for key in WHICH}},
             "config_hash": self.config_hash,
             "pixels_sha256": record["pixels_sha256"],
             "created": self.created,
             "timings": timings,
             **self.facts,
         }
-        return {
-            "parameters": parameters(self.config, self.facts, record),
-            png.CHUNK: json.dumps(recipe, ensure_ascii=False),
-        }
 
 
 def parameters(config: dict[str, Any], facts: dict[str, Any], record: dict[str, Any]) -> str:
     """The AUTOMATIC1111 text: the prompt, the negative prompt, then one line of `Key: value` pairs."""
     sampling, model = config["sampling"], config["model"]
+    guidance = sampling["guidance_scale"] if sampling["true_cfg_scale"] is None else sampling["true_cfg_scale"]
     lines = [record["prompt"]]
     if (record["negative_prompt"] or "").strip():
         lines.append(f"Negative prompt: {record['negative_prompt']}")
     settings = {
         "Steps": sampling["num_inference_steps"],
         "Sampler": facts["scheduler"],
-        "CFG scale": sampling["true_cfg_scale"],
+        "CFG scale": guidance,
         "Seed": record["seed"],
         "Size": f"{record['width']}x{record['height']}",
+        "Frames": record.get("frames"),
+        "FPS": record.get("fps"),
         "Model": model["name"],
         "Version": f"hydrarun {facts['versions']['hydrarun']}",
     }
-    lines.append(", ".join(f"{key}: {value}" for key, value in settings.items()))
+    lines.append(", ".join(f"{key}: {value}" for key, value in settings.items() if value is not None))
     return "\n".join(lines)
 
 
-def slug(prompt: str) -> str:
+def slug(prompt: str, nameless: str) -> str:
     """The prompt as a part of a file name: a-z, 0-9 and `-`, at most 40 characters, whole words where they fit.
 
-    Accents are dropped; a prompt without any Latin letter or digit becomes `picture`.
+    Accents are dropped; a prompt without any Latin letter or digit becomes `nameless`.
     """
     plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
     words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
     if len(words) > SLUG_LENGTH:
         whole = words[: SLUG_LENGTH + 1].rpartition("-")[0]
         words = whole or words[:SLUG_LENGTH]
-    return words or "picture"
+    return words or nameless
 
 
 def pixels_sha256(pixels: np.ndarray) -> str:
-    """sha256 over the RGB bytes, row by row from the top."""
+    """sha256 over the RGB bytes, row by row from the top, frame after frame."""
     return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `path` so that it is never seen half written, not even after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _refuse_constant(pixels: np.ndarray, prompt: str, seed: int) -> None:
-    spread = int(np.ptp(pixels, axis=(0, 1)).max())
+    spread = max(int(np.ptp(pixels[..., channel])) for channel in range(3))  # one at a time is far faster
     if spread > 1:  # one level is rounding noise, not a picture
         return
-    color = "black" if pixels.max() <= 1 else f"one colour, RGB {tuple(int(value) for value in pixels[0, 0])}"
+    kind = "video" if pixels.ndim == 4 else "picture"
+    first = tuple(int(value) for value in pixels.reshape(-1, 3)[0])
+    color = "black" if pixels.max() <= 1 else f"one colour, RGB {first}"
     raise RunError(
-        f"the picture for seed {seed} ({prompt[:60]!r}) is all {color}; nothing was written for it. Likely causes: "
+        f"the {kind} for seed {seed} ({prompt[:60]!r}) is all {color}; nothing was written for it. Likely causes: "
         "numbers that overflow (try dtype=bfloat16 or dtype=float32 instead of float16), another attention backend's "
         "fault (try attention=sdpa), or weights that do not belong to this model (see model.path)."
     )
 
 
-def _with_absolute_model_path(config: dict[str, Any]) -> dict[str, Any]:
-    """A relative folder means nothing to whoever reads the record from another one; hub ids stay as they are."""
-    path = Path(config["model"]["path"]).expanduser()
-    if not path.is_dir():
-        return config
-    return {**config, "model": {**config["model"], "path": str(path.resolve())}}
+def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """A relative path means nothing to whoever reads the record from another folder; hub ids stay as they are."""
+    model, given = config["model"], config["input"]
+    if Path(model["path"]).expanduser().is_dir():
+        model = {**model, "path": _absolute(model["path"])}
+    if given["images"] is not None:
+        given = {**given, "images": [_absolute(path) for path in image_paths(config)]}
+    return {**config, "model": model, "input": given}
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())

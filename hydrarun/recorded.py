@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hydrarun.errors import UsageError
-from hydrarun.media import png
+from hydrarun.media import frames, mp4, png
 from hydrarun.outputs import FORMAT, WHICH, pixels_sha256
 
 T = TypeVar("T")
@@ -18,20 +19,24 @@ T = TypeVar("T")
 MAX_JSON_BYTES = 64 * 2**20
 
 # what the run really used, beside its configuration
-FACTS = ("versions", "hardware", "weights", "device", "dtype", "attention", "scheduler", "compile")
+FACTS = ("versions", "hardware", "weights", "inputs", "device", "dtype", "attention", "scheduler", "compile")
 
 
 @dataclass
 class Picture:
-    """One picture of the run: its place in it, the hash of its pixels, and the pixels where they are at hand.
+    """One picture or video of the run: its place in it, the hash of its pixels, and the pixels where they are at hand.
 
-    `pixels` is None when the file is gone, or no longer holds the pixels that the hash was made of.
+    `pixels` (uint8 [H, W, 3], or [F, H, W, 3] of a video) is None when the file is gone, or no longer holds the pixels
+    that the hash was made of. Those of a `lossy` file never are exactly those. `frame`: when only this frame of a video
+    is at hand, its number from 0; hash and pixels are then the frame's own.
     """
 
     name: str
     index: int
     pixels_sha256: str
     pixels: np.ndarray | None
+    lossy: bool = False
+    frame: int | None = None
 
 
 @dataclass
@@ -44,16 +49,31 @@ class Recorded:
 
 
 def load(path: Path) -> Recorded:
-    """Read a PNG file with metadata, or a run.json. Raises UsageError of one line for anything else."""
-    return _from_run(path) if path.suffix.lower() == ".json" else _from_png(path)
+    """Read a PNG, an MP4 or a folder of frames with metadata, one frame of such a folder, or a run.json.
+
+    Raises UsageError of one line for anything else.
+    """
+    return _from_run(path) if path.suffix.lower() == ".json" else _from_medium(path)
 
 
-def _from_png(path: Path) -> Recorded:
-    pixels, record = png.read(path)
+def read(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
+    """The pixels of a PNG (uint8 [H, W, 3]), an MP4 or a folder of frames ([F, H, W, 3]), and the recipe inside it."""
+    if path.is_dir():
+        return frames.read(path)
+    return mp4.read(path) if is_lossy(path) else png.read(path)
+
+
+def is_lossy(path: Path) -> bool:
+    """Whether such a file holds the pixels only nearly."""
+    return path.suffix.lower() == ".mp4"
+
+
+def _from_medium(path: Path) -> Recorded:
+    pixels, record = read(path)
     if record is None:
         raise UsageError(
-            f"{path}: holds no recipe: it was written with output.metadata=false, by another tool, or the text chunks "
-            "were stripped on the way; a run.json beside it can be replayed instead"
+            f"{path}: holds no recipe: it was written with output.metadata=false, by another tool, or the recipe was "
+            "stripped on the way; a run.json beside it can be replayed instead"
         )
     _check_format(path, record)
     config = _get(path, record, "config", dict)
@@ -64,7 +84,12 @@ def _from_png(path: Path) -> Recorded:
     if set(which) != set(WHICH):
         raise UsageError(f"{path}: batch.sampling must hold {', '.join(WHICH)}")
     run_config = {**config, "sampling": {**sampling, **which}}
-    return Recorded(run_config, _facts(record), [_picture(path, index, record, pixels)])
+    if "frame" in record and not path.is_dir():
+        digest, frame = _get(path, record, "frame_sha256", str), _get(path, record, "frame", int)
+    else:
+        digest, frame = _get(path, record, "pixels_sha256", str), None
+    picture = Picture(path.name, index, digest, _as_hashed(path, pixels, digest), is_lossy(path), frame)
+    return Recorded(run_config, _facts(record), [picture])
 
 
 def _from_run(path: Path) -> Recorded:
@@ -79,28 +104,26 @@ def _from_run(path: Path) -> Recorded:
     if not isinstance(record, dict):
         raise UsageError(f"{path}: not the run.json of a run")
     _check_format(path, record)
-    pictures = [
-        _picture(path, _get(path, output, "index", int), output, _pixels_beside(path, output))
-        for output in _get(path, record, "outputs", list)
-    ]
+    pictures = [_listed(path, output) for output in _get(path, record, "outputs", list)]
     if not pictures:
         raise UsageError(f"{path}: lists no pictures to compare with")
     return Recorded(_get(path, record, "config", dict), _facts(record), pictures)
 
 
-def _pixels_beside(path: Path, output: Any) -> np.ndarray | None:
-    """The pixels of a listed file, which must lie beside run.json; None when it is not there."""
+def _listed(path: Path, output: Any) -> Picture:
+    """One of run.json's outputs; its file must lie beside run.json if it is there at all."""
     name = _get(path, output, "path", str)
     if Path(name).name != name or name in ("", ".."):
         raise UsageError(f"{path}: {name!r} is not the name of a file beside it")
+    index, digest = _get(path, output, "index", int), _get(path, output, "pixels_sha256", str)
     file = path.with_name(name)
-    return png.read(file)[0] if file.is_file() else None
+    pixels = _as_hashed(file, read(file)[0], digest) if os.path.exists(file) else None
+    return Picture(name, index, digest, pixels, is_lossy(file))
 
 
-def _picture(path: Path, index: int, record: dict[str, Any], pixels: np.ndarray | None) -> Picture:
-    digest = _get(path, record, "pixels_sha256", str)
-    unchanged = pixels is not None and pixels_sha256(pixels) == digest
-    return Picture(record.get("path", path.name), index, digest, pixels if unchanged else None)
+def _as_hashed(path: Path, pixels: np.ndarray, digest: str) -> np.ndarray | None:
+    """The pixels if they are those that the hash was made of, or as near as a lossy file comes."""
+    return pixels if is_lossy(path) or pixels_sha256(pixels) == digest else None
 
 
 def _check_format(path: Path, record: dict[str, Any]) -> None:

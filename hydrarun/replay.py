@@ -1,4 +1,4 @@
-"""`hydrarun replay FILE`: draw a picture again from the recipe inside it, and say whether it is the same.
+"""`hydrarun replay FILE`: draw a picture or video again from the recipe inside it, and say whether it is the same.
 
 The recipe may come from a stranger. It passes the same checks as a configuration from the command line; it never goes
 through OmegaConf, so no interpolation in it is resolved.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -20,19 +21,21 @@ from hydra.core.override_parser.types import Override
 from hydrarun import targets
 from hydrarun.compose import compose
 from hydrarun.errors import UsageError, nearest
-from hydrarun.media import png
-from hydrarun.outputs import WHICH
+from hydrarun.media import frames
+from hydrarun.outputs import WHICH, pixels_sha256
 from hydrarun.progress import Progress
 from hydrarun.provenance import expand
-from hydrarun.recorded import FACTS, Picture, Recorded, load
+from hydrarun.recorded import FACTS, Picture, Recorded, is_lossy, load, read
 from hydrarun.text import literal
-from hydrarun.validate import check_values
+from hydrarun.validate import check_values, image_paths
 
 USAGE = """\
 usage: hydrarun replay FILE [hydra.run.dir=DIR] [KEY=VALUE ...]
 
-Draws the picture FILE (a PNG with metadata, or a run.json) again from the recipe inside it and compares the pixels.
+Draws FILE again from the recipe inside it and compares the pixels. FILE is a picture (PNG), a video (MP4, a folder of
+frames, or one frame-00000.png of it), or the run.json of a whole run.
 KEY=VALUE changes how it is drawn: device=cuda, dtype=bfloat16, attention=sdpa, model.path=/elsewhere
+input.images=[/elsewhere/a.png] says where the input images lie on this machine.
 Exit code: 0 identical pixels, 1 different pixels, 2 FILE cannot be replayed."""
 
 RUN_DIR = "hydra.run.dir="
@@ -50,12 +53,14 @@ def main(argv: Sequence[str]) -> int:
     recorded = load(file)
     config = configure(recorded, overrides)
     progress = Progress()
-    progress.note(printable(describe(config)))
+    for line in describe(config):
+        progress.note(printable(line))
 
     # these import torch: only now that the configuration is checked
     from hydrarun.request import make_state
     from hydrarun.runner import Runner
 
+    check_frames(recorded, config["output"]["format"])
     check_places(recorded, len(make_state(config["sampling"]).seeds))
     record = Runner(config, progress).run(output_dir)
     same = [compare(picture, record, output_dir) for picture in recorded.pictures]
@@ -66,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parse(argv: Sequence[str]) -> tuple[Path, Path, list[str]]:
     """The file, where to write, and the other overrides."""
-    files = [argument for argument in argv if "=" not in argument or Path(argument).is_file()]
+    files = [argument for argument in argv if "=" not in argument or os.path.exists(argument)]
     overrides = [argument for argument in argv if argument not in files]
     if len(files) != 1 or files[0].startswith("-"):
         raise UsageError(f"replay takes one file, not {' '.join(files) or 'none'}\n{USAGE}")
@@ -75,7 +80,8 @@ def parse(argv: Sequence[str]) -> tuple[Path, Path, list[str]]:
     for override in [override for override in overrides if override.startswith(RUN_DIR)]:
         output_dir = Path(override.removeprefix(RUN_DIR))
         overrides.remove(override)
-    if output_dir.resolve() == file.parent.resolve():
+    made_in = file.parent.parent if frames.NAME.fullmatch(file.name) else file.parent
+    if output_dir.resolve() in (made_in.resolve(), file.parent.resolve()):
         raise UsageError(f"hydra.run.dir={output_dir}: {file.name} itself is there and would be overwritten")
     return file, output_dir, overrides
 
@@ -123,7 +129,7 @@ def _apply(config: dict[str, Any], text: str) -> None:
     if not isinstance(section, dict) or name not in section:
         known = map(str, section) if isinstance(section, dict) else ()
         raise UsageError(f"{key}: the file's configuration has no such key.{nearest(name, known)}")
-    if isinstance(section[name], (dict, list)):
+    if isinstance(section[name], (dict, list)) and key != "input.images":
         raise UsageError(f"{key}: a replay changes single values, not whole sections")
     section[name] = override.value()
     if key == "model.path":
@@ -137,6 +143,16 @@ def _parse(text: str) -> Override:
     return override
 
 
+def check_frames(recorded: Recorded, output_format: str) -> None:
+    """A single frame must be drawn again as frames: no other format would hold its pixels."""
+    for picture in recorded.pictures:
+        if picture.frame is not None and output_format != "frames":
+            raise UsageError(
+                f"{printable(picture.name)}: one frame of a video; its pixels can only be compared with "
+                f"output.format=frames, not {output_format}"
+            )
+
+
 def check_places(recorded: Recorded, count: int) -> None:
     """Each recorded picture must be one of the `count` that its configuration draws."""
     for picture in recorded.pictures:
@@ -145,12 +161,17 @@ def check_places(recorded: Recorded, count: int) -> None:
             raise UsageError(f"{name}: said to be number {picture.index} (from 0) of a run that draws {count}")
 
 
-def describe(config: dict[str, Any]) -> str:
-    """One line that says what a stranger's file is about to make this machine do."""
-    model, sampling = config["model"], config["sampling"]
+def describe(config: dict[str, Any]) -> Iterator[str]:
+    """Lines that say what a stranger's file is about to make this machine do, and which images it reads for it."""
+    model, sampling, output = config["model"], config["sampling"], config["output"]
     revision = f" at {model['revision']}" if model["revision"] else ""
-    size = f"{sampling['width']}x{sampling['height']}"
-    return f"replaying {model['name']} from {model['path']}{revision}: {size}, {sampling['num_inference_steps']} steps"
+    sized = sampling["width"] is not None and sampling["height"] is not None
+    what = [f"{sampling['width']}x{sampling['height']}" if sized else "the size of the input image"]
+    if output["format"] != "png":
+        what.append(f"{sampling['num_frames']} frames at {output['fps']} fps")
+    what.append(f"{sampling['num_inference_steps']} steps")
+    yield f"replaying {model['name']} from {model['path']}{revision}: {', '.join(what)}"
+    yield from (f"  input image {path}" for path in image_paths(config))
 
 
 def compare(picture: Picture, record: dict[str, Any], folder: Path) -> bool:
@@ -161,10 +182,15 @@ def compare(picture: Picture, record: dict[str, Any], folder: Path) -> bool:
             f"{name}: says that it is picture {picture.index} of {len(record['outputs'])} (counted from 0)"
         )
     output = record["outputs"][picture.index]
-    if output["pixels_sha256"] == picture.pixels_sha256:
+    file, digest = folder / output["path"], output["pixels_sha256"]
+    if picture.frame is not None:
+        file /= frames.name(picture.frame)
+        digest = pixels_sha256(read(file)[0])
+    if digest == picture.pixels_sha256:
         print(f"{name}: identical pixels")
         return True
-    print(f"{name}: different pixels, {_distance(picture.pixels, png.read(folder / output['path'])[0])}")
+    lossy = " (as decoded from mp4, which is lossy)" if picture.lossy or is_lossy(file) else ""
+    print(f"{name}: different pixels, {_distance(picture.pixels, read(file)[0])}{lossy}")
     return False
 
 
@@ -172,10 +198,19 @@ def _distance(old: np.ndarray | None, new: np.ndarray) -> str:
     if old is None:
         return "by their hash; the pixels that were recorded are no longer there to measure how far"
     if old.shape != new.shape:
-        return f"{old.shape[1]}x{old.shape[0]} then, {new.shape[1]}x{new.shape[0]} now"
-    difference = np.abs(old.astype(np.int32) - new)
-    psnr = 10 * math.log10(255**2 / float(np.square(difference).mean()))
-    return f"largest difference {difference.max()} of 255, PSNR {psnr:.1f} dB"
+        return f"{_size(old)} then, {_size(new)} now"
+    # frame by frame: a whole video as wide numbers would not fit beside itself
+    pairs = zip(old.reshape(-1, *old.shape[-3:]), new.reshape(-1, *new.shape[-3:]), strict=True)
+    measured = [(int(np.abs(d).max()), float(np.square(d).mean())) for d in (a.astype(np.int32) - b for a, b in pairs)]
+    largest, error = max(most for most, _ in measured), sum(mean for _, mean in measured) / len(measured)
+    if largest == 0:  # of two lossy files of different pixels
+        return "too little to be measured"
+    return f"largest difference {largest} of 255, PSNR {10 * math.log10(255**2 / error):.1f} dB"
+
+
+def _size(pixels: np.ndarray) -> str:
+    frame_count = f"{len(pixels)} frames of " if pixels.ndim == 4 else ""
+    return f"{frame_count}{pixels.shape[-2]}x{pixels.shape[-3]}"
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
@@ -191,6 +226,9 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for key, child in value.items():
             yield from _flat(child, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield from _flat(child, f"{prefix}[{index}]")
     else:
         yield prefix, value
 

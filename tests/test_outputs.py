@@ -12,7 +12,7 @@ from PIL import Image
 
 from hydrarun import outputs
 from hydrarun.errors import RunError
-from hydrarun.media import png
+from hydrarun.media import files, png
 from hydrarun.outputs import OutputWriter
 from hydrarun.provenance import config_hash
 
@@ -23,16 +23,19 @@ CONFIG = {
         "negative_prompt": " ",
         "num_inference_steps": 24,
         "true_cfg_scale": 3.0,
+        "guidance_scale": None,
         "height": 32,
         "width": 48,
         "seed": [7, 8],
         "num_images_per_prompt": None,
     },
-    "output": {"metadata": True},
+    "input": {"images": None},
+    "output": {"metadata": True, "format": "png", "fps": None},
     "device": "auto",
 }
 FACTS = {
     "weights": {"path": "package:demo", "revision": None, "fingerprint": "0123abcd"},
+    "inputs": [{"path": "/data/a.png", "sha256": "ab" * 32, "width": 64, "height": 48}],
     "device": "cpu",
     "dtype": "float32",
     "attention": "SDPA",
@@ -43,15 +46,22 @@ FACTS = {
 }
 TIMINGS = {"load_s": 1.0, "encode_s": 0.1, "denoise_s": 0.5, "decode_s": 0.2, "steps_s": [0.3, 0.2], "total_s": 1.9}
 MEMORY = {"peak_host_bytes": 1000, "peak_device_bytes": 0}
-PIXELS = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+VIDEO = np.random.default_rng(0).integers(0, 256, (5, 32, 48, 3), dtype=np.uint8)
+PIXELS = VIDEO[0]
 
 
 def writer(folder: Path, config: dict = CONFIG, metadata: bool = True) -> OutputWriter:
     return OutputWriter(folder / "run", config, FACTS, metadata)
 
 
-def save(target: OutputWriter, prompt: str = "a red circle", negative: str | None = " ", seed: int = 7) -> dict:
-    return target.save(PIXELS, prompt, negative, seed, TIMINGS)
+def save(
+    target: OutputWriter,
+    prompt: str = "a red circle",
+    negative: str | None = " ",
+    seed: int = 7,
+    pixels: np.ndarray = PIXELS,
+) -> dict:
+    return target.save(pixels, prompt, negative, seed, TIMINGS)
 
 
 def written(folder: Path) -> list[str]:
@@ -100,6 +110,14 @@ def test_parameters_follow_the_convention(tmp_path):
             "Steps: 24, Sampler: FlowMatchEulerDiscreteScheduler, CFG scale: 3.0, Seed: 7, Size: 48x32, Model: demo,"
             " Version: hydrarun 0.1.0"
         )
+
+
+def test_the_guidance_in_parameters_is_the_one_the_model_takes():
+    record = {"prompt": "a", "negative_prompt": None, "seed": 1, "width": 8, "height": 8}
+    for scales, said in (((3.0, None), "CFG scale: 3.0"), ((None, 3.5), "CFG scale: 3.5"), ((None, None), None)):
+        sampling = CONFIG["sampling"] | dict(zip(("true_cfg_scale", "guidance_scale"), scales, strict=True))
+        settings = outputs.parameters({**CONFIG, "sampling": sampling}, FACTS, record).splitlines()[1].split(", ")
+        assert [text for text in settings if "CFG" in text] == ([said] if said else [])
 
 
 @pytest.mark.parametrize("negative", [None, "", " "])
@@ -151,12 +169,15 @@ def test_no_home_folder_and_no_token_in_any_file(tmp_path, monkeypatch):
     (home / "weights").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
     config = {**CONFIG, "model": {**CONFIG["model"], "path": str(home / "weights"), "token": "hf_abcdefghijkl"}}
-    facts = {**FACTS, "weights": {"path": str(home / "weights"), "revision": None, "fingerprint": "x"}}
+    config["input"] = {"images": [str(home / "me.png")]}
+    weights = {"path": str(home / "weights"), "revision": None, "fingerprint": "x"}
+    facts = {**FACTS, "weights": weights, "inputs": [{**FACTS["inputs"][0], "path": str(home / "me.png")}]}
     target = OutputWriter(tmp_path / "run", config, facts, metadata=True)
     record = save(target)
     target.finish(TIMINGS, MEMORY)
     metadata = png.read(tmp_path / "run" / record["path"])[1]
     assert metadata["config"]["model"]["path"] == metadata["weights"]["path"] == "~/weights"
+    assert metadata["config"]["input"]["images"] == [metadata["inputs"][0]["path"]] == ["~/me.png"]
     for text in (json.dumps(metadata), (tmp_path / "run" / "run.json").read_text()):
         assert "alice" not in text
         assert "hf_" not in text
@@ -169,6 +190,19 @@ def test_a_relative_checkpoint_folder_is_recorded_whole(tmp_path, monkeypatch):
     assert writer(tmp_path, config).config["model"]["path"] == str(tmp_path / "weights")
     hub = {**CONFIG, "model": {**CONFIG["model"], "path": "Qwen/Qwen-Image"}}
     assert writer(tmp_path, hub).config["model"]["path"] == "Qwen/Qwen-Image"
+
+
+def test_relative_input_images_are_recorded_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = {**CONFIG, "input": {"images": ["a.png", "../b.png", "/data/c.png"]}}
+    facts = {**FACTS, "inputs": [{**FACTS["inputs"][0], "path": "a.png"}]}
+    target = OutputWriter(tmp_path / "run", config, facts, metadata=True)
+    expected = [str(tmp_path / "a.png"), str(tmp_path.parent / "b.png"), "/data/c.png"]
+    assert target.config["input"]["images"] == expected
+    assert target.facts["inputs"] == [{**FACTS["inputs"][0], "path": expected[0]}]
+    assert config["input"]["images"][0] == "a.png"
+    assert writer(tmp_path, {**CONFIG, "input": {"images": "a.png"}}).config["input"]["images"] == expected[:1]
+    assert writer(tmp_path).config["input"]["images"] is None
 
 
 @pytest.mark.parametrize(("value", "said"), [(0, "black"), (1, "black"), (255, "(255, 255, 255)"), (90, "one colour")])
@@ -197,9 +231,9 @@ def test_a_crash_while_writing_leaves_the_old_file_and_no_litter(tmp_path, monke
     def crash(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(outputs.os, "replace", crash)
+    monkeypatch.setattr(files.os, "replace", crash)
     with pytest.raises(OSError, match="disk full"):
-        outputs.write_atomically(path, b"new")
+        files.write_atomically(path, b"new")
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
     assert path.read_text() == "old"
 
@@ -222,12 +256,12 @@ def test_a_crash_while_writing_leaves_the_old_file_and_no_litter(tmp_path, monke
     ],
 )
 def test_slug(prompt, expected):
-    assert outputs.slug(prompt) == expected
+    assert outputs.slug(prompt, "picture") == expected
 
 
 def test_slugs_are_always_safe():
     random = np.random.default_rng(0)
     for length in random.integers(0, 80, 300):
         prompt = "".join(map(chr, random.integers(0, 0x2FFF, length)))
-        assert re.fullmatch(r"[a-z0-9](-?[a-z0-9])*", outputs.slug(prompt)), prompt
-        assert len(outputs.slug(prompt)) <= 40
+        assert re.fullmatch(r"[a-z0-9](-?[a-z0-9])*", outputs.slug(prompt, "picture")), prompt
+        assert len(outputs.slug(prompt, "picture")) <= 40

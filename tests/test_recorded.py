@@ -8,8 +8,8 @@ import pytest
 
 from hydrarun import recorded
 from hydrarun.errors import UsageError
-from hydrarun.media import png
-from hydrarun.outputs import OutputWriter
+from hydrarun.media import mp4, png
+from hydrarun.outputs import OutputWriter, pixels_sha256
 
 CONFIG = {
     "model": {"name": "demo", "path": "package:demo", "scheduler": None},
@@ -18,32 +18,42 @@ CONFIG = {
         "negative_prompt": None,
         "num_inference_steps": 4,
         "true_cfg_scale": 1.0,
+        "guidance_scale": None,
         "seed": [3, 4],
         "num_images_per_prompt": None,
     },
-    "output": {"metadata": True},
+    "input": {"images": None},
+    "output": {"metadata": True, "format": "png", "fps": None},
 }
 FACTS = {
     "weights": {"path": "package:demo", "revision": None},
+    "inputs": [{"path": "/data/a.png", "sha256": "ab" * 32, "width": 64, "height": 48}],
     "device": "cpu",
     "scheduler": "Euler",
     "versions": {"hydrarun": "0.1.0"},
 }
-PICTURES = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), dtype=np.uint8)
+VIDEOS = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 24, 3), dtype=np.uint8)
+PICTURES = VIDEOS[:, 0]
+
+
+def made(folder: Path, kind: str) -> Path:
+    """The directory of a run of two pictures or videos."""
+    config = {**CONFIG, "output": {"metadata": True, "format": kind, "fps": None if kind == "png" else 16}}
+    writer = OutputWriter(folder, config, FACTS, metadata=True)
+    for pixels, prompt, seed in zip(PICTURES if kind == "png" else VIDEOS, "ab", (3, 4), strict=True):
+        writer.save(pixels, prompt, None, seed, {"load_s": 1.0})
+    writer.finish({}, {})
+    return folder
 
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """The directory of a run of two pictures."""
-    writer = OutputWriter(tmp_path / "run", CONFIG, FACTS, metadata=True)
-    for pixels, prompt, seed in zip(PICTURES, "ab", (3, 4), strict=True):
-        writer.save(pixels, prompt, None, seed, {"load_s": 1.0})
-    writer.finish({}, {})
-    return tmp_path / "run"
+    return made(tmp_path / "run", "png")
 
 
 def second(run: Path) -> Path:
-    return sorted(run.glob("0001-*.png"))[0]
+    """The second picture, video or folder of frames."""
+    return next(run.glob("0001-*"))
 
 
 def edit(path: Path, change) -> None:
@@ -163,3 +173,81 @@ def test_a_damaged_record_in_a_picture(run, change):
 def test_a_damaged_run_json(run, change):
     edit(run / "run.json", change)
     assert refused(run / "run.json").startswith(str(run / "run.json"))
+
+
+@pytest.mark.parametrize("path", [5, "../x", None])
+def test_a_picture_is_named_by_its_file_not_by_its_record(run, path):
+    edit(second(run), lambda record: record.update(path=path))
+    assert recorded.load(second(run)).pictures[0].name == second(run).name
+
+
+def test_a_listed_name_too_long_for_a_file_is_a_file_that_is_gone(run):
+    edit(run / "run.json", lambda record: record["outputs"][0].update(path="x" * 1000))
+    assert recorded.load(run / "run.json").pictures[0].pixels is None
+
+
+# --- videos ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mp4", "frames"])
+def test_a_video_gives_the_configuration_of_its_whole_run(tmp_path, kind):
+    run = made(tmp_path, kind)
+    found = recorded.load(second(run))
+    assert found.config == {**CONFIG, "output": {"metadata": True, "format": kind, "fps": 16}}
+    assert found.facts["inputs"] == FACTS["inputs"]
+    (video,) = found.pictures
+    assert (video.name, video.index, video.frame, video.lossy) == (second(run).name, 1, None, kind == "mp4")
+    assert video.pixels_sha256 == pixels_sha256(VIDEOS[1])
+    assert video.pixels.shape == VIDEOS[1].shape
+    assert np.array_equal(video.pixels, VIDEOS[1]) == (kind == "frames")
+
+
+@pytest.mark.parametrize("kind", ["mp4", "frames"])
+def test_run_json_gives_every_video(tmp_path, kind):
+    found = recorded.load(made(tmp_path, kind) / "run.json").pictures
+    assert [(video.index, video.lossy) for video in found] == [(0, kind == "mp4"), (1, kind == "mp4")]
+    assert [video.pixels_sha256 for video in found] == [pixels_sha256(video) for video in VIDEOS]
+    assert [video.pixels.shape for video in found] == [(3, 16, 24, 3)] * 2
+
+
+def test_one_frame_of_a_folder(tmp_path):
+    path = second(made(tmp_path, "frames")) / "frame-00002.png"
+    (frame,) = recorded.load(path).pictures
+    assert (frame.name, frame.index, frame.frame) == ("frame-00002.png", 1, 2)
+    assert frame.pixels_sha256 == pixels_sha256(VIDEOS[1, 2])
+    assert np.array_equal(frame.pixels, VIDEOS[1, 2])
+
+
+def test_a_folder_that_lost_a_frame_keeps_the_hash_of_all(tmp_path):
+    folder = second(made(tmp_path, "frames"))
+    (folder / "frame-00000.png").unlink()
+    (video,) = recorded.load(folder).pictures
+    assert video.pixels is None
+    assert video.pixels_sha256 == pixels_sha256(VIDEOS[1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.update(frame="2"),
+        lambda record: record.update(frame=True),
+        lambda record: record.pop("frame_sha256"),
+        lambda record: record.update(frame_sha256=None),
+    ],
+)
+def test_a_damaged_record_in_a_frame(tmp_path, change):
+    path = second(made(tmp_path, "frames")) / "frame-00002.png"
+    edit(path, change)
+    assert refused(path).startswith(f"{path}: 'frame")
+
+
+def test_an_mp4_with_a_strangers_comment(tmp_path):
+    path = tmp_path / "video.mp4"
+    path.write_bytes(mp4.encode(VIDEOS[0], 16, {}))
+    assert refused(path).startswith(f"{path}: holds no recipe: it was written with output.metadata=false")
+    path.write_bytes(mp4.encode(VIDEOS[0], 16, {"hydrarun": '{"format": 1}'}))
+    assert refused(path) == f"{path}: 'config' is missing or not a dict"
+
+
+def test_a_folder_without_frames(tmp_path):
+    assert "holds no frame-00000.png" in refused(tmp_path)

@@ -158,6 +158,14 @@ def test_overrides_change_how_it_is_drawn(config):
     assert config["device"] == "cpu"
 
 
+def test_other_places_of_the_input_images(config):
+    config["input"]["images"] = ["/data/a.png", "/data/b.png"]
+    config["model"]["input_images"] = [1, 2]
+    changed = configured(config, "input.images=[/elsewhere/a (1).png, b.png]")
+    assert changed["input"]["images"] == ["/elsewhere/a (1).png", "b.png"]
+    assert "1 to 2" in complaint(config, "input.images=[a.png,b.png,c.png]")
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -247,10 +255,20 @@ def test_another_checkpoint_does_not_inherit_the_recorded_revision(config):
 def drawn(tmp_path) -> tuple[np.ndarray, dict]:
     """Some pixels, written as the only picture of a run."""
     pixels = np.random.default_rng(0).integers(1, 255, (16, 16, 3), dtype=np.uint8)
-    model = {"name": "demo", "path": "package:demo"}
-    writer = OutputWriter(tmp_path, {"model": model, "sampling": {}}, {}, metadata=False)
+    return pixels, written(pixels, tmp_path, "png")
+
+
+def written(pixels: np.ndarray, folder: Path, kind: str, metadata: bool = False) -> dict:
+    """run.json of a run that wrote `pixels` into `folder`."""
+    config = {
+        "model": {"name": "demo", "path": "package:demo"},
+        "sampling": {"num_inference_steps": 4, "true_cfg_scale": None, "guidance_scale": None},
+        "input": {"images": None},
+        "output": {"format": kind, "fps": None if kind == "png" else 16},
+    }
+    writer = OutputWriter(folder, config, {"scheduler": "?", "versions": {"hydrarun": "?"}, "inputs": []}, metadata)
     writer.save(pixels, "a", None, 1, {})
-    return pixels, writer.finish({}, {})
+    return writer.finish({}, {})
 
 
 def compared(pixels: np.ndarray | None, record: dict, folder: Path, digest: str = "?") -> bool:

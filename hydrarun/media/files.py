@@ -1,0 +1,25 @@
+"""Writing a file so that whatever carries its final name is whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_flushed(path: Path, data: bytes) -> None:
+    """Write `path` and return when the disk has it."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `path` so that it is never seen half written, not even after a crash."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_flushed(temporary, data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

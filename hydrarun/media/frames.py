@@ -1,0 +1,74 @@
+"""A video without loss: a folder of PNG files, `frame-00000.png` and on, each with its recipe inside."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hydrarun.errors import UsageError
+from hydrarun.media import png
+from hydrarun.media.files import write_flushed
+
+MAX_BYTES = 2**31  # of one decoded video that is read: about 770 frames of 1280x720
+
+NAME = re.compile(r"frame-(\d{5,})\.png")
+
+
+def name(number: int) -> str:
+    """The file name of a frame, counted from 0."""
+    return f"frame-{number:05d}.png"
+
+
+def write(folder: Path, pixels: np.ndarray, texts: Sequence[Mapping[str, str]]) -> None:
+    """Write `pixels` (uint8 [F, H, W, 3]) as the F files of `folder`; `texts`: the text chunks of each.
+
+    All or nothing: the folder appears when its last frame is on the disk, in the place of an older one.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as temporary:
+        new = Path(temporary, "new")
+        new.mkdir()
+        for number, (frame, text) in enumerate(zip(pixels, texts, strict=True)):
+            write_flushed(new / name(number), png.encode(frame, text))
+        if folder.exists():
+            os.replace(folder, Path(temporary, "old"))
+        os.replace(new, folder)
+
+
+def read(folder: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
+    """The frames (uint8 [F, H, W, 3]) of a folder in the order of their numbers, and the recipe in the first of them.
+
+    The folder may be a stranger's: everything that can be wrong with it is a `UsageError` of one line.
+    """
+    try:
+        entries = os.listdir(folder)
+    except OSError as error:
+        raise UsageError(f"{folder}: {error.strerror}") from None
+    numbers = sorted(int(match[1]) for match in map(NAME.fullmatch, entries) if match)
+    if not numbers:
+        raise UsageError(f"{folder}: holds no {name(0)}; a folder can be read when it is one of frames")
+    files = [folder / name(number) for number in numbers]
+    return stack(folder, (png.read(file)[0] for file in files)), png.read(files[0])[1]
+
+
+def stack(path: Path, frames: Iterable[np.ndarray]) -> np.ndarray:
+    """One array [F, H, W, 3] of frames (uint8 [H, W, 3]) that are made one by one.
+
+    Raises UsageError, naming `path`, as soon as they are too many bytes or not of one size.
+    """
+    data, shape = bytearray(), None
+    for frame in frames:
+        shape = shape or frame.shape
+        if frame.shape != shape:
+            raise UsageError(f"{path}: refused, its frames are not all of one size")
+        if len(data) + frame.nbytes > MAX_BYTES:
+            raise UsageError(f"{path}: refused, more than {MAX_BYTES} bytes of frames")
+        data += frame.tobytes()
+    if shape is None:
+        raise UsageError(f"{path}: holds no frames")
+    return np.frombuffer(data, np.uint8).reshape(-1, *shape)
