@@ -7,11 +7,12 @@ pipeline's methods (prompt encoding, latent layout, image processing) can be cal
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,7 +20,7 @@ from hydrarun.errors import RunError
 from hydrarun.memory.safetensors_files import Checkpoint
 
 #: components that we load ourselves
-OURS = ("transformer",)
+OURS = ("transformer", "transformer_2")
 LIBRARIES = ("diffusers", "transformers")
 #: what a file of weights is called, by the library of its class
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
@@ -31,37 +32,48 @@ def load_pipeline(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    vae_dtype: torch.dtype,
     scheduler: Any | None,
 ) -> Any:
-    """An instance of the diffusers pipeline `cls` from `folder`, without its transformer.
+    """An instance of the diffusers pipeline `cls` from `folder`, without its transformers.
 
     `scheduler` replaces the checkpoint's own. Raises `RunError` naming folder and component for whatever cannot be
     used.
     """
     index = read_index(folder, cls)
-    components: dict[str, Any] = dict.fromkeys(OURS)
-    for name, entry in index.items():
+    accepted = inspect.signature(cls).parameters
+    components: dict[str, Any] = {**index.settings, **dict.fromkeys(OURS)}
+    for name, entry in index.components.items():
         if name == "scheduler" and scheduler is not None:
             components[name] = scheduler
         elif name not in OURS:
-            components[name] = load_component(folder, name, entry, device=device, dtype=dtype)
-    pipeline = cls(**components)
+            kind = vae_dtype if name == "vae" else dtype
+            components[name] = load_component(folder, name, entry, device=device, dtype=kind)
+    pipeline = cls(**{name: value for name, value in components.items() if name in accepted})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def read_index(folder: Path, cls: type) -> dict[str, tuple[str, str]]:
-    """`{component: (library, class)}` of model_index.json, for the components that `cls` takes."""
+class Index(NamedTuple):
+    """What a model_index.json says: `{component: (library, class)}`, and the pipeline's own settings."""
+
+    components: dict[str, tuple[str, str]]
+    settings: dict[str, Any]
+
+
+def read_index(folder: Path, cls: type) -> Index:
+    """The index of a checkpoint that the pipeline class `cls` saved."""
     path = folder / "model_index.json"
     try:
         content = json.loads(path.read_text())
         saved_by = content["_class_name"]
-        entries = {k: tuple(v) for k, v in content.items() if isinstance(v, list) and len(v) == 2 and v[0]}
+        pairs = {key: tuple(value) for key, value in content.items() if isinstance(value, list) and len(value) == 2}
     except (ValueError, KeyError, TypeError, OSError):
         raise RunError(f"{path}: not the index of a diffusers pipeline") from None
     if saved_by != cls.__name__:
         raise RunError(f"{path}: a checkpoint of {saved_by}, and this model option runs {cls.__name__}")
-    return entries
+    settings = {key: value for key, value in content.items() if key not in pairs and not key.startswith("_")}
+    return Index({key: value for key, value in pairs.items() if value[0]}, settings)
 
 
 def load_component(folder: Path, name: str, entry: tuple[str, str], *, device: torch.device, dtype: torch.dtype) -> Any:
@@ -72,6 +84,9 @@ def load_component(folder: Path, name: str, entry: tuple[str, str], *, device: t
     cls = component_class(library, class_name)
     if cls is None:
         raise RunError(f"{folder / 'model_index.json'}: {name}: the installed {library} has no component {class_name}")
+    if class_name == "Qwen2VLProcessor":
+        from hydrarun.vision import load_vision_processor
+        return load_vision_processor(folder / name)
     if not issubclass(cls, torch.nn.Module):
         with readable(folder / name):
             return cls.from_pretrained(folder / name)

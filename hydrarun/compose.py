@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from hydrarun import recipes, resources, schema, targets
 from hydrarun.errors import UsageError
 from hydrarun.explain import explained
-from hydrarun.fit import check_fit
+from hydrarun.fit import check_folder_fit
 from hydrarun.memory.hub import local_folder
 from hydrarun.text import literal
-from hydrarun.validate import check_values
+from hydrarun.validate import cfg_scale, check_values, image_paths
 
 
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
@@ -52,7 +52,12 @@ def check(config: dict[str, Any], origin: Origin) -> dict[str, Any]:
     check_values(config, origin)
     folder = local_folder(config["model"]["path"], config["model"]["revision"])
     if folder is not None:  # a hub checkpoint is asked when it is here
-        check_fit(config["sampling"], folder)
+        check_folder_fit(config, folder)
+    if paths := image_paths(config):
+        from hydrarun.media import images  # and Pillow only then
+
+        for path in paths:
+            images.read(path)
     return config
 
 
@@ -83,10 +88,10 @@ class Origin:
         notes = []
         if self("model.path") == f"recipe {self.recipe}":
             notes.append(f"recipe {self.recipe} loads weights from {config['model']['path']}")
-        setter, scale = self("sampling.negative_prompt"), config["sampling"]["true_cfg_scale"]
+        setter, (name, scale) = self("sampling.negative_prompt"), cfg_scale(config)
         chosen = config["sampling"]["negative_prompt"] is not None and not setter.startswith("model")
-        if chosen and scale <= 1:  # no error: a sweep over the scale passes through 1
-            off = f"sampling.true_cfg_scale={scale} turns guidance off"
+        if chosen and scale is not None and scale <= 1:  # no error: a sweep over the scale passes through 1
+            off = f"sampling.{name}={scale} turns guidance off"
             notes.append(f"sampling.negative_prompt ({setter}) is not used: {off}")
         return notes
 

@@ -3,46 +3,68 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hydrarun.errors import UsageError
 
-#: latent pixels per token, along one side
-PATCH = 2
 
-
-def check_fit(sampling: dict[str, Any], folder: Path) -> None:
+def check_folder_fit(config: dict[str, Any], folder: Path) -> None:
     """Refuse what the checkpoint in `folder` cannot make or would ignore; says nothing where its JSON does not tell."""
-    multiple = size_multiple(folder)
-    if multiple is not None:
-        check_size(sampling["height"], sampling["width"], multiple)
-    distilled = read(folder / "transformer" / "config.json").get("guidance_embeds")
-    if distilled is not None:
-        check_guidance_scale(sampling["guidance_scale"], distilled)
+    vae, transformer = (read(folder / name / "config.json") for name in ("vae", "transformer"))
+    check_fit(config["sampling"], vae, transformer, config["model"]["patch_size"])
 
 
-def size_multiple(folder: Path) -> int | None:
-    """Pixels that height and width must be a multiple of, or None when vae/config.json does not tell."""
-    levels = read(folder / "vae" / "config.json").get("temperal_downsample")
-    return 2 ** len(levels) * PATCH if isinstance(levels, list) else None
+def check_fit(sampling: Mapping[str, Any], vae: Mapping[str, Any], transformer: Mapping[str, Any], patch: int) -> None:
+    """Refuse what the checkpoint with these configs cannot make; `patch` is the number of latent pixels per token side.
+
+    Raises `UsageError` naming what would do.
+    """
+    frames, side = vae_factors(vae)
+    for key in ("height", "width"):
+        value = sampling[key]
+        if side and value is not None and value % (side * patch):
+            raise UsageError(f"sampling.{key}={value}: this checkpoint needs a {nearest_multiples(key, value, side * patch)}")
+    count = sampling["num_frames"]
+    if frames and count is not None and (count - 1) % frames:
+        below = (count - 1) // frames * frames + 1
+        raise UsageError(
+            f"sampling.num_frames={count}: this checkpoint needs a multiple of {frames} plus 1:"
+            f" sampling.num_frames={below} or sampling.num_frames={below + frames}"
+        )
+    if "guidance_embeds" in transformer:
+        check_guidance_scale(sampling["guidance_scale"], transformer["guidance_embeds"])
 
 
-def check_size(height: int, width: int, multiple: int) -> None:
-    """Raises `UsageError` naming the nearest sizes that would do."""
-    for key, value in (("height", height), ("width", width)):
-        if value % multiple:
-            below, above = value // multiple * multiple, (value // multiple + 1) * multiple
-            choice = f"sampling.{key}={below} or sampling.{key}={above}" if below else f"sampling.{key}={above}"
-            raise UsageError(f"sampling.{key}={value}: this checkpoint needs a multiple of {multiple}: {choice}")
+def vae_factors(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Frames per latent frame and pixels per latent pixel side; None for what the VAE's config does not tell."""
+    halvings = config.get("temperal_downsample")  # sic: one entry per halving of the sides, true: of the frames too
+    if halvings is not None:
+        frames, side = 2 ** sum(map(bool, halvings)), 2 ** len(halvings)
+        return config.get("scale_factor_temporal") or frames, config.get("scale_factor_spatial") or side
+    blocks = config.get("block_out_channels")
+    return None, None if blocks is None else 2 ** (len(blocks) - 1)
+
+
+def nearest_multiples(key: str, value: int, multiple: int) -> str:
+    """What would do instead of `value`."""
+    below, above = value // multiple * multiple, (value // multiple + 1) * multiple
+    choice = f"sampling.{key}={below} or sampling.{key}={above}" if below else f"sampling.{key}={above}"
+    return f"multiple of {multiple}: {choice}"
 
 
 def check_guidance_scale(scale: float | None, distilled: bool) -> None:
-    """Raises `UsageError` for a scale that the checkpoint, which is not guidance-distilled, would ignore."""
+    """Raises `UsageError` for a scale that a checkpoint ignores, not being guidance-distilled, or needs and lacks."""
     if scale is not None and not distilled:
         raise UsageError(
             f"sampling.guidance_scale={scale}: this checkpoint is not guidance-distilled and would ignore it;"
-            " use sampling.true_cfg_scale"
+            " sampling.guidance_scale=null, and sampling.true_cfg_scale to guide"
+        )
+    if scale is None and distilled:
+        raise UsageError(
+            "sampling.guidance_scale=null: this checkpoint is guidance-distilled and takes it as an input;"
+            " sampling.guidance_scale=3.5"
         )
 
 

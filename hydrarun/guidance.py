@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from hydrarun.state import State
+
 POSITIVE, NEGATIVE = "positive", "negative"
+Scale = Literal["true_cfg_scale", "guidance_scale", "guidance_scale_2"]
 
 
 class ClassifierFreeGuidance:
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598) by a second, negative prompt.
 
-    `rescale_norm` scales each token of the guided prediction to the norm of the positive one, which keeps high scales
-    from burning out; a model's YAML says whether its reference does it.
+    `scale` names the field of `sampling` that holds its scale, and `scale_2` the one that the expert for low noise has
+    for itself (null there: the same). `rescale_norm` scales each token of the guided prediction to the norm of the
+    positive one, which keeps high scales from burning out; a model's YAML says whether its reference does it.
     """
 
-    def __init__(self, rescale_norm: bool = False) -> None:
+    def __init__(
+        self, scale: Scale = "true_cfg_scale", scale_2: Scale | None = None, rescale_norm: bool = False
+    ) -> None:
+        self.scale = scale
+        self.scale_2 = scale_2
         self.rescale_norm = rescale_norm
 
-    def branches(self, scale: float) -> tuple[str, ...]:
-        """The branches of a step, in the order in which the reference computes them. Scales up to 1 need no second."""
-        return (POSITIVE, NEGATIVE) if scale > 1 else (POSITIVE,)
+    def branches(self, state: State) -> tuple[str, ...]:
+        """The branches of every step, in the order in which the reference computes them. Scales up to 1 need no second.
+
+        As in the reference, the first expert's scale decides for both.
+        """
+        return (POSITIVE, NEGATIVE) if self.scale_for(state, low_noise=False) > 1 else (POSITIVE,)
+
+    def scale_for(self, state: State, low_noise: bool) -> float:
+        """The scale of a step."""
+        own = getattr(state, self.scale_2) if low_noise and self.scale_2 else None
+        return getattr(state, self.scale) if own is None else own
 
     def combine(self, predictions: Mapping[str, Tensor], scale: float) -> Tensor:
-        """`{branch: [B, S, C]}` to `[B, S, C]`."""
+        """`{branch: prediction}`, tokens or channels last, to one prediction."""
         positive = predictions[POSITIVE]
         if NEGATIVE not in predictions:
             return positive

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from hydrarun.errors import UsageError, nearest
+from hydrarun.experts import Experts
 from hydrarun.guidance import ClassifierFreeGuidance
 from hydrarun.progress import Progress
 from hydrarun.state import State
 from hydrarun.timing import Timings
-from hydrarun.transformer import Transformer
 
 
 @dataclass
 class Parts:
     """What was built and loaded, for the stages to use."""
 
-    transformer: Transformer
-    #: the model's diffusers pipeline without its transformer: text encoder, VAE, scheduler and their methods
+    experts: Experts
+    #: the model's diffusers pipeline without its transformers: text encoder, VAE, scheduler and their methods
     pipeline: Any
     guidance: ClassifierFreeGuidance
+    #: latent pixels per token, along one side
+    patch_size: int
     device: torch.device
     dtype: torch.dtype
     progress: Progress
@@ -35,9 +37,9 @@ class Stage:
     `needs` and `gives` name fields of `State`; `phase` names the sum that the stage's time goes to.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ()
-    gives: ClassVar[tuple[str, ...]] = ()
-    phase: ClassVar[str] = ""
+    needs: tuple[str, ...] = ()
+    gives: tuple[str, ...] = ()
+    phase: str = ""
 
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
         """Read what the stage needs from `state` and set what it gives."""
@@ -59,9 +61,9 @@ def check_chain(stages: Sequence[Stage]) -> None:
             hint = f"; {givers[0]} gives it, but runs later" if givers else "; no stage of this list gives it"
             raise UsageError(f"{label} needs {', '.join(missing)}, which no stage before it gives{hint}")
         known.update(stage.gives)
-    if "images" not in known:
+    if "frames" not in known:
         raise UsageError(
-            "model.stages: no stage gives images; the last one is usually hydrarun.stages.decode.DecodeLatents"
+            "model.stages: no stage gives frames; the last one is usually hydrarun.stages.decode.DecodeLatents"
         )
 
 

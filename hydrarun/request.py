@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from PIL import Image
 
 from hydrarun.state import State
 
 
-def make_state(sampling: dict[str, Any]) -> State:
-    """One item per picture: prompt after prompt, and for each its pictures one after the other.
+#: fields of `sampling` that the state holds under the same name
+PLAIN = (
+    "height",
+    "width",
+    "num_frames",
+    "num_inference_steps",
+    "true_cfg_scale",
+    "guidance_scale",
+    "guidance_scale_2",
+    "max_sequence_length",
+)
+
+
+def make_state(sampling: dict[str, Any], input_images: Sequence[Image.Image] = ()) -> State:
+    """One item per picture: prompt after prompt, and for each its pictures one after the other; all get the images.
 
     A whole number as seed: the k-th picture of every prompt gets `seed + k`. A list: one per picture.
     """
@@ -26,12 +42,8 @@ def make_state(sampling: dict[str, Any]) -> State:
         prompts=[prompt for prompt in prompts for _ in range(count)],
         negative_prompts=None if negatives is None else [text for text in negatives for _ in range(count)],
         seeds=seeds,
-        height=sampling["height"],
-        width=sampling["width"],
-        num_inference_steps=sampling["num_inference_steps"],
-        true_cfg_scale=sampling["true_cfg_scale"],
-        guidance_scale=sampling["guidance_scale"],
-        max_sequence_length=sampling["max_sequence_length"],
+        input_images=list(input_images),
+        **{name: sampling[name] for name in PLAIN},
     )
 
 

@@ -13,6 +13,8 @@ import torch
 
 from hydrarun.build import build
 from hydrarun.errors import RunError, UsageError, nearest
+from hydrarun.media import images
+from hydrarun.media.images import InputImage
 from hydrarun.memory.safetensors_files import fingerprint
 from hydrarun.outputs import OutputWriter
 from hydrarun.pipeline import run_stages
@@ -21,14 +23,14 @@ from hydrarun.provenance import hardware, peak_host_bytes, versions
 from hydrarun.request import make_state
 from hydrarun.state import State
 from hydrarun.timing import Timings
-from hydrarun.validate import check_values
+from hydrarun.validate import check_values, image_paths
 
 
 @dataclass
 class Picture:
     """What was drawn, and what makes it again."""
 
-    pixels: np.ndarray  # [H, W, 3] uint8
+    pixels: np.ndarray  # [H, W, 3] uint8, or [F, H, W, 3] for a video
     prompt: str
     negative_prompt: str | None
     seed: int
@@ -46,14 +48,32 @@ class Runner:
         self.load_s = time.perf_counter() - start
 
     def generate(self, **sampling: Any) -> list[Picture]:
-        """Draw with the loaded model; keywords are fields of `sampling` and replace the configuration's."""
+        """Draw with the loaded model; keywords are fields of `sampling` and replace the configuration's.
+
+        `images=` replaces `input.images`.
+        """
         fields = self.config["sampling"]
+        given = dict(self.config["input"])
+        if "images" in sampling:
+            given["images"] = sampling.pop("images")
         for name in sampling:
             if name not in fields:
-                raise UsageError(f"sampling has no field {name!r}.{nearest(name, fields)}")
-        changed = {**self.config, "sampling": {**fields, **sampling}}
+                raise UsageError(f"sampling has no field {name!r}.{nearest(name, [*fields, 'images'])}")
+        changed = {**self.config, "sampling": {**fields, **sampling}, "input": given}
         check_values(changed)
-        return pictures(self.draw(make_state(changed["sampling"]), Timings(self.built.parts.device)))
+        return pictures(self.draw(self.state(changed, self.read_images(changed)), Timings(self.built.parts.device)))
+
+    def read_images(self, config: dict[str, Any]) -> list[InputImage]:
+        """The input images; says what was changed in reading one."""
+        read = [images.read(path) for path in image_paths(config)]
+        for image in read:
+            if image.note:
+                self.progress.note(f"{image.path.name}: {image.note}")
+        return read
+
+    def state(self, config: dict[str, Any], given: list[InputImage]) -> State:
+        """The batch that `config` asks for."""
+        return make_state(config["sampling"], [image.image for image in given])
 
     def draw(self, state: State, timings: Timings) -> State:
         """Run the stages."""
@@ -64,9 +84,11 @@ class Runner:
         """Draw what the configuration asks for, write it into `output_dir` and return what run.json says."""
         start = time.perf_counter()
         timings = Timings(self.built.parts.device)
-        writer = OutputWriter(output_dir, self.config, self.facts(), self.config["output"]["metadata"])
+        given = self.read_images(self.config)
+        facts = {**self.facts(), "inputs": [describe(image) for image in given]}
+        writer = OutputWriter(output_dir, self.config, facts, self.config["output"]["metadata"])
         try:
-            state = self.draw(make_state(self.config["sampling"]), timings)
+            state = self.draw(self.state(self.config, given), timings)
             measured = self.measured(timings, start)
             self.save(pictures(state), writer, measured)
         except BaseException as error:  # Ctrl-C and a full disk too: what was made stays, and run.json says so
@@ -120,8 +142,14 @@ class Runner:
         }
 
 
+def describe(image: InputImage) -> dict[str, Any]:
+    """What run.json says about an input image."""
+    return {"path": str(image.path), "sha256": image.sha256, "width": image.image.width, "height": image.image.height}
+
+
 def pictures(state: State) -> list[Picture]:
     """The items of a finished batch."""
     negatives: Sequence[str | None] = state.negative_prompts or [None] * len(state.prompts)
-    items = zip(state.images, state.prompts, negatives, state.seeds, strict=True)
+    pixels = state.frames[:, 0] if state.num_frames is None else state.frames
+    items = zip(pixels, state.prompts, negatives, state.seeds, strict=True)
     return [Picture(*item) for item in items]

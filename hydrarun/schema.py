@@ -22,51 +22,69 @@ class Model:
     revision: Optional[str] = None  # noqa: UP045 - OmegaConf on Python 3.10 reads Optional, not `X | None`
     pipeline: dict[str, Any] = MISSING
     transformer: dict[str, Any] = MISSING
+    patch_size: int = 2
     scheduler: Any = None  # a node or null: OmegaConf cannot merge a node into a null of type dict
     guidance: dict[str, Any] = MISSING
     stages: list[dict[str, Any]] = MISSING
+    takes: list[str] = MISSING
+    limits: dict[str, int] = field(default_factory=dict)
+    input_images: list[int] = field(default_factory=lambda: [0, 0])
     facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Sampling:
-    """What to draw. Names and meanings are diffusers'."""
+    """What to draw. Names and meanings are diffusers'; null where a model does not take a field."""
 
     prompt: Any = MISSING
     negative_prompt: Any = None
     num_inference_steps: int = 50
-    true_cfg_scale: float = 1.0
+    true_cfg_scale: Optional[float] = None  # noqa: UP045
     guidance_scale: Optional[float] = None  # noqa: UP045
-    height: int = MISSING
-    width: int = MISSING
+    guidance_scale_2: Optional[float] = None  # noqa: UP045
+    height: Optional[int] = None  # noqa: UP045
+    width: Optional[int] = None  # noqa: UP045
+    num_frames: Optional[int] = None  # noqa: UP045
     seed: Any = 0
     num_images_per_prompt: Optional[int] = None  # noqa: UP045
-    max_sequence_length: int = 512
+    max_sequence_length: Optional[int] = None  # noqa: UP045
+
+
+@dataclass
+class Input:
+    """What is given beside the prompt."""
+
+    images: Any = None
 
 
 @dataclass
 class Vae:
     """How the VAE decodes."""
 
+    dtype: Optional[str] = None  # noqa: UP045
     slicing: bool = False
     tiling: bool = False
 
 
 @dataclass
 class Output:
-    """What is written beside the pixels."""
+    """What files are written, and what is written beside the pixels."""
 
+    format: str = "png"
+    fps: Optional[int] = None  # noqa: UP045
     metadata: bool = True
 
 
 @dataclass
 class Config:
-    """The whole configuration; `attention` and `compile` are `_target_` nodes, checked against their callee."""
+    """The whole configuration; `attention`, `compile` and `offload` are `_target_` nodes, checked against their callee."""
 
     model: Model = field(default_factory=Model)
     sampling: Sampling = field(default_factory=Sampling)
+    input: Input = field(default_factory=Input)
     attention: dict[str, Any] = MISSING
     compile: dict[str, Any] = MISSING
+    offload: dict[str, Any] = MISSING
     vae: Vae = field(default_factory=Vae)
     output: Output = field(default_factory=Output)
     device: str = "auto"

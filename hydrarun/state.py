@@ -6,17 +6,20 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
+
+Grid = tuple[int, int, int]
 
 
 def given_by_stage() -> Any:
     """A field that is there once its stage has run; the check of the chain of stages sees to the order."""
-    return field(default=None)
+    return field(default=None, metadata={"stage": True})
 
 
 @dataclass(slots=True)
 class State:
-    """One batch: N pictures of one size, drawn together.
+    """One batch: N pictures or videos of one size, drawn together.
 
     The fields without a default come from the request; each of the others is given by a stage.
     """
@@ -24,22 +27,34 @@ class State:
     prompts: list[str]  # N
     negative_prompts: list[str] | None  # N; None: there is no negative prompt
     seeds: list[int]  # N
-    height: int  # pixels
-    width: int  # pixels
+    input_images: list[Image.Image]  # RGB; the same for all N; empty: there are none
+    height: int | None  # pixels; None: a stage takes it from the input image
+    width: int | None  # pixels
+    num_frames: int | None  # None: a still picture
     num_inference_steps: int
-    true_cfg_scale: float
+    true_cfg_scale: float | None
     guidance_scale: float | None
-    max_sequence_length: int  # tokens
-    #: {branch: what the transformer's `embed` takes beside latents and timestep}
+    guidance_scale_2: float | None
+    max_sequence_length: int | None  # tokens
+    #: {branch: what of the prompt the transformer's `embed` takes}
     conditioning: dict[str, dict[str, Any]] = given_by_stage()
-    #: [N, S, C], packed as the transformer takes them
+    #: [N], the scale that a guidance-distilled transformer takes; None: it takes none
+    guidance: Tensor | None = given_by_stage()
+    #: [N, S, C], packed, or [N, C, F, h, w], as the transformer takes them
     latents: Tensor = given_by_stage()
     #: latent tokens: frames, rows, columns
-    grid: tuple[int, int, int] = given_by_stage()
+    grid: Grid = given_by_stage()
+    #: the input images as packed latents, one after the other, [1, I, C], and the grid of each
+    image_latents: Tensor = given_by_stage()
+    image_grids: tuple[Grid, ...] = given_by_stage()
+    #: more channels beside the latents', [1, C', F, h, w]
+    condition_latents: Tensor = given_by_stage()
+    #: latents of a given first frame, [1, C, 1, h, w]; None: it is drawn like the others
+    first_frame: Tensor | None = given_by_stage()
     #: [steps], the scheduler's own values
     timesteps: Tensor = given_by_stage()
-    #: [N, H, W, 3] uint8
-    images: np.ndarray = given_by_stage()
+    #: [N, F, H, W, 3] uint8; F is 1 for a still picture
+    frames: np.ndarray = given_by_stage()
 
     @classmethod
     def request_fields(cls) -> frozenset[str]:
@@ -49,4 +64,4 @@ class State:
     @classmethod
     def stage_fields(cls) -> frozenset[str]:
         """What stages give."""
-        return frozenset(f.name for f in fields(cls) if f.default is None)
+        return frozenset(f.name for f in fields(cls) if "stage" in f.metadata)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from hydrarun.layers.attention import Attention, AttentionBackend
+from hydrarun.layers.attention import AttentionBackend, AttentionLayer
 
 
 def token_field(dim: int, of: str) -> Any:
@@ -22,14 +22,21 @@ def token_field(dim: int, of: str) -> Any:
 
 @dataclass
 class Tokens:
-    """What flows through the blocks. S latent tokens, T context (text) tokens, D channels, d channels of a head."""
+    """What flows through the blocks. S latent tokens, T context (text) tokens, D channels, d channels of a head.
+
+    Tokens of one call may be at different noise levels (a given first frame, an image to edit): `temb` then holds K
+    timesteps, the first of them the call's own, and `temb_index` says which is each latent token's. A model that needs
+    more fields subclasses this.
+    """
 
     hidden_states: Tensor = token_field(1, "hidden_states")  # [B, S, D]
     encoder_hidden_states: Tensor | None = token_field(1, "encoder_hidden_states")  # [B, T, D]
     encoder_mask: Tensor | None = token_field(1, "encoder_hidden_states")  # [B, T] bool, True: a real token
     rope: Tensor | None = token_field(0, "hidden_states")  # [S, d/2, 2] cosines and sines
     encoder_rope: Tensor | None = token_field(0, "encoder_hidden_states")  # [T, d/2, 2]
-    temb: Tensor | None = None  # [B, D] timestep and other global conditioning
+    temb: Tensor | None = None  # [B, K, D] timesteps and other global conditioning
+    temb_index: Tensor | None = token_field(0, "hidden_states")  # [S] 0 to K - 1; None: K is 1
+    grid: tuple[int, int, int] = (1, 1, 1)  # frames, rows and columns of the latent tokens that are predicted
 
     @classmethod
     def token_dims(cls) -> dict[str, tuple[int, str]]:
@@ -47,15 +54,20 @@ class Transformer(nn.Module):
     #: names of the `nn.ModuleList`s, in the order in which they run
     block_lists: ClassVar[tuple[str, ...]] = ()
     #: `{our module: checkpoint module, or a tuple of them fused along dimension 0}`; `*` is a block's index.
-    #: Modules that are not listed have the checkpoint's name.
+    #: Modules that are not listed have the checkpoint's name; "" is the checkpoint's root.
     weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
+    #: streams whose tokens may be spread over ranks; a context that is only cross-attended stays whole
+    spread_streams: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states")
+    #: names of our modules and parameters that are kept in float32 whatever the others are held in
+    keep_in_float32: ClassVar[tuple[str, ...]] = ()
     #: the values of the checkpoint's config.json that the constructor took
     config: Mapping[str, Any]
 
     def embed(self, *inputs: Any, **conditioning: Any) -> Tokens:
         """Inputs to tokens: `embed(hidden_states, timestep, **conditioning)`.
 
-        Packed latents `[B, S, C]`, timesteps `[B]` (the scheduler's own values), and what the model is conditioned on.
+        Latents as the model's reference holds them (packed `[B, S, C]`, or `[B, C, F, H, W]`), timesteps `[B]` (the
+        scheduler's own values), and what the model is conditioned on.
         """
         raise NotImplementedError
 
@@ -96,5 +108,5 @@ class Transformer(nn.Module):
     def set_attention_backend(self, backend: AttentionBackend) -> None:
         """Let every attention layer compute with `backend`."""
         for module in self.modules():
-            if isinstance(module, Attention):
+            if isinstance(module, AttentionLayer):
                 module.backend = backend

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hydrarun.annotations import describe, fits, show
@@ -19,6 +19,18 @@ from hydrarun.schema import Config
 MISSING = "???"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_SEED = 2**63 - 1
+#: fields of `sampling` that not every model takes, and those of them that a model that does cannot do without
+OPTIONAL = (
+    "negative_prompt",
+    "true_cfg_scale",
+    "guidance_scale",
+    "guidance_scale_2",
+    "num_frames",
+    "max_sequence_length",
+)
+NEEDED = ("num_frames", "max_sequence_length")
+PICTURE_FORMATS = ("png",)
+VIDEO_FORMATS = ("mp4", "frames")
 MAX_PROMPTS = 100_000  # characters of all prompts of a run: with room to spare in a picture's metadata
 
 Problem = tuple[str, str]  # the key, and the sentence about it
@@ -39,7 +51,30 @@ def problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     if not shape:
         yield from _device(config["device"])
         yield from _dtype(config["dtype"])
-        yield from _sampling(config["sampling"])
+        yield from _vae(config["vae"]["dtype"])
+        yield from _model(config["model"])
+        yield from _taken(config["model"], config["sampling"])
+        yield from _sampling(config["sampling"], config["model"]["takes"])
+        yield from _guidance(config)
+        yield from _input_images(config)
+        yield from _output(config)
+
+
+def cfg_scale(config: Mapping[str, Any]) -> tuple[str, float | None]:
+    """The field of `sampling` that is the scale of classifier-free guidance for this model, and its value."""
+    name = config["model"]["guidance"].get("scale", "true_cfg_scale")
+    return name, config["sampling"].get(name)
+
+
+def is_video(config: Mapping[str, Any]) -> bool:
+    """Whether the model draws videos."""
+    return "num_frames" in config["model"]["takes"]
+
+
+def image_paths(config: Mapping[str, Any]) -> list[str]:
+    """`input.images` as a list."""
+    images = config["input"]["images"]
+    return [images] if isinstance(images, str) else list(images or [])
 
 
 def _structure(node: Any, section: type, path: str) -> Iterator[Problem]:
@@ -84,22 +119,89 @@ def _dtype(dtype: str) -> Iterator[Problem]:
         yield "dtype", f"{dtype!r} is none of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}"
 
 
-def _sampling(sampling: Mapping[str, Any]) -> Iterator[Problem]:
-    for key in ("num_inference_steps", "height", "width"):
-        yield from _at_least(f"sampling.{key}", sampling[key], 1)
-    for key in ("true_cfg_scale", "guidance_scale"):
+def _vae(dtype: str | None) -> Iterator[Problem]:
+    if dtype is not None and dtype not in DTYPES[1:]:
+        yield "vae.dtype", f"{dtype!r} is none of null, {', '.join(DTYPES[1:])}.{nearest(dtype, DTYPES[1:])}"
+
+
+def _model(model: Mapping[str, Any]) -> Iterator[Problem]:
+    for key, names in (("takes", model["takes"]), ("limits", model["limits"])):
+        for name in names:
+            if name not in OPTIONAL:
+                yield f"model.{key}", f"{name!r} is none of {', '.join(OPTIONAL)}.{nearest(str(name), OPTIONAL)}"
+    counts = model["input_images"]
+    if not (len(counts) == 2 and all(fits(n, int) for n in counts) and 0 <= counts[0] <= counts[1]):
+        yield "model.input_images", f"{show(counts)} is not [least, most]."
+    yield from _at_least("model.patch_size", model["patch_size"], 1)
+
+
+def _taken(model: Mapping[str, Any], sampling: Mapping[str, Any]) -> Iterator[Problem]:
+    """What the model does not take must not be set, and what it cannot do without must be."""
+    for key in OPTIONAL:
         value = sampling[key]
+        if key not in model["takes"]:
+            if value is not None:
+                taken = ", ".join(model["takes"])
+                yield f"sampling.{key}", f"model {model['name']} does not take it; of such fields it takes {taken}."
+        elif value is None and key in NEEDED:
+            yield f"sampling.{key}", f"null, and model {model['name']} needs it."
+        elif key in model["limits"] and value is not None and value > model["limits"][key]:
+            yield f"sampling.{key}", f"{value} is above {model['limits'][key]}, the most that model {model['name']} takes."
+
+
+def _sampling(sampling: Mapping[str, Any], takes: Sequence[str]) -> Iterator[Problem]:
+    for key in ("num_inference_steps", "height", "width", "num_frames", "max_sequence_length"):
+        yield from _at_least(f"sampling.{key}", sampling[key], 1)
+    for key in ("true_cfg_scale", "guidance_scale", "guidance_scale_2"):
+        value = sampling[key] if key in takes else None
         if value is not None and not (math.isfinite(value) and value >= 0):
             yield f"sampling.{key}", f"{value} is not a finite number >= 0."
-    if not 1 <= sampling["max_sequence_length"] <= 1024:
-        yield "sampling.max_sequence_length", f"{sampling['max_sequence_length']} is not between 1 and 1024."
     yield from _texts(sampling)
     yield from _pictures(sampling)
 
 
-def _at_least(key: str, value: int, least: int) -> Iterator[Problem]:
-    if value < least:
+def _at_least(key: str, value: int | None, least: int) -> Iterator[Problem]:
+    if value is not None and value < least:
         yield key, f"{value} is below {least}."
+
+
+def _guidance(config: Mapping[str, Any]) -> Iterator[Problem]:
+    name, scale = cfg_scale(config)
+    if name in config["model"]["takes"] and scale is None:
+        yield f"sampling.{name}", "null; 1 turns guidance off."
+    if scale is not None and scale > 1 and config["sampling"]["negative_prompt"] is None:
+        yield (
+            "sampling.negative_prompt",
+            f"null, but {name}={scale} guides away from it: set"
+            f' sampling.negative_prompt=" ", or sampling.{name}=1 for no guidance.',
+        )
+
+
+def _input_images(config: Mapping[str, Any]) -> Iterator[Problem]:
+    given, (least, most) = config["input"]["images"], config["model"]["input_images"]
+    if not (given is None or isinstance(given, str) or (isinstance(given, list) and all(fits(p, str) for p in given))):
+        yield "input.images", f"{show(given)} is not a file or a list of files."
+        return
+    count, name = len(image_paths(config)), config["model"]["name"]
+    if count > most:
+        least_and_most = f"{least}" if least == most else f"{least} to {most}"
+        yield "input.images", f"lists {count} images; model {name} takes {least_and_most if most else 'none'}."
+    elif count < least:
+        yield "input.images", f"model {name} needs {least}: input.images=picture.png"
+
+
+def _output(config: Mapping[str, Any]) -> Iterator[Problem]:
+    output, name = config["output"], config["model"]["name"]
+    formats = VIDEO_FORMATS if is_video(config) else PICTURE_FORMATS
+    if output["format"] not in formats:
+        kind = "videos" if is_video(config) else "pictures"
+        yield "output.format", f"{output['format']!r}: model {name} draws {kind}: {' or '.join(formats)}."
+    if is_video(config):
+        if output["fps"] is None:
+            yield "output.fps", "null: a video needs frames per second, output.fps=16"
+        yield from _at_least("output.fps", output["fps"], 1)
+    elif output["fps"] is not None:
+        yield "output.fps", f"{output['fps']}: model {name} draws pictures, which have none."
 
 
 def _texts(sampling: Mapping[str, Any]) -> Iterator[Problem]:
@@ -110,12 +212,6 @@ def _texts(sampling: Mapping[str, Any]) -> Iterator[Problem]:
     elif sum(map(len, prompts)) > MAX_PROMPTS:
         yield "sampling.prompt", f"more than {MAX_PROMPTS} characters in all, and each picture carries them."
     if negative is None:
-        if sampling["true_cfg_scale"] > 1:
-            yield (
-                "sampling.negative_prompt",
-                f"null, but true_cfg_scale={sampling['true_cfg_scale']} guides away from it:"
-                ' set sampling.negative_prompt=" ", or sampling.true_cfg_scale=1 for no guidance.',
-            )
         return
     negatives = negative if isinstance(negative, list) else [negative]
     if not all(isinstance(text, str) for text in negatives):

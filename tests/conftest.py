@@ -11,6 +11,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 from pathlib import Path
 
 import pytest
+import subjects
 import tiny
 import torch
 
@@ -43,3 +44,17 @@ def demo_folder() -> Path:
     from hydrarun.resources import folder
 
     return folder("weights") / "demo"
+
+
+@pytest.fixture(scope="session")
+def built_subjects() -> dict[str, subjects.Subject]:
+    """Those that some test has asked for."""
+    return {}
+
+
+@pytest.fixture
+def subject(request, built_subjects, tmp_path_factory) -> subjects.Subject:
+    """A model option with its tiny checkpoint, by name: parametrise over `subjects.MODELS`."""
+    if request.param not in built_subjects:
+        built_subjects[request.param] = subjects.build(request.param, tmp_path_factory.mktemp("subject"))
+    return built_subjects[request.param]

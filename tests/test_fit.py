@@ -9,29 +9,56 @@ import pytest
 import tiny
 
 from hydrarun.errors import UsageError
-from hydrarun.fit import check_guidance_scale, check_size, size_multiple
+from hydrarun.fit import check_fit, check_guidance_scale, vae_factors
+
+WAN_LIKE = {"temperal_downsample": [False, True, True]}
 
 
-def test_the_multiple_is_the_pipelines_own(tiny_pipeline, tiny_folder, demo_folder):
-    assert size_multiple(tiny_folder) == tiny_pipeline.vae_scale_factor * 2 == 8
-    assert size_multiple(demo_folder) == 16
+def fit(vae: dict | None = None, transformer: dict | None = None, **sampling: object) -> None:
+    given = {"height": 64, "width": 64, "num_frames": None, "guidance_scale": None, **sampling}
+    check_fit(given, vae or {}, transformer or {}, patch=2)
 
 
-def test_a_folder_that_does_not_tell(tmp_path):
-    assert size_multiple(tmp_path) is None
+def test_the_factors_are_the_pipelines_own(tiny_pipeline):
+    assert vae_factors(tiny_pipeline.vae.config) == (2, tiny_pipeline.vae_scale_factor)
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "message"),
+    ("config", "factors"),
     [
-        (100, 64, "sampling.height=100: .* multiple of 16: sampling.height=96 or sampling.height=112"),
-        (64, 72, "sampling.width=72: .* sampling.width=64 or sampling.width=80"),
-        (8, 64, "sampling.height=8: .* multiple of 16: sampling.height=16$"),
+        ({}, (None, None)),
+        (WAN_LIKE, (4, 8)),
+        ({**WAN_LIKE, "scale_factor_spatial": 16, "scale_factor_temporal": 4}, (4, 16)),
+        ({"block_out_channels": [128, 256, 512, 512]}, (None, 8)),
+    ],
+    ids=["untold", "halvings", "told", "still pictures"],
+)
+def test_factors(config, factors):
+    assert vae_factors(config) == factors
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"height": 100}, "sampling.height=100: .* multiple of 16: sampling.height=96 or sampling.height=112"),
+        ({"width": 72}, "sampling.width=72: .* sampling.width=64 or sampling.width=80"),
+        ({"height": 8}, "sampling.height=8: .* multiple of 16: sampling.height=16$"),
+        ({"num_frames": 80}, "sampling.num_frames=80: .* 4 plus 1: sampling.num_frames=77 or sampling.num_frames=81"),
+        ({"num_frames": 2}, "sampling.num_frames=1 or sampling.num_frames=5"),
     ],
 )
-def test_the_nearest_sizes_are_offered(height, width, message):
+def test_the_nearest_values_are_offered(sampling, message):
     with pytest.raises(UsageError, match=message):
-        check_size(height, width, 16)
+        fit(WAN_LIKE, **sampling)
+
+
+@pytest.mark.parametrize("sampling", [{"height": None, "width": None}, {"num_frames": 1}, {"num_frames": 81}])
+def test_what_fits(sampling):
+    fit(WAN_LIKE, **sampling)
+
+
+def test_json_that_does_not_tell_refuses_nothing():
+    fit({}, {}, height=61, num_frames=80, guidance_scale=3.5)
 
 
 def test_a_wrong_size_is_refused_while_composing(tiny_folder):
@@ -48,11 +75,19 @@ def test_the_command_refuses_it_without_importing_torch():
     assert " torch\n" not in finished.stderr
 
 
-def test_a_guidance_scale_that_would_be_ignored_is_refused_while_composing(tiny_folder):
-    with pytest.raises(UsageError, match=r"sampling.guidance_scale=3.5: .*use sampling.true_cfg_scale"):
-        tiny.config(tiny_folder, "sampling.guidance_scale=3.5")
+@pytest.mark.parametrize(
+    ("scale", "distilled", "message"),
+    [
+        (3.5, False, "sampling.guidance_scale=3.5: .*not guidance-distilled.*sampling.guidance_scale=null"),
+        (0.0, False, "sampling.guidance_scale=0.0: "),
+        (None, True, "sampling.guidance_scale=null: .*sampling.guidance_scale=3.5"),
+    ],
+)
+def test_guidance_scales_that_the_checkpoint_ignores_or_lacks(scale, distilled, message):
+    with pytest.raises(UsageError, match=message):
+        fit(transformer={"guidance_embeds": distilled}, guidance_scale=scale)
 
 
-@pytest.mark.parametrize(("scale", "distilled"), [(None, False), (None, True), (3.5, True)])
+@pytest.mark.parametrize(("scale", "distilled"), [(None, False), (3.5, True), (0.0, True)])
 def test_guidance_scales_that_are_used(scale, distilled):
     check_guidance_scale(scale, distilled)

@@ -6,13 +6,34 @@ import pytest
 import torch
 
 from hydrarun.guidance import ClassifierFreeGuidance
+from hydrarun.state import State
 
 PREDICTIONS = {"positive": torch.tensor([[[3.0, 4.0]]]), "negative": torch.tensor([[[1.0, 4.0]]])}
 
 
+def request(true_cfg_scale: float | None = None, guidance_scale: float | None = None, second: float | None = None):
+    return State(["a"], ["b"], [0], [], 8, 8, None, 1, true_cfg_scale, guidance_scale, second, None)
+
+
 @pytest.mark.parametrize(("scale", "count"), [(0.0, 1), (1.0, 1), (1.001, 2), (4.0, 2)])
 def test_branches(scale, count):
-    assert ClassifierFreeGuidance().branches(scale) == ("positive", "negative")[:count]
+    assert ClassifierFreeGuidance().branches(request(scale)) == ("positive", "negative")[:count]
+    by_other_field = ClassifierFreeGuidance(scale="guidance_scale")
+    assert by_other_field.branches(request(None, scale)) == ("positive", "negative")[:count]
+
+
+@pytest.mark.parametrize(("second", "low"), [(3.0, 3.0), (0.0, 0.0), (None, 5.0)])
+def test_the_expert_for_low_noise_may_have_its_own_scale(second, low):
+    guidance = ClassifierFreeGuidance(scale="guidance_scale", scale_2="guidance_scale_2")
+    state = request(None, 5.0, second)
+    assert guidance.scale_for(state, low_noise=False) == 5.0
+    assert guidance.scale_for(state, low_noise=True) == low
+    assert guidance.branches(state) == ("positive", "negative")
+
+
+def test_without_a_scale_of_its_own_both_experts_share_one():
+    guidance = ClassifierFreeGuidance(scale="guidance_scale")
+    assert guidance.scale_for(request(None, 5.0, 3.0), low_noise=True) == 5.0
 
 
 def test_extrapolation_away_from_the_negative_prompt():

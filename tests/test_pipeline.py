@@ -17,7 +17,7 @@ from hydrarun.stages.latents import PrepareLatents
 from hydrarun.stages.timesteps import PrepareTimesteps
 from hydrarun.state import State
 
-CHAIN = [EncodePrompt(["x"]), PrepareLatents(), PrepareTimesteps(), Denoise(), DecodeLatents()]
+CHAIN = [EncodePrompt(["x"]), PrepareLatents(), PrepareTimesteps(), Denoise(["grid"]), DecodeLatents()]
 
 
 def without(cls: type) -> list[Stage]:
@@ -39,7 +39,7 @@ def test_a_stage_in_the_wrong_place():
 
 
 def test_no_pictures():
-    with pytest.raises(UsageError, match="no stage gives images"):
+    with pytest.raises(UsageError, match="no stage gives frames"):
         check_chain(without(DecodeLatents))
 
 
@@ -52,7 +52,7 @@ def test_a_field_that_the_state_lacks():
 
 
 def test_the_state_is_closed():
-    state = State(["a"], None, [0], 8, 8, 1, 1.0, None, 8)
+    state = State(["a"], None, [0], [], 8, 8, None, 1, 1.0, None, None, 8)
     with pytest.raises(AttributeError):
         state.latnets = 1
 

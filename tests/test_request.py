@@ -12,6 +12,8 @@ SAMPLING = {
     "num_inference_steps": 1,
     "true_cfg_scale": 1.0,
     "guidance_scale": None,
+    "guidance_scale_2": None,
+    "num_frames": None,
     "height": 8,
     "width": 8,
     "seed": 7,

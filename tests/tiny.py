@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from diffusers import QwenImageTransformer2DModel as ReferenceTransformer
@@ -118,10 +120,10 @@ def qwen_image() -> QwenImagePipeline:
     return pipeline
 
 
-def overrides(folder: Path) -> list[str]:
+def overrides(folder: Path, model: str = "qwen_image") -> list[str]:
     """What a run on the checkpoint in `folder` is told."""
     return [
-        "model=qwen_image",
+        f"model={model}",
         f"model.path={folder}",
         "device=cpu",
         "dtype=float32",
@@ -145,26 +147,31 @@ def runner(folder: Path, *more: str):
     return Runner(config(folder, *more))
 
 
-def draw(runner, **sampling):
-    """The finished state of a run with these fields of `sampling`."""
+def draw(runner, images=(), **sampling):
+    """The finished state of a run with these fields of `sampling` and these input images."""
     from hydrarun.request import make_state
     from hydrarun.timing import Timings
 
     fields = {**runner.config["sampling"], **sampling}
-    return runner.draw(make_state(fields), Timings(torch.device("cpu")))
+    return runner.draw(make_state(fields, images), Timings(torch.device("cpu")))
 
 
 def reference(pipeline, state, output_type: str):
-    """diffusers' own loop on what our request came to."""
-    guided = {"negative_prompt": state.negative_prompts} if state.true_cfg_scale > 1 else {}
-    return pipeline(
-        prompt=state.prompts,
-        true_cfg_scale=state.true_cfg_scale,
-        height=state.height,
-        width=state.width,
-        num_inference_steps=state.num_inference_steps,
-        max_sequence_length=state.max_sequence_length,
-        generator=[torch.Generator().manual_seed(seed) for seed in state.seeds],
-        output_type=output_type,
-        **guided,
-    ).images
+    """diffusers' own loop on what our request came to, one item after the other: a tensor, or pixels as an array."""
+    items = [reference_item(pipeline, state, index, output_type) for index in range(len(state.prompts))]
+    return torch.cat(items) if output_type == "latent" else np.concatenate(items)
+
+
+def reference_item(pipeline, state, index: int, output_type: str):
+    """The same for one item, with those of our fields that this pipeline takes."""
+    accepted = inspect.signature(pipeline.__call__).parameters
+    guided = max(state.true_cfg_scale or 0, (state.guidance_scale or 0) if "true_cfg_scale" not in accepted else 0) > 1
+    fields = ("true_cfg_scale", "guidance_scale", "guidance_scale_2", "height", "width", "num_frames")
+    given = {name: getattr(state, name) for name in (*fields, "num_inference_steps", "max_sequence_length")}
+    given["prompt"] = [state.prompts[index]]
+    given["negative_prompt"] = [state.negative_prompts[index]] if guided else None
+    if state.input_images:
+        given["image"] = state.input_images if len(state.input_images) > 1 else state.input_images[0]
+    known = {name: value for name, value in given.items() if name in accepted and value is not None}
+    generator = torch.Generator().manual_seed(state.seeds[index])
+    return pipeline(**known, generator=[generator], output_type=output_type)[0]

@@ -6,28 +6,41 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class QKVLinear(nn.Linear):
-    """Queries, keys and values in one product. Weight rows: all of q, then k, then v."""
+class HeadsLinear(nn.Linear):
+    """One product for several projections that are cut into heads. Weight rows: all of the first, then the next."""
+
+    parts = 1
 
     def __init__(self, dim: int, heads: int, head_dim: int) -> None:
-        super().__init__(dim, 3 * heads * head_dim)
+        super().__init__(dim, self.parts * heads * head_dim)
         self.head_dim = head_dim
-        #: rows of q, k and v, for the loading of checkpoints that hold them apart
-        self.fused_rows = (heads * head_dim,) * 3
+        #: rows of each projection, for the loading of checkpoints that hold them apart
+        self.fused_rows = (heads * head_dim,) * self.parts
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[B, S, D]` to three tensors `[B, S, H, d]`."""
-        query, key, value = super().forward(hidden_states).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
-        return query, key, value
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """`[B, S, D]` to `parts` tensors `[B, S, H, d]`."""
+        return super().forward(hidden_states).unflatten(-1, (self.parts, -1, self.head_dim)).unbind(2)
+
+
+class QKVLinear(HeadsLinear):
+    """Queries, keys and values in one product."""
+
+    parts = 3
+
+
+class KVLinear(HeadsLinear):
+    """Keys and values in one product, for cross-attention."""
+
+    parts = 2
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU (tanh approximation), linear, with the usual fourfold width inside."""
+    """Linear, GELU (tanh approximation), linear. `inner`: the width inside, by default the usual fourfold."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, inner: int | None = None) -> None:
         super().__init__()
-        self.up = nn.Linear(dim, 4 * dim)
-        self.down = nn.Linear(4 * dim, dim)
+        self.up = nn.Linear(dim, inner or 4 * dim)
+        self.down = nn.Linear(inner or 4 * dim, dim)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, S, D]` to `[B, S, D]`."""

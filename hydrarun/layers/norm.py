@@ -19,9 +19,14 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(dim, parts * dim)
         self.parts = parts
 
-    def forward(self, temb: Tensor) -> tuple[Tensor, ...]:
-        """`[B, D]` to `parts` tensors `[B, 1, D]`."""
-        return self.linear(F.silu(temb)).unsqueeze(1).chunk(self.parts, dim=-1)
+    def forward(self, temb: Tensor, index: Tensor | None = None) -> tuple[Tensor, ...]:
+        """`[B, K, D]` for K timesteps to `parts` tensors `[B, K, D]`, or `[B, S, D]` by each token's `index` `[S]`."""
+        return by_token(self.linear(F.silu(temb)), index).chunk(self.parts, dim=-1)
+
+
+def by_token(values: Tensor, index: Tensor | None) -> Tensor:
+    """`[B, K, ...]` to `[B, S, ...]`: for each token the value of its timestep; unchanged where all share one."""
+    return values if index is None else values.index_select(1, index)
 
 
 def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -38,6 +43,6 @@ class AdaLayerNorm(nn.Module):
         self.modulation = Modulation(dim, parts=2)
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        """`[B, S, D]`, `[B, D]` to `[B, S, D]`."""
+        """`[B, S, D]`, `[B, 1, D]` to `[B, S, D]`."""
         scale, shift = self.modulation(temb)
         return modulate(hidden_states, shift, scale)

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def frequencies(positions: Tensor, dim: int, theta: float = 10000.0) -> Tensor:
-    """Positions `[S]` to cosine and sine of each pair's angle, `[S, dim / 2, 2]`, in float32."""
-    rates = 1.0 / torch.pow(theta, torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    angles = torch.outer(positions.to(torch.float32), rates)
-    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+def frequencies(positions: Tensor, dim: int, theta: float = 10000.0, precision: torch.dtype = torch.float32) -> Tensor:
+    """Positions `[S]` to cosine and sine of each pair's angle, `[S, dim / 2, 2]`, computed in `precision`: float32."""
+    rates = 1.0 / torch.pow(theta, torch.arange(0, dim, 2, dtype=precision) / dim)
+    angles = torch.outer(positions.to(precision), rates)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
+
+
+def grid_frequencies(axes: Sequence[Tensor]) -> Tensor:
+    """The frequencies of frames `[F, f, 2]`, rows `[H, h, 2]` and columns `[W, w, 2]` to those of their grid's tokens.
+
+    `[F * H * W, f + h + w, 2]`, columns fastest.
+    """
+    sizes = [len(axis) for axis in axes]
+    places = ((slice(None), None, None), (None, slice(None), None), (None, None, slice(None)))
+    spread = [axis[place].expand(*sizes, -1, -1) for axis, place in zip(axes, places, strict=True)]
+    return torch.cat(spread, dim=-2).flatten(0, 2)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:

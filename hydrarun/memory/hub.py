@@ -12,7 +12,8 @@ from hydrarun.resources import folder
 
 PACKAGE = "package:"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+#: weights only from the components' folders: some repositories keep the same ones once more, as a single file
+FILES = ["*.json", "*/*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ def load_transformer(
     with ExitStack() as files:
         read = Reader(checkpoint, files)
         for placement in placements:
-            tensor = torch.empty(placement.shape, dtype=dtype, device=device)
+            kept = set(placement.name.split(".")) & set(cls.keep_in_float32)
+            tensor = torch.empty(placement.shape, dtype=torch.float32 if kept else dtype, device=device)
             parts = tensor.split(placement.rows) if len(placement.rows) > 1 else (tensor,)
             for part, source in zip(parts, placement.sources, strict=True):
                 part.copy_(read(source))
@@ -129,7 +130,9 @@ def source_names(name: str, weight_map: Mapping[str, str | tuple[str, ...]]) -> 
             theirs = weight_map[prefix]
             rest = "".join(f".{part}" for part in (*parts[end:], leaf))
             return tuple(
-                source.replace("*", index) + rest for source in (theirs if isinstance(theirs, tuple) else (theirs,))
+                # an empty name is the checkpoint's root
+                (source.replace("*", index) + rest).lstrip(".")
+                for source in (theirs if isinstance(theirs, tuple) else (theirs,))
             )
     return (name,)
 

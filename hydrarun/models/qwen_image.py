@@ -1,10 +1,12 @@
 """Qwen-Image (https://arxiv.org/abs/2508.02324): 60 dual-stream blocks with joint attention over text and image.
 
+Its edit models have the same blocks; the images to edit are more latent tokens, each picture a frame of its own.
 Reference: diffusers' `QwenImageTransformer2DModel`, whose checkpoints it loads.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import ClassVar
@@ -14,101 +16,23 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
 from hydrarun.errors import UsageError
-from hydrarun.layers.attention import Attention
-from hydrarun.layers.linear import FeedForward, QKVLinear
-from hydrarun.layers.norm import AdaLayerNorm, Modulation, modulate
-from hydrarun.layers.rope import frequencies, rotate
+from hydrarun.layers.dual_stream import DualStreamBlock, dual_stream_weights
+from hydrarun.layers.norm import AdaLayerNorm
+from hydrarun.layers.rope import frequencies, grid_frequencies
 from hydrarun.transformer import Tokens, Transformer
 
-FLOAT16_MAX = torch.finfo(torch.float16).max
-
-
-class Stream(nn.Module):
-    """One stream's share of a block: what happens to its tokens before and after the joint attention."""
-
-    def __init__(self, dim: int, heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.modulation = Modulation(dim, parts=6)
-        self.qkv = QKVLinear(dim, heads, head_dim)
-        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
-        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
-        self.out = nn.Linear(heads * head_dim, dim)
-        self.feed_forward = FeedForward(dim)
-
-    def project(self, hidden_states: Tensor, rope: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        """`[B, S, D]` to query, key and value `[B, S, H, d]`, normed and rotated."""
-        query, key, value = self.qkv(modulate(hidden_states, shift, scale))
-        return rotate(self.norm_q(query), rope), rotate(self.norm_k(key), rope), value
-
-    def finish(self, hidden_states: Tensor, attended: Tensor, gates: Sequence[Tensor]) -> Tensor:
-        """Add the attention's and the feed-forward's output to `[B, S, D]`."""
-        gate_attention, shift, scale, gate_feed_forward = gates
-        hidden_states = torch.addcmul(hidden_states, gate_attention, self.out(attended))
-        update = self.feed_forward(modulate(hidden_states, shift, scale))
-        hidden_states = torch.addcmul(hidden_states, gate_feed_forward, update)
-        if hidden_states.dtype == torch.float16:  # later blocks' activations leave its range
-            hidden_states = hidden_states.clip(-FLOAT16_MAX, FLOAT16_MAX)
-        return hidden_states
-
-
-class DualStreamBlock(nn.Module):
-    """Text and image tokens with weights of their own, joined in attention."""
-
-    def __init__(self, dim: int, heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.image = Stream(dim, heads, head_dim)
-        self.text = Stream(dim, heads, head_dim)
-        self.attention = Attention()
-
-    def modulated(self, tokens: Tokens) -> Tensor:
-        """The image tokens as the attention's projection sees them, `[B, S, D]`."""
-        shift, scale, *_ = self.image.modulation(tokens.temb)
-        return modulate(tokens.hidden_states, shift, scale)
-
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """`[B, S, D]` and `[B, T, D]` to the same."""
-        shift, scale, *image_gates = self.image.modulation(tokens.temb)
-        image = self.image.project(hidden_states, tokens.rope, shift, scale)
-        shift, scale, *text_gates = self.text.modulation(tokens.temb)
-        text = self.text.project(encoder_hidden_states, tokens.encoder_rope, shift, scale)
-        text_attended, image_attended = self.attention([text, image], [tokens.encoder_mask, None])
-        return (
-            self.image.finish(hidden_states, image_attended, image_gates),
-            self.text.finish(encoder_hidden_states, text_attended, text_gates),
-        )
-
-
-def stream_weights(ours: str, modulation: str, qkv: Sequence[str], norms: Sequence[str], out: str, mlp: str) -> dict:
-    """The weight map of one stream of a block."""
-    block = "transformer_blocks.*"
-    return {
-        f"blocks.*.{ours}.modulation.linear": f"{block}.{modulation}.1",
-        f"blocks.*.{ours}.qkv": tuple(f"{block}.attn.{name}" for name in qkv),
-        f"blocks.*.{ours}.norm_q": f"{block}.attn.{norms[0]}",
-        f"blocks.*.{ours}.norm_k": f"{block}.attn.{norms[1]}",
-        f"blocks.*.{ours}.out": f"{block}.attn.{out}",
-        f"blocks.*.{ours}.feed_forward.up": f"{block}.{mlp}.net.0.proj",
-        f"blocks.*.{ours}.feed_forward.down": f"{block}.{mlp}.net.2",
-    }
+Grid = tuple[int, int, int]
 
 
 class QwenImageTransformer(Transformer):
     """Arguments are the checkpoint's transformer/config.json.
 
-    Raises `UsageError` for the switches of the family's other members (edit, layered), which this pipeline lacks.
+    Raises `UsageError` for the switches of members of the family that this class does not run.
     """
 
     block_lists = ("blocks",)
     weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = {
-        **stream_weights("image", "img_mod", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), "to_out.0", "img_mlp"),
-        **stream_weights(
-            "text",
-            "txt_mod",
-            ("add_q_proj", "add_k_proj", "add_v_proj"),
-            ("norm_added_q", "norm_added_k"),
-            "to_add_out",
-            "txt_mlp",
-        ),
+        **dual_stream_weights(modulation=("img_mod.1", "txt_mod.1"), feed_forward=("img_mlp", "txt_mlp")),
         "time_embed": "time_text_embed.timestep_embedder",
         "norm_out.modulation.linear": "norm_out.linear",
     }
@@ -131,12 +55,12 @@ class QwenImageTransformer(Transformer):
         super().__init__()
         refuse(
             guidance_embeds=guidance_embeds,
-            zero_cond_t=zero_cond_t,
             use_additional_t_cond=use_additional_t_cond,
             use_layer3d_rope=use_layer3d_rope,
         )
         dim = num_attention_heads * attention_head_dim
         self.axes_dims_rope = tuple(axes_dims_rope)
+        self.zero_cond_t = zero_cond_t
         self.time_proj = Timesteps(num_channels=256, flip_sin_to_cos=True, downscale_freq_shift=0, scale=1000)
         self.time_embed = TimestepEmbedding(in_channels=256, time_embed_dim=dim)
         self.txt_norm = nn.RMSNorm(joint_attention_dim, eps=1e-6)
@@ -155,24 +79,34 @@ class QwenImageTransformer(Transformer):
         *,
         encoder_hidden_states: Tensor,
         encoder_hidden_states_mask: Tensor | None,
-        grid: tuple[int, int, int],
+        grid: Grid,
+        image_latents: Tensor | None = None,
+        image_grids: tuple[Grid, ...] = (),
     ) -> Tokens:
         """Packed latents `[B, S, C]`, timesteps `[B]` in 0-1000, text `[B, T, E]` with its mask `[B, T]`.
 
-        `grid` counts the latent tokens: frames, rows, columns.
+        `grid` counts the latent tokens: frames, rows, columns. `image_latents` `[B, I, C]` are the packed images to
+        edit, one after the other, and `image_grids` their grids.
         """
+        times = timestep[:, None]
+        if image_latents is not None:
+            hidden_states = torch.cat([hidden_states, image_latents.to(hidden_states.dtype)], dim=1)
+            if self.zero_cond_t:  # the images to edit are without noise
+                times = torch.cat([times, torch.zeros_like(times)], dim=1)
         image = self.img_in(hidden_states)
         text = self.txt_in(self.txt_norm(encoder_hidden_states))
         # the reference divides by 1000 and multiplies again, in the latents' dtype: in bfloat16 that rounding shows
-        fraction = timestep.to(hidden_states.dtype) / 1000
-        temb = self.time_embed(self.time_proj(fraction).to(image.dtype))
-        rope, text_rope = rope_tables(grid, text.shape[1], self.axes_dims_rope, image.device)
+        fraction = times.to(hidden_states.dtype) / 1000
+        temb = self.time_embed(self.time_proj(fraction.flatten()).to(image.dtype)).unflatten(0, times.shape)
+        index = None if times.shape[1] == 1 else token_times(grid, image_grids, image.device)
+        rope, text_rope = rope_tables((grid, *image_grids), text.shape[1], self.axes_dims_rope, image.device)
         mask = None if encoder_hidden_states_mask is None else encoder_hidden_states_mask.bool()
-        return Tokens(image, text, mask, rope, text_rope, temb)
+        return Tokens(image, text, mask, rope, text_rope, temb, index, grid)
 
     def head(self, tokens: Tokens) -> Tensor:
-        """`[B, S, D]` to the velocity `[B, S, C]`."""
-        return self.proj_out(self.norm_out(tokens.hidden_states, tokens.temb))
+        """`[B, S, D]` to the velocity `[B, S, C]` of the tokens of `grid`, which come first."""
+        predicted = tokens.hidden_states[:, : math.prod(tokens.grid)]
+        return self.proj_out(self.norm_out(predicted, tokens.temb[:, :1]))
 
 
 def refuse(**switches: bool) -> None:
@@ -180,33 +114,36 @@ def refuse(**switches: bool) -> None:
     on = [name for name, value in switches.items() if value]
     if on:
         raise UsageError(
-            f"transformer/config.json sets {', '.join(on)}: a member of the Qwen-Image family that this pipeline"
-            " does not run (guidance-distilled, edit or layered checkpoints need their own model option)"
+            f"transformer/config.json sets {', '.join(on)}: a member of the Qwen-Image family that this model option"
+            " does not run (guidance-distilled and layered checkpoints need their own)"
         )
 
 
 @lru_cache(maxsize=16)
-def rope_tables(
-    grid: tuple[int, int, int], text_length: int, axes_dims: tuple[int, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Rotations of the latent tokens `[F * H * W, d / 2, 2]` and of the text tokens `[T, d / 2, 2]`.
+def token_times(grid: Grid, image_grids: tuple[Grid, ...], device: torch.device) -> Tensor:
+    """0 for each token that is predicted, then 1 for each token of the images to edit, `[S]`."""
+    lengths = torch.tensor([math.prod(grid), sum(map(math.prod, image_grids))])
+    return torch.repeat_interleave(torch.arange(2), lengths).to(device)
 
-    Rows and columns are counted from the picture's centre, so that sizes share positions; text follows on the
-    diagonal after the larger half (the paper's MSRoPE).
+
+@lru_cache(maxsize=16)
+def rope_tables(
+    grids: tuple[Grid, ...], text_length: int, axes_dims: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Rotations of the latent tokens `[S, d / 2, 2]` of all pictures and of the text tokens `[T, d / 2, 2]`.
+
+    Rows and columns are counted from the picture's centre, so that sizes share positions, and pictures are numbered as
+    frames; text follows on the diagonal after the largest half (the paper's MSRoPE).
     """
-    frames, height, width = grid
-    positions = (
-        torch.arange(frames),
-        torch.arange(height) - (height - height // 2),
-        torch.arange(width) - (width - width // 2),
-    )
-    axes = [frequencies(p, dim) for p, dim in zip(positions, axes_dims, strict=True)]
-    spread = [
-        axes[0][:, None, None].expand(frames, height, width, -1, -1),
-        axes[1][None, :, None].expand(frames, height, width, -1, -1),
-        axes[2][None, None, :].expand(frames, height, width, -1, -1),
-    ]
-    image = torch.cat(spread, dim=-2).flatten(0, 2)
-    start = max(height // 2, width // 2)
+    pictures = []
+    for number, (frames, height, width) in enumerate(grids):
+        positions = (
+            torch.arange(frames) + number,
+            torch.arange(height) - (height - height // 2),
+            torch.arange(width) - (width - width // 2),
+        )
+        axes = [frequencies(place, dim) for place, dim in zip(positions, axes_dims, strict=True)]
+        pictures.append(grid_frequencies(axes))
+    start = max(side // 2 for _, *sides in grids for side in sides)
     text = torch.cat([frequencies(torch.arange(start, start + text_length), dim) for dim in axes_dims], dim=-2)
-    return image.to(device), text.to(device)
+    return torch.cat(pictures).to(device), text.to(device)

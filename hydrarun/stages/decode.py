@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import torch
-
-from hydrarun.errors import RunError
+from hydrarun import vae
+from hydrarun.latents import unpack
 from hydrarun.pipeline import Parts, Stage
 from hydrarun.state import State
 from hydrarun.timing import Timings
 
 
 class DecodeLatents(Stage):
-    """Unpacks the latents, undoes the VAE's normalisation and decodes them to 8-bit pictures."""
+    """Unpacks the latents, undoes the VAE's normalisation and decodes them to 8-bit pictures or frames."""
 
-    needs = ("latents", "height", "width")
-    gives = ("images",)
+    needs = ("latents", "grid")
+    gives = ("frames",)
     phase = "decode"
 
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
-        pipeline = parts.pipeline
-        latents = pipeline._unpack_latents(state.latents, state.height, state.width, pipeline.vae_scale_factor)
-        latents = denormalise(latents.to(pipeline.vae.dtype), pipeline.vae.config)
-        frames = pipeline.vae.decode(latents, return_dict=False)[0][:, :, 0]
-        if not frames.isfinite().all():
-            raise RunError("the VAE decoded NaN or infinity: try dtype=float32, or check the vae's weights")
-        images = pipeline.image_processor.postprocess(frames, output_type="np")
-        state.images = (images * 255).round().astype("uint8")
-
-
-def denormalise(latents: torch.Tensor, config: dict) -> torch.Tensor:
-    """`[N, C, F, H, W]` from zero mean and unit deviation back to the VAE's own, channel by channel."""
-    # the reference divides by 1 / std: multiplying by std would round differently
-    inverse = 1.0 / torch.tensor(config["latents_std"]).view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)
-    mean = torch.tensor(config["latents_mean"]).view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)
-    return latents / inverse + mean
+        latents, pipeline = state.latents, parts.pipeline
+        if latents.ndim == 3:
+            latents = unpack(latents, state.grid, parts.patch_size)
+        pixels = vae.decode(pipeline, latents).transpose(1, 2)  # [N, F, 3, H, W]
+        processor = pipeline.video_processor if hasattr(pipeline, "video_processor") else pipeline.image_processor
+        images = processor.postprocess(pixels.flatten(0, 1), output_type="np")  # [N * F, H, W, 3], 0 to 1
+        state.frames = (images * 255).round().astype("uint8").reshape(*pixels.shape[:2], *images.shape[1:])

@@ -1,40 +1,67 @@
-"""The loop: timesteps x guidance branches, one for all models."""
+"""The loop: timesteps x experts x guidance branches, one for all models."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from hydrarun.errors import RunError
+from hydrarun.experts import LOW_NOISE
 from hydrarun.pipeline import Parts, Stage
 from hydrarun.state import State
 from hydrarun.timing import Timings
 
 
 class Denoise(Stage):
-    """Predict each branch, combine them, let the scheduler step."""
+    """Predict each branch, combine them, let the scheduler step.
 
-    needs = ("latents", "timesteps", "conditioning", "grid", "true_cfg_scale")
+    `passes` names the fields of the state that the transformer takes beside latents, timestep and the branch's own
+    conditioning; a field with one row serves all items.
+    """
+
+    needs = ("latents", "timesteps", "conditioning", "true_cfg_scale", "guidance_scale", "guidance_scale_2")
     gives = ("latents",)
     phase = "denoise"
 
+    def __init__(self, passes: Sequence[str] = ()) -> None:
+        self.passes = tuple(passes)
+        self.needs = (*Denoise.needs, *self.passes)
+
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
-        branches = parts.guidance.branches(state.true_cfg_scale)
-        with parts.progress.phase("denoising", total=len(state.timesteps)) as advance:
-            for timestep in state.timesteps:
+        shared = {name: for_all(getattr(state, name), len(state.latents)) for name in self.passes}
+        conditioning = {
+            branch: {**state.conditioning[branch], **shared} for branch in parts.guidance.branches(state)
+        }
+        scheduler = parts.pipeline.scheduler
+        values = state.timesteps.tolist()  # on the host once, not one by one inside the loop
+        with parts.progress.phase("denoising", total=len(values)) as advance:
+            for timestep, value in zip(state.timesteps, values, strict=True):
                 start = timings.now()
-                batch_timestep = timestep.expand(len(state.latents))
-                predictions = {branch: self.predict(state, parts, batch_timestep, branch) for branch in branches}
-                prediction = parts.guidance.combine(predictions, state.true_cfg_scale)
-                state.latents = parts.pipeline.scheduler.step(prediction, timestep, state.latents, return_dict=False)[0]
+                prediction = self.predict(state, parts, conditioning, timestep, parts.experts.name_at(value))
+                state.latents = scheduler.step(prediction, timestep, state.latents, return_dict=False)[0]
                 timings.steps.append(timings.now() - start)
                 advance()
         if not state.latents.isfinite().all():
             raise RunError(
-                f"the latents are NaN or infinite after {len(state.timesteps)} steps: the weights are damaged, or"
+                f"the latents are NaN or infinite after {len(values)} steps: the weights are damaged, or"
                 f" {str(parts.dtype).removeprefix('torch.')} is too narrow for this model; try dtype=float32"
             )
 
-    def predict(self, state: State, parts: Parts, timestep: Tensor, branch: str) -> Tensor:
-        """The transformer's prediction `[N, S, C]` for one branch."""
-        conditioning = {**state.conditioning[branch], "grid": state.grid}
-        return parts.transformer(state.latents, timestep, conditioning, branch=branch)
+    def predict(
+        self, state: State, parts: Parts, conditioning: dict[str, dict[str, Any]], timestep: Tensor, expert: str
+    ) -> Tensor:
+        """The guided prediction of one step, in the shape of the latents."""
+        transformer = parts.experts.ready(expert)
+        latents, times = state.latents.to(parts.dtype), timestep.expand(len(state.latents))
+        predictions = {
+            branch: transformer(latents, times, inputs, branch=branch, expert=expert)
+            for branch, inputs in conditioning.items()
+        }
+        return parts.guidance.combine(predictions, parts.guidance.scale_for(state, low_noise=expert == LOW_NOISE))
+
+
+def for_all(value: Any, count: int) -> Any:
+    """One row of a tensor repeated for each item, without a copy; anything else as it is."""
+    return value.expand(count, *value.shape[1:]) if isinstance(value, Tensor) else value

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from hydrarun.errors import UsageError
 from hydrarun.guidance import NEGATIVE, POSITIVE
 from hydrarun.pipeline import Parts, Stage
+from hydrarun.stages.images import fit_area
 from hydrarun.state import State
 from hydrarun.timing import Timings
 
@@ -17,37 +20,79 @@ from hydrarun.timing import Timings
 class EncodePrompt(Stage):
     """Runs the pipeline's own `encode_prompt` on the prompts of every branch that guidance asks for.
 
-    `returns` names, as arguments of the transformer's `embed`, what `encode_prompt` returns. Equal prompts are encoded
-    once and repeated here: the reference pipelines repeat masks in the wrong order.
+    `returns` names, as arguments of the transformer's `embed`, what `encode_prompt` returns; null: not taken.
+    `arguments` are more arguments of `encode_prompt`. Equal prompts are encoded once and repeated here: the reference
+    pipelines repeat masks in the wrong order.
     """
 
-    needs = ("prompts", "negative_prompts", "true_cfg_scale", "max_sequence_length")
+    needs = ("prompts", "negative_prompts", "true_cfg_scale", "guidance_scale", "max_sequence_length")
     gives = ("conditioning",)
     phase = "encode"
 
-    def __init__(self, returns: Sequence[str]) -> None:
+    def __init__(self, returns: Sequence[str | None], arguments: Mapping[str, Any] | None = None) -> None:
         self.returns = tuple(returns)
+        self.arguments = dict(arguments or {})
 
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
         texts = {POSITIVE: state.prompts, NEGATIVE: state.negative_prompts}
         state.conditioning = {}
-        for branch in parts.guidance.branches(state.true_cfg_scale):
+        for branch in parts.guidance.branches(state):
             prompts = texts[branch]
             if prompts is None:
                 raise UsageError(
-                    f"sampling.true_cfg_scale={state.true_cfg_scale} guides away from a negative prompt and there is"
-                    ' none: sampling.negative_prompt=" ", or sampling.true_cfg_scale=1'
+                    f"sampling.{parts.guidance.scale}={getattr(state, parts.guidance.scale)} guides away from a"
+                    ' negative prompt and there is none: sampling.negative_prompt=" ", or'
+                    f" sampling.{parts.guidance.scale}=1"
                 )
-            state.conditioning[branch] = self.encode(prompts, state, parts)
+            unique = list(dict.fromkeys(prompts))
+            rows = torch.tensor([unique.index(prompt) for prompt in prompts], device=parts.device)
+            encoded = self.encode(unique, state, parts)
+            state.conditioning[branch] = {
+                name: None if value is None else value.index_select(0, rows) for name, value in encoded.items()
+            }
 
-    def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Any]:
-        """Conditioning with one row per item."""
-        unique = list(dict.fromkeys(prompts))
-        encoded = parts.pipeline.encode_prompt(
-            prompt=unique, device=parts.device, max_sequence_length=state.max_sequence_length
-        )
-        rows = torch.tensor([unique.index(prompt) for prompt in prompts], device=parts.device)
-        return {
-            name: None if value is None else value.index_select(0, rows)
-            for name, value in zip(self.returns, encoded, strict=True)
-        }
+    def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Tensor | None]:
+        """What the transformer takes, one row per prompt."""
+        limit = {} if state.max_sequence_length is None else {"max_sequence_length": state.max_sequence_length}
+        return self.run(parts, prompt=prompts, **limit)
+
+    def run(self, parts: Parts, **arguments: Any) -> dict[str, Tensor | None]:
+        """`encode_prompt`'s results by the names that the transformer takes them under."""
+        encoded = parts.pipeline.encode_prompt(device=parts.device, **self.arguments, **arguments)
+        return {name: value for name, value in zip(self.returns, encoded, strict=True) if name is not None}
+
+
+class EncodePromptWithImages(EncodePrompt):
+    """The text encoder sees the input images too, each shrunk or enlarged to `image_area` pixels.
+
+    One prompt at a time: the reference pipelines take no batch of prompts with the same images. What comes out is
+    padded to the longest, `encoder_hidden_states` with zeros and the mask `encoder_hidden_states_mask` with False.
+    """
+
+    needs = (*EncodePrompt.needs, "input_images")
+
+    def __init__(self, image_area: int) -> None:
+        super().__init__(returns=("encoder_hidden_states", "encoder_hidden_states_mask"))
+        self.image_area = image_area
+
+    def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Tensor | None]:
+        resize = parts.pipeline.image_processor.resize
+        images = [resize(image, *fit_area(image, self.image_area, 32)) for image in state.input_images]
+        embeds = [self.run(parts, prompt=[p], image=images)["encoder_hidden_states"] for p in prompts]
+        lengths = torch.tensor([len(one[0]) for one in embeds], device=parts.device)
+        longest = int(lengths.max())
+        padded = torch.cat([F.pad(one, (0, 0, 0, longest - one.shape[1])) for one in embeds])
+        mask = torch.arange(longest, device=parts.device) < lengths[:, None]
+        return {"encoder_hidden_states": padded, "encoder_hidden_states_mask": None if mask.all() else mask}
+
+
+class EmbedGuidance(Stage):
+    """The scale that a guidance-distilled transformer takes as an input; others get none."""
+
+    needs = ("prompts", "guidance_scale")
+    gives = ("guidance",)
+    phase = "encode"
+
+    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+        if state.guidance_scale is not None:
+            state.guidance = torch.full([len(state.prompts)], state.guidance_scale, device=parts.device)

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import torch
 
-from hydrarun.fit import PATCH
+from hydrarun import vae
+from hydrarun.fit import vae_factors
+from hydrarun.latents import pack
 from hydrarun.pipeline import Parts, Stage
 from hydrarun.state import State
 from hydrarun.timing import Timings
 
 
 class PrepareLatents(Stage):
-    """Draws each item's noise from its own CPU generator, with the pipeline's own shape, order and packing.
+    """Draws each item's noise from its own CPU generator, in the reference's order and dtype.
 
-    The same seed then gives the same noise on every device, in every batch, and in diffusers.
+    The same seed then gives the same noise on every device, in every batch, and in diffusers. `packed`: whether the
+    transformer takes tokens of patches; `keep_float32`: whether the latents stay float32 between the steps, whatever
+    the transformer computes in. Both are the reference's choice.
     """
 
-    needs = ("seeds", "height", "width")
+    needs = ("seeds", "height", "width", "num_frames")
     gives = ("latents", "grid")
     phase = "encode"
 
+    def __init__(self, packed: bool = True, keep_float32: bool = False) -> None:
+        self.packed = packed
+        self.keep_float32 = keep_float32
+
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in state.seeds]
-        state.latents = parts.pipeline.prepare_latents(
-            len(state.seeds),
-            parts.transformer.config["in_channels"] // PATCH**2,
-            state.height,
-            state.width,
-            parts.dtype,
-            parts.device,
-            generators,
-        )
-        token = parts.pipeline.vae_scale_factor * PATCH
-        state.grid = (1, state.height // token, state.width // token)
+        assert state.height is not None and state.width is not None
+        per_frame, side = vae_factors(parts.pipeline.vae.config)
+        assert side is not None
+        frames = 1 if state.num_frames is None else (state.num_frames - 1) // (per_frame or 1) + 1
+        shape = (1, vae.channels(parts.pipeline), frames, state.height // side, state.width // side)
+        dtype = torch.float32 if self.keep_float32 else parts.dtype
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) for seed in state.seeds]
+        latents = torch.cat(noise).to(parts.device)
+        state.latents = pack(latents, parts.patch_size) if self.packed else latents
+        state.grid = (frames, shape[3] // parts.patch_size, shape[4] // parts.patch_size)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+import math
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,22 +15,31 @@ from hydrarun.timing import Timings
 
 
 class PrepareTimesteps(Stage):
-    """Evenly spaced sigmas from 1 to 1/steps, shifted by the number of latent tokens where the scheduler asks for it.
+    """The noise levels of the steps.
 
+    `sigmas` says who spaces them: `linear` (evenly from 1 to 1 / steps, shifted by the number of latent tokens where
+    the scheduler asks for it), `scheduler` (its own spacing), or `linear_unless_flow` (linear, but the scheduler's own
+    where it is set to `use_flow_sigmas`).
     Reference: diffusers' flow-matching pipelines (`calculate_shift`; Stable Diffusion 3, https://arxiv.org/abs/2403.03206).
     """
 
-    needs = ("latents", "num_inference_steps")
+    needs = ("grid", "num_inference_steps")
     gives = ("timesteps",)
     phase = "encode"
+
+    def __init__(self, sigmas: Literal["linear", "linear_unless_flow", "scheduler"] = "linear") -> None:
+        self.sigmas = sigmas
 
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
         scheduler = parts.pipeline.scheduler
         accepted = inspect.signature(scheduler.set_timesteps).parameters
+        own = self.sigmas == "scheduler" or (
+            self.sigmas == "linear_unless_flow" and scheduler.config.get("use_flow_sigmas", False)
+        )
         arguments: dict[str, Any] = {"device": parts.device}
-        if "mu" in accepted:
-            arguments["mu"] = shift(scheduler.config, state.latents.shape[1])
-        if "sigmas" in accepted:
+        if "mu" in accepted and self.sigmas != "scheduler":
+            arguments["mu"] = shift(scheduler.config, math.prod(state.grid))
+        if "sigmas" in accepted and not own:
             steps = state.num_inference_steps
             arguments["sigmas"] = np.linspace(1.0, 1 / steps, steps)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hydrarun.fit import check_guidance_scale, check_size
+from hydrarun.fit import check_fit
 from hydrarun.pipeline import Parts, Stage
 from hydrarun.state import State
 from hydrarun.timing import Timings
@@ -11,9 +11,9 @@ from hydrarun.timing import Timings
 class ValidateInput(Stage):
     """Refuses sizes that the VAE cannot make and settings that the checkpoint would ignore."""
 
-    needs = ("prompts", "height", "width", "guidance_scale")
+    needs = ("height", "width", "num_frames", "guidance_scale")
     phase = "encode"
 
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
-        check_size(state.height, state.width, parts.pipeline.image_processor.config.vae_scale_factor)
-        check_guidance_scale(state.guidance_scale, parts.transformer.config.get("guidance_embeds", False))
+        sampling = {name: getattr(state, name) for name in self.needs}
+        check_fit(sampling, parts.pipeline.vae.config, parts.experts.config, parts.patch_size)

@@ -146,7 +146,7 @@ def test_declared_token_dimensions_are_token_dimensions(pair):
         assert getattr(tokens, name).shape[dim] == lengths[stream], name
 
 
-@pytest.mark.parametrize("switch", ["guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"])
+@pytest.mark.parametrize("switch", ["guidance_embeds", "use_additional_t_cond", "use_layer3d_rope"])
 def test_other_members_of_the_family_are_refused_by_name(switch):
     with pytest.raises(UsageError, match=switch), torch.device("meta"):
         QwenImageTransformer(num_layers=1, **{switch: True})

@@ -1,0 +1,103 @@
+"""The dual-stream block (MMDiT; Stable Diffusion 3, https://arxiv.org/abs/2403.03206).
+
+Text and image tokens have weights of their own and meet in joint attention. Several families are made of it; their
+checkpoints differ in names only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hydrarun.layers.attention import Attention
+from hydrarun.layers.linear import FeedForward, QKVLinear
+from hydrarun.layers.norm import Modulation, modulate
+from hydrarun.layers.rope import rotate
+from hydrarun.transformer import Tokens
+
+FLOAT16_MAX = torch.finfo(torch.float16).max
+
+
+class Stream(nn.Module):
+    """One stream's share of a block: what happens to its tokens before and after the joint attention."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.modulation = Modulation(dim, parts=6)
+        self.qkv = QKVLinear(dim, heads, head_dim)
+        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
+        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
+        self.out = nn.Linear(heads * head_dim, dim)
+        self.feed_forward = FeedForward(dim)
+
+    def project(self, hidden_states: Tensor, rope: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        """`[B, S, D]` to query, key and value `[B, S, H, d]`, normed and rotated."""
+        query, key, value = self.qkv(modulate(hidden_states, shift, scale))
+        return rotate(self.norm_q(query), rope), rotate(self.norm_k(key), rope), value
+
+    def finish(self, hidden_states: Tensor, attended: Tensor, gates: Sequence[Tensor]) -> Tensor:
+        """Add the attention's and the feed-forward's output to `[B, S, D]`."""
+        gate_attention, shift, scale, gate_feed_forward = gates
+        hidden_states = torch.addcmul(hidden_states, gate_attention, self.out(attended))
+        update = self.feed_forward(modulate(hidden_states, shift, scale))
+        return within_float16(torch.addcmul(hidden_states, gate_feed_forward, update))
+
+
+class DualStreamBlock(nn.Module):
+    """Text and image tokens with weights of their own, joined in attention."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.image = Stream(dim, heads, head_dim)
+        self.text = Stream(dim, heads, head_dim)
+        self.attention = Attention()
+
+    def modulated(self, tokens: Tokens) -> Tensor:
+        """The image tokens as the attention's projection sees them, `[B, S, D]`."""
+        shift, scale, *_ = self.image.modulation(tokens.temb, tokens.temb_index)
+        return modulate(tokens.hidden_states, shift, scale)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """`[B, S, D]` and `[B, T, D]` to the same."""
+        shift, scale, *image_gates = self.image.modulation(tokens.temb, tokens.temb_index)
+        image = self.image.project(hidden_states, tokens.rope, shift, scale)
+        shift, scale, *text_gates = self.text.modulation(tokens.temb[:, :1])
+        text = self.text.project(encoder_hidden_states, tokens.encoder_rope, shift, scale)
+        text_attended, image_attended = self.attention([text, image], [tokens.encoder_mask, None])
+        return (
+            self.image.finish(hidden_states, image_attended, image_gates),
+            self.text.finish(encoder_hidden_states, text_attended, text_gates),
+        )
+
+
+def within_float16(hidden_states: Tensor) -> Tensor:
+    """The same; later blocks' activations would leave float16's range."""
+    return hidden_states.clip(-FLOAT16_MAX, FLOAT16_MAX) if hidden_states.dtype == torch.float16 else hidden_states
+
+
+def dual_stream_weights(
+    modulation: tuple[str, str], feed_forward: tuple[str, str], theirs: str = "transformer_blocks.*"
+) -> dict[str, str | tuple[str, ...]]:
+    """The weight map of `blocks.*`, DualStreamBlocks, from a checkpoint whose joint attention has diffusers' names.
+
+    `modulation` and `feed_forward` name the checkpoint's layers: the image's, then the text's.
+    """
+    attention = {
+        "image": ("to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out.0"),
+        "text": ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k", "to_add_out"),
+    }
+    weights: dict[str, str | tuple[str, ...]] = {}
+    for (stream, names), shifts, mlp in zip(attention.items(), modulation, feed_forward, strict=True):
+        *qkv, norm_q, norm_k, out = (f"{theirs}.attn.{name}" for name in names)
+        weights |= {
+            f"blocks.*.{stream}.modulation.linear": f"{theirs}.{shifts}",
+            f"blocks.*.{stream}.qkv": tuple(qkv),
+            f"blocks.*.{stream}.norm_q": norm_q,
+            f"blocks.*.{stream}.norm_k": norm_k,
+            f"blocks.*.{stream}.out": out,
+            f"blocks.*.{stream}.feed_forward.up": f"{theirs}.{mlp}.net.0.proj",
+            f"blocks.*.{stream}.feed_forward.down": f"{theirs}.{mlp}.net.2",
+        }
+    return weights

@@ -1,0 +1,315 @@
+"""Wan 2.1 and 2.2 (https://arxiv.org/abs/2503.20314): latent video tokens with self-attention, text by cross-attention.
+
+Reference: diffusers' `WanTransformer3DModel`, whose checkpoints it loads, and the stages of its pipelines that prepare
+a given first frame.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hydrarun.errors import UsageError
+from hydrarun.layers.attention import Attention, CrossAttention
+from hydrarun.layers.linear import FeedForward, KVLinear, QKVLinear
+from hydrarun.layers.norm import by_token, modulate
+from hydrarun.layers.rope import frequencies, grid_frequencies, rotate
+from hydrarun.pipeline import Parts, Stage
+from hydrarun.state import State
+from hydrarun.timing import Timings
+from hydrarun.transformer import Tokens, Transformer
+from hydrarun.vae import encode
+
+
+@dataclass
+class WanTokens(Tokens):
+    """`temb` holds what the blocks take, projected once for all of them; the head takes it unprojected."""
+
+    head_temb: Tensor | None = None  # [B, K, D]
+
+
+class TableModulation(nn.Module):
+    """Shifts, scales and gates: the timestep's, which all blocks share, plus a table of the block's own."""
+
+    def __init__(self, dim: int, parts: int) -> None:
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.empty(1, parts, dim))
+
+    def forward(self, temb: Tensor, index: Tensor | None) -> tuple[Tensor, ...]:
+        """`[B, K, parts, D]` to `parts` tensors `[B, K, D]`, or `[B, S, D]` by each token's `index` `[S]`; float32."""
+        return by_token(self.scale_shift_table + temb.float(), index).unbind(2)
+
+
+class WanBlock(nn.Module):
+    """Self-attention over the video's tokens, cross-attention to the text, feed-forward."""
+
+    def __init__(self, dim: int, heads: int, ffn_dim: int, cross_attn_norm: bool) -> None:
+        super().__init__()
+        self.modulation = TableModulation(dim, parts=6)
+        self.qkv = QKVLinear(dim, heads, dim // heads)
+        self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=1e-6) for _ in range(2))
+        self.out = nn.Linear(dim, dim)
+        self.attention = Attention()
+        self.cross_norm = nn.LayerNorm(dim, eps=1e-6) if cross_attn_norm else nn.Identity()
+        self.cross_query = nn.Linear(dim, dim)
+        self.cross_kv = KVLinear(dim, heads, dim // heads)
+        self.cross_norm_q, self.cross_norm_k = (nn.RMSNorm(dim, eps=1e-6) for _ in range(2))
+        self.cross_out = nn.Linear(dim, dim)
+        self.cross_attention = CrossAttention()
+        self.feed_forward = FeedForward(dim, ffn_dim)
+
+    def modulated(self, tokens: Tokens) -> Tensor:
+        """The video tokens as the attention's projection sees them, `[B, S, D]`."""
+        shift, scale, *_ = self.modulation(tokens.temb, tokens.temb_index)
+        return modulate(tokens.hidden_states.float(), shift, scale).type_as(tokens.hidden_states)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """`[B, S, D]` and `[B, T, D]` to the same; the text is not changed."""
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = self.modulation(tokens.temb, tokens.temb_index)
+        dtype = hidden_states.dtype  # sums are made in float32, as in the reference
+        update = self.attend(modulate(hidden_states.float(), shift, scale).to(dtype), tokens.rope)
+        hidden_states = torch.addcmul(hidden_states.float(), update.float(), gate).to(dtype)
+        update = self.cross_attend(self.cross_norm(hidden_states.float()).to(dtype), encoder_hidden_states)
+        hidden_states = hidden_states + update
+        update = self.feed_forward(modulate(hidden_states.float(), ff_shift, ff_scale).to(dtype))
+        return torch.addcmul(hidden_states.float(), update.float(), ff_gate).to(dtype), encoder_hidden_states
+
+    def attend(self, hidden_states: Tensor, rope: Tensor) -> Tensor:
+        """Self-attention, `[B, S, D]` to `[B, S, D]`."""
+        query, key, value = self.qkv(hidden_states)
+        query, key = across_heads(self.norm_q, query), across_heads(self.norm_k, key)
+        (attended,) = self.attention([(rotate(query, rope), rotate(key, rope), value)])
+        return self.out(attended)
+
+    def cross_attend(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        """Attention to the text, `[B, S, D]` and `[B, T, D]` to `[B, S, D]`."""
+        key, value = self.cross_kv(encoder_hidden_states)
+        query = self.cross_norm_q(self.cross_query(hidden_states)).unflatten(-1, key.shape[2:])
+        return self.cross_out(self.cross_attention(query, across_heads(self.cross_norm_k, key), value))
+
+
+def across_heads(norm: nn.Module, x: Tensor) -> Tensor:
+    """`norm` over all heads' channels of `[B, S, H, d]` together."""
+    return norm(x.flatten(2)).unflatten(2, x.shape[2:])
+
+
+def block_weights() -> dict[str, str | tuple[str, ...]]:
+    """The weight map of a block."""
+    names: dict[str, str | tuple[str, ...]] = {
+        "modulation": "",
+        "qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+        "norm_q": "attn1.norm_q",
+        "norm_k": "attn1.norm_k",
+        "out": "attn1.to_out.0",
+        "cross_norm": "norm2",
+        "cross_query": "attn2.to_q",
+        "cross_kv": ("attn2.to_k", "attn2.to_v"),
+        "cross_norm_q": "attn2.norm_q",
+        "cross_norm_k": "attn2.norm_k",
+        "cross_out": "attn2.to_out.0",
+        "feed_forward.up": "ffn.net.0.proj",
+        "feed_forward.down": "ffn.net.2",
+    }
+    return {f"blocks.*.{ours}": within("blocks.*", theirs) for ours, theirs in names.items()}
+
+
+def within(module: str, names: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """The names below `module`; no name is the module itself."""
+    return f"{module}.{names}".rstrip(".") if isinstance(names, str) else tuple(f"{module}.{name}" for name in names)
+
+
+class WanTransformer(Transformer):
+    """Arguments are the checkpoint's transformer/config.json.
+
+    Raises `UsageError` for members of the family that this class does not run. `rope_max_seq_len` sizes the
+    reference's tables; ours are made as long as the video needs.
+    """
+
+    block_lists = ("blocks",)
+    spread_streams = ("hidden_states",)
+    keep_in_float32 = ("time_embedder", "scale_shift_table", "cross_norm")
+    weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = {
+        **block_weights(),
+        "time_embedder": "condition_embedder.time_embedder",
+        "time_proj": "condition_embedder.time_proj",
+        "text_embedder": "condition_embedder.text_embedder",
+        "head_modulation": "",
+    }
+
+    def __init__(
+        self,
+        patch_size: Sequence[int] = (1, 2, 2),
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int | None = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 13824,
+        num_layers: int = 40,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None,
+    ) -> None:
+        super().__init__()
+        refuse(image_dim=image_dim, added_kv_proj_dim=added_kv_proj_dim, pos_embed_seq_len=pos_embed_seq_len)
+        if qk_norm != "rms_norm_across_heads" or eps != 1e-6:
+            raise UsageError(
+                f"transformer/config.json: qk_norm={qk_norm}, eps={eps}: only the published models'"
+                " rms_norm_across_heads and 1e-6 are run"
+            )
+        dim = num_attention_heads * attention_head_dim
+        self.patch_size = tuple(patch_size)
+        self.head_dim = attention_head_dim
+        self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=self.patch_size, stride=self.patch_size)
+        self.timesteps_proj = Timesteps(num_channels=freq_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedder = TimestepEmbedding(in_channels=freq_dim, time_embed_dim=dim)
+        self.time_proj = nn.Linear(dim, 6 * dim)
+        self.text_embedder = PixArtAlphaTextProjection(text_dim, dim, act_fn="gelu_tanh")
+        self.blocks = nn.ModuleList(
+            WanBlock(dim, num_attention_heads, ffn_dim, cross_attn_norm) for _ in range(num_layers)
+        )
+        self.head_modulation = TableModulation(dim, parts=2)
+        self.proj_out = nn.Linear(dim, (out_channels or in_channels) * math.prod(self.patch_size))
+
+    def embed(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        *,
+        encoder_hidden_states: Tensor,
+        condition_latents: Tensor | None = None,
+        first_frame: Tensor | None = None,
+    ) -> WanTokens:
+        """Latents `[B, C, F, H, W]`, timesteps `[B]` in 0-1000, text `[B, T, E]`.
+
+        `condition_latents` `[B, C', F, H, W]` are joined to the latents as channels. `first_frame` `[B, C, 1, H, W]`
+        takes the place of the latents' first frame, without noise.
+        """
+        dtype = hidden_states.dtype
+        times = timestep[:, None]
+        if condition_latents is not None:
+            hidden_states = torch.cat([hidden_states, condition_latents.to(dtype)], dim=1)
+        if first_frame is not None:
+            hidden_states = torch.cat([first_frame.to(dtype), hidden_states[:, :, 1:]], dim=2)
+            times = torch.cat([times, torch.zeros_like(times)], dim=1)
+        video = self.patch_embedding(hidden_states)
+        frames, rows, columns = grid = tuple(video.shape[2:])
+        temb, projected = self.embed_times(times, dtype)
+        index = None if first_frame is None else first_frame_is_one(frames, rows * columns, video.device)
+        return WanTokens(
+            hidden_states=video.flatten(2).transpose(1, 2).contiguous(),
+            encoder_hidden_states=self.text_embedder(encoder_hidden_states),
+            rope=rope_table(grid, self.head_dim, video.device),
+            temb=projected,
+            temb_index=index,
+            grid=grid,
+            head_temb=temb,
+        )
+
+    def embed_times(self, times: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Timesteps `[B, K]` to what the head takes, `[B, K, D]`, and the blocks, `[B, K, 6, D]`."""
+        waves = self.timesteps_proj(times.flatten())
+        temb = self.time_embedder(waves.to(self.time_embedder.linear_1.weight.dtype)).to(dtype)
+        projected = self.time_proj(F.silu(temb)).unflatten(-1, (6, -1))
+        return temb.unflatten(0, times.shape), projected.unflatten(0, times.shape)
+
+    def head(self, tokens: WanTokens) -> Tensor:
+        """`[B, S, D]` to the velocity `[B, C, F, H, W]`."""
+        shift, scale = self.head_modulation(tokens.head_temb.unsqueeze(2), tokens.temb_index)
+        normed = modulate(tokens.hidden_states.float(), shift, scale).type_as(tokens.hidden_states)
+        patches = self.proj_out(normed).unflatten(-1, (*self.patch_size, -1)).unflatten(1, tokens.grid)
+        # [B, frames, rows, columns, f, h, w, C]: each patch back to its place
+        return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def refuse(**settings: int | None) -> None:
+    """Name the settings that ask for an image encoder."""
+    on = [name for name, value in settings.items() if value is not None]
+    if on:
+        raise UsageError(
+            f"transformer/config.json sets {', '.join(on)}: a checkpoint that takes the embedding of an image encoder"
+            " (Wan 2.1 image-to-video), which no model option runs; Wan 2.2's image-to-video does without"
+        )
+
+
+@lru_cache(maxsize=16)
+def first_frame_is_one(frames: int, tokens_per_frame: int, device: torch.device) -> Tensor:
+    """1 for the tokens of the first frame, 0 for all others, `[S]`."""
+    return (torch.arange(frames * tokens_per_frame) < tokens_per_frame).long().to(device)
+
+
+@lru_cache(maxsize=16)
+def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
+    """Rotations of the latent tokens `[F * H * W, d / 2, 2]`; a third of the channels for each axis, frames the rest."""
+    side = 2 * (head_dim // 6)
+    dims = (head_dim - 2 * side, side, side)
+    axes = [frequencies(torch.arange(n), dim, precision=torch.float64) for n, dim in zip(grid, dims, strict=True)]
+    return grid_frequencies(axes).to(device)
+
+
+class EncodeFirstFrame(Stage):
+    """The given first frame as latents `[1, C, 1, h, w]`: it stands in the video's first place and never gets noise.
+
+    Without an input image there is none, and the whole video is drawn. Reference: diffusers' `WanImageToVideoPipeline`
+    with `expand_timesteps`.
+    """
+
+    needs = ("input_images", "height", "width")
+    gives = ("first_frame",)
+    phase = "encode"
+
+    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+        if state.input_images:
+            state.first_frame = encode(parts.pipeline, first_frame_pixels(state, parts))
+
+
+class KeepFirstFrame(Stage):
+    """Puts the given first frame into the finished latents."""
+
+    needs = ("latents", "first_frame")
+    gives = ("latents",)
+    phase = "denoise"
+
+    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+        if state.first_frame is not None:
+            first = state.first_frame.expand(len(state.latents), -1, -1, -1, -1)
+            state.latents = torch.cat([first, state.latents[:, :, 1:]], dim=2)
+
+
+class EncodeFirstFrameAsChannels(Stage):
+    """The given first frame followed by grey, as latents, behind a mask that says which frames are given.
+
+    `[1, 4 + C, F, h, w]`: of the mask one channel for each of the frames that a latent frame stands for. Reference:
+    diffusers' `WanImageToVideoPipeline.prepare_latents`.
+    """
+
+    needs = ("input_images", "height", "width", "num_frames")
+    gives = ("condition_latents",)
+    phase = "encode"
+
+    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+        first = first_frame_pixels(state, parts)
+        grey = first.new_zeros(1, 3, state.num_frames - 1, state.height, state.width)
+        latents = encode(parts.pipeline, torch.cat([first, grey], dim=2))
+        mask = latents.new_zeros(1, parts.pipeline.vae_scale_factor_temporal, *latents.shape[2:])
+        mask[:, :, 0] = 1
+        state.condition_latents = torch.cat([mask, latents], dim=1)
+
+
+def first_frame_pixels(state: State, parts: Parts) -> Tensor:
+    """The input image in the video's size, `[1, 3, 1, H, W]` from -1 to 1, float32."""
+    pixels = parts.pipeline.video_processor.preprocess(state.input_images[0], height=state.height, width=state.width)
+    return pixels.unsqueeze(2).to(parts.device, torch.float32)

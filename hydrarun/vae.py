@@ -1,0 +1,61 @@
+"""Between pixels and normalised latents, for every VAE: how its config says its latents are scaled, and its axes.
+
+Latents are `[N, C, F, h, w]` and pixels `[N, 3, F, H, W]` here; for a VAE of still pictures F is 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hydrarun.errors import RunError
+from hydrarun.fit import vae_factors
+
+
+def encode(pipeline: Any, pixels: Tensor) -> Tensor:
+    """Pixels from -1 to 1 to normalised latents: the mode of the VAE's distribution, as reference pipelines take it."""
+    vae = pipeline.vae
+    pixels = pixels.to(vae.device, vae.dtype)
+    encoded = vae.encode(pixels if has_frames(vae) else pixels.squeeze(2)).latent_dist.mode()
+    latents = encoded if has_frames(vae) else encoded.unsqueeze(2)
+    mean, std = scaling(vae.config, latents)
+    return (latents - mean) / std
+
+
+def decode(pipeline: Any, latents: Tensor) -> Tensor:
+    """Normalised latents to pixels from about -1 to 1. Raises `RunError` for NaN and infinity."""
+    vae = pipeline.vae
+    latents = latents.to(vae.device, vae.dtype)
+    mean, std = scaling(vae.config, latents)
+    # the reference divides by 1 / std: multiplying by std would round differently
+    latents = latents / (1 / std) + mean
+    if has_frames(vae):
+        pixels = vae.decode(latents, return_dict=False)[0]
+    else:
+        pixels = vae.decode(latents.squeeze(2), return_dict=False)[0].unsqueeze(2)
+    if not pixels.isfinite().all():
+        raise RunError("the VAE decoded NaN or infinity: try vae.dtype=float32, or check the vae's weights")
+    return pixels
+
+
+def channels(pipeline: Any) -> int:
+    """Channels of the latents."""
+    config = pipeline.vae.config
+    return config["z_dim"] if "z_dim" in config else config["latent_channels"]
+
+
+def has_frames(vae: Any) -> bool:
+    """Whether the VAE takes frames as an axis."""
+    return vae_factors(vae.config)[0] is not None
+
+
+def scaling(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The latents' mean and standard deviation, `[1, C, 1, 1, 1]` or one number for all channels."""
+    if config.get("latents_mean") is not None:
+        mean, std = torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
+    else:
+        mean, std = torch.tensor([config.get("shift_factor") or 0.0]), torch.tensor([1 / config["scaling_factor"]])
+    mean, std = (value.view(1, -1, 1, 1, 1).to(like.device, like.dtype) for value in (mean, std))
+    return mean, std

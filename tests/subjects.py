@@ -1,0 +1,104 @@
+"""Every model option with a tiny checkpoint of its own: what tests that must hold for all models run over.
+
+A new model joins by a builder in `checkpoints.BUILDERS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import numpy as np
+import tiny
+from PIL import Image
+
+from hydrarun import resources
+from hydrarun.compose import compose, compose_raw
+from hydrarun.fit import vae_factors
+from hydrarun.runner import Runner
+from hydrarun.validate import cfg_scale, is_video
+
+MODELS = sorted(file.stem for file in (resources.folder("conf") / "model").glob("*.yaml"))
+CONFIGS = {name: compose_raw([f"model={name}"])[0] for name in MODELS}
+
+SHORT, LONG = "a cat", "two dogs, one of them “asleep”, on a 红色 sofa (wide shot)"
+
+
+@dataclass
+class Subject:
+    """One model option: diffusers' pipeline, the folder that it was saved in, and our runner on that folder."""
+
+    name: str
+    pipeline: Any
+    folder: Path
+    image: Path  # a file for `input.images`
+    runner: Runner
+
+    @property
+    def multiple(self) -> int:
+        """Pixels that height and width must be a multiple of."""
+        return vae_factors(self.pipeline.vae.config)[1] * 2
+
+    def overrides(self) -> list[str]:
+        """The command line of a small run."""
+        side = 4 * (vae_factors(self.pipeline.vae.config)[1] * 2)
+        size = [f"sampling.height={side}", f"sampling.width={side}"]
+        frames = ["sampling.num_frames=5"] if is_video(CONFIGS[self.name]) else []
+        image = [f"input.images={self.image}"] if CONFIGS[self.name]["model"]["input_images"][0] else []
+        return [*tiny.overrides(self.folder, self.name), *size, *frames, *image]
+
+    def draw(self, images: int | None = None, size: tuple[int, int] | None = None, **sampling: Any) -> Any:
+        """The finished state; `images`: how many are given (as many as must be), `size`: in multiples."""
+        if size:
+            sampling |= {"height": size[0] * self.multiple, "width": size[1] * self.multiple}
+        least = CONFIGS[self.name]["model"]["input_images"][0]
+        return tiny.draw(self.runner, pictures(least if images is None else images), **sampling)
+
+
+def pictures(count: int) -> list[Image.Image]:
+    """Input images of unequal sizes and proportions."""
+    generator = np.random.default_rng(0)
+    sizes = [(64, 100, 3), (100, 64, 3), (64, 64, 3)]  # at a megapixel, multiples of 64: what the tiny VAE needs
+    return [Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)) for size in sizes[:count]]
+
+
+def build(name: str, folder: Path) -> Subject:
+    """The subject of that name, saved in `folder`."""
+    image = folder / "input.png"
+    pictures(1)[0].save(image)
+    pipeline = checkpoints.BUILDERS[name]()
+    pipeline.save_pretrained(folder / name)
+    subject = Subject(name, pipeline, folder / name, image, None)
+    subject.runner = Runner(compose(subject.overrides()))
+    return subject
+
+
+def cases(name: str) -> dict[str, dict[str, Any]]:
+    """What a model is asked for in a test of its numbers, from what its option says that it takes."""
+    config = CONFIGS[name]
+    takes, (least, most) = config["model"]["takes"], config["model"]["input_images"]
+    scale = cfg_scale(config)[0]
+    guided = {scale: 3.0, "negative_prompt": LONG}
+    found = {
+        "guided": guided,
+        "guidance off at 1": {scale: 1.0},
+        "guidance off at 0": {scale: 0.0},
+        "wide": {"size": (3, 5), "seed": 7},
+        "unequal prompts": {"prompt": [SHORT, LONG], "seed": [3, 4], **guided, "negative_prompt": ["x", LONG]},
+        "unequal prompts, guidance off": {"prompt": [LONG, SHORT], "seed": [3, 4], scale: 1.0},
+        "more steps": {"num_inference_steps": 7},
+    }
+    if "max_sequence_length" in takes:
+        found["truncated prompt"] = {"prompt": LONG, "max_sequence_length": 6}
+    if "guidance_scale" in takes and scale != "guidance_scale":
+        found["another embedded guidance"] = {"guidance_scale": 7.0}
+    if "guidance_scale_2" in takes:
+        found["one scale for both experts"] = {**guided, "guidance_scale_2": None}
+        found["two scales"] = {**guided, "guidance_scale_2": 1.5}
+    if "num_frames" in takes:
+        found |= {"one frame": {"num_frames": 1}, "nine frames": {"num_frames": 9, **guided}}
+    if least != most:
+        found |= {f"{count} images": {"images": count, **guided} for count in range(least, most + 1)}
+    return found
