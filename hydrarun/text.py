@@ -7,6 +7,10 @@
 - `"a, b"` or `'a, b'`: one quoted string in Hydra's grammar, the habit of Hydra's users: the quotes go,
 - `null` for the negative prompt: none.
 
+`input.images=` takes one path to the letter, or `[a.png, b c.png]`: paths to the letter between commas, where a path
+that holds a comma stands in quotes. Either becomes a list of paths. `null` is none, `choice("a.png",["b.png","c.png"])`
+a sweep.
+
 For any other key, a value that Hydra's grammar cannot read (`model.path=/a (b)`) is text too.
 """
 
@@ -23,6 +27,10 @@ from hydra.errors import HydraException
 from hydrarun.errors import UsageError
 
 TEXT_KEYS = ("sampling.prompt", "sampling.negative_prompt")
+PATHS_KEY = "input.images"
+
+# one path of a list, after the start or a comma: a quoted string and nothing else, or all up to the next comma
+LISTED = re.compile(r"""(?:^|,)(\s*(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')\s*(?=,|\Z)|[^,]*)""")
 
 
 def literal(overrides: Sequence[str]) -> list[str]:
@@ -45,17 +53,16 @@ def _literal(override: str) -> str:
         return override
     if key.lstrip("+") in TEXT_KEYS:
         return f"{key}={_text(key, value)}"
+    if key.lstrip("+") == PATHS_KEY:
+        return f"{key}={_paths(key, value)}"
     quoted = f"{key}={QuotedString(value, Quote.double).with_quotes()}"
     return quoted if _parse(override) is None and _parse(quoted) is not None else override
 
 
 def _text(key: str, value: str) -> str:
-    parsed = _parse(f"key={value}") if value.startswith(("'", '"', "[", "choice(")) else None
-    if value.startswith("choice(") and value.endswith(")"):
-        if parsed is None or not parsed.is_choice_sweep():
-            raise UsageError(f'{key}: cannot read {value}: write each text in quotes, {key}=choice("…","…").')
-        # as a plain list of values: Hydra forgets the quotes of choice()'s arguments between parsing and the runs
-        return ",".join(_item(key, item) for item in parsed.sweep_iterator())
+    if _is_choice(value):
+        return ",".join(_item(key, point) for point in _points(key, value))
+    parsed = _parse(f"key={value}") if value.startswith(("'", '"', "[")) else None
     if parsed is not None and not parsed.is_sweep_override():
         content = parsed.value()
         if isinstance(content, str) or all(isinstance(item, str) for item in content):
@@ -63,6 +70,39 @@ def _text(key: str, value: str) -> str:
     if value == "null" and key.endswith("negative_prompt"):
         return value
     return _item(key, value)
+
+
+def _paths(key: str, value: str) -> str:
+    if _is_choice(value):
+        points = _points(key, value)
+        return ",".join(_item(key, point if isinstance(point, list) else [point]) for point in points)
+    if value == "null":
+        return value
+    if not (value.startswith("[") and value.endswith("]")):
+        return _item(key, [_unquoted(value)])
+    content = value[1:-1].strip()
+    paths = [path.strip() for path in LISTED.findall(content)] if content else []
+    if not all(paths):
+        raise UsageError(f"{key}: {value} has an empty place: take out a comma, or quote a path that holds one.")
+    return _item(key, [_unquoted(path) for path in paths])
+
+
+def _unquoted(text: str) -> str:
+    """What a quoted string of Hydra's grammar holds; any other text is itself."""
+    parsed = _parse(f"key={text}") if text.startswith(("'", '"')) else None
+    return text if parsed is None or parsed.is_sweep_override() else parsed.value()
+
+
+def _is_choice(value: str) -> bool:
+    return value.startswith("choice(") and value.endswith(")")
+
+
+def _points(key: str, value: str) -> list[Any]:
+    """The arguments of `choice(…)`, for a plain list of values: Hydra forgets their quotes between parsing and runs."""
+    parsed = _parse(f"key={value}")
+    if parsed is None or not parsed.is_choice_sweep():
+        raise UsageError(f'{key}: cannot read {value}: write each text in quotes, {key}=choice("…","…").')
+    return list(parsed.sweep_iterator())
 
 
 def _item(key: str, item: Any) -> str:

@@ -1,6 +1,7 @@
 """Free text survives the command line: through Hydra's parser, through a composition, and through a sweep."""
 
 import random
+import re
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -209,3 +210,84 @@ def test_what_is_no_assignment_is_left_alone():
 def test_bytes_that_are_not_utf8_are_refused():
     with pytest.raises(UsageError, match="not valid UTF-8"):
         literal(["sampling.prompt=\udcff"])
+
+
+IMAGES = "input.images"
+# all but the lists and the word for none
+PATHS = ["/data/a (1).png", "choice(1).png", *(text for text in NASTY if not re.fullmatch(r"\[.*\]|null", text))]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_one_path_is_taken_to_the_letter(path):
+    assert parsed(path, IMAGES) == [path]
+    assert parsed(path, f"++{IMAGES}") == [path]
+
+
+@pytest.mark.parametrize("path", [path.strip() for path in PATHS if "," not in path])
+def test_paths_of_a_list_are_taken_to_the_letter(path):
+    assert parsed(f"[{path}, b c.png]", IMAGES) == [path, "b c.png"]
+    assert parsed(f"[b c.png,{path}]", IMAGES) == ["b c.png", path]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("[a.png,b c.png]", ["a.png", "b c.png"]),
+        ("[ a.png , b.png ]", ["a.png", "b.png"]),
+        ('["a, b.png",c.png]', ["a, b.png", "c.png"]),
+        ("[c.png, 'a, \"b\".png' ]", ["c.png", 'a, "b".png']),
+        ('["a \\", b.png","c\\\\"]', ['a ", b.png', "c\\"]),
+        ("['it\\'s, a.png']", ["it's, a.png"]),
+        ('["${x}",${y}]', ["${x}", "${y}"]),
+        ('["[a],b"]', ["[a],b"]),
+        ("['a' and 'b',c]", ["'a' and 'b'", "c"]),
+        ('["open, b]', ['"open', "b"]),
+        ("[null]", ["null"]),
+        ("[]", []),
+        ("[ ]", []),
+        ('"a, b.png"', ["a, b.png"]),
+        ("'[a, b]'", ["[a, b]"]),
+        ("a.png,b.png", ["a.png,b.png"]),
+        ("null", None),
+        ('"null"', ["null"]),
+    ],
+)
+def test_lists_of_paths(value, expected):
+    assert parsed(value, IMAGES) == expected
+
+
+def test_random_paths_pass_the_parser_unharmed():
+    random.seed(0)
+    alphabet = "ab '\"()[]{}=#$\\:猫!~+-1"
+    for _ in range(400):
+        one, other = ("a" + "".join(random.choices(alphabet, k=random.randrange(12))) + "b" for _ in range(2))
+        assert parsed(one, IMAGES) == [one]
+        assert parsed(f"[{one},{other}]", IMAGES) == [one, other]
+
+
+@pytest.mark.parametrize("value", ["[a.png,]", "[,a.png]", "[a.png,,b.png]", "[,]"])
+def test_an_empty_place_in_a_list_of_paths_is_refused(value):
+    with pytest.raises(UsageError) as caught:
+        literal([f"{IMAGES}={value}"])
+    message = f"input.images: {value} has an empty place: take out a comma, or quote a path that holds one."
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("value", "points"),
+    [
+        ("choice(a.png, b.png)", [["a.png"], ["b.png"]]),
+        ('choice("a (1), 2.png",["b.png","猫.png"])', [["a (1), 2.png"], ["b.png", "猫.png"]]),
+    ],
+)
+def test_choice_sweeps_over_paths(value, points):
+    override = PARSER.parse_override(literal([f"{IMAGES}={value}"])[0])
+    assert override.is_sweep_override()
+    lines = [f"{IMAGES}={point}" for point in override.sweep_string_iterator()]
+    assert [PARSER.parse_override(line).value() for line in lines] == points
+
+
+@pytest.mark.parametrize("value", ["choice(a (1).png,b.png)", "choice(a.png, 1)", "choice([a.png, null])"])
+def test_a_choice_of_paths_that_cannot_be_read_is_refused(value):
+    with pytest.raises(UsageError, match=r"^input\.images: .*: write each text in quotes, input\.images=choice\("):
+        literal([f"{IMAGES}={value}"])
