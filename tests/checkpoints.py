@@ -1,0 +1,292 @@
+"""Tiny random checkpoints of every model option beside the first, as diffusers' own pipelines, built without network.
+
+Sizes are small, settings are the published ones wherever the arithmetic depends on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tiny
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from tokenizers import pre_tokenizers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    Qwen2VLImageProcessorPil,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+from hydrarun.vision import VisionProcessor
+
+TEXT_WIDTH = 16  # of what the text encoders hand to the transformers
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,'\"!?-"
+#: the published scheduler of FLUX.1-dev
+FLUX_SCHEDULER = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+
+
+def qwen_image_edit() -> QwenImageEditPipeline:
+    return _edit(QwenImageEditPipeline)
+
+
+def qwen_image_edit_plus() -> QwenImageEditPlusPipeline:
+    return _edit(QwenImageEditPlusPipeline, zero_cond_t=True)
+
+
+def _edit(cls: type[DiffusionPipeline], **transformer: Any) -> Any:
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<|video_pad|>"], special_tokens=True)  # the processor counts these too
+    pipeline = cls(
+        scheduler=FlowMatchEulerDiscreteScheduler(**tiny.SCHEDULER),
+        vae=_edit_vae(),
+        text_encoder=tiny.text_encoder(),
+        tokenizer=tokenizer,
+        processor=VisionProcessor(Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56), tokenizer),
+        transformer=tiny.transformer(**transformer),
+    )
+    pipeline.register_to_config(processor=("transformers", "Qwen2VLProcessor"))  # what published indices say
+    return _quiet(pipeline)
+
+
+def _edit_vae() -> AutoencoderKLQwenImage:
+    """Halves the size five times: these pipelines always work on a megapixel, here 32x32 latents."""
+    return _lively(
+        AutoencoderKLQwenImage(
+            base_dim=2,
+            z_dim=4,
+            dim_mult=[1, 2, 2, 2, 2, 2],
+            num_res_blocks=1,
+            temperal_downsample=[False, False, False, True, True],
+            **latent_statistics(4),
+        )
+    )
+
+
+def _lively(vae: torch.nn.Module) -> Any:
+    """Weights that keep a signal's size: behind the usual small ones every picture comes out the same grey."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            inputs = parameter[0].numel()
+            if parameter.ndim == 1:  # a bias
+                parameter.copy_(0.1 * noise)
+            elif inputs == 1:  # a norm's scale
+                parameter.copy_(1 + 0.1 * noise)
+            else:
+                parameter.copy_(noise / inputs**0.5)
+    return vae.eval()
+
+
+def latent_statistics(channels: int) -> dict[str, list[float]]:
+    """Mean and deviation of every latent channel, no two neighbours alike."""
+    return {
+        "latents_mean": [0.1 * (channel % 5) - 0.2 for channel in range(channels)],
+        "latents_std": [0.8 + 0.3 * (channel % 4) for channel in range(channels)],
+    }
+
+
+def flux_dev() -> FluxPipeline:
+    return _flux(FLUX_SCHEDULER, guidance_embeds=True)
+
+
+def flux_schnell() -> FluxPipeline:
+    return _flux({**FLUX_SCHEDULER, "shift": 1.0, "use_dynamic_shifting": False}, guidance_embeds=False)
+
+
+def _flux(scheduler: dict[str, Any], guidance_embeds: bool) -> FluxPipeline:
+    return _quiet(
+        FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
+            vae=_flux_vae(),
+            text_encoder=_clip(),
+            tokenizer=_clip_tokenizer(),
+            text_encoder_2=_t5(T5EncoderModel, T5Config),
+            tokenizer_2=_t5_tokenizer(),
+            transformer=_flux_transformer(guidance_embeds),
+        )
+    )
+
+
+def _flux_transformer(guidance_embeds: bool) -> FluxTransformer2DModel:
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=3,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return tiny.randomise(model, std=0.15)
+
+
+def _flux_vae() -> AutoencoderKL:
+    """Halves the size twice: sizes must be multiples of 8."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 16, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+
+
+def _clip() -> CLIPTextModel:
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=520,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=TEXT_WIDTH,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=1,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def _clip_tokenizer() -> CLIPTokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<|startoftext|>", "<|endoftext|>", *alphabet, *(symbol + "</w>" for symbol in alphabet)]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+
+
+def _t5(encoder: type, config: type) -> Any:
+    """T5 for FLUX.1, UMT5 (with positions of its own in every layer) for Wan."""
+    torch.manual_seed(0)
+    sizes = {"d_model": TEXT_WIDTH, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 80}
+    return encoder(config(**sizes, num_decoder_layers=0)).eval()
+
+
+def _t5_tokenizer() -> T5Tokenizer:
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in LETTERS)]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
+
+
+def wan21_t2v() -> WanPipeline:
+    return _quiet(WanPipeline(**_wan_parts(), transformer=_wan_transformer(16, 16)))
+
+
+def wan22_t2v_a14b() -> WanPipeline:
+    return _quiet(WanPipeline(**_wan_parts(), **_wan_experts(16, 16), boundary_ratio=0.875))
+
+
+def wan22_i2v_a14b() -> WanImageToVideoPipeline:
+    return _quiet(WanImageToVideoPipeline(**_wan_parts(), **_wan_experts(36, 16), boundary_ratio=0.9))
+
+
+def wan22_ti2v_5b() -> WanPipeline:
+    parts = _wan_parts(vae=_wan22_vae(), flow_shift=5.0)
+    return _quiet(WanPipeline(**parts, transformer=_wan_transformer(48, 48), expand_timesteps=True))
+
+
+def _wan_parts(vae: AutoencoderKLWan | None = None, flow_shift: float = 3.0) -> dict[str, Any]:
+    return {
+        "tokenizer": _t5_tokenizer(),
+        "text_encoder": _t5(UMT5EncoderModel, UMT5Config),
+        "vae": vae or _wan_vae(16),
+        "scheduler": UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift
+        ),
+    }
+
+
+def _wan_experts(in_channels: int, out_channels: int) -> dict[str, WanTransformer3DModel]:
+    """One for the noisy steps, one for the rest, with other weights."""
+    return {
+        "transformer": _wan_transformer(in_channels, out_channels, seed=0),
+        "transformer_2": _wan_transformer(in_channels, out_channels, seed=1),
+    }
+
+
+def _wan_transformer(in_channels: int, out_channels: int, seed: int = 0) -> WanTransformer3DModel:
+    torch.manual_seed(seed)
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=3,
+        attention_head_dim=16,  # its rotary parts are unequal, 8 + 4 + 4, as are the published 44 + 42 + 42
+        in_channels=in_channels,
+        out_channels=out_channels,
+        text_dim=TEXT_WIDTH,
+        freq_dim=256,
+        ffn_dim=64,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=64,
+    )
+    return tiny.randomise(model, std=0.12, seed=seed)
+
+
+def _wan_vae(channels: int, **settings: Any) -> AutoencoderKLWan:
+    """8 pixels and 4 frames to a latent, as published; the pixel sizes of a video are multiples of 16."""
+    statistics = latent_statistics(channels)
+    return _lively(AutoencoderKLWan(base_dim=4, z_dim=channels, num_res_blocks=1, **statistics, **settings))
+
+
+def _wan22_vae() -> AutoencoderKLWan:
+    """16 pixels and 4 frames to a latent, half of it by patches of 2; sizes are multiples of 32."""
+    return _wan_vae(48, is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16)
+
+
+#: by the name of the model option
+BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
+    "qwen_image": tiny.qwen_image,
+    "qwen_image_2512": tiny.qwen_image,
+    "qwen_image_edit": qwen_image_edit,
+    "qwen_image_edit_plus": qwen_image_edit_plus,
+    "flux_dev": flux_dev,
+    "flux_schnell": flux_schnell,
+    "wan21_t2v_14b": wan21_t2v,
+    "wan21_t2v_1_3b": wan21_t2v,
+    "wan22_t2v_a14b": wan22_t2v_a14b,
+    "wan22_i2v_a14b": wan22_i2v_a14b,
+    "wan22_ti2v_5b": wan22_ti2v_5b,
+}
+
+
+def _quiet(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
