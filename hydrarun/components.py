@@ -18,6 +18,7 @@ import torch
 
 from hydrarun.errors import RunError
 from hydrarun.memory.safetensors_files import Checkpoint
+from hydrarun.processors import load_processor
 
 #: components that we load ourselves
 OURS = ("transformer", "transformer_2")
@@ -84,12 +85,9 @@ def load_component(folder: Path, name: str, entry: tuple[str, str], *, device: t
     cls = component_class(library, class_name)
     if cls is None:
         raise RunError(f"{folder / 'model_index.json'}: {name}: the installed {library} has no component {class_name}")
-    if class_name == "Qwen2VLProcessor":
-        from hydrarun.vision import load_vision_processor
-        return load_vision_processor(folder / name)
     if not issubclass(cls, torch.nn.Module):
-        with readable(folder / name):
-            return cls.from_pretrained(folder / name)
+        with readable(folder / name), quiet_libraries():
+            return load_processor(cls, folder / name) if is_processor(cls) else cls.from_pretrained(folder / name)
     checkpoint = Checkpoint(folder / name, STEMS[library])
     _ = checkpoint.files  # damaged files are named here, by us
     dtype_argument = "torch_dtype" if library == "diffusers" else "dtype"
@@ -121,6 +119,13 @@ def component_class(library: str, name: str) -> Any:
         transformers.FeatureExtractionMixin,
     )
     return found if isinstance(found, type) and issubclass(found, kinds) else None
+
+
+def is_processor(cls: type) -> bool:
+    """Whether the class joins a tokenizer and an image processor."""
+    import transformers
+
+    return issubclass(cls, transformers.ProcessorMixin)
 
 
 def refuse_incomplete(folder: Path, info: dict[str, Any]) -> None:

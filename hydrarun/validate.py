@@ -52,10 +52,14 @@ def problems(config: Mapping[str, Any]) -> Iterator[Problem]:
         yield from _device(config["device"])
         yield from _dtype(config["dtype"])
         yield from _vae(config["vae"]["dtype"])
-        yield from _model(config["model"])
+        broken = list(_model(config["model"]))
+        yield from broken
+        if broken:  # what follows goes by what the model says of itself
+            return
         yield from _taken(config["model"], config["sampling"])
         yield from _sampling(config["sampling"], config["model"]["takes"])
         yield from _guidance(config)
+        yield from _size(config)
         yield from _input_images(config)
         yield from _output(config)
 
@@ -169,12 +173,19 @@ def _guidance(config: Mapping[str, Any]) -> Iterator[Problem]:
     name, scale = cfg_scale(config)
     if name in config["model"]["takes"] and scale is None:
         yield f"sampling.{name}", "null; 1 turns guidance off."
-    if scale is not None and scale > 1 and config["sampling"]["negative_prompt"] is None:
+    if scale is not None and math.isfinite(scale) and scale > 1 and config["sampling"]["negative_prompt"] is None:
         yield (
             "sampling.negative_prompt",
             f"null, but {name}={scale} guides away from it: set"
             f' sampling.negative_prompt=" ", or sampling.{name}=1 for no guidance.',
         )
+
+
+def _size(config: Mapping[str, Any]) -> Iterator[Problem]:
+    model = config["model"]
+    for key in ("height", "width"):
+        if config["sampling"][key] is None and model["input_images"][1] == 0:
+            yield f"sampling.{key}", f"null, and model {model['name']} has no input image to take it from."
 
 
 def _input_images(config: Mapping[str, Any]) -> Iterator[Problem]:

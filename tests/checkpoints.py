@@ -20,6 +20,7 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
+    QwenImagePipeline,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
@@ -31,6 +32,7 @@ from transformers import (
     CLIPTextModel,
     CLIPTokenizer,
     Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -38,7 +40,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from hydrarun.vision import VisionProcessor
+from hydrarun import resources
+from hydrarun.processors import without_videos
 
 TEXT_WIDTH = 16  # of what the text encoders hand to the transformers
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,'\"!?-"
@@ -51,6 +54,11 @@ FLUX_SCHEDULER = {
     "shift": 3.0,
     "use_dynamic_shifting": True,
 }
+
+
+def demo() -> QwenImagePipeline:
+    """The trained one that is shipped."""
+    return _quiet(QwenImagePipeline.from_pretrained(resources.folder("weights") / "demo", torch_dtype=torch.float32))
 
 
 def qwen_image_edit() -> QwenImageEditPipeline:
@@ -69,7 +77,9 @@ def _edit(cls: type[DiffusionPipeline], **transformer: Any) -> Any:
         vae=_edit_vae(),
         text_encoder=tiny.text_encoder(),
         tokenizer=tokenizer,
-        processor=VisionProcessor(Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56), tokenizer),
+        processor=without_videos(Qwen2VLProcessor)(
+            Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56), tokenizer
+        ),
         transformer=tiny.transformer(**transformer),
     )
     pipeline.register_to_config(processor=("transformers", "Qwen2VLProcessor"))  # what published indices say
@@ -80,7 +90,7 @@ def _edit_vae() -> AutoencoderKLQwenImage:
     """Halves the size five times: these pipelines always work on a megapixel, here 32x32 latents."""
     return _lively(
         AutoencoderKLQwenImage(
-            base_dim=2,
+            base_dim=4,
             z_dim=4,
             dim_mult=[1, 2, 2, 2, 2, 2],
             num_res_blocks=1,
@@ -273,6 +283,7 @@ def _wan22_vae() -> AutoencoderKLWan:
 
 #: by the name of the model option
 BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
+    "demo": demo,
     "qwen_image": tiny.qwen_image,
     "qwen_image_2512": tiny.qwen_image,
     "qwen_image_edit": qwen_image_edit,

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import Qwen2VLProcessor
 
-from hydrarun.vision import load_vision_processor
+from hydrarun.processors import load_processor
 
 #: every builder once, by the name of one of its options
 NAMES = sorted({build: name for name, build in checkpoints.BUILDERS.items()}.values())
@@ -30,7 +31,7 @@ def pipeline(name: str) -> Any:
 
 def load(name: str, folder: Path) -> Any:
     """What diffusers loads from a saved pipeline; the processor by our own loader, as theirs needs torchvision."""
-    ours = {"processor": load_vision_processor(folder / "processor")} if "edit" in name else {}
+    ours = {"processor": load_processor(Qwen2VLProcessor, folder / "processor")} if "edit" in name else {}
     loaded = type(pipeline(name)).from_pretrained(folder, **ours)
     loaded.set_progress_bar_config(disable=True)
     return loaded

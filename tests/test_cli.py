@@ -214,7 +214,7 @@ def test_help_names_verbs_groups_and_examples(capsys):
     for words in (
         "replay FILE",
         "list [models",
-        "model: demo, qwen_image",
+        "model: demo, flux_dev, flux_schnell, qwen_image",
         "recipe: demo/grid",
         "docs/configuration.md",
     ):
@@ -254,8 +254,8 @@ def test_a_mistake_is_one_line_on_stderr(tmp_path):
     ("line", "expected"),
     [
         ("hydrarun mod", "model. model="),
-        ("hydrarun model=", "model=demo model=qwen_image"),
-        ("hydrarun model=q", "model=qwen_image"),
+        ("hydrarun model=flux", "model=flux_dev model=flux_schnell"),
+        ("hydrarun model=qwen_image_e", "model=qwen_image_edit model=qwen_image_edit_plus"),
         ("hydrarun recipe=", "recipe=demo/grid recipe=demo/quick recipe=none recipe=qwen_image/square"),
         ("hydrarun recipe=demo/q", "recipe=demo/quick"),
         ("hydrarun model=demo attention=f", "attention=flash attention=flex"),

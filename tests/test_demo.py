@@ -30,7 +30,7 @@ def test_diffusers_loads_it_and_draws_the_same(runner, demo_folder):
     pipeline.set_progress_bar_config(disable=True)
     state = tiny.draw(runner, seed=7)
     theirs = tiny.reference(pipeline, state, "np")
-    assert np.abs(state.images.astype(int) - (theirs * 255).round().astype(int)).max() <= 1
+    assert np.abs(state.frames[:, 0].astype(int) - (theirs * 255).round().astype(int)).max() <= 1
 
 
 def test_it_is_an_ordinary_checkpoint_of_the_family(runner, demo_folder):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from subjects import LONG, MODELS, SHORT, cases
+from subjects import LONG, MODELS, SHORT, cases, pictures
 
 LATENTS = 1e-4
 PIXELS = 1  # of 255
@@ -72,17 +72,15 @@ def test_several_images_of_several_prompts_equal_singles(subject):
 
 @pytest.mark.parametrize("subject", MODELS, indirect=True)
 def test_half_precision_follows_the_reference(subject):
-    """bfloat16 keeps 8 bits: we are no further from the exact result than diffusers' own bfloat16 run is."""
+    """bfloat16 keeps 8 bits: the same operations in the same precision stay close to diffusers' own bfloat16 run."""
     from hydrarun.runner import Runner
 
-    settings = {"num_inference_steps": 3}
     half = Runner({**subject.runner.config, "dtype": "bfloat16"})
-    exact = subject.draw(**settings)
-    ours = tiny.draw(half, exact.input_images, **settings)
+    least = subject.runner.config["model"]["input_images"][0]
+    state = tiny.draw(half, pictures(least), num_inference_steps=3)
     kinds = {"default": torch.bfloat16, "vae": half.built.parts.pipeline.vae.dtype}
-    pipeline = type(subject.pipeline).from_pretrained(subject.folder, torch_dtype=kinds)
+    ours = {name: subject.pipeline.components[name] for name in ("processor",) if name in subject.pipeline.components}
+    pipeline = type(subject.pipeline).from_pretrained(subject.folder, torch_dtype=kinds, **ours)
     pipeline.set_progress_bar_config(disable=True)
-    theirs = tiny.reference(pipeline, ours, "latent").float()
-    ours_off = (ours.latents.float() - exact.latents).abs().mean()
-    assert ours_off < 1.5 * (theirs - exact.latents).abs().mean()
-    assert ours_off / exact.latents.abs().mean() < 0.05
+    theirs = tiny.reference(pipeline, state, "latent").float()
+    assert (theirs - state.latents.float()).abs().mean() / theirs.abs().mean() < 0.03

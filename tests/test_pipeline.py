@@ -34,7 +34,7 @@ def test_a_missing_stage_is_named_by_what_is_missing():
 
 
 def test_a_stage_in_the_wrong_place():
-    with pytest.raises(UsageError, match=r"PrepareTimesteps\) needs latents.*PrepareLatents gives it, but runs later"):
+    with pytest.raises(UsageError, match=r"PrepareTimesteps\) needs grid.*PrepareLatents gives it, but runs later"):
         check_chain([CHAIN[0], CHAIN[2], CHAIN[1], *CHAIN[3:]])
 
 

@@ -101,16 +101,29 @@ def test_good_values(values):
         ("sampling__true_cfg_scale", -1, "not a finite number >= 0"),
         ("sampling__true_cfg_scale", float("nan"), "not a finite number"),
         ("sampling__true_cfg_scale", True, "true is not a number"),
-        ("sampling__guidance_scale", -0.1, "not a finite number"),
-        ("sampling__guidance_scale", float("inf"), "not a finite number"),
+        ("sampling__guidance_scale", 3.5, "model m does not take it; of such fields it takes negative_prompt, true_cfg_scale"),
+        ("sampling__guidance_scale_2", 0.0, "does not take it"),
+        ("sampling__num_frames", 81, "does not take it"),
+        ("sampling__height", None, "null, and model m has no input image to take it from"),
+        ("sampling__true_cfg_scale", None, "null; 1 turns guidance off"),
+        ("sampling__max_sequence_length", None, "null, and model m needs it"),
+        ("model__takes", ["num_frame"], "Did you mean 'num_frames'?"),
+        ("model__limits", {"guidance": 3}, "Did you mean 'guidance_scale'?"),
+        ("model__input_images", [2, 1], "is not [least, most]"),
+        ("model__patch_size", 0, "0 is below 1"),
+        ("input__images", "a.png", "lists 1 images; model m takes none"),
+        ("input__images", [1], "is not a file or a list of files"),
+        ("output__format", "mp4", "model m draws pictures: png"),
+        ("output__fps", 16, "model m draws pictures, which have none"),
+        ("vae__dtype", "fp32", "none of null, float32"),
         ("sampling__num_inference_steps", 0, "0 is below 1"),
         ("sampling__num_inference_steps", True, "true is not a whole number"),
         ("sampling__num_inference_steps", 2.5, "2.5 is not a whole number"),
         ("sampling__height", -8, "-8 is below 1"),
         ("sampling__width", 0, "0 is below 1"),
         ("sampling__height", "???", "is missing: set it, sampling.height=…"),
-        ("sampling__max_sequence_length", 1025, "not between 1 and 1024"),
-        ("sampling__max_sequence_length", 0, "not between 1 and 1024"),
+        ("sampling__max_sequence_length", 1025, "1025 is above 1024, the most that model m takes"),
+        ("sampling__max_sequence_length", 0, "0 is below 1"),
         ("sampling__num_images_per_prompt", 0, "0 is below 1"),
         ("sampling__seed", -1, "not a whole number from 0 to 2**63-1"),
         ("sampling__seed", 2**63, "not a whole number from 0"),
@@ -157,3 +170,57 @@ def test_all_violations_come_at_once_with_their_origin():
     lines = str(caught.value).splitlines()
     assert [line.split(" ")[0] for line in lines] == ["device", "sampling.height", "sampling.seed"]
     assert lines[1] == "sampling.height (from sampling.height): 0 is below 1."
+
+
+VIDEO = {
+    "model__takes": ["negative_prompt", "guidance_scale", "num_frames"],
+    "model__limits": {},
+    "model__guidance": {**TARGET, "scale": "guidance_scale"},
+    "model__input_images": [1, 2],
+    "input__images": "a.png",
+    "sampling__true_cfg_scale": None,
+    "sampling__guidance_scale": 1.0,
+    "sampling__max_sequence_length": None,
+    "sampling__num_frames": 5,
+    "output__format": "mp4",
+    "output__fps": 16,
+}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"output__format": "frames"},
+        {"input__images": ["a.png", "b.png"]},
+        {"sampling__height": None, "sampling__width": None},
+        {"sampling__guidance_scale": 0.0},
+    ],
+)
+def test_good_values_of_a_video_model(values):
+    check_values(changed(**{**VIDEO, **values}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("output__format", "png", "model m draws videos: mp4 or frames"),
+        ("output__fps", None, "a video needs frames per second, output.fps=16"),
+        ("output__fps", 0, "0 is below 1"),
+        ("sampling__num_frames", None, "null, and model m needs it"),
+        ("sampling__num_frames", 0, "0 is below 1"),
+        ("sampling__guidance_scale", -0.1, "not a finite number"),
+        ("sampling__guidance_scale", float("inf"), "not a finite number"),
+        ("sampling__guidance_scale", None, "null; 1 turns guidance off"),
+        ("sampling__guidance_scale", 5.0, "guidance_scale=5.0 guides away from it"),
+        ("sampling__true_cfg_scale", 4.0, "does not take it; of such fields it takes negative_prompt, guidance_scale"),
+        ("input__images", None, "model m needs 1: input.images=picture.png"),
+        ("input__images", ["a", "b", "c"], "lists 3 images; model m takes 1 to 2"),
+    ],
+)
+def test_a_bad_value_of_a_video_model_is_one_line(key, value, message):
+    with pytest.raises(UsageError) as caught:
+        check_values(changed(**{**VIDEO, key: value}))
+    text = str(caught.value)
+    assert message in text
+    assert "\n" not in text

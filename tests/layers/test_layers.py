@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from hydrarun.layers.linear import FeedForward, QKVLinear
 from hydrarun.layers.norm import AdaLayerNorm, Modulation, modulate
-from hydrarun.layers.rope import frequencies, rotate
+from hydrarun.layers.rope import frequencies, grid_frequencies, rotate
 
 
 def test_rotation_is_complex_multiplication():
@@ -52,16 +52,26 @@ def test_modulate_is_shift_and_scale_of_the_norm():
 
 def test_modulation_has_its_parts_in_order():
     layer = Modulation(4, parts=3)
-    temb = torch.randn(2, 4)
+    temb = torch.randn(2, 1, 4)
     want = layer.linear(F.silu(temb))
     for index, part in enumerate(layer(temb)):
-        assert torch.equal(part[:, 0], want[:, 4 * index : 4 * index + 4])
+        assert torch.equal(part, want[..., 4 * index : 4 * index + 4])
+
+
+def test_tokens_of_several_timesteps_get_each_its_own_modulation():
+    layer = Modulation(4, parts=2)
+    temb, index = torch.randn(2, 3, 4), torch.tensor([2, 0, 0, 1, 2])
+    want = layer.linear(F.silu(temb))
+    for number, part in enumerate(layer(temb, index)):
+        assert part.shape == (2, 5, 4)
+        for token, time in enumerate(index):
+            assert torch.equal(part[:, token], want[:, time, 4 * number : 4 * number + 4])
 
 
 def test_last_norm_has_the_scale_first():
     layer = AdaLayerNorm(4)
-    x, temb = torch.randn(2, 5, 4), torch.randn(2, 4)
-    scale, shift = layer.modulation.linear(F.silu(temb)).unsqueeze(1).chunk(2, -1)
+    x, temb = torch.randn(2, 5, 4), torch.randn(2, 1, 4)
+    scale, shift = layer.modulation.linear(F.silu(temb)).chunk(2, -1)
     assert (layer(x, temb) - (F.layer_norm(x, (4,), eps=1e-6) * (1 + scale) + shift)).abs().max() < 1e-6
 
 
@@ -70,3 +80,13 @@ def test_feed_forward():
     x = torch.randn(2, 4)
     assert torch.equal(layer(x), layer.down(F.gelu(layer.up(x), approximate="tanh")))
     assert layer.up.out_features == 16
+    assert FeedForward(4, inner=10).up.out_features == 10
+
+
+def test_a_grid_joins_the_angles_of_its_axes():
+    axes = [frequencies(torch.arange(n), dim) for n, dim in ((2, 4), (3, 2), (5, 6))]
+    table = grid_frequencies(axes)
+    assert table.shape == (30, 6, 2)
+    for frame, row, column in ((0, 0, 0), (1, 2, 4), (1, 0, 3)):
+        want = torch.cat([axes[0][frame], axes[1][row], axes[2][column]])
+        assert torch.equal(table[(frame * 3 + row) * 5 + column], want)
