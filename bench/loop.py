@@ -1,7 +1,7 @@
 """Our denoising loop against diffusers' own: same checkpoint, same inputs, one process, alternating.
 
-    python bench/loop.py                              # the shipped demo model
-    python bench/loop.py --path FOLDER --size 256     # any Qwen-Image checkpoint in diffusers layout
+    python bench/loop.py                                                           # the shipped demo model
+    python bench/loop.py model=flux_dev model.path=FOLDER sampling.prompt="a cat"   # any model option
 
 Both loops are timed from step to step, without their first step, which pays for warming up.
 """
@@ -9,19 +9,19 @@ Both loops are timed from step to step, without their first step, which pays for
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 import platform
 import statistics
 import time
+from typing import Any
 
 import torch
-from diffusers import QwenImagePipeline
 from rich.console import Console
 from rich.table import Table
 
 import hydrarun
-from hydrarun.memory.hub import resolve
-from hydrarun.request import make_state
+from hydrarun.request import PLAIN
 from hydrarun.runner import Runner
 from hydrarun.state import State
 from hydrarun.timing import Timings
@@ -30,11 +30,11 @@ from hydrarun.timing import Timings
 def our_steps(runner: Runner) -> tuple[list[float], State]:
     """Seconds of each step but the first, and the finished state."""
     timings = Timings(runner.built.parts.device)
-    state = runner.draw(make_state(runner.config["sampling"]), timings)
+    state = runner.draw(runner.state(runner.config, runner.read_images(runner.config)), timings)
     return timings.steps[1:], state
 
 
-def their_steps(pipeline: QwenImagePipeline, state: State) -> tuple[list[float], torch.Tensor]:
+def their_steps(pipeline: Any, state: State) -> tuple[list[float], torch.Tensor]:
     """The same of diffusers' loop, and its final latents."""
     ends: list[float] = []
 
@@ -44,44 +44,39 @@ def their_steps(pipeline: QwenImagePipeline, state: State) -> tuple[list[float],
         ends.append(time.perf_counter())
         return tensors
 
-    guided = {"negative_prompt": state.negative_prompts} if state.true_cfg_scale > 1 else {}
+    accepted = inspect.signature(pipeline.__call__).parameters
+    given = {name: getattr(state, name) for name in PLAIN}
+    given |= {"prompt": state.prompts, "negative_prompt": state.negative_prompts, "image": state.input_images[:1]}
     latents = pipeline(
-        prompt=state.prompts,
-        true_cfg_scale=state.true_cfg_scale,
-        height=state.height,
-        width=state.width,
-        num_inference_steps=state.num_inference_steps,
+        **{name: value for name, value in given.items() if name in accepted and value not in (None, [])},
         generator=[torch.Generator().manual_seed(seed) for seed in state.seeds],
         callback_on_step_end=on_step_end,
         output_type="latent",
-        **guided,
-    ).images
+    )[0]
     return [b - a for a, b in itertools.pairwise(ends)], latents
+
+
+def reference(runner: Runner) -> Any:
+    """diffusers' pipeline on the same checkpoint; a processor is ours, as theirs may need torchvision."""
+    parts = runner.built.parts
+    ours = {"processor": parts.pipeline.processor} if hasattr(parts.pipeline, "processor") else {}
+    kinds = {"default": parts.dtype, "vae": parts.pipeline.vae.dtype}
+    pipeline = type(parts.pipeline).from_pretrained(runner.built.source.folder, torch_dtype=kinds, **ours)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(parts.device)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", default="package:demo", help="checkpoint (default: the shipped demo model)")
-    parser.add_argument("--size", type=int, default=128, help="height and width in pixels")
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("overrides", nargs="*", help="as for `hydrarun` (default: the shipped demo model)")
     parser.add_argument("--rounds", type=int, default=7, help="times that each loop runs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    runner = hydrarun.load(
-        "model=qwen_image",
-        f"model.path={arguments.path}",
-        "sampling.prompt=a large red circle above a small blue square on a yellow background",
-        f"sampling.num_inference_steps={arguments.steps}",
-        f"sampling.height={arguments.size}",
-        f"sampling.width={arguments.size}",
-    )
+    runner = hydrarun.load(*arguments.overrides)
     parts = runner.built.parts
-    pipeline = QwenImagePipeline.from_pretrained(resolve(runner.config["model"]).folder, torch_dtype=parts.dtype).to(
-        parts.device
-    )
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = reference(runner)
 
     rounds: dict[str, list[float]] = {"hydrarun": [], "diffusers": []}
     difference = 0.0
@@ -102,8 +97,9 @@ def main() -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"{arguments.rounds} rounds of {arguments.steps} steps with guidance at {arguments.size} x {arguments.size},"
-        f" {parts.dtype}, {parts.device}, {arguments.threads} threads, {platform.machine()}, torch {torch.__version__};"
+        f"{runner.config['model']['name']}: {arguments.rounds} rounds of {state.num_inference_steps} steps at"
+        f" {state.width} x {state.height}, branches {', '.join(parts.guidance.branches(state))}, {parts.dtype},"
+        f" {parts.device}, {arguments.threads} threads, {platform.machine()}, torch {torch.__version__};"
         f" largest difference of final latents {difference:.1e}",
         soft_wrap=True,
         highlight=False,

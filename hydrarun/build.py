@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from hydrarun.components import load_pipeline
-from hydrarun.errors import RunError, UsageError
-from hydrarun.experts import HIGH_NOISE, LOW_NOISE, Experts
+from hydrarun.components import load_pipeline, quiet_libraries
+from hydrarun.errors import UsageError
+from hydrarun.experts import NAMES, Experts, boundary
 from hydrarun.fit import check_folder_fit
 from hydrarun.layers.attention import AttentionBackend
 from hydrarun.memory.hub import Source, resolve
@@ -19,7 +18,6 @@ from hydrarun.memory.safetensors_files import check_folder
 from hydrarun.pipeline import Parts, Stage, check_chain
 from hydrarun.progress import Progress
 from hydrarun.targets import instantiate, load_class
-from hydrarun.transformer import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,7 +44,8 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     scheduler = instantiate(model["scheduler"], "model.scheduler") if model["scheduler"] else None
     offload = instantiate(config["offload"], "offload")
     transformer_class = load_class(model["transformer"], "model.transformer")
-    pipeline_class = load_class(model["pipeline"], "model.pipeline")
+    with quiet_libraries():
+        pipeline_class = load_class(model["pipeline"], "model.pipeline")
     check_chain(stages)
     source = resolve(model)
     check_folder_fit(config, source.folder)
@@ -57,40 +56,23 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
         pipeline = load_pipeline(
             pipeline_class, source.folder, device=device, dtype=dtype, vae_dtype=vae_dtype, scheduler=scheduler
         )
-        experts = load_experts(transformer_class, source.folder, pipeline, offload, device, dtype, progress)
+        place = torch.device("cpu") if offload.swap_experts else device
+        transformers = {
+            name: load_transformer(
+                transformer_class, source.folder / name, device=place, dtype=dtype, note=progress.note
+            )
+            for name in NAMES[: model["experts"]]
+        }
     if config["vae"]["slicing"]:
         pipeline.vae.enable_slicing()
     if config["vae"]["tiling"]:
         pipeline.vae.enable_tiling()
-    for transformer in experts:
+    for transformer in transformers.values():
         transformer.set_attention_backend(attention)
         compiler.apply(transformer)
+    experts = Experts(transformers, boundary(pipeline), device=device, swap=offload.swap_experts)
     parts = Parts(experts, pipeline, guidance, model["patch_size"], device, dtype, progress)
     return Built(parts, stages, source, attention)
-
-
-def load_experts(
-    cls: type[Transformer],
-    folder: Path,
-    pipeline: Any,
-    offload: Any,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress,
-) -> Experts:
-    """The checkpoint's transformer, or both of them where it has two."""
-    names = [name for name in (HIGH_NOISE, LOW_NOISE) if (folder / name).is_dir()]
-    ratio = pipeline.config.get("boundary_ratio")
-    if (LOW_NOISE in names) != (ratio is not None):
-        raise RunError(f"{folder}: model_index.json must name a boundary_ratio if, and only if, there is a {LOW_NOISE}")
-    if offload.swap_experts and LOW_NOISE not in names:
-        raise UsageError("offload=expert: this checkpoint has one transformer; use offload=none")
-    place = torch.device("cpu") if offload.swap_experts else device
-    transformers = {
-        name: load_transformer(cls, folder / name, device=place, dtype=dtype, note=progress.note) for name in names
-    }
-    boundary = None if ratio is None else ratio * pipeline.scheduler.config.num_train_timesteps
-    return Experts(transformers, boundary, device=device, swap=offload.swap_experts)
 
 
 def choose_device(name: str, progress: Progress) -> torch.device:

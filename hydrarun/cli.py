@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 import hydra
@@ -84,6 +86,8 @@ def run(overrides: list[str], flags: list[str]) -> int:
         check(*compose_raw(overrides))  # before Hydra makes the output directory
     if {"-sc", "--shell-completion"} & set(flags):
         return complete(overrides, flags)
+    if {"-h", "--help"} & set(flags):
+        return show_help(overrides, flags)
     return launch(overrides, flags)
 
 
@@ -98,6 +102,17 @@ def launch(overrides: list[str], flags: list[str]) -> int:
     except OSError as error:  # of Hydra's own writing; what goes wrong in a run has become its exit code
         raise UsageError(f"cannot write the output directory: {error}; choose another: hydra.run.dir=…") from error
     return max(codes, default=0)
+
+
+def show_help(overrides: list[str], flags: list[str]) -> int:
+    """Hydra's help page; its lists of options are one line each, however many there are."""
+    page = io.StringIO()
+    with redirect_stdout(page), suppress(SystemExit):
+        launch(overrides, flags)
+    for line in page.getvalue().splitlines():
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        print(textwrap.fill(line, 118, subsequent_indent=indent, break_on_hyphens=False) if len(line) > 118 else line)
+    return 0
 
 
 def complete(overrides: list[str], flags: list[str]) -> int:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+
 from hydrarun.transformer import Transformer
+
+GRAPHS = 256  # of a block, one per size
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
@@ -32,5 +36,7 @@ class CompileBlocks:
 
     def apply(self, transformer: Transformer) -> None:
         """Compile every block in place; a block that cannot be one graph raises at its first call."""
+        # each length of a prompt is a size of its own, and torch gives up after 8 of them
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
         for block in transformer.all_blocks():
             block.compile(fullgraph=True, mode=self.mode, dynamic=self.dynamic)

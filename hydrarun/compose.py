@@ -10,7 +10,7 @@ import hydra
 from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from hydrarun import recipes, resources, schema, targets
+from hydrarun import compat, recipes, resources, schema, targets
 from hydrarun.errors import UsageError
 from hydrarun.explain import explained
 from hydrarun.fit import check_folder_fit
@@ -50,6 +50,7 @@ def check(config: dict[str, Any], origin: Origin) -> dict[str, Any]:
     """The same configuration, if it can be run. Raises UsageError that lists every violation."""
     targets.check(config, origin)
     check_values(config, origin)
+    compat.check(config)
     folder = local_folder(config["model"]["path"], config["model"]["revision"])
     if folder is not None:  # a hub checkpoint is asked when it is here
         check_folder_fit(config, folder)

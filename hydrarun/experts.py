@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
 from hydrarun.transformer import Transformer
 
-HIGH_NOISE, LOW_NOISE = "transformer", "transformer_2"
+NAMES = HIGH_NOISE, LOW_NOISE = "transformer", "transformer_2"
 
 
 class Experts:
@@ -51,3 +52,9 @@ class Experts:
                     transformer.to("cpu")
             self.transformers[name].to(self.device)
         return self.transformers[name]
+
+
+def boundary(pipeline: Any) -> float | None:
+    """The timestep at which the experts change places, or None where the checkpoint has one transformer."""
+    ratio = pipeline.config.get("boundary_ratio")
+    return None if ratio is None else ratio * pipeline.scheduler.config.num_train_timesteps

@@ -13,6 +13,7 @@ from hydrarun.errors import UsageError
 def check_folder_fit(config: dict[str, Any], folder: Path) -> None:
     """Refuse what the checkpoint in `folder` cannot make or would ignore; says nothing where its JSON does not tell."""
     vae, transformer = (read(folder / name / "config.json") for name in ("vae", "transformer"))
+    check_experts(config["model"], read(folder / "model_index.json"))
     check_fit(config["sampling"], vae, transformer, config["model"]["patch_size"])
 
 
@@ -25,7 +26,9 @@ def check_fit(sampling: Mapping[str, Any], vae: Mapping[str, Any], transformer: 
     for key in ("height", "width"):
         value = sampling[key]
         if side and value is not None and value % (side * patch):
-            raise UsageError(f"sampling.{key}={value}: this checkpoint needs a {nearest_multiples(key, value, side * patch)}")
+            raise UsageError(
+                f"sampling.{key}={value}: this checkpoint needs a {nearest_multiples(key, value, side * patch)}"
+            )
     count = sampling["num_frames"]
     if frames and count is not None and (count - 1) % frames:
         below = (count - 1) // frames * frames + 1
@@ -35,6 +38,17 @@ def check_fit(sampling: Mapping[str, Any], vae: Mapping[str, Any], transformer: 
         )
     if "guidance_embeds" in transformer:
         check_guidance_scale(sampling["guidance_scale"], transformer["guidance_embeds"])
+
+
+def check_experts(model: Mapping[str, Any], index: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for a checkpoint that has more or fewer transformers than the model option runs."""
+    second = (index.get("transformer_2") or [None])[0] is not None
+    if index and (second != (model["experts"] > 1) or second != (index.get("boundary_ratio") is not None)):
+        raise UsageError(
+            f"model.path={model['path']}: model {model['name']} runs {model['experts']} transformer(s), and this"
+            f" checkpoint's model_index.json has transformer_2={index.get('transformer_2')} and"
+            f" boundary_ratio={index.get('boundary_ratio')}: it is another model's"
+        )
 
 
 def vae_factors(config: Mapping[str, Any]) -> tuple[int | None, int | None]:

@@ -6,11 +6,16 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from hydrarun import recipes, resources
+import yaml
+
+from hydrarun import compat, recipes, resources
 from hydrarun.compose import compose_raw
 from hydrarun.errors import UsageError, nearest
+
+# groups of which a model may not go with every option
+ACCELERATIONS = ("attention", "compile", "offload")
 
 USAGE = """\
 usage: hydrarun list [models|recipes|GROUP ...] [--markdown]
@@ -86,15 +91,39 @@ def plain(table: Table) -> str:
 
 
 def _models() -> Table:
-    header = ("model=", "task", "checkpoint", "params", "steps", "guidance", "size")
+    header = ("model=", "task", "checkpoint", "parameters", "steps", "guidance", "size", *ACCELERATIONS)
     rows = []
     for file in sorted((resources.folder("conf") / "model").glob("*.yaml")):
         config, _ = compose_raw([f"model={file.stem}"])
         model, sampling = config["model"], config["sampling"]
-        size = f"{sampling['height']}x{sampling['width']}"
         cells = (model["task"], model["path"], model["facts"].get("parameters", ""), sampling["num_inference_steps"])
-        rows.append((file.stem, *map(str, cells), str(sampling["true_cfg_scale"]), size))
+        accelerations = [acceleration(config, group) for group in ACCELERATIONS]
+        rows.append((file.stem, *map(str, cells), guidance(sampling), size(sampling), *accelerations))
     return Table("models", header, rows)
+
+
+def guidance(sampling: dict[str, Any]) -> str:
+    """The scales that a model has by itself; of two experts the high noise's first."""
+    names = {"true_cfg_scale": "", "guidance_scale": "", "guidance_scale_2": ""}
+    if sampling["true_cfg_scale"] is not None and sampling["guidance_scale"] is not None:
+        names["guidance_scale"] = " (embedded)"
+        names.pop("true_cfg_scale")
+    return ", ".join(f"{sampling[name]}{note}" for name, note in names.items() if sampling[name] is not None)
+
+
+def size(sampling: dict[str, Any]) -> str:
+    """Width x height as a model has them by itself, and frames."""
+    frames = "" if sampling["num_frames"] is None else f", {sampling['num_frames']} frames"
+    pixels = "of the image" if sampling["height"] is None else f"{sampling['width']}x{sampling['height']}"
+    return pixels + frames
+
+
+def acceleration(config: dict[str, Any], group: str) -> str:
+    """The options of `group` that the model goes with; `all` of them, or `-` for none."""
+    files = sorted(file for file in (resources.folder("conf") / group).glob("*.yaml") if file.stem != "none")
+    nodes = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
+    names = [name for name, node in nodes.items() if not any(compat.violations({**config, group: node}))]
+    return "-" if not names else "all" if len(names) == len(nodes) > 2 else ", ".join(names)
 
 
 def _print_rich(tables: Sequence[Table]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from hydrarun import targets
+from hydrarun import compat, targets
 from hydrarun.compose import compose
 from hydrarun.errors import UsageError, nearest
 from hydrarun.media import frames
@@ -99,6 +99,7 @@ def configure(recorded: Recorded, overrides: Sequence[str]) -> dict[str, Any]:
         config = expand(config)
         targets.check(config)
         check_values(config)
+        compat.check(config)
     except RecursionError:
         raise UsageError("the file's configuration is nested too deeply") from None
     return config

@@ -9,7 +9,6 @@ from PIL import Image
 
 from hydrarun.state import State
 
-
 #: fields of `sampling` that the state holds under the same name
 PLAIN = (
     "height",

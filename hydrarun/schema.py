@@ -23,6 +23,7 @@ class Model:
     pipeline: dict[str, Any] = MISSING
     transformer: dict[str, Any] = MISSING
     patch_size: int = 2
+    experts: int = 1
     scheduler: Any = None  # a node or null: OmegaConf cannot merge a node into a null of type dict
     guidance: dict[str, Any] = MISSING
     stages: list[dict[str, Any]] = MISSING
@@ -77,7 +78,7 @@ class Output:
 
 @dataclass
 class Config:
-    """The whole configuration; `attention`, `compile` and `offload` are `_target_` nodes, checked against their callee."""
+    """The whole configuration; `attention`, `compile`, `offload` are `_target_` nodes, checked against their callee."""
 
     model: Model = field(default_factory=Model)
     sampling: Sampling = field(default_factory=Sampling)

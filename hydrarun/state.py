@@ -28,8 +28,8 @@ class State:
     negative_prompts: list[str] | None  # N; None: there is no negative prompt
     seeds: list[int]  # N
     input_images: list[Image.Image]  # RGB; the same for all N; empty: there are none
-    height: int | None  # pixels; None: a stage takes it from the input image
-    width: int | None  # pixels
+    height: int  # pixels; None in a request: a stage takes it from the input image
+    width: int  # pixels
     num_frames: int | None  # None: a still picture
     num_inference_steps: int
     true_cfg_scale: float | None

@@ -34,7 +34,7 @@ class Tokens:
     encoder_mask: Tensor | None = token_field(1, "encoder_hidden_states")  # [B, T] bool, True: a real token
     rope: Tensor | None = token_field(0, "hidden_states")  # [S, d/2, 2] cosines and sines
     encoder_rope: Tensor | None = token_field(0, "encoder_hidden_states")  # [T, d/2, 2]
-    temb: Tensor | None = None  # [B, K, D] timesteps and other global conditioning
+    temb: Any = None  # [B, K, D] timesteps and other global conditioning
     temb_index: Tensor | None = token_field(0, "hidden_states")  # [S] 0 to K - 1; None: K is 1
     grid: tuple[int, int, int] = (1, 1, 1)  # frames, rows and columns of the latent tokens that are predicted
 

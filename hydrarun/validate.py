@@ -150,7 +150,10 @@ def _taken(model: Mapping[str, Any], sampling: Mapping[str, Any]) -> Iterator[Pr
         elif value is None and key in NEEDED:
             yield f"sampling.{key}", f"null, and model {model['name']} needs it."
         elif key in model["limits"] and value is not None and value > model["limits"][key]:
-            yield f"sampling.{key}", f"{value} is above {model['limits'][key]}, the most that model {model['name']} takes."
+            yield (
+                f"sampling.{key}",
+                f"{value} is above {model['limits'][key]}, the most that model {model['name']} takes.",
+            )
 
 
 def _sampling(sampling: Mapping[str, Any], takes: Sequence[str]) -> Iterator[Problem]:

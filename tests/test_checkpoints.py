@@ -15,8 +15,8 @@ from transformers import Qwen2VLProcessor
 
 from hydrarun.processors import load_processor
 
-#: every builder once, by the name of one of its options
-NAMES = sorted({build: name for name, build in checkpoints.BUILDERS.items()}.values())
+#: every builder of random weights once, by the name of one of its options
+NAMES = sorted({build: name for name, build in checkpoints.BUILDERS.items() if name != "demo"}.values())
 PROMPT = "a red cat on the roof of an old house"
 OTHER = "two ships under the moon, seen from far above"
 FROM_IMAGES = ("qwen_image_edit", "qwen_image_edit_plus", "wan22_i2v_a14b")

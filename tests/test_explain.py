@@ -32,7 +32,7 @@ from hydrarun.explain import explained
         ("sampling.num_inference_steps=true", "true is not a whole number."),
         ("sampling.num_inference_steps=2.5", "2.5 is not a whole number."),
         ("sampling.true_cfg_scale=true", "sampling.true_cfg_scale (command line): true is not a number or null."),
-        ("sampling.height=null", "sampling.height (command line): null, and model demo has no input image to take it from."),
+        ("sampling.height=null", "height (command line): null, and model demo has no input image to take it from."),
         ("sampling.guidance_scale=much", "sampling.guidance_scale (command line): 'much' is not a number or null."),
         ("vae.slicing=maybe", "vae.slicing (command line): 'maybe' is not true or false."),
         ("vae=3", "vae (command line): 3 is not a section with dtype, slicing, tiling."),

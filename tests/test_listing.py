@@ -18,8 +18,22 @@ def test_everything_there_is_to_choose_is_listed(capsys):
 
 def test_a_model_shows_its_own_defaults(capsys):
     listing.main(["models"])
-    row = next(line.split() for line in capsys.readouterr().out.splitlines() if "qwen_image" in line)
-    assert row == ["qwen_image", "text-to-image", "Qwen/Qwen-Image", "20.4B", "50", "4.0", "1328x1328"]
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines[2:]}
+    assert rows["qwen_image"][:6] == ["text-to-image", "Qwen/Qwen-Image", "20.4B", "50", "4.0", "1328x1328"]
+    assert " 3.5 (embedded) " in next(line for line in lines if line.startswith("  flux_dev "))
+    video = next(line for line in lines if line.startswith("  wan22_t2v_a14b "))
+    assert " 4.0, 3.0 " in video
+    assert " 1280x720, 81 frames " in video
+
+
+def test_a_model_shows_the_accelerations_that_it_goes_with():
+    table = listing.table("models")
+    rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+    assert rows["wan22_t2v_a14b"]["offload"] == "expert"  # it has two
+    assert rows["flux_dev"]["offload"] == "-"
+    assert {row["attention"] for row in rows.values()} == {"all"}
+    assert {row["compile"] for row in rows.values()} == {"blocks"}
 
 
 def test_markdown(capsys):

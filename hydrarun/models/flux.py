@@ -1,4 +1,4 @@
-"""FLUX.1 (https://github.com/black-forest-labs/flux): 19 dual-stream blocks, then 38 that share weights for both streams.
+"""FLUX.1 (https://github.com/black-forest-labs/flux): 19 dual-stream blocks, then 38 with the same weights for both.
 
 Reference: diffusers' `FluxTransformer2DModel`, whose checkpoints it loads.
 """
@@ -23,7 +23,7 @@ from hydrarun.transformer import Tokens, Transformer
 
 
 class SingleStreamBlock(nn.Module):
-    """The same weights for text and image; attention and feed-forward side by side, from one norm into one projection."""
+    """The same weights for text and image; attention and feed-forward side by side, into one projection."""
 
     def __init__(self, dim: int, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -97,7 +97,9 @@ class FluxTransformer(Transformer):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
         self.axes_dims_rope = tuple(axes_dims_rope)
-        embeddings = CombinedTimestepGuidanceTextProjEmbeddings if guidance_embeds else CombinedTimestepTextProjEmbeddings
+        embeddings = (
+            CombinedTimestepGuidanceTextProjEmbeddings if guidance_embeds else CombinedTimestepTextProjEmbeddings
+        )
         self.time_text_embed = embeddings(embedding_dim=dim, pooled_projection_dim=pooled_projection_dim)
         self.context_embedder = nn.Linear(joint_attention_dim, dim)
         self.x_embedder = nn.Linear(in_channels, dim)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
@@ -33,7 +33,7 @@ from hydrarun.vae import encode
 class WanTokens(Tokens):
     """`temb` holds what the blocks take, projected once for all of them; the head takes it unprojected."""
 
-    head_temb: Tensor | None = None  # [B, K, D]
+    head_temb: Any = None  # [B, K, D]
 
 
 class TableModulation(nn.Module):
@@ -226,7 +226,7 @@ class WanTransformer(Transformer):
         projected = self.time_proj(F.silu(temb)).unflatten(-1, (6, -1))
         return temb.unflatten(0, times.shape), projected.unflatten(0, times.shape)
 
-    def head(self, tokens: WanTokens) -> Tensor:
+    def head(self, tokens: Any) -> Tensor:
         """`[B, S, D]` to the velocity `[B, C, F, H, W]`."""
         shift, scale = self.head_modulation(tokens.head_temb.unsqueeze(2), tokens.temb_index)
         normed = modulate(tokens.hidden_states.float(), shift, scale).type_as(tokens.hidden_states)
@@ -253,7 +253,7 @@ def first_frame_is_one(frames: int, tokens_per_frame: int, device: torch.device)
 
 @lru_cache(maxsize=16)
 def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
-    """Rotations of the latent tokens `[F * H * W, d / 2, 2]`; a third of the channels for each axis, frames the rest."""
+    """Rotations of the latent tokens `[F * H * W, d / 2, 2]`: a third of the channels for each axis."""
     side = 2 * (head_dim // 6)
     dims = (head_dim - 2 * side, side, side)
     axes = [frequencies(torch.arange(n), dim, precision=torch.float64) for n, dim in zip(grid, dims, strict=True)]
@@ -302,7 +302,7 @@ class EncodeFirstFrameAsChannels(Stage):
 
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
         first = first_frame_pixels(state, parts)
-        grey = first.new_zeros(1, 3, state.num_frames - 1, state.height, state.width)
+        grey = first.new_zeros(1, 3, (state.num_frames or 1) - 1, state.height, state.width)
         latents = encode(parts.pipeline, torch.cat([first, grey], dim=2))
         mask = latents.new_zeros(1, parts.pipeline.vae_scale_factor_temporal, *latents.shape[2:])
         mask[:, :, 0] = 1

@@ -21,7 +21,14 @@ class Denoise(Stage):
     conditioning; a field with one row serves all items.
     """
 
-    needs = ("latents", "timesteps", "conditioning", "true_cfg_scale", "guidance_scale", "guidance_scale_2")
+    needs: tuple[str, ...] = (
+        "latents",
+        "timesteps",
+        "conditioning",
+        "true_cfg_scale",
+        "guidance_scale",
+        "guidance_scale_2",
+    )
     gives = ("latents",)
     phase = "denoise"
 
@@ -31,9 +38,7 @@ class Denoise(Stage):
 
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
         shared = {name: for_all(getattr(state, name), len(state.latents)) for name in self.passes}
-        conditioning = {
-            branch: {**state.conditioning[branch], **shared} for branch in parts.guidance.branches(state)
-        }
+        conditioning = {branch: {**state.conditioning[branch], **shared} for branch in parts.guidance.branches(state)}
         scheduler = parts.pipeline.scheduler
         values = state.timesteps.tolist()  # on the host once, not one by one inside the loop
         with parts.progress.phase("denoising", total=len(values)) as advance:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from hydrarun.errors import UsageError
@@ -25,7 +24,7 @@ class EncodePrompt(Stage):
     pipelines repeat masks in the wrong order.
     """
 
-    needs = ("prompts", "negative_prompts", "true_cfg_scale", "guidance_scale", "max_sequence_length")
+    needs: tuple[str, ...] = ("prompts", "negative_prompts", "true_cfg_scale", "guidance_scale", "max_sequence_length")
     gives = ("conditioning",)
     phase = "encode"
 
@@ -51,12 +50,12 @@ class EncodePrompt(Stage):
                 name: None if value is None else value.index_select(0, rows) for name, value in encoded.items()
             }
 
-    def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Tensor | None]:
+    def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Any]:
         """What the transformer takes, one row per prompt."""
         limit = {} if state.max_sequence_length is None else {"max_sequence_length": state.max_sequence_length}
         return self.run(parts, prompt=prompts, **limit)
 
-    def run(self, parts: Parts, **arguments: Any) -> dict[str, Tensor | None]:
+    def run(self, parts: Parts, **arguments: Any) -> dict[str, Any]:
         """`encode_prompt`'s results by the names that the transformer takes them under."""
         encoded = parts.pipeline.encode_prompt(device=parts.device, **self.arguments, **arguments)
         return {name: value for name, value in zip(self.returns, encoded, strict=True) if name is not None}
@@ -75,7 +74,8 @@ class EncodePromptWithImages(EncodePrompt):
         super().__init__(returns=("encoder_hidden_states", "encoder_hidden_states_mask"))
         self.image_area = image_area
 
-    def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Tensor | None]:
+    def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Any]:
+        refuse_placeholder(prompts, parts.pipeline.processor.image_token)
         resize = parts.pipeline.image_processor.resize
         images = [resize(image, *fit_area(image, self.image_area, 32)) for image in state.input_images]
         embeds = [self.run(parts, prompt=[p], image=images)["encoder_hidden_states"] for p in prompts]
@@ -84,6 +84,16 @@ class EncodePromptWithImages(EncodePrompt):
         padded = torch.cat([F.pad(one, (0, 0, 0, longest - one.shape[1])) for one in embeds])
         mask = torch.arange(longest, device=parts.device) < lengths[:, None]
         return {"encoder_hidden_states": padded, "encoder_hidden_states_mask": None if mask.all() else mask}
+
+
+def refuse_placeholder(prompts: list[str], token: str) -> None:
+    """The processor puts an image wherever it finds its placeholder."""
+    for prompt in prompts:
+        if token in prompt:
+            raise UsageError(
+                f"the prompt {prompt[:60]!r} holds {token}, which stands for an input image; leave it out:"
+                " the images are put before the prompt"
+            )
 
 
 class EmbedGuidance(Stage):

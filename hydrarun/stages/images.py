@@ -25,7 +25,7 @@ class SizeFromImage(Stage):
     gives = ("height", "width")
     phase = "encode"
 
-    def __init__(self, area: int, multiple: int, height: int | None = None, width: int | None = None) -> None:
+    def __init__(self, area: int, multiple: int, height: int = 0, width: int = 0) -> None:
         self.area = area
         self.multiple = multiple
         self.default = height, width
@@ -33,8 +33,7 @@ class SizeFromImage(Stage):
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
         last = state.input_images[-1:]
         height, width = fit_area(last[0], self.area, self.multiple) if last else self.default
-        state.height = state.height or height
-        state.width = state.width or width
+        state.height, state.width = state.height or height, state.width or width
 
 
 class EncodeImages(Stage):

@@ -29,7 +29,6 @@ class PrepareLatents(Stage):
         self.keep_float32 = keep_float32
 
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
-        assert state.height is not None and state.width is not None
         per_frame, side = vae_factors(parts.pipeline.vae.config)
         assert side is not None
         frames = 1 if state.num_frames is None else (state.num_frames - 1) // (per_frame or 1) + 1

@@ -1,5 +1,6 @@
-"""The resolved configuration of every shipped model and recipe: a diff shows what a change gives users.
+"""What is written from the code: the resolved configuration of every shipped model and recipe, and README's table.
 
+A diff shows what a change gives users.
 python tests/golden/update.py        rewrites the files; `make golden` does the same
 """
 
@@ -13,7 +14,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # the checkout, when it is not installed
 
-from hydrarun import recipes, resources  # noqa: E402
+from hydrarun import listing, recipes, resources  # noqa: E402
 from hydrarun.compose import compose_raw  # noqa: E402
 
 
@@ -23,6 +24,16 @@ def golden() -> dict[str, str]:
     cases = {f"model-{name}": f"model={name}" for name in models}
     cases |= {f"recipe-{name.replace('/', '-')}": f"recipe={name}" for name in recipes.names()}
     return {f"{name}.yaml": _yaml(override) for name, override in cases.items()}
+
+
+def readme() -> tuple[Path, str]:
+    """README.md with its table of models as the code has it: what `hydrarun list models --markdown` prints."""
+    file = HERE.parents[1] / "README.md"
+    before, start, rest = file.read_text(encoding="utf-8").partition("<!-- hydrarun list models --markdown -->\n")
+    _, end, after = rest.partition("<!-- end -->\n")
+    if not (start and end):
+        raise ValueError("README.md has lost the marks around its table of models")
+    return file, before + start + listing.markdown(listing.table("models")) + "\n\n" + end + after
 
 
 def _yaml(override: str) -> str:
@@ -37,4 +48,6 @@ if __name__ == "__main__":
         (HERE / stale).unlink()
     for name, text in contents.items():
         (HERE / name).write_text(text, encoding="utf-8")
+    path, text = readme()
+    path.write_text(text, encoding="utf-8")
     print(f"{len(contents)} files in {HERE}")
