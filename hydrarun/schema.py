@@ -59,6 +59,19 @@ class Input:
 
 
 @dataclass
+class Parallel:
+    """Ranks for each method; their product, or what HSDP or the VAE ask for, is the number of ranks."""
+
+    data_degree: int = 1
+    cfg_degree: int = 1
+    ring_degree: int = 1
+    ulysses_degree: int = 1
+    tensor_degree: int = 1
+    hsdp_degree: int = 1
+    vae_degree: int = 1
+
+
+@dataclass
 class Vae:
     """How the VAE decodes."""
 
@@ -83,6 +96,7 @@ class Config:
     model: Model = field(default_factory=Model)
     sampling: Sampling = field(default_factory=Sampling)
     input: Input = field(default_factory=Input)
+    parallel: Parallel = field(default_factory=Parallel)
     attention: dict[str, Any] = MISSING
     compile: dict[str, Any] = MISSING
     offload: dict[str, Any] = MISSING

@@ -31,7 +31,7 @@ class Tokens:
 
     hidden_states: Tensor = token_field(1, "hidden_states")  # [B, S, D]
     encoder_hidden_states: Tensor | None = token_field(1, "encoder_hidden_states")  # [B, T, D]
-    encoder_mask: Tensor | None = token_field(1, "encoder_hidden_states")  # [B, T] bool, True: a real token
+    encoder_mask: Tensor | None = None  # [B, T] bool, True: a real token; whole wherever the tokens are
     rope: Tensor | None = token_field(0, "hidden_states")  # [S, d/2, 2] cosines and sines
     encoder_rope: Tensor | None = token_field(0, "encoder_hidden_states")  # [T, d/2, 2]
     temb: Any = None  # [B, K, D] timesteps and other global conditioning

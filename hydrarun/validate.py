@@ -14,6 +14,7 @@ from typing import Any
 
 from hydrarun.annotations import describe, fits, show
 from hydrarun.errors import UsageError, nearest
+from hydrarun.parallel import degrees
 from hydrarun.schema import Config
 
 MISSING = "???"
@@ -51,6 +52,7 @@ def problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     if not shape:
         yield from _device(config["device"])
         yield from _dtype(config["dtype"])
+        yield from ((f"parallel.{key}", text) for key, text in degrees.problems(config["parallel"]))
         yield from _vae(config["vae"]["dtype"])
         broken = list(_model(config["model"]))
         yield from broken

@@ -11,6 +11,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 from pathlib import Path
 
 import pytest
+import ranks
 import subjects
 import tiny
 import torch
@@ -58,3 +59,11 @@ def subject(request, built_subjects, tmp_path_factory) -> subjects.Subject:
     if request.param not in built_subjects:
         built_subjects[request.param] = subjects.build(request.param, tmp_path_factory.mktemp("subject"))
     return built_subjects[request.param]
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Processes for what needs several ranks: `pool(size, function, *arguments)`."""
+    started = ranks.Pool()
+    yield started
+    started.close()

@@ -39,6 +39,9 @@ GOOD = {
         "max_sequence_length": 512,
     },
     "input": {"images": None},
+    "parallel": dict.fromkeys(
+        (f"{name}_degree" for name in ("data", "cfg", "ring", "ulysses", "tensor", "hsdp", "vae")), 1
+    ),
     "attention": TARGET,
     "compile": TARGET,
     "offload": TARGET,

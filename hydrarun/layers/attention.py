@@ -6,13 +6,15 @@ batch, tokens, heads, channels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hydrarun.layers.backends import SDPA
+
+QKV = tuple[Tensor, Tensor, Tensor]
 
 
 class AttentionBackend(Protocol):
@@ -32,18 +34,29 @@ class AttentionLayer(nn.Module):
 
 
 class Attention(AttentionLayer):
-    """Joint attention over one or more streams of tokens: each token attends to those of every stream."""
+    """Joint attention over one or more streams of tokens: each token attends to those of every stream.
 
-    def forward(
-        self, streams: Sequence[tuple[Tensor, Tensor, Tensor]], masks: Sequence[Tensor | None] = ()
-    ) -> list[Tensor]:
+    `sequence`, where the tokens are spread over ranks, takes the place of the plain computation
+    (`hydrarun.parallel.sequence`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sequence: Any = None
+
+    def forward(self, streams: Mapping[str, QKV], masks: Mapping[str, Tensor | None] | None = None) -> list[Tensor]:
         """(query, key, value) of each stream, each `[B, S, H, D]`, to each stream's output `[B, S, H * D]`.
 
-        A stream's mask `[B, S]` is True where a token is real; None: all of them are. No masks: none has one.
+        Streams go by the names of their fields in `Tokens`. A stream's mask `[B, S]`, over all of its tokens wherever
+        they are, is True where a token is real; None, or no mask: all of them are.
         """
-        query, key, value = (torch.cat(parts, dim=1) for parts in zip(*streams, strict=True))
-        output = self.backend(query, key, value, join_masks(streams, masks))
-        return list(output.flatten(2).split([stream[0].shape[1] for stream in streams], dim=1))
+        masks = masks or {}
+        if self.sequence is not None:
+            return self.sequence(streams, masks, self.backend)
+        query, key, value = (torch.cat(parts, dim=1) for parts in zip(*streams.values(), strict=True))
+        lengths = {name: stream[1].shape[1] for name, stream in streams.items()}
+        output = self.backend(query, key, value, join_masks(masks, lengths))
+        return list(output.flatten(2).split([stream[0].shape[1] for stream in streams.values()], dim=1))
 
 
 class CrossAttention(AttentionLayer):
@@ -54,10 +67,13 @@ class CrossAttention(AttentionLayer):
         return self.backend(query, key, value, None).flatten(2)
 
 
-def join_masks(streams: Sequence[tuple[Tensor, Tensor, Tensor]], masks: Sequence[Tensor | None]) -> Tensor | None:
-    """One mask `[B, S]` over all streams' keys, or None when nothing is masked."""
-    if all(mask is None for mask in masks):
+def join_masks(masks: Mapping[str, Tensor | None], lengths: Mapping[str, int]) -> Tensor | None:
+    """One mask `[B, S]` over the keys of all streams of these lengths, or None when nothing is masked."""
+    given = [mask for mask in masks.values() if mask is not None]
+    if not given:
         return None
-    keys = [stream[1] for stream in streams]
-    full = [key.new_ones(key.shape[:2], dtype=torch.bool) for key in keys]
-    return torch.cat([other if mask is None else mask for mask, other in zip(masks, full, strict=True)], dim=1)
+    batch = given[0].shape[0]
+    full = {name: masks.get(name) for name in lengths}
+    return torch.cat(
+        [given[0].new_ones(batch, lengths[name]) if mask is None else mask for name, mask in full.items()], dim=1
+    )

@@ -65,7 +65,9 @@ class DualStreamBlock(nn.Module):
         image = self.image.project(hidden_states, tokens.rope, shift, scale)
         shift, scale, *text_gates = self.text.modulation(tokens.temb[:, :1])
         text = self.text.project(encoder_hidden_states, tokens.encoder_rope, shift, scale)
-        text_attended, image_attended = self.attention([text, image], [tokens.encoder_mask, None])
+        text_attended, image_attended = self.attention(
+            {"encoder_hidden_states": text, "hidden_states": image}, {"encoder_hidden_states": tokens.encoder_mask}
+        )
         return (
             self.image.finish(hidden_states, image_attended, image_gates),
             self.text.finish(encoder_hidden_states, text_attended, text_gates),

@@ -49,12 +49,12 @@ class SingleStreamBlock(nn.Module):
         query, key, value = self.qkv(normed)
         rope = torch.cat([tokens.encoder_rope, tokens.rope])
         query, key = rotate(self.norm_q(query), rope), rotate(self.norm_k(key), rope)
-        streams = list(zip(*(x.split(lengths, dim=1) for x in (query, key, value)), strict=True))
-        attended = torch.cat(self.attention(streams), dim=1)
+        text, image = zip(*(x.split(lengths, dim=1) for x in (query, key, value)), strict=True)
+        attended = torch.cat(self.attention({"encoder_hidden_states": text, "hidden_states": image}), dim=1)
         inner = F.gelu(self.up(normed), approximate="tanh")
         joint = torch.addcmul(joint, gate, self.out(torch.cat([attended, inner], dim=-1)))
-        text, image = within_float16(joint).split(lengths, dim=1)
-        return image, text
+        encoder_hidden_states, hidden_states = within_float16(joint).split(lengths, dim=1)
+        return hidden_states, encoder_hidden_states
 
 
 def single_stream_weights() -> dict[str, str | tuple[str, ...]]:

@@ -86,7 +86,7 @@ class WanBlock(nn.Module):
         """Self-attention, `[B, S, D]` to `[B, S, D]`."""
         query, key, value = self.qkv(hidden_states)
         query, key = across_heads(self.norm_q, query), across_heads(self.norm_k, key)
-        (attended,) = self.attention([(rotate(query, rope), rotate(key, rope), value)])
+        (attended,) = self.attention({"hidden_states": (rotate(query, rope), rotate(key, rope), value)})
         return self.out(attended)
 
     def cross_attend(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def test_streams_are_joined_and_handed_back():
     """Two streams see each other, masked where one says so, and each gets its own tokens back."""
     text, image = qkv(5), qkv(9)
     mask = torch.arange(5) < torch.tensor([[5], [2]])
-    text_out, image_out = Attention()([text, image], [mask, None])
+    text_out, image_out = Attention()({"text": text, "image": image}, {"text": mask})
     joint = [torch.cat(pair, dim=1) for pair in zip(text, image, strict=True)]
     full = torch.cat([mask, torch.ones(2, 9, dtype=torch.bool)], dim=1)
     want = definition(*joint, full).flatten(2)

@@ -142,7 +142,7 @@ def test_declared_token_dimensions_are_token_dimensions(pair):
     lengths = {"hidden_states": 35, "encoder_hidden_states": 11}
     dims = Tokens.token_dims()
     optional = {"temb_index"}
-    assert set(dims) == {"hidden_states", "encoder_hidden_states", "encoder_mask", "rope", "encoder_rope"} | optional
+    assert set(dims) == {"hidden_states", "encoder_hidden_states", "rope", "encoder_rope"} | optional
     for name, (dim, stream) in dims.items():
         if name not in optional:
             assert getattr(tokens, name).shape[dim] == lengths[stream], name

@@ -73,7 +73,7 @@ def test_declared_token_dimensions_are_token_dimensions(ours):
     given = {"encoder_hidden_states": text, "first_frame": latents[:, :, :1]}
     tokens = ours.embed(latents, torch.tensor([700.0, 700.0]), **given)
     lengths = {"hidden_states": 45, "encoder_hidden_states": 7}
-    absent = {"encoder_mask", "encoder_rope"}
+    absent = {"encoder_rope"}
     for name, (dim, stream) in WanTokens.token_dims().items():
         if name not in absent:
             assert getattr(tokens, name).shape[dim] == lengths[stream], name

@@ -1,0 +1,77 @@
+"""The collectives that the methods use, with a counter of the bytes that this rank sends to others.
+
+Formulas for n ranks and a tensor of b bytes on each: all_gather (n - 1) b; all_reduce 2 (n - 1) / n b (reduce-scatter,
+then all-gather); all_to_all and exchange: what goes to other ranks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup
+
+# renamed in torch 2.13
+gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+#: bytes sent by this rank, by collective
+sent: Counter[str] = Counter()
+
+
+def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int], group: Group) -> list[Tensor]:
+    """Send `parts[r]` to rank r and get one from each: flat tensors, of `sizes[r]` elements from rank r."""
+    rank = group.rank()
+    sent["all_to_all"] += sum(part.nbytes for other, part in enumerate(parts) if other != rank)
+    counts = [part.numel() for part in parts]
+    joined = torch.cat([part.reshape(-1) for part in parts])
+    received = joined.new_empty(sum(sizes))
+    dist.all_to_all_single(received, joined, list(sizes), counts, group=group)
+    return list(received.split(list(sizes)))
+
+
+def all_gather(x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
+    """Join every rank's `x` along `dim`, where rank r has `sizes[r]`; shorter ones are padded on the way."""
+    longest, count = max(sizes), len(sizes)
+    missing = longest - x.shape[dim]
+    if missing:
+        shape = list(x.shape)
+        shape[dim] = missing
+        x = torch.cat([x, x.new_zeros(shape)], dim=dim)
+    sent["all_gather"] += x.nbytes * (count - 1)
+    gathered = x.new_empty(count, *x.shape)
+    gather_single(gathered.view(-1), x.contiguous().view(-1), group=group)
+    return torch.cat([part.narrow(dim, 0, size) for part, size in zip(gathered, sizes, strict=True)], dim=dim)
+
+
+def all_reduce(x: Tensor, group: Group) -> Tensor:
+    """The sum over all ranks, in place."""
+    count = group.size()
+    sent["all_reduce"] += 2 * (count - 1) * x.nbytes // count
+    dist.all_reduce(x, group=group)
+    return x
+
+
+class Exchange:
+    """Tensors on their way to the next rank of a ring, and from the one before; the caller computes meanwhile."""
+
+    def __init__(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], group: Group) -> None:
+        rank, count = group.rank(), group.size()
+        following = dist.get_global_rank(group, (rank + 1) % count)
+        previous = dist.get_global_rank(group, (rank - 1) % count)
+        sent["exchange"] += sum(x.nbytes for x in outgoing)
+        self.incoming = list(incoming)
+        self.outgoing = [x.contiguous() for x in outgoing]  # kept until they have left
+        sends = [dist.P2POp(dist.isend, x, following, group) for x in self.outgoing if x.numel()]
+        receives = [dist.P2POp(dist.irecv, x, previous, group) for x in self.incoming if x.numel()]
+        operations = sends + receives
+        self.works = dist.batch_isend_irecv(operations) if operations else []
+
+    def wait(self) -> list[Tensor]:
+        """The tensors that came in."""
+        for work in self.works:
+            work.wait()
+        return self.incoming

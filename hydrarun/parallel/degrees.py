@@ -1,0 +1,43 @@
+"""How many ranks each method takes, and how many that makes. No torch here: the driver checks it before anything heavy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+#: the dimensions whose product does different work, from the outermost (ranks far apart) to the innermost
+DIMENSIONS = ("data", "cfg", "ring", "ulysses", "tensor")
+
+Degrees = Mapping[str, int]
+
+
+def product(degrees: Degrees) -> int:
+    """Ranks that do different work."""
+    return math.prod(degrees[f"{name}_degree"] for name in DIMENSIONS)
+
+
+def world_size(degrees: Degrees) -> int:
+    """Ranks in all. HSDP and the VAE share what these ranks hold and do; alone they bring ranks of their own."""
+    return max(product(degrees), degrees["hsdp_degree"] * degrees["tensor_degree"], degrees["vae_degree"])
+
+
+def problems(degrees: Degrees) -> Iterator[tuple[str, str]]:
+    """Keys and what is wrong with them."""
+    for key, value in degrees.items():
+        if value < 1:
+            yield key, f"{value} is below 1."
+            return
+    ranks, work = world_size(degrees), product(degrees)
+    layout = " x ".join(f"{name} {degrees[f'{name}_degree']}" for name in DIMENSIONS)
+    if ranks % work:
+        yield "hsdp_degree", f"{ranks} ranks are no multiple of the {work} of {layout}."
+    holders = ranks // degrees["tensor_degree"]
+    if holders % degrees["hsdp_degree"]:
+        yield "hsdp_degree", f"{holders} ranks hold equal weights, which is no multiple of {degrees['hsdp_degree']}."
+    if ranks % degrees["vae_degree"]:
+        yield "vae_degree", f"{ranks} ranks are no multiple of {degrees['vae_degree']}."
+
+
+def shares(length: int, ranks: int) -> list[int]:
+    """`length` things over `ranks` ranks, as evenly as can be; the first ranks have one more."""
+    return [length // ranks + (rank < length % ranks) for rank in range(ranks)]

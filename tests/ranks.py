@@ -1,0 +1,91 @@
+"""A pool of processes for tests that need several ranks: started once, used by every such test.
+
+    results = pool(2, function, argument)     # on ranks 0 and 1, in a gloo group of two
+
+`function` must be a module's own (it travels by name) and returns something that can be pickled.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Pool:
+    """Processes that form a gloo group of as many ranks as a call asks for."""
+
+    def __init__(self) -> None:
+        self.context = mp.get_context("spawn")
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+        self.folder = Path(tempfile.mkdtemp(prefix="ranks"))
+        self.groups = 0
+        self.size = 0
+
+    def __call__(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What `function(*arguments)` returns on each of `size` ranks. Raises what failed first, with its traceback."""
+        while len(self.pipes) < size:
+            ours, theirs = self.context.Pipe()
+            process = self.context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+        if size != self.size:
+            self.size, self.groups = size, self.groups + 1
+            for rank, pipe in enumerate(self.pipes):
+                pipe.send((_join, (rank, size, str(self.folder / str(self.groups)))))
+            self._results(len(self.pipes))
+        for pipe in self.pipes[:size]:
+            pipe.send((function, arguments))
+        return self._results(size)
+
+    def _results(self, size: int) -> list[Any]:
+        results = []
+        for rank, pipe in enumerate(self.pipes[:size]):
+            if not pipe.poll(120):
+                self.close()
+                raise TimeoutError(f"rank {rank} does not answer: the ranks wait for each other")
+            results.append(pipe.recv())
+        failed = [(rank, error) for rank, (error, _) in enumerate(results) if error]
+        if failed:
+            self.close()  # what the others wait for never comes
+            raise AssertionError("\n".join(f"rank {rank}:\n{error}" for rank, error in failed))
+        return [result for _, result in results]
+
+    def close(self) -> None:
+        """End the processes; the next call starts new ones."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.pipes, self.processes, self.size = [], [], 0
+
+
+def _serve(pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((None, function(*arguments)))
+        except BaseException:
+            pipe.send((traceback.format_exc(), None))
+
+
+def _join(rank: int, size: int, file: str) -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank < size:
+        dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
