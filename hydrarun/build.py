@@ -15,9 +15,14 @@ from hydrarun.layers.attention import AttentionBackend
 from hydrarun.memory.hub import Source, resolve
 from hydrarun.memory.loading import load_transformer
 from hydrarun.memory.safetensors_files import check_folder
+from hydrarun.parallel.degrees import world_size
+from hydrarun.parallel.hsdp import shard_encoder, shard_transformer
+from hydrarun.parallel.mesh import Mesh
+from hydrarun.parallel.sequence import SequenceParallel
 from hydrarun.pipeline import Parts, Stage, check_chain
 from hydrarun.progress import Progress
 from hydrarun.targets import instantiate, load_class
+from hydrarun.transformer import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,6 +52,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     with quiet_libraries():
         pipeline_class = load_class(model["pipeline"], "model.pipeline")
     check_chain(stages)
+    mesh = Mesh(config["parallel"], device) if world_size(config["parallel"]) > 1 else None
     source = resolve(model)
     check_folder_fit(config, source.folder)
     check_folder(source.folder)
@@ -69,10 +75,24 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
         pipeline.vae.enable_tiling()
     for transformer in transformers.values():
         transformer.set_attention_backend(attention)
-        compiler.apply(transformer)
+        if mesh:
+            spread(transformer, mesh)
+        compiler.apply(transformer, alone=mesh is None)
+    if mesh and config["parallel"]["hsdp_degree"] > 1:
+        for name, module in pipeline.components.items():
+            if name.startswith("text_encoder"):
+                shard_encoder(module, mesh)
     experts = Experts(transformers, boundary(pipeline), device=device, swap=offload.swap_experts)
-    parts = Parts(experts, pipeline, guidance, model["patch_size"], device, dtype, progress)
+    parts = Parts(experts, pipeline, guidance, model["patch_size"], device, dtype, progress, mesh)
     return Built(parts, stages, source, attention)
+
+
+def spread(transformer: Transformer, mesh: Mesh) -> None:
+    """Spread a loaded transformer's tokens and weights over the ranks."""
+    if mesh["ulysses"] or mesh["ring"]:
+        transformer.spread_tokens(SequenceParallel(mesh["ulysses"], mesh["ring"]))
+    if mesh.degrees["hsdp_degree"] > 1:
+        shard_transformer(transformer, mesh)
 
 
 def choose_device(name: str, progress: Progress) -> torch.device:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from hydrarun.errors import UsageError
+from hydrarun.validate import cfg_scale
 
 Config = Mapping[str, Any]
 
@@ -27,7 +28,61 @@ def uses(config: Config, group: str, name: str) -> bool:
     return str(config[group].get("_target_", "")).rpartition(".")[2] == name
 
 
+def degree(config: Config, name: str) -> int:
+    """Ranks of one dimension."""
+    return config["parallel"][f"{name}_degree"]
+
+
+def guided(config: Config) -> bool:
+    """Whether there are two branches to predict."""
+    name, scale = cfg_scale(config)
+    return name in config["model"]["takes"] and scale is not None and scale > 1
+
+
+def pictures(config: Config) -> int:
+    """How many the run draws."""
+    prompt, seed = config["sampling"]["prompt"], config["sampling"]["seed"]
+    prompts = len(prompt) if isinstance(prompt, list) else 1
+    return len(seed) if isinstance(seed, list) else prompts * (config["sampling"]["num_images_per_prompt"] or 1)
+
+
 RULES = (
+    Rule(
+        "parallel.cfg_degree",
+        lambda config: degree(config, "cfg") > 1 and not guided(config),
+        "with guidance off, or only as an input of the model, there is one branch to predict",
+        "parallel.cfg_degree=1, or a scale above 1",
+    ),
+    Rule(
+        "parallel.cfg_degree",
+        lambda config: degree(config, "cfg") > 2,
+        "guidance has two branches, the prompt's and the negative prompt's",
+        "parallel.cfg_degree=2",
+    ),
+    Rule(
+        "parallel.data_degree",
+        lambda config: degree(config, "data") > pictures(config),
+        "there are fewer pictures than ranks to draw them",
+        "parallel.data_degree=1, or more prompts, seeds or sampling.num_images_per_prompt",
+    ),
+    Rule(
+        "parallel.ring_degree",
+        lambda config: degree(config, "ring") > 1 and not uses(config, "attention", "SDPA"),
+        "a ring needs the log-sum of the weights, which this attention kernel does not give here",
+        "attention=sdpa, or parallel.ulysses_degree instead",
+    ),
+    Rule(
+        "parallel.vae_degree",
+        lambda config: degree(config, "vae") > 1 and config["vae"]["tiling"],
+        "the ranks' rows take the place of tiles",
+        "vae.tiling=false",
+    ),
+    Rule(
+        "offload",
+        lambda config: uses(config, "offload", "ExpertOffload") and degree(config, "hsdp") > 1,
+        "HSDP's shares of the weights stay where they are",
+        "offload=none",
+    ),
     Rule(
         "offload",
         lambda config: uses(config, "offload", "ExpertOffload") and config["model"]["experts"] < 2,

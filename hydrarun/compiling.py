@@ -18,7 +18,7 @@ class NoCompile:
 
     name = "none"
 
-    def apply(self, transformer: Transformer) -> None:
+    def apply(self, transformer: Transformer, alone: bool = True) -> None:
         """Nothing to do."""
 
 
@@ -34,9 +34,12 @@ class CompileBlocks:
         self.mode = mode
         self.dynamic = dynamic
 
-    def apply(self, transformer: Transformer) -> None:
-        """Compile every block in place; a block that cannot be one graph raises at its first call."""
+    def apply(self, transformer: Transformer, alone: bool = True) -> None:
+        """Compile every block in place; a block that cannot be one graph raises at its first call.
+
+        Where ranks work together (not `alone`), the graph breaks at what they send each other.
+        """
         # each length of a prompt is a size of its own, and torch gives up after 8 of them
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
         for block in transformer.all_blocks():
-            block.compile(fullgraph=True, mode=self.mode, dynamic=self.dynamic)
+            block.compile(fullgraph=alone, mode=self.mode, dynamic=self.dynamic)

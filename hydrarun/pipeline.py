@@ -11,6 +11,7 @@ import torch
 from hydrarun.errors import UsageError, nearest
 from hydrarun.experts import Experts
 from hydrarun.guidance import ClassifierFreeGuidance
+from hydrarun.parallel.mesh import Mesh
 from hydrarun.progress import Progress
 from hydrarun.state import State
 from hydrarun.timing import Timings
@@ -29,6 +30,8 @@ class Parts:
     device: torch.device
     dtype: torch.dtype
     progress: Progress
+    #: this rank's place among the others; None: there is one process
+    mesh: Mesh | None = None
 
 
 class Stage:

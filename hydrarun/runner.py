@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hydrarun.media import images
 from hydrarun.media.images import InputImage
 from hydrarun.memory.safetensors_files import fingerprint
 from hydrarun.outputs import OutputWriter
+from hydrarun.parallel.data import all_frames, own_items
 from hydrarun.pipeline import run_stages
 from hydrarun.progress import Progress
 from hydrarun.provenance import hardware, peak_host_bytes, versions
@@ -76,9 +77,20 @@ class Runner:
         return make_state(config["sampling"], [image.image for image in given])
 
     def draw(self, state: State, timings: Timings) -> State:
-        """Run the stages."""
-        run_stages(self.built.stages, state, self.built.parts, timings)
+        """Run the stages, on this rank's share of the items; the state then has the frames of all of them."""
+        parts = self.built.parts
+        axis = parts.mesh["data"] if parts.mesh else None
+        own = own_items(state, axis) if axis else state
+        run_stages(self.built.stages, own, parts, timings)
+        if axis:
+            count = len(state.prompts)
+            state = replace(own, prompts=state.prompts, negative_prompts=state.negative_prompts, seeds=state.seeds)
+            state.frames = all_frames(own.frames, count, axis, parts.device)
         return state
+
+    def follow(self) -> None:
+        """Do this rank's part of a run that rank 0 writes."""
+        self.draw(self.state(self.config, self.read_images(self.config)), Timings(self.built.parts.device))
 
     def run(self, output_dir: Path) -> dict[str, Any]:
         """Draw what the configuration asks for, write it into `output_dir` and return what run.json says."""

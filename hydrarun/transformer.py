@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from hydrarun.layers.attention import AttentionBackend, AttentionLayer
+from hydrarun.layers.attention import Attention, AttentionBackend, AttentionLayer
 
 
 def token_field(dim: int, of: str) -> Any:
@@ -60,6 +60,8 @@ class Transformer(nn.Module):
     spread_streams: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states")
     #: names of our modules and parameters that are kept in float32 whatever the others are held in
     keep_in_float32: ClassVar[tuple[str, ...]] = ()
+    #: how tokens are spread over ranks (`hydrarun.parallel.sequence`); None: they are not
+    sequence: Any = None
     #: the values of the checkpoint's config.json that the constructor took
     config: Mapping[str, Any]
 
@@ -98,12 +100,21 @@ class Transformer(nn.Module):
         `branch` and `expert` name whose call this is, so that whoever keeps state between steps never has to count
         calls.
         """
-        tokens = self.embed(hidden_states, timestep, **conditioning)
+        whole = self.embed(hidden_states, timestep, **conditioning)
+        tokens = self.sequence.shard(whole, self.spread_streams) if self.sequence else whole
         for block in self.all_blocks():
             tokens.hidden_states, tokens.encoder_hidden_states = block(
                 tokens.hidden_states, tokens.encoder_hidden_states, tokens
             )
-        return self.head(tokens)
+        whole.hidden_states = self.sequence.gather(tokens.hidden_states) if self.sequence else tokens.hidden_states
+        return self.head(whole)
+
+    def spread_tokens(self, sequence: Any) -> None:
+        """Let the tokens be spread over ranks, and attention reach across them."""
+        self.sequence = sequence
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.sequence = sequence
 
     def set_attention_backend(self, backend: AttentionBackend) -> None:
         """Let every attention layer compute with `backend`."""

@@ -6,6 +6,7 @@ A new model joins by a builder in `checkpoints.BUILDERS`.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ from hydrarun.validate import cfg_scale, is_video
 MODELS = sorted(file.stem for file in (resources.folder("conf") / "model").glob("*.yaml"))
 CONFIGS = {name: compose_raw([f"model={name}"])[0] for name in MODELS}
 
+#: the file for `input.images`, beside a subject's folder
+IMAGE = "input.png"
+
 SHORT, LONG = "a cat", "two dogs, one of them “asleep”, on a 红色 sofa (wide shot)"
 
 
@@ -36,7 +40,6 @@ class Subject:
     name: str
     pipeline: Any
     folder: Path
-    image: Path  # a file for `input.images`
     runner: Runner
 
     @property
@@ -46,11 +49,7 @@ class Subject:
 
     def overrides(self) -> list[str]:
         """The command line of a small run."""
-        side = 4 * (vae_factors(self.pipeline.vae.config)[1] * 2)
-        size = [f"sampling.height={side}", f"sampling.width={side}"]
-        frames = ["sampling.num_frames=5"] if is_video(CONFIGS[self.name]) else []
-        image = [f"input.images={self.image}"] if CONFIGS[self.name]["model"]["input_images"][0] else []
-        return [*tiny.overrides(self.folder, self.name), *size, *frames, *image]
+        return command(self.name, self.folder)
 
     def draw(self, images: int | None = None, size: tuple[int, int] | None = None, **sampling: Any) -> Any:
         """The finished state; `images`: how many are given (as many as must be), `size`: in multiples."""
@@ -58,6 +57,16 @@ class Subject:
             sampling |= {"height": size[0] * self.multiple, "width": size[1] * self.multiple}
         least = CONFIGS[self.name]["model"]["input_images"][0]
         return tiny.draw(self.runner, pictures(least if images is None else images), **sampling)
+
+
+def command(name: str, folder: Path) -> list[str]:
+    """The command line of a small run of a saved subject."""
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    side = 4 * (vae_factors(vae)[1] * 2)
+    size = [f"sampling.height={side}", f"sampling.width={side}"]
+    frames = ["sampling.num_frames=5"] if is_video(CONFIGS[name]) else []
+    image = [f"input.images={folder.parent / IMAGE}"] if CONFIGS[name]["model"]["input_images"][0] else []
+    return [*tiny.overrides(folder, name), *size, *frames, *image]
 
 
 def pictures(count: int) -> list[Image.Image]:
@@ -69,11 +78,10 @@ def pictures(count: int) -> list[Image.Image]:
 
 def build(name: str, folder: Path) -> Subject:
     """The subject of that name, saved in `folder`."""
-    image = folder / "input.png"
-    pictures(1)[0].save(image)
+    pictures(1)[0].save(folder / IMAGE)
     pipeline = checkpoints.BUILDERS[name]()
     pipeline.save_pretrained(folder / name)
-    subject = Subject(name, pipeline, folder / name, image, None)
+    subject = Subject(name, pipeline, folder / name, None)
     subject.runner = Runner(compose(subject.overrides()))
     for vae in (pipeline.vae, subject.runner.built.parts.pipeline.vae):
         vae.encode = remembering(vae.encode)

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from subjects import MODELS, pictures
+from subjects import IMAGE, MODELS, pictures
 
 from hydrarun import cli
 from hydrarun.runner import Runner
@@ -109,7 +109,7 @@ def test_a_placeholder_in_the_prompt_is_refused(subject):
     from hydrarun.errors import UsageError
 
     with pytest.raises(UsageError, match=r"holds <\|image_pad\|>, which stands for an input image"):
-        subject.runner.generate(prompt="a <|image_pad|>", images=[str(subject.image)])
+        subject.runner.generate(prompt="a <|image_pad|>", images=[str(subject.folder.parent / IMAGE)])
 
 
 @pytest.mark.parametrize("subject", ["flux_dev"], indirect=True)

@@ -28,8 +28,48 @@ def test_all_violations_come_at_once():
     assert len(str(caught.value).splitlines()) == 2
 
 
-def test_every_fix_fixes():
-    config, _ = compose_raw(["offload=expert", "device=cpu"])
-    for rule in compat.violations(config):
-        mended, _ = compose_raw(["offload=expert", "device=cpu", rule.fix])
-        assert not any(compat.violations(mended))
+BROKEN = {
+    "one transformer": ["offload=expert"],
+    "on device=cpu": ["model=wan22_t2v_a14b", "offload=expert", "device=cpu"],
+    "one branch to predict": ["parallel=cfg2", "sampling.true_cfg_scale=1"],
+    "two branches": ["parallel.cfg_degree=4"],
+    "fewer pictures than ranks": ["parallel=data2"],
+    "log-sum": ["parallel=ring2", "attention=flex"],
+    "rows take the place of tiles": ["parallel=vae2", "vae.tiling=true"],
+    "shares of the weights stay": ["model=wan22_t2v_a14b", "offload=expert", "parallel=hsdp2"],
+}
+
+
+def test_every_rule_is_tried():
+    assert len(BROKEN) == len(compat.RULES)
+
+
+@pytest.mark.parametrize("words", BROKEN)
+def test_each_rule_refuses_and_its_fix_fixes(words):
+    overrides = BROKEN[words]
+    config, _ = compose_raw(overrides)
+    (rule,) = compat.violations(config)
+    assert words in rule.sentence
+    mended, _ = compose_raw([*overrides, rule.fix.partition(", or ")[0]])
+    assert not any(compat.violations(mended))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel=cfg2"],
+        ["model=flux_dev", "parallel=cfg2", "sampling.true_cfg_scale=2"],
+        ["model=wan22_t2v_a14b", "parallel=cfg2"],
+        ["parallel=data2", "sampling.num_images_per_prompt=2"],
+        ["parallel=data2", "sampling.seed=[1,2]"],
+        ["parallel=usp2x2"],
+        ["attention=flex", "parallel=ulysses2"],
+    ],
+)
+def test_what_goes_together(overrides):
+    assert not any(compat.violations(compose_raw(overrides)[0]))
+
+
+def test_embedded_guidance_alone_has_no_branches():
+    with pytest.raises(UsageError, match=r"parallel.cfg_degree: .* one branch .*above 1\."):
+        compose(["model=flux_dev", "sampling.prompt=a", "parallel=cfg2"])

@@ -28,6 +28,19 @@ class SDPA:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=wide).transpose(1, 2)
 
 
+    def with_log_sum(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The same without a mask, and the logarithm of the sum of each query's weights, `[B, S, H]`."""
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        kernels = torch.ops.aten
+        if query.device.type == "cpu":
+            output, log = kernels._scaled_dot_product_flash_attention_for_cpu(query, key, value)[:2]
+        elif query.dtype == torch.float32:
+            output, log = kernels._scaled_dot_product_efficient_attention(query, key, value, None, True)[:2]
+        else:
+            output, log = kernels._scaled_dot_product_flash_attention(query, key, value)[:2]
+        return output.transpose(1, 2), log[..., : query.shape[2]].transpose(1, 2)
+
+
 class CuDNNAttention(SDPA):
     """cuDNN's kernel through torch."""
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Group = dist.ProcessGroup
+Group = Any  # torch.distributed.ProcessGroup
 
 # renamed in torch 2.13
 gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -22,6 +23,7 @@ gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into
 sent: Counter[str] = Counter()
 
 
+@torch.compiler.disable
 def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int], group: Group) -> list[Tensor]:
     """Send `parts[r]` to rank r and get one from each: flat tensors, of `sizes[r]` elements from rank r."""
     rank = group.rank()
@@ -33,6 +35,7 @@ def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int], group: Group) -> l
     return list(received.split(list(sizes)))
 
 
+@torch.compiler.disable
 def all_gather(x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
     """Join every rank's `x` along `dim`, where rank r has `sizes[r]`; shorter ones are padded on the way."""
     longest, count = max(sizes), len(sizes)
@@ -47,6 +50,7 @@ def all_gather(x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tenso
     return torch.cat([part.narrow(dim, 0, size) for part, size in zip(gathered, sizes, strict=True)], dim=dim)
 
 
+@torch.compiler.disable
 def all_reduce(x: Tensor, group: Group) -> Tensor:
     """The sum over all ranks, in place."""
     count = group.size()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hydrarun.errors import RunError
 from hydrarun.experts import LOW_NOISE
+from hydrarun.parallel.cfg import predict_branches
 from hydrarun.pipeline import Parts, Stage
 from hydrarun.state import State
 from hydrarun.timing import Timings
@@ -60,10 +61,12 @@ class Denoise(Stage):
         """The guided prediction of one step, in the shape of the latents."""
         transformer = parts.experts.ready(expert)
         latents, times = state.latents.to(parts.dtype), timestep.expand(len(state.latents))
-        predictions = {
-            branch: transformer(latents, times, inputs, branch=branch, expert=expert)
-            for branch, inputs in conditioning.items()
-        }
+
+        def predict(branch: str) -> Tensor:
+            return transformer(latents, times, conditioning[branch], branch=branch, expert=expert)
+
+        axis = parts.mesh["cfg"] if parts.mesh else None
+        predictions = predict_branches(list(conditioning), predict, axis, latents)
         return parts.guidance.combine(predictions, parts.guidance.scale_for(state, low_noise=expert == LOW_NOISE))
 
 

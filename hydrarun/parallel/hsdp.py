@@ -1,0 +1,50 @@
+"""Hybrid sharded data parallel: each rank stores a share of the weights and borrows the rest, block by block (FSDP2).
+
+Ranks that hold equal weights form replicas of `hsdp_degree` ranks; a replica's ranks share one copy. Each forward sends
+of every block this rank's share to the others of its replica: `(n - 1) / n` of the block's bytes, done by FSDP2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from hydrarun.parallel.mesh import Mesh
+from hydrarun.transformer import Transformer
+
+
+def shard_transformer(transformer: Transformer, mesh: Mesh) -> None:
+    """Shard each block, then what is left around them."""
+    shard_all([*transformer.all_blocks()], transformer, mesh)
+
+
+def shard_encoder(encoder: nn.Module, mesh: Mesh) -> None:
+    """Shard the repeated layers of a text encoder, then what is left around them."""
+    shard_all([*repeated_layers(encoder)], encoder, mesh)
+
+
+def shard_all(parts: list[nn.Module], whole: nn.Module, mesh: Mesh) -> None:
+    """`fully_shard` each part and then the whole."""
+    place = mesh.hsdp["replicate", "shard"]
+    for module in (*parts, whole):
+        fully_shard(module, mesh=place, ignored_params=odd_ones(module))
+
+
+def odd_ones(module: nn.Module) -> set[nn.Parameter]:
+    """Parameters in another dtype than the module's first: FSDP2 shards one dtype together. They stay whole, and are few."""
+    parameters = list(module.parameters())
+    common = max(
+        {p.dtype for p in parameters}, key=lambda dtype: sum(p.numel() for p in parameters if p.dtype == dtype)
+    )
+    return {p for p in parameters if p.dtype != common}
+
+
+def repeated_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The elements of every list of layers that is in no other list."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from repeated_layers(child)

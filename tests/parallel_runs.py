@@ -1,0 +1,65 @@
+"""What the ranks of a test do: build a model option once, then draw in one layout after the other."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import subjects
+import torch
+
+from hydrarun.build import spread
+from hydrarun.parallel import comm
+from hydrarun.parallel.mesh import Mesh
+from hydrarun.runner import Runner
+from hydrarun.schema import Parallel
+from hydrarun.timing import Timings
+
+CPU = torch.device("cpu")
+#: how tokens, branches and pictures are spread; the others change what is loaded
+LIGHT = ("data_degree", "cfg_degree", "ring_degree", "ulysses_degree")
+
+
+def degrees(**chosen: int) -> dict[str, int]:
+    return {**vars(Parallel()), **chosen}
+
+
+def config(name: str, folder: Path, chosen: dict[str, int]) -> dict[str, Any]:
+    from hydrarun.compose import compose
+
+    composed = compose(subjects.command(name, folder))
+    return {**composed, "parallel": degrees(**chosen)}
+
+
+@cache
+def plain(name: str, folder: Path) -> Runner:
+    """A runner as in one process, and its VAE's encoding remembered."""
+    runner = Runner(config(name, folder, {}))
+    vae = runner.built.parts.pipeline.vae
+    vae.encode = subjects.remembering(vae.encode)
+    return runner
+
+
+def runner_for(name: str, folder: Path, chosen: dict[str, int]) -> Runner:
+    """The runner in this layout; where only tokens, branches or pictures are spread, the same weights serve."""
+    if set(chosen) - set(LIGHT):
+        return Runner(config(name, folder, chosen))
+    runner = plain(name, folder)
+    mesh = Mesh(degrees(**chosen), CPU)
+    runner.built.parts.mesh = mesh
+    for transformer in runner.built.parts.experts:
+        transformer.spread_tokens(None)
+        spread(transformer, mesh)
+    return runner
+
+
+def draw(name: str, folder: Path, chosen: dict[str, int], images: int, fields: dict[str, Any]) -> tuple[Any, Any, dict]:
+    """Frames of all pictures, latents of this rank's own, bytes sent."""
+    from hydrarun.request import make_state
+
+    runner = runner_for(name, folder, chosen)
+    comm.sent.clear()
+    sampling = {**runner.config["sampling"], **fields}
+    state = runner.draw(make_state(sampling, subjects.pictures(images)), Timings(CPU))
+    return state.frames, state.latents.numpy(), dict(comm.sent)

@@ -1,0 +1,64 @@
+"""Every model in every layout of ranks: the single process' latents within 1e-4, the same pictures within 1/255.
+
+Sizes at which tokens do not divide (3 x 5 of them in a frame, prompts of unequal length), and 3 heads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import parallel_runs
+import pytest
+from subjects import CONFIGS, LONG, MODELS, SHORT
+
+from hydrarun.parallel.degrees import shares, world_size
+from hydrarun.validate import cfg_scale
+
+LATENTS, PIXELS = 1e-4, 1
+
+LAYOUTS = {
+    "ulysses2": {"ulysses_degree": 2},
+    "ulysses4": {"ulysses_degree": 4},
+    "ring2": {"ring_degree": 2},
+    "ring4": {"ring_degree": 4},
+    "usp2x2": {"ring_degree": 2, "ulysses_degree": 2},
+    "cfg2": {"cfg_degree": 2},
+    "cfg2_ulysses2": {"cfg_degree": 2, "ulysses_degree": 2},
+    "data2": {"data_degree": 2},
+    "data2_cfg2": {"data_degree": 2, "cfg_degree": 2},
+    "hsdp2": {"hsdp_degree": 2},
+    "hsdp2_ulysses2": {"hsdp_degree": 2, "ulysses_degree": 2},
+}
+
+
+def request(subject) -> tuple[int, dict]:
+    """Two prompts of unequal length with guidance, and how many images."""
+    config = CONFIGS[subject.name]
+    fields = {
+        "prompt": [SHORT, LONG],
+        "negative_prompt": ["x", LONG],
+        "seed": [3, 4],
+        cfg_scale(config)[0]: 3.0,
+        "height": 3 * subject.multiple,
+        "width": 5 * subject.multiple,
+        "num_inference_steps": 3,
+    }
+    return config["model"]["input_images"][0], fields
+
+
+@pytest.mark.parametrize(
+    ("subject", "layout"), [(name, layout) for name in MODELS for layout in LAYOUTS], indirect=["subject"]
+)
+def test_equals_one_process(subject, layout, pool):
+    images, fields = request(subject)
+    plain = subject.draw(images, **fields)
+    chosen = LAYOUTS[layout]
+    ranks = world_size(parallel_runs.degrees(**chosen))
+    results = pool(ranks, parallel_runs.draw, subject.name, subject.folder, chosen, images, fields)
+    data = chosen.get("data_degree", 1)
+    for rank, (frames, latents, _) in enumerate(results):
+        share = rank // (ranks // data)
+        start = sum(shares(2, data)[:share])
+        own = plain.latents.numpy()[start : start + shares(2, data)[share]]
+        assert latents.shape == own.shape
+        assert np.abs(latents - own).max() <= LATENTS
+        assert np.abs(frames.astype(int) - plain.frames.astype(int)).max() <= PIXELS
