@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from hydrarun.layers.attention import Attention
-from hydrarun.layers.linear import FeedForward, QKVLinear
+from hydrarun.layers.linear import FeedForward, QKVLinear, RowLinear
 from hydrarun.layers.norm import Modulation, modulate
 from hydrarun.layers.rope import rotate
+from hydrarun.parallel.tensor import Run
 from hydrarun.transformer import Tokens
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
@@ -29,7 +30,7 @@ class Stream(nn.Module):
         self.qkv = QKVLinear(dim, heads, head_dim)
         self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
         self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
-        self.out = nn.Linear(heads * head_dim, dim)
+        self.out = RowLinear(dim, Run(heads, head_dim))
         self.feed_forward = FeedForward(dim)
 
     def project(self, hidden_states: Tensor, rope: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, ...]:

@@ -1,24 +1,59 @@
-"""Linear layers of a block, named by what they are to it."""
+"""Linear layers of a block, named by what they are to it; of their weights each rank can hold a share.
+
+A column-parallel layer computes some of the outputs, a row-parallel one takes some of the inputs: one after the other,
+they need one sum over the ranks.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hydrarun.parallel.comm import all_reduce
+from hydrarun.parallel.tensor import Run, Shared
 
-class HeadsLinear(nn.Linear):
+
+class ColumnLinear(Shared, nn.Linear):
+    """`[..., D]` to this rank's share of the outputs, which consist of `runs`."""
+
+    shared_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
+
+    def __init__(self, dim: int, *runs: Run) -> None:
+        super().__init__(dim, sum(map(len, runs)))
+        self.runs = runs
+
+
+class RowLinear(Shared, nn.Linear):
+    """This rank's share of the inputs, which consist of `runs`, to the whole output `[..., D]`."""
+
+    shared_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
+
+    def __init__(self, dim: int, *runs: Run) -> None:
+        super().__init__(sum(map(len, runs)), dim)
+        self.runs = runs
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[..., share]` to `[..., D]`."""
+        if self.axis is None:
+            return super().forward(hidden_states)
+        # the bias last: within one part, a large one would be rounded twice in half precision
+        return all_reduce(F.linear(hidden_states, self.weight), self.axis.group).add_(self.bias)
+
+
+class HeadsLinear(ColumnLinear):
     """One product for several projections that are cut into heads. Weight rows: all of the first, then the next."""
 
     parts = 1
 
     def __init__(self, dim: int, heads: int, head_dim: int) -> None:
-        super().__init__(dim, self.parts * heads * head_dim)
+        super().__init__(dim, *[Run(heads, head_dim)] * self.parts)
         self.head_dim = head_dim
-        #: rows of each projection, for the loading of checkpoints that hold them apart
-        self.fused_rows = (heads * head_dim,) * self.parts
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
-        """`[B, S, D]` to `parts` tensors `[B, S, H, d]`."""
+        """`[B, S, D]` to `parts` tensors `[B, S, H, d]`, H being this rank's heads."""
         return super().forward(hidden_states).unflatten(-1, (self.parts, -1, self.head_dim)).unbind(2)
 
 
@@ -39,8 +74,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, inner: int | None = None) -> None:
         super().__init__()
-        self.up = nn.Linear(dim, inner or 4 * dim)
-        self.down = nn.Linear(inner or 4 * dim, dim)
+        width = Run(inner or 4 * dim)
+        self.up = ColumnLinear(dim, width)
+        self.down = RowLinear(dim, width)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, S, D]` to `[B, S, D]`."""

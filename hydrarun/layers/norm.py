@@ -1,10 +1,18 @@
-"""Adaptive layer norm: a norm whose shift and scale come from the timestep (DiT, https://arxiv.org/abs/2212.09748)."""
+"""Norms: adaptive ones, whose shift and scale come from the timestep (DiT, https://arxiv.org/abs/2212.09748), and one
+over all heads of a query or key."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from hydrarun.parallel.comm import all_reduce
+from hydrarun.parallel.mesh import Axis
+from hydrarun.parallel.tensor import Run, Shared
 
 
 class Modulation(nn.Module):
@@ -46,3 +54,25 @@ class AdaLayerNorm(nn.Module):
         """`[B, S, D]`, `[B, 1, D]` to `[B, S, D]`."""
         scale, shift = self.modulation(temb)
         return modulate(hidden_states, shift, scale)
+
+
+class RMSNormAcrossHeads(Shared, nn.RMSNorm):
+    """RMS norm over the channels of all heads together; over ranks that have some of the heads each, by their sum."""
+
+    shared_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__(heads * head_dim, eps=1e-6)
+        self.runs = (Run(heads, head_dim),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, S, H, d]` to the same, H being this rank's heads."""
+        channels = x.flatten(2)
+        normed = super().forward(channels) if self.axis is None else self.over_ranks(channels, self.axis)
+        return normed.unflatten(2, x.shape[2:])
+
+    def over_ranks(self, x: Tensor, axis: Axis) -> Tensor:
+        """`[B, S, this rank's channels]` to the same; in float32, as the plain norm computes."""
+        wide = x.float()
+        squares = all_reduce(wide.square().sum(-1, keepdim=True), axis.group)
+        return (wide * torch.rsqrt(squares / len(self.runs[0]) + self.eps) * self.weight.float()).to(x.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +16,34 @@ from torch import Tensor, nn
 
 from hydrarun.errors import RunError, nearest
 from hydrarun.memory.safetensors_files import Checkpoint
+from hydrarun.parallel.mesh import Axis
+from hydrarun.parallel.tensor import Shared, split
 from hydrarun.transformer import Transformer
+
+Shape = tuple[int, ...]
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one of the checkpoint's tensors gives to one of our parameters."""
+
+    source: str
+    #: of the whole tensor
+    shape: Shape
+    #: what is read of it, and where in the parameter that goes; (): all
+    taken: Index = ()
+    put: Index = ()
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One of our parameters, and the checkpoint's tensors that make it, fused along dimension 0."""
+    """One of our parameters, and what it is made of."""
 
     name: str
-    shape: tuple[int, ...]
-    sources: tuple[str, ...]
-    #: rows that each source fills
-    rows: tuple[int, ...]
+    #: this rank's
+    shape: Shape
+    pieces: tuple[Piece, ...]
 
 
 def load_transformer(
@@ -37,15 +53,20 @@ def load_transformer(
     device: torch.device,
     dtype: torch.dtype,
     note: Callable[[str], None],
+    axis: Axis | None = None,
 ) -> Transformer:
     """Build `cls` from `folder`'s config.json and fill it from its safetensors files.
 
-    Raises `RunError` naming file and tensor for whatever is missing, not used, wrongly shaped or unreadable.
+    With `axis`, only this rank's share of the weights is read and held (`hydrarun.parallel.tensor`). Raises `RunError`
+    naming file and tensor for whatever is missing, not used, wrongly shaped or unreadable, and `UsageError` for more
+    ranks than can share the weights.
     """
     arguments = read_config(cls, folder / "config.json", note)
     with torch.device("meta"):
         transformer = cls(**arguments).eval().requires_grad_(False)
     transformer.config = arguments
+    if axis is not None:
+        split(transformer, axis)
     checkpoint = Checkpoint(folder)
     placements = plan(transformer, checkpoint)
     with ExitStack() as files:
@@ -53,9 +74,8 @@ def load_transformer(
         for placement in placements:
             kept = set(placement.name.split(".")) & set(cls.keep_in_float32)
             tensor = torch.empty(placement.shape, dtype=torch.float32 if kept else dtype, device=device)
-            parts = tensor.split(placement.rows) if len(placement.rows) > 1 else (tensor,)
-            for part, source in zip(parts, placement.sources, strict=True):
-                part.copy_(read(source))
+            for piece in placement.pieces:
+                tensor[piece.put].copy_(read(piece.source, piece.taken))
             put(transformer, placement.name, tensor)
     return transformer
 
@@ -80,24 +100,55 @@ def plan(transformer: Transformer, checkpoint: Checkpoint) -> list[Placement]:
     """Which of the checkpoint's tensors go where; every one must be used, and every place filled."""
     placements = [place(transformer, name, tuple(value.shape)) for name, value in transformer.named_parameters()]
     shapes = checkpoint.shapes
-    used = {source for placement in placements for source in placement.sources}
+    pieces = [piece for placement in placements for piece in placement.pieces]
+    used = {piece.source for piece in pieces}
     check_names(checkpoint, missing=used - set(shapes), unexpected=set(shapes) - used)
-    for placement in placements:
-        wanted = [placement.shape if len(placement.rows) < 2 else (n, *placement.shape[1:]) for n in placement.rows]
-        for source, shape in zip(placement.sources, wanted, strict=True):
-            if shapes[source] != shape:
-                raise RunError(
-                    f"{checkpoint.files[source]}: {source!r} has shape {list(shapes[source])}, config.json asks for"
-                    f" {list(shape)}"
-                )
+    for piece in pieces:
+        source, shape = piece.source, shapes[piece.source]
+        if shape != piece.shape:
+            raise RunError(
+                f"{checkpoint.files[source]}: {source!r} has shape {list(shape)}, config.json asks for"
+                f" {list(piece.shape)}"
+            )
     return placements
 
 
-def place(transformer: Transformer, name: str, shape: tuple[int, ...]) -> Placement:
-    """Where our parameter `name` comes from. A layer that fuses several tells their rows by `fused_rows`."""
+def place(transformer: Transformer, name: str, shape: Shape) -> Placement:
+    """Where our parameter `name`, on this rank of `shape`, comes from."""
     sources = source_names(name, transformer.weight_map)
-    owner = transformer.get_submodule(name.rpartition(".")[0])
-    return Placement(name, shape, sources, owner.fused_rows if len(sources) > 1 else shape[:1])
+    owner, _, leaf = name.rpartition(".")
+    layer = transformer.get_submodule(owner)
+    dim = layer.shared_dims.get(leaf) if isinstance(layer, Shared) else None
+    if dim is None or (layer.axis is None and len(sources) == 1):
+        return Placement(name, shape, (Piece(sources[0], shape),))
+    return Placement(name, shape, tuple(shared_pieces(layer, dim, sources, shape)))
+
+
+def shared_pieces(layer: Shared, dim: int, sources: tuple[str, ...], shape: Shape) -> Iterator[Piece]:
+    """This rank's share of each of the layer's runs, along `dim`.
+
+    Each run is a tensor of its own in the checkpoint, or a single tensor holds them all, one after the other.
+    """
+    single = len(sources) == 1
+    names = sources * len(layer.runs) if single else sources
+    passed = filled = 0
+    for source, run in zip(names, layer.runs, strict=True):
+        length = sum(map(len, layer.runs)) if single else len(run)
+        begin = passed if single else 0
+        start, stop = run.share(layer.axis)
+        yield Piece(
+            source,
+            (*shape[:dim], length, *shape[dim + 1 :]),
+            taken=along(dim, begin + start, begin + stop),
+            put=along(dim, filled, filled + stop - start),
+        )
+        passed += len(run)
+        filled += stop - start
+
+
+def along(dim: int, start: int, stop: int) -> Index:
+    """The index of these places along `dim`."""
+    return (*[slice(None)] * dim, slice(start, stop))
 
 
 def check_names(checkpoint: Checkpoint, *, missing: set[str], unexpected: set[str]) -> None:
@@ -138,19 +189,19 @@ def source_names(name: str, weight_map: Mapping[str, str | tuple[str, ...]]) -> 
 
 
 class Reader:
-    """Reads tensors by name; each file is opened (memory-mapped) once."""
+    """Reads tensors, or the indexed part of them, by name; each file is opened (memory-mapped) once."""
 
     def __init__(self, checkpoint: Checkpoint, files: ExitStack) -> None:
         self.checkpoint = checkpoint
         self.files = files
         self.open: dict[Path, Any] = {}
 
-    def __call__(self, name: str) -> Tensor:
+    def __call__(self, name: str, taken: Index = ()) -> Tensor:
         path = self.checkpoint.files[name]
         try:
             if path not in self.open:
                 self.open[path] = self.files.enter_context(safe_open(path, framework="pt"))
-            return self.open[path].get_tensor(name)
+            return self.open[path].get_slice(name)[taken]
         except (SafetensorError, OSError) as error:
             raise RunError(f"{path}: {name!r} cannot be read: {error}") from None
 

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from hydrarun.layers.attention import Attention
 from hydrarun.layers.dual_stream import DualStreamBlock, dual_stream_weights, within_float16
-from hydrarun.layers.linear import QKVLinear
+from hydrarun.layers.linear import ColumnLinear, QKVLinear, RowLinear
 from hydrarun.layers.norm import AdaLayerNorm, Modulation, modulate
 from hydrarun.layers.rope import frequencies, grid_frequencies, rotate
+from hydrarun.parallel.tensor import Run
 from hydrarun.transformer import Tokens, Transformer
 
 
@@ -31,8 +32,8 @@ class SingleStreamBlock(nn.Module):
         self.qkv = QKVLinear(dim, heads, head_dim)
         self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
         self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
-        self.up = nn.Linear(dim, 4 * dim)
-        self.out = nn.Linear(heads * head_dim + 4 * dim, dim)
+        self.up = ColumnLinear(dim, Run(4 * dim))
+        self.out = RowLinear(dim, Run(heads, head_dim), Run(4 * dim))
         self.attention = Attention()
 
     def modulated(self, tokens: Tokens) -> Tensor:

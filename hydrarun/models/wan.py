@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from hydrarun.errors import UsageError
 from hydrarun.layers.attention import Attention, CrossAttention
-from hydrarun.layers.linear import FeedForward, KVLinear, QKVLinear
-from hydrarun.layers.norm import by_token, modulate
+from hydrarun.layers.linear import FeedForward, HeadsLinear, KVLinear, QKVLinear, RowLinear
+from hydrarun.layers.norm import RMSNormAcrossHeads, by_token, modulate
 from hydrarun.layers.rope import frequencies, grid_frequencies, rotate
+from hydrarun.parallel.tensor import Run
 from hydrarun.pipeline import Parts, Stage
 from hydrarun.state import State
 from hydrarun.timing import Timings
@@ -54,15 +55,16 @@ class WanBlock(nn.Module):
     def __init__(self, dim: int, heads: int, ffn_dim: int, cross_attn_norm: bool) -> None:
         super().__init__()
         self.modulation = TableModulation(dim, parts=6)
-        self.qkv = QKVLinear(dim, heads, dim // heads)
-        self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=1e-6) for _ in range(2))
-        self.out = nn.Linear(dim, dim)
+        head_dim = dim // heads
+        self.qkv = QKVLinear(dim, heads, head_dim)
+        self.norm_q, self.norm_k = (RMSNormAcrossHeads(heads, head_dim) for _ in range(2))
+        self.out = RowLinear(dim, Run(heads, head_dim))
         self.attention = Attention()
         self.cross_norm = nn.LayerNorm(dim, eps=1e-6) if cross_attn_norm else nn.Identity()
-        self.cross_query = nn.Linear(dim, dim)
-        self.cross_kv = KVLinear(dim, heads, dim // heads)
-        self.cross_norm_q, self.cross_norm_k = (nn.RMSNorm(dim, eps=1e-6) for _ in range(2))
-        self.cross_out = nn.Linear(dim, dim)
+        self.cross_query = HeadsLinear(dim, heads, head_dim)
+        self.cross_kv = KVLinear(dim, heads, head_dim)
+        self.cross_norm_q, self.cross_norm_k = (RMSNormAcrossHeads(heads, head_dim) for _ in range(2))
+        self.cross_out = RowLinear(dim, Run(heads, head_dim))
         self.cross_attention = CrossAttention()
         self.feed_forward = FeedForward(dim, ffn_dim)
 
@@ -85,20 +87,15 @@ class WanBlock(nn.Module):
     def attend(self, hidden_states: Tensor, rope: Tensor) -> Tensor:
         """Self-attention, `[B, S, D]` to `[B, S, D]`."""
         query, key, value = self.qkv(hidden_states)
-        query, key = across_heads(self.norm_q, query), across_heads(self.norm_k, key)
-        (attended,) = self.attention({"hidden_states": (rotate(query, rope), rotate(key, rope), value)})
+        query, key = rotate(self.norm_q(query), rope), rotate(self.norm_k(key), rope)
+        (attended,) = self.attention({"hidden_states": (query, key, value)})
         return self.out(attended)
 
     def cross_attend(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """Attention to the text, `[B, S, D]` and `[B, T, D]` to `[B, S, D]`."""
+        (query,) = self.cross_query(hidden_states)
         key, value = self.cross_kv(encoder_hidden_states)
-        query = self.cross_norm_q(self.cross_query(hidden_states)).unflatten(-1, key.shape[2:])
-        return self.cross_out(self.cross_attention(query, across_heads(self.cross_norm_k, key), value))
-
-
-def across_heads(norm: nn.Module, x: Tensor) -> Tensor:
-    """`norm` over all heads' channels of `[B, S, H, d]` together."""
-    return norm(x.flatten(2)).unflatten(2, x.shape[2:])
+        return self.cross_out(self.cross_attention(self.cross_norm_q(query), self.cross_norm_k(key), value))
 
 
 def block_weights() -> dict[str, str | tuple[str, ...]]:

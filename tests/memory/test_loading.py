@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hydrarun.errors import RunError
-from hydrarun.memory.loading import load_transformer, source_names
+from hydrarun.memory.loading import Reader, load_transformer, source_names
 from hydrarun.memory.safetensors_files import fingerprint
 from hydrarun.models.qwen_image import QwenImageTransformer
+from hydrarun.parallel.mesh import Axis
 
 FILE = "diffusion_pytorch_model.safetensors"
 
@@ -34,13 +35,14 @@ def folder(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved[1], tmp_path / "transformer"))
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, notes: list[str] | None = None):
+def load(folder: Path, dtype: torch.dtype = torch.float32, notes: list[str] | None = None, axis: Axis | None = None):
     return load_transformer(
         QwenImageTransformer,
         folder,
         device=torch.device("cpu"),
         dtype=dtype,
         note=(notes if notes is not None else []).append,
+        axis=axis,
     )
 
 
@@ -81,6 +83,59 @@ def test_sharded_checkpoint_equals_a_single_file(saved, tmp_path):
     assert len(list(sharded.glob("*.safetensors"))) > 2
     for have, want in zip(load(sharded).parameters(), load(folder).parameters(), strict=True):
         assert torch.equal(have, want)
+
+
+@pytest.mark.parametrize(("rank", "heads", "inner"), [(0, (0, 32), (0, 96)), (1, (32, 48), (96, 192))])
+def test_a_rank_of_two_has_its_heads_and_its_inner_width(saved, rank, heads, inner):
+    """3 heads of 16 channels: 2 and 1. Rows of the projections in, columns of those out."""
+    theirs = {name.removeprefix("transformer_blocks.1."): value for name, value in saved[0].state_dict().items()}
+    ours = load(saved[1], axis=Axis(None, rank, 2)).blocks[1].image
+    for leaf in ("weight", "bias"):
+        rows = [theirs[f"attn.to_{x}.{leaf}"][slice(*heads)] for x in "qkv"]
+        assert torch.equal(getattr(ours.qkv, leaf), torch.cat(rows))
+        assert torch.equal(getattr(ours.feed_forward.up, leaf), theirs[f"img_mlp.net.0.proj.{leaf}"][slice(*inner)])
+        assert torch.equal(getattr(ours.modulation.linear, leaf), theirs[f"img_mod.1.{leaf}"])
+    for layer, name, columns in ((ours.out, "attn.to_out.0", heads), (ours.feed_forward.down, "img_mlp.net.2", inner)):
+        assert torch.equal(layer.weight, theirs[f"{name}.weight"][:, slice(*columns)])
+        assert torch.equal(layer.bias, theirs[f"{name}.bias"])
+
+
+def test_a_rank_reads_its_part_only(saved, monkeypatch):
+    """As many bytes as it holds: those of the blocks are shared out, the others are read by all."""
+    read = []
+    call = Reader.__call__
+
+    def counting(self, *arguments):
+        part = call(self, *arguments)
+        read.append(part.nbytes)
+        return part
+
+    monkeypatch.setattr(Reader, "__call__", counting)
+    counts = {}
+    for rank in (None, 0, 1):
+        transformer = load(saved[1], axis=None if rank is None else Axis(None, rank, 2))
+        counts[rank] = sum(read)
+        assert counts[rank] == sum(parameter.nbytes for parameter in transformer.parameters())
+        read.clear()
+    twice = [parameter for name, parameter in saved[0].named_parameters() if not is_shared(name)]
+    assert counts[0] + counts[1] - counts[None] == sum(parameter.nbytes for parameter in twice)
+    assert counts[1] < counts[0] < 0.75 * counts[None]
+
+
+def is_shared(name: str) -> bool:
+    """Whether diffusers' parameter of that name is cut."""
+    rows = (".to_q.", ".to_k.", ".to_v.", ".add_q_proj.", ".add_k_proj.", ".add_v_proj.", ".net.0.proj.")
+    columns = (".to_out.0.weight", ".to_add_out.weight", ".net.2.weight")
+    return name.startswith("transformer_blocks.") and any(part in name for part in rows + columns)
+
+
+@pytest.mark.parametrize(("layer", "columns"), [("attn.to_q", 48), ("img_mlp.net.2", 192)])
+def test_a_rank_names_the_shape_of_the_whole_tensor(folder, layer, columns):
+    name = f"transformer_blocks.0.{layer}.weight"
+    edit(folder, lambda tensors: tensors.update({name: tensors[name][:-1].contiguous()}))
+    message = rf"'{name}' has shape \[47, {columns}\], config.json asks for \[48, {columns}\]"
+    with pytest.raises(RunError, match=message):
+        load(folder, axis=Axis(None, 1, 2))
 
 
 def test_missing_tensor(folder):
