@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from hydrarun import __version__, arguments, resources, targets
+from hydrarun import launch as ranks
 from hydrarun.compose import check, compose_raw, register, split
 from hydrarun.errors import RunError, UsageError
 from hydrarun.explain import explained
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        ranks.close()
 
 
 def exit_code(action: Callable[[], int]) -> int:
@@ -83,7 +86,7 @@ def run(overrides: list[str], flags: list[str]) -> int:
         yaml.safe_dump(config, sys.stdout, sort_keys=False, allow_unicode=True, width=1000)
         return 0
     if not flags:
-        check(*compose_raw(overrides))  # before Hydra makes the output directory
+        ranks.check_size(check(*compose_raw(overrides))["parallel"])  # before Hydra makes the output directory
     if {"-sc", "--shell-completion"} & set(flags):
         return complete(overrides, flags)
     if {"-h", "--help"} & set(flags):
@@ -135,10 +138,7 @@ def run_point(composed: DictConfig) -> int:
     for note in origin.notes(config):
         print(note, file=sys.stderr)
 
-    from hydrarun.progress import Progress
-    from hydrarun.runner import Runner
-
-    Runner(config, Progress()).run(Path(settings.runtime.output_dir))
+    ranks.run(config, Path(settings.runtime.output_dir))
     return 0
 
 

@@ -1,0 +1,161 @@
+"""Where a configuration is run: in this process, on ranks started for it, or on those that torchrun started."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydrarun import worker
+from hydrarun.errors import UsageError
+from hydrarun.group import FAREWELL, Ranks
+from hydrarun.parallel.degrees import DIMENSIONS, Degrees, problems, product, world_size
+
+if TYPE_CHECKING:
+    from hydrarun.runner import Picture, Runner
+
+
+class Torchrun:
+    """Rank 0 of ranks that torchrun started: driver and rank at once. A failure ends this process too."""
+
+    def __init__(self) -> None:
+        self.store = worker.torchrun_store()
+        self.session: worker.Session | None = None
+        self.jobs = 0
+
+    def do(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
+        """A job for all ranks; returns this rank's result."""
+        job = json.dumps({"action": action, "config": config, "arguments": arguments})
+        self.store.set(f"job/{self.jobs}", job)
+        self.jobs += 1
+        try:
+            self.session = self.session or worker.Session(self.store)
+            return self.session.do(**json.loads(job))
+        except BaseException as error:
+            worker.leave(self.store, 0, error, tell=True)
+
+    def close(self) -> None:
+        """Let the other ranks go."""
+        from torch.distributed import DistError
+
+        self.store.set(f"job/{self.jobs}", "null")
+        if self.session:
+            self.session.close()
+        with suppress(DistError):  # this process may be the store's host: the others must have read it
+            self.store.wait([f"left/{rank}" for rank in range(1, worker.place().size)], timedelta(seconds=FAREWELL))
+
+
+class Remote:
+    """A model on ranks that were started for it, with the methods of a `Runner`. Call it from the main thread."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        """Raises what `Runner` raises."""
+        self.config = config
+        self.ranks = Ranks()
+        self.ranks.do("build", config, {})
+
+    def generate(self, **sampling: Any) -> list[Picture]:
+        """As `Runner.generate`. After an error the next call starts new ranks."""
+        import numpy as np
+
+        from hydrarun.runner import Picture
+
+        if "images" in sampling:
+            sampling["images"] = _texts(sampling["images"])
+        with tempfile.TemporaryDirectory(prefix="hydrarun-") as folder:
+            items = self.ranks.do("generate", self.config, {"folder": folder, "sampling": sampling})
+            files = [Path(folder, f"{index}.npy") for index in range(len(items))]
+            pixels = [np.load(file, allow_pickle=False) for file in files]
+        return [Picture(pixels=drawn, **item) for drawn, item in zip(pixels, items, strict=True)]
+
+    def close(self) -> None:
+        """Let the ranks go, and their memory."""
+        self.ranks.close()
+
+
+def _texts(images: Any) -> Any:
+    """Paths as text, one or many."""
+    return [str(image) for image in images] if isinstance(images, (list, tuple)) else str(images)
+
+
+_kept: Ranks | Torchrun | None = None
+
+
+def run(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
+    """Draw what `config` asks for into `output_dir`, here or on ranks that stay for the next run; returns run.json.
+
+    Raises UsageError and RunError. Whoever calls this calls `close` in the end.
+    """
+    global _kept
+    check_size(config["parallel"])
+    if world_size(config["parallel"]) == 1:
+        if _kept:
+            close()  # their memory may be needed here
+        from hydrarun.progress import Progress
+        from hydrarun.runner import Runner
+
+        return Runner(config, Progress()).run(output_dir)
+    if _kept is None:
+        _kept = Torchrun() if worker.launched() else Ranks()
+    return _kept.do("run", config, {"output_dir": str(output_dir)})
+
+
+def close() -> None:
+    """Let the ranks of `run` go, and those that torchrun started, whether there was a run or not."""
+    global _kept
+    kept, _kept = _kept, None
+    if kept is None and worker.launched() and worker.place().size > 1:
+        kept = Torchrun()
+    if kept:
+        kept.close()
+
+
+def load(config: dict[str, Any]) -> Runner | Remote:
+    """A loaded model: in this process, as this rank of torchrun's, or on ranks started for it."""
+    check_size(config["parallel"])
+    if world_size(config["parallel"]) > 1 and not worker.launched():
+        return Remote(config)
+    from hydrarun.runner import Runner
+
+    if world_size(config["parallel"]) == 1:
+        return Runner(config)
+    from torch.distributed import is_initialized
+
+    if is_initialized():
+        raise UsageError("load: this process has a process group already; under torchrun load one model with ranks")
+    return worker.Session(worker.torchrun_store()).build(config, quiet=True)
+
+
+def check_size(degrees: Degrees) -> None:
+    """Raises UsageError if torchrun started another number of ranks than the degrees ask for."""
+    if not worker.launched():
+        return
+    here, ranks = worker.place(), world_size(degrees)
+    if here.size == ranks:
+        return
+    nodes = max(1, here.size // here.local_size)
+    use = f"--nproc_per_node {ranks // nodes}" if ranks % nodes == 0 else f"{ranks} ranks in all"
+    raise UsageError(
+        f"parallel: {layout(degrees)}, and torchrun started {here.size}: use {use}{fitting(degrees, here.size)}"
+    )
+
+
+def layout(degrees: Degrees) -> str:
+    """`data 1 x cfg 2 x … = 2 ranks`."""
+    text = " x ".join(f"{name} {degrees[f'{name}_degree']}" for name in DIMENSIONS)
+    work, ranks = product(degrees), world_size(degrees)
+    more = f", with hsdp {degrees['hsdp_degree']} and vae {degrees['vae_degree']} {ranks}" if ranks != work else ""
+    return f"{text} = {work}{more} ranks"
+
+
+def fitting(degrees: Degrees, ranks: int) -> str:
+    """`, or parallel.ulysses_degree=2`: one degree that would make it that many ranks; "" if there is none."""
+    for key in sorted(degrees, key=lambda key: (-degrees[key], key != "ulysses_degree")):
+        for value in range(1, ranks + 1):
+            changed = {**degrees, key: value}
+            if world_size(changed) == ranks and not list(problems(changed)):
+                return f", or parallel.{key}={value}"
+    return ""
