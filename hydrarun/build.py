@@ -65,7 +65,12 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
         place = torch.device("cpu") if offload.swap_experts else device
         transformers = {
             name: load_transformer(
-                transformer_class, source.folder / name, device=place, dtype=dtype, note=progress.note
+                transformer_class,
+                source.folder / name,
+                device=place,
+                dtype=dtype,
+                note=progress.note,
+                axis=mesh["tensor"] if mesh else None,
             )
             for name in NAMES[: model["experts"]]
         }

@@ -25,6 +25,9 @@ LAYOUTS = {
     "cfg2_ulysses2": {"cfg_degree": 2, "ulysses_degree": 2},
     "data2": {"data_degree": 2},
     "data2_cfg2": {"data_degree": 2, "cfg_degree": 2},
+    "tp2": {"tensor_degree": 2},
+    "tp2_ulysses2": {"tensor_degree": 2, "ulysses_degree": 2},
+    "tp2_hsdp2": {"tensor_degree": 2, "hsdp_degree": 2},
     "hsdp2": {"hsdp_degree": 2},
     "hsdp2_ulysses2": {"hsdp_degree": 2, "ulysses_degree": 2},
 }
