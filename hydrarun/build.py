@@ -19,6 +19,7 @@ from hydrarun.parallel.degrees import world_size
 from hydrarun.parallel.hsdp import shard_encoder, shard_transformer
 from hydrarun.parallel.mesh import Mesh
 from hydrarun.parallel.sequence import SequenceParallel
+from hydrarun.parallel.vae import split as split_vae
 from hydrarun.pipeline import Parts, Stage, check_chain
 from hydrarun.progress import Progress
 from hydrarun.targets import instantiate, load_class
@@ -78,6 +79,8 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
         pipeline.vae.enable_slicing()
     if config["vae"]["tiling"]:
         pipeline.vae.enable_tiling()
+    if mesh and mesh.vae:
+        split_vae(pipeline.vae, mesh.vae)
     for transformer in transformers.values():
         transformer.set_attention_backend(attention)
         if mesh:

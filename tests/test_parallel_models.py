@@ -28,6 +28,8 @@ LAYOUTS = {
     "tp2": {"tensor_degree": 2},
     "tp2_ulysses2": {"tensor_degree": 2, "ulysses_degree": 2},
     "tp2_hsdp2": {"tensor_degree": 2, "hsdp_degree": 2},
+    "vae2": {"vae_degree": 2},
+    "vae2_ulysses2": {"vae_degree": 2, "ulysses_degree": 2},
     "hsdp2": {"hsdp_degree": 2},
     "hsdp2_ulysses2": {"hsdp_degree": 2, "ulysses_degree": 2},
 }

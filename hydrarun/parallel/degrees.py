@@ -34,8 +34,9 @@ def problems(degrees: Degrees) -> Iterator[tuple[str, str]]:
     holders = ranks // degrees["tensor_degree"]
     if holders % degrees["hsdp_degree"]:
         yield "hsdp_degree", f"{holders} ranks hold equal weights, which is no multiple of {degrees['hsdp_degree']}."
-    if ranks % degrees["vae_degree"]:
-        yield "vae_degree", f"{ranks} ranks are no multiple of {degrees['vae_degree']}."
+    together = ranks // degrees["data_degree"]
+    if together % degrees["vae_degree"]:
+        yield "vae_degree", f"{together} ranks draw the same pictures, which is no multiple of {degrees['vae_degree']}."
 
 
 def shares(length: int, ranks: int) -> list[int]:
