@@ -36,12 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return exit_code(lambda: dispatch(words))
+        try:
+            return exit_code(lambda: dispatch(words))
+        finally:
+            ranks.close()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    finally:
-        ranks.close()
 
 
 def exit_code(action: Callable[[], int]) -> int:

@@ -133,11 +133,11 @@ def check_size(degrees: Degrees) -> None:
     """Raises UsageError if torchrun started another number of ranks than the degrees ask for."""
     if not worker.launched():
         return
-    here, ranks = worker.place(), world_size(degrees)
-    if here.size == ranks:
+    here, wanted = worker.place(), world_size(degrees)
+    if here.size == wanted:
         return
     nodes = max(1, here.size // here.local_size)
-    use = f"--nproc_per_node {ranks // nodes}" if ranks % nodes == 0 else f"{ranks} ranks in all"
+    use = f"--nproc_per_node {wanted // nodes}" if wanted % nodes == 0 else f"{ranks(wanted)} in all"
     raise UsageError(
         f"parallel: {layout(degrees)}, and torchrun started {here.size}: use {use}{fitting(degrees, here.size)}"
     )
@@ -145,17 +145,22 @@ def check_size(degrees: Degrees) -> None:
 
 def layout(degrees: Degrees) -> str:
     """`data 1 x cfg 2 x … = 2 ranks`."""
-    text = " x ".join(f"{name} {degrees[f'{name}_degree']}" for name in DIMENSIONS)
-    work, ranks = product(degrees), world_size(degrees)
-    more = f", with hsdp {degrees['hsdp_degree']} and vae {degrees['vae_degree']} {ranks}" if ranks != work else ""
-    return f"{text} = {work}{more} ranks"
+    text = " x ".join(f"{name} {degrees[f'{name}_degree']}" for name in DIMENSIONS) + f" = {ranks(product(degrees))}"
+    if world_size(degrees) == product(degrees):
+        return text
+    return f"{text}, with hsdp {degrees['hsdp_degree']} and vae {degrees['vae_degree']}: {ranks(world_size(degrees))}"
 
 
-def fitting(degrees: Degrees, ranks: int) -> str:
+def ranks(count: int) -> str:
+    """`1 rank`, `2 ranks`…"""
+    return f"{count} rank{'' if count == 1 else 's'}"
+
+
+def fitting(degrees: Degrees, count: int) -> str:
     """`, or parallel.ulysses_degree=2`: one degree that would make it that many ranks; "" if there is none."""
     for key in sorted(degrees, key=lambda key: (-degrees[key], key != "ulysses_degree")):
-        for value in range(1, ranks + 1):
+        for value in range(1, count + 1):
             changed = {**degrees, key: value}
-            if world_size(changed) == ranks and not list(problems(changed)):
+            if world_size(changed) == count and not list(problems(changed)):
                 return f", or parallel.{key}={value}"
     return ""

@@ -124,7 +124,7 @@ class Session:
             self._join()
             self.runner = make_runner({**config, "device": self.device}, progress)
             self.key = build_key(config)
-        self.runner.config = {**config, "device": self.device}
+        self.runner.config = config  # what a record says is what was asked for, on any rank
         return self.runner
 
     def _join(self) -> None:

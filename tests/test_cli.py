@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hydrarun import __version__, cli, targets
+from hydrarun import __main__, __version__, cli, targets
 from hydrarun.errors import RunError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,6 +152,34 @@ def test_exit_codes_and_what_is_printed(runs, capsys, error, code, shown, traceb
         printed = capsys.readouterr().err
         assert shown in printed
         assert ("Traceback" in printed) is traceback
+
+
+def test_one_process_starts_nothing(runs, monkeypatch):
+    monkeypatch.setattr("hydrarun.group.Group", lambda size: pytest.fail("ranks were started"))
+    assert cli.main(["parallel=none"]) == 0
+    assert cli.main(["-m", "parallel=none", "sampling.seed=1,2"]) == 0
+    assert len(runs) == 3
+
+
+def test_several_ranks_get_the_configuration_and_the_directory(runs, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("hydrarun.launch.Ranks.do", lambda self, *job: seen.append(job))
+    assert cli.main(["parallel=ulysses2", "sampling.seed=3", "hydra.run.dir=here"]) == 0
+    [(action, config, arguments)] = seen
+    assert (action, arguments) == ("run", {"output_dir": str(tmp_path / "here")})
+    assert (config["sampling"]["seed"], config["parallel"]["ulysses_degree"]) == (3, 2)
+    assert not runs
+
+
+def test_a_rank_of_torchrun_serves_and_reads_no_configuration(monkeypatch):
+    served = []
+    monkeypatch.setattr("hydrarun.worker.follow", served.append)
+    monkeypatch.setattr("hydrarun.cli.main", lambda: 7)
+    monkeypatch.setattr(sys, "argv", ["hydrarun", "x=1"])
+    for rank, code in (("0", 7), ("1", 0), ("5", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert __main__.main() == code
+    assert served == [["x=1"], ["x=1"]]
 
 
 def test_a_refused_run_leaves_nothing_behind(runs, tmp_path):

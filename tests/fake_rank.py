@@ -1,0 +1,76 @@
+"""The command and its ranks with a stand-in for the runner, which does as the prompt says: `python -m fake_rank …`.
+
+`1 SIGKILL`: rank 1 is killed in the middle of the job; `1 ZeroDivisionError`: it raises; `1 sleep`: it is slow.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from hydrarun import errors, group, worker
+from hydrarun.__main__ import main
+
+
+class FakeRunner:
+    def __init__(self, config, progress):
+        self.config = config
+        self.device = config["device"]
+        self.load_s = 1.0
+        self.jobs = 0
+
+    def run(self, output_dir: Path) -> dict:
+        record = self.work(output_dir)
+        (output_dir / "run.json").write_text(json.dumps(record))
+        return record
+
+    def follow(self) -> None:
+        self.work(None)
+
+    def generate(self, **sampling) -> list:
+        self.work(None)
+        return []
+
+    def work(self, output_dir: Path | None) -> dict:
+        """What all ranks are and were asked; or what the prompt says."""
+        pids = [None] * dist.get_world_size()
+        dist.all_gather_object(pids, os.getpid())
+        if output_dir:
+            (output_dir / "pids.json").write_text(json.dumps(pids))
+        act(self.config["sampling"]["prompt"])
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        self.jobs += 1
+        asked = {"seed": self.config["sampling"]["seed"], "device": self.device}
+        done = {"pids": pids, "total": total.item(), "jobs": self.jobs, "load_s": self.load_s}
+        return {**asked, **done, "threads": torch.get_num_threads()}
+
+
+def act(prompt: str) -> None:
+    rank, _, what = prompt.partition(" ")
+    if rank != os.environ["RANK"]:
+        return
+    print(f"about to {what}", file=sys.stderr, flush=True)
+    if what.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, what))
+    elif what == "sleep":
+        time.sleep(60)
+    else:
+        words = "the sky is green"
+        raise (getattr(builtins, what, None) or getattr(errors, what))(words)
+
+
+worker.make_runner = FakeRunner
+group.WORKER = "fake_rank"
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    sys.exit(worker.main(words) if words[0].isdigit() else main())
