@@ -13,6 +13,10 @@ import yaml
 from hydrarun import compat, recipes, resources
 from hydrarun.compose import compose_raw
 from hydrarun.errors import UsageError, nearest
+from hydrarun.validate import cfg_scale
+
+# parallel methods, by their degrees' names
+METHODS = ("data", "cfg", "ring", "ulysses", "tensor", "hsdp", "vae")
 
 # groups of which a model may not go with every option
 ACCELERATIONS = ("attention", "compile", "offload")
@@ -91,13 +95,14 @@ def plain(table: Table) -> str:
 
 
 def _models() -> Table:
-    header = ("model=", "task", "checkpoint", "parameters", "steps", "guidance", "size", *ACCELERATIONS)
+    header = ("model=", "task", "checkpoint", "parameters", "steps", "guidance", "size", *METHODS, *ACCELERATIONS)
     rows = []
     for file in sorted((resources.folder("conf") / "model").glob("*.yaml")):
         config, _ = compose_raw([f"model={file.stem}"])
         model, sampling = config["model"], config["sampling"]
         cells = (model["task"], model["path"], model["facts"].get("parameters", ""), sampling["num_inference_steps"])
-        accelerations = [acceleration(config, group) for group in ACCELERATIONS]
+        accelerations = [method(config, name) for name in METHODS]
+        accelerations += [acceleration(config, group) for group in ACCELERATIONS]
         rows.append((file.stem, *map(str, cells), guidance(sampling), size(sampling), *accelerations))
     return Table("models", header, rows)
 
@@ -116,6 +121,17 @@ def size(sampling: dict[str, Any]) -> str:
     frames = "" if sampling["num_frames"] is None else f", {sampling['num_frames']} frames"
     pixels = "of the image" if sampling["height"] is None else f"{sampling['width']}x{sampling['height']}"
     return pixels + frames
+
+
+def method(config: dict[str, Any], name: str) -> str:
+    """Whether the model goes with this parallel method as it is (two pictures are drawn), or with guidance on."""
+    degrees = {**config["parallel"], f"{name}_degree": 2}
+    scale = cfg_scale(config)[0]
+    for answer, more in (("yes", {}), (f"{scale} > 1", {scale: 2.0})):
+        sampling = {**config["sampling"], "num_images_per_prompt": 2, "seed": 0, **more}
+        if not any(compat.violations({**config, "parallel": degrees, "sampling": sampling})):
+            return answer
+    return "-"
 
 
 def acceleration(config: dict[str, Any], group: str) -> str:

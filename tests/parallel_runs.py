@@ -63,3 +63,16 @@ def draw(name: str, folder: Path, chosen: dict[str, int], images: int, fields: d
     sampling = {**runner.config["sampling"], **fields}
     state = runner.draw(make_state(sampling, subjects.pictures(images)), Timings(CPU))
     return state.frames, state.latents.numpy(), dict(comm.sent)
+
+
+def draw_compiled(name: str, folder: Path, chosen: dict[str, int], images: int, fields: dict[str, Any]) -> Any:
+    """Latents with every block traced; the graph breaks where ranks talk."""
+    from hydrarun.request import make_state
+
+    torch._dynamo.reset()
+    runner = Runner(config(name, folder, chosen))
+    for transformer in runner.built.parts.experts:
+        for block in transformer.all_blocks():
+            block.compile(fullgraph=False, backend="eager", dynamic=False)
+    state = make_state({**runner.config["sampling"], **fields}, subjects.pictures(images))
+    return runner.draw(state, Timings(CPU)).latents.numpy()

@@ -67,3 +67,26 @@ def test_equals_one_process(subject, layout, pool):
         assert latents.shape == own.shape
         assert np.abs(latents - own).max() <= LATENTS
         assert np.abs(frames.astype(int) - plain.frames.astype(int)).max() <= PIXELS
+
+
+@pytest.mark.parametrize("subject", ["flux_dev", "qwen_image", "wan22_ti2v_5b"], indirect=True)
+@pytest.mark.parametrize("layout", ["ulysses2", "ring2", "tp2", "hsdp2"])
+def test_compiled_blocks_work_together(subject, layout, pool):
+    images, fields = request(subject)
+    plain = subject.draw(images, **fields)
+    chosen = LAYOUTS[layout]
+    for latents in pool(2, parallel_runs.draw_compiled, subject.name, subject.folder, chosen, images, fields):
+        assert np.abs(latents - plain.latents.numpy()).max() <= LATENTS
+
+
+def test_what_the_table_of_models_says_was_run_here():
+    """Each method that README's table gives a model is one of the layouts above, on that model."""
+    from hydrarun import listing
+
+    table = listing.table("models")
+    tried = {name.removesuffix("_degree") for chosen in LAYOUTS.values() for name in chosen}
+    assert tried == set(listing.METHODS)
+    assert [row[0] for row in table.rows] == MODELS
+    for row in table.rows:
+        cells = dict(zip(table.header, row, strict=True))
+        assert all(cells[name] == "yes" or cells[name].endswith("> 1") for name in listing.METHODS), row[0]

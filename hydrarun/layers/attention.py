@@ -47,10 +47,12 @@ class Attention(AttentionLayer):
     def forward(self, streams: Mapping[str, QKV], masks: Mapping[str, Tensor | None] | None = None) -> list[Tensor]:
         """(query, key, value) of each stream, each `[B, S, H, D]`, to each stream's output `[B, S, H * D]`.
 
+        Keys and values may have fewer heads, which groups of the queries' heads then share.
         Streams go by the names of their fields in `Tokens`. A stream's mask `[B, S]`, over all of its tokens wherever
         they are, is True where a token is real; None, or no mask: all of them are.
         """
         masks = masks or {}
+        streams = {name: with_all_heads(*stream) for name, stream in streams.items()}
         if self.sequence is not None:
             return self.sequence(streams, masks, self.backend)
         query, key, value = (torch.cat(parts, dim=1) for parts in zip(*streams.values(), strict=True))
@@ -64,7 +66,15 @@ class CrossAttention(AttentionLayer):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """`[B, S, H, D]`, twice `[B, T, H, D]` to `[B, S, H * D]`."""
-        return self.backend(query, key, value, None).flatten(2)
+        return self.backend(*with_all_heads(query, key, value), None).flatten(2)
+
+
+def with_all_heads(query: Tensor, key: Tensor, value: Tensor) -> QKV:
+    """Keys and values for every head of the queries: where heads share them in groups, each group's again and again."""
+    groups = query.shape[2] // key.shape[2]
+    if groups == 1:
+        return query, key, value
+    return query, key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
 
 
 def join_masks(masks: Mapping[str, Tensor | None], lengths: Mapping[str, int]) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""How many ranks each method takes, and how many that makes. No torch here: the driver checks it before anything heavy."""
+"""How many ranks each method takes, and how many that makes. No torch here: it is checked before anything heavy."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def shard_all(parts: list[nn.Module], whole: nn.Module, mesh: Mesh) -> None:
 
 
 def odd_ones(module: nn.Module) -> set[nn.Parameter]:
-    """Parameters in another dtype than the module's first: FSDP2 shards one dtype together. They stay whole, and are few."""
+    """Parameters in another dtype than most: FSDP2 shards one dtype together. They stay whole, and are few."""
     parameters = list(module.parameters())
     common = max(
         {p.dtype for p in parameters}, key=lambda dtype: sum(p.numel() for p in parameters if p.dtype == dtype)

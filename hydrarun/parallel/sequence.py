@@ -1,9 +1,9 @@
 """Sequence parallel: each rank has a part of the tokens; only attention needs to see the others' (DeepSpeed-Ulysses,
 https://arxiv.org/abs/2309.14509; ring attention, https://arxiv.org/abs/2310.01889; both together: USP, https://arxiv.org/abs/2405.07719).
 
-Text tokens are cut like latent tokens. Replicated, every rank would compute all of the text's projections and feed-forwards
-and, with the heads apart, its attention output would have to be gathered whole; cut, each rank does its share and sends
-its share. A context that is only cross-attended stays whole: nobody asks for its outputs.
+Text tokens are cut like latent tokens. Replicated, every rank would compute all of the text's projections and
+feed-forwards and, with the heads apart, its attention output would have to be gathered whole; cut, each rank does its
+share and sends its share. A context that is only cross-attended stays whole: nobody asks for its outputs.
 
 Lengths and head counts need not divide: shares differ by at most one, and nothing is padded.
 """
@@ -30,9 +30,10 @@ class SequenceParallel:
     """The tokens of one call, over `ring x ulysses` ranks: part `r * U + u` is that of ring place r, Ulysses place u.
 
     Bytes sent by a rank, for one attention over local `[B, s, H, d]` in elements of e bytes, with h of the H heads here
-    and S tokens in this place of the ring: Ulysses `3 B s (H - h) d e` for queries, keys and values, in one exchange, and
-    `B (S - s) h d e` for the result; ring `2 B S h d e` for each of its `R - 1` turns. One gather of the hidden states at
-    the end of the blocks: `B s D e` to each of the others of the rank's Ulysses group, then `B S D e` to each of its ring.
+    and S tokens in this place of the ring: Ulysses `3 B s (H - h) d e` for queries, keys and values, in one exchange,
+    and `B (S - s) h d e` for the result; ring `2 B S h d e` for each of its `R - 1` turns. At the end of the blocks
+    the hidden states are gathered once: `B s D e` to each other rank of the Ulysses group, then `B S D e` to each of
+    the ring's.
     """
 
     def __init__(self, ulysses: Axis | None, ring: Axis | None) -> None:
@@ -167,7 +168,7 @@ Partial = tuple[Tensor, Tensor]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, backend: Any) -> Partial:
-    """Attention to these keys alone. Masked keys are left out, sample by sample: kernels with a log-sum take no masks."""
+    """Attention to these keys alone. Masked ones are left out, sample by sample: such kernels take no masks."""
     if mask is None:
         return part(backend, query, key, value)
     samples = [

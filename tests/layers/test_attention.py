@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hydrarun.errors import UsageError
-from hydrarun.layers.attention import Attention
+from hydrarun.layers.attention import Attention, CrossAttention
 from hydrarun.layers.backends import SDPA, CuDNNAttention, FlashAttention, FlexAttention, SageAttention
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -46,6 +46,16 @@ def test_streams_are_joined_and_handed_back():
     want = definition(*joint, full).flatten(2)
     assert (text_out - want[:, :5]).abs().max() < 1e-5
     assert (image_out - want[:, 5:]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["joint", "cross"])
+def test_groups_of_heads_share_keys_and_values(kind):
+    query = qkv(7, heads=6)[0]
+    _, key, value = qkv(7, heads=2)
+    each = [torch.stack([x[:, :, head // 3] for head in range(6)], dim=2) for x in (key, value)]
+    want = definition(query, *each, None).flatten(2)
+    have = Attention()({"a": (query, key, value)})[0] if kind == "joint" else CrossAttention()(query, key, value)
+    assert (have - want).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,18 @@ def test_equals_attention_in_one_place(pool, layout, heads, image, text, masked)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_grouped_heads(pool, layout):
+    """Six heads of queries share two of keys and values."""
+    ulysses, ring = LAYOUTS[layout]
+    streams = {name: (q, k[:, :, :2], v[:, :, :2]) for name, (q, k, v) in whole(6, 13, 5).items()}
+    want = dict(zip(streams, Attention()(streams), strict=True))
+    results = pool(ulysses * ring, attention_over_ranks, ulysses, ring, streams, {})
+    for name in streams:
+        have = torch.cat([outputs[name] for outputs, _ in results], dim=1)
+        assert (have - want[name]).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_bytes_are_those_of_the_formula(pool, layout):
     """`SequenceParallel`'s docstring, for uneven shares too."""
     heads, image, text = 5, 35, 11
