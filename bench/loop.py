@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import hydrarun
+from hydrarun.compose import compose
 from hydrarun.request import PLAIN
 from hydrarun.runner import Runner
 from hydrarun.state import State
@@ -74,7 +74,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    runner = hydrarun.load(*arguments.overrides)
+    runner = Runner(compose(arguments.overrides))
     parts = runner.built.parts
     pipeline = reference(runner)
 

@@ -13,6 +13,7 @@ from hydrarun.errors import UsageError
 def check_folder_fit(config: dict[str, Any], folder: Path) -> None:
     """Refuse what the checkpoint in `folder` cannot make or would ignore; says nothing where its JSON does not tell."""
     vae, transformer = (read(folder / name / "config.json") for name in ("vae", "transformer"))
+    check_heads(config["parallel"]["tensor_degree"], transformer)
     check_experts(config["model"], read(folder / "model_index.json"))
     check_fit(config["sampling"], vae, transformer, config["model"]["patch_size"])
 
@@ -48,6 +49,16 @@ def check_experts(model: Mapping[str, Any], index: Mapping[str, Any]) -> None:
             f"model.path={model['path']}: model {model['name']} runs {model['experts']} transformer(s), and this"
             f" checkpoint's model_index.json has transformer_2={index.get('transformer_2')} and"
             f" boundary_ratio={index.get('boundary_ratio')}: it is another model's"
+        )
+
+
+def check_heads(ranks: int, transformer: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for more ranks of tensor parallel than heads, which stay whole."""
+    heads = transformer.get("num_attention_heads")
+    if heads is not None and ranks > heads:
+        raise UsageError(
+            f"parallel.tensor_degree={ranks}: this checkpoint has {heads} heads, and each stays whole;"
+            f" parallel.tensor_degree={heads} at most"
         )
 
 

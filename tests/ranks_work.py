@@ -41,8 +41,6 @@ def gathered(ulysses: int, ring: int, hidden: torch.Tensor) -> torch.Tensor:
     return spread.gather(spread.shard(Tokens(hidden), ["hidden_states"]).hidden_states)
 
 
-
-
 def held(name: str, folder: Any, chosen: dict[str, int]) -> tuple[int, int]:
     """Bytes of the blocks' weights, and of the text encoders', that this rank holds."""
     from parallel_runs import config

@@ -91,3 +91,9 @@ def test_guidance_scales_that_the_checkpoint_ignores_or_lacks(scale, distilled, 
 @pytest.mark.parametrize(("scale", "distilled"), [(None, False), (3.5, True), (0.0, True)])
 def test_guidance_scales_that_are_used(scale, distilled):
     check_guidance_scale(scale, distilled)
+
+
+def test_more_ranks_than_heads_are_refused_while_composing(tiny_folder):
+    with pytest.raises(UsageError, match=r"tensor_degree=4: this checkpoint has 3 heads.*tensor_degree=3 at most"):
+        tiny.config(tiny_folder, "parallel=tp4")
+    assert tiny.config(tiny_folder, "parallel=tp2")

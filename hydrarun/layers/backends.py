@@ -27,7 +27,6 @@ class SDPA:
         wide = None if mask is None else mask[:, None, None, :]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=wide).transpose(1, 2)
 
-
     def with_log_sum(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The same without a mask, and the logarithm of the sum of each query's weights, `[B, S, H]`."""
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
