@@ -18,7 +18,7 @@ import numpy as np
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from hydrarun import compat, targets
+from hydrarun import compat, launch, targets
 from hydrarun.compose import compose
 from hydrarun.errors import UsageError, nearest
 from hydrarun.media import frames
@@ -41,7 +41,7 @@ Exit code: 0 identical pixels, 1 different pixels, 2 FILE cannot be replayed."""
 RUN_DIR = "hydra.run.dir="
 
 # the groups that say how to draw; `model` and `sampling` say what, which is the file's to say
-GROUPS = ("attention", "compile")
+GROUPS = ("parallel", "attention", "compile", "offload")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,13 +56,12 @@ def main(argv: Sequence[str]) -> int:
     for line in describe(config):
         progress.note(printable(line))
 
-    # these import torch: only now that the configuration is checked
+    # this imports torch: only now that the configuration is checked
     from hydrarun.request import make_state
-    from hydrarun.runner import Runner
 
     check_frames(recorded, config["output"]["format"])
     check_places(recorded, len(make_state(config["sampling"]).seeds))
-    record = Runner(config, progress).run(output_dir)
+    record = launch.run(config, output_dir)
     same = [compare(picture, record, output_dir) for picture in recorded.pictures]
     for line in differences(recorded.facts, record):
         print(printable(line))
