@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
+
+from hydrarun import worker
 
 
 def main() -> int:
     """Run the command line, or serve rank 0 of torchrun, which does; returns the exit code."""
-    if os.environ.get("RANK", "0") != "0":
-        from hydrarun import worker
-
+    if worker.launched() and worker.place().rank > 0:
         worker.follow(sys.argv[1:])
         return 0
-    from hydrarun import cli
+    from hydrarun import cli  # and Hydra, which no other rank needs
 
     return cli.main()
 

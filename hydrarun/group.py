@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydrarun import targets, worker
@@ -43,7 +42,8 @@ class Group:
     def __init__(self, size: int) -> None:
         self.size = size
         self.jobs = 0
-        self.logs = tempfile.TemporaryDirectory(prefix="hydrarun-")
+        # what each rank prints; without a name, so nothing is ever left behind
+        self.logs = [tempfile.TemporaryFile() for _ in range(size)]  # noqa: SIM115
         listener = socket.create_server(("127.0.0.1", 0), backlog=size)
         port = listener.getsockname()[1]
         self.processes = [self._start(rank, port) for rank in range(size)]
@@ -58,18 +58,14 @@ class Group:
         settings = {**place, "OMP_NUM_THREADS": worker.threads(self.size), "PYTHONPATH": os.pathsep.join(_path())}
         quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
         loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-        with open(self._log(rank), "wb") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", WORKER, str(port), *sorted(targets._allowed_by_user)],
-                env={**quiet, **loopback, **os.environ, **{name: str(value) for name, value in settings.items()}},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=None if rank == 0 else subprocess.STDOUT,  # rank 0 shows the progress
-                start_new_session=True,  # Ctrl-C is the driver's to handle
-            )
-
-    def _log(self, rank: int) -> Path:
-        return Path(self.logs.name, f"{rank}.log")
+        return subprocess.Popen(
+            [sys.executable, "-m", WORKER, str(port), *sorted(targets._allowed_by_user)],
+            env={**quiet, **loopback, **os.environ, **{name: str(value) for name, value in settings.items()}},
+            stdin=subprocess.DEVNULL,
+            stdout=self.logs[rank],
+            stderr=None if rank == 0 else subprocess.STDOUT,  # rank 0 shows the progress
+            start_new_session=True,  # Ctrl-C is the driver's to handle
+        )
 
     def do(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
         """Have all ranks do a job; returns rank 0's result. After any exception the group is of no more use.
@@ -115,7 +111,9 @@ class Group:
         return RunError(f"rank {rank} ended with exit code {code}{self._last_lines(rank)}")
 
     def _last_lines(self, rank: int) -> str:
-        lines = self._log(rank).read_text(errors="replace").splitlines()[-LOG_LINES:]
+        """The end of what a rank that is no more has printed."""
+        self.logs[rank].seek(0)
+        lines = self.logs[rank].read().decode(errors="replace").splitlines()[-LOG_LINES:]
         return "".join(f"\n  {line}" for line in lines)
 
     def _interrupt(self) -> None:
@@ -134,7 +132,6 @@ class Group:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        self.logs.cleanup()
 
     def close(self) -> None:
         """Let the ranks go when they are done."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hydrarun import errors, group, worker
+from hydrarun import errors, group, targets, worker
 from hydrarun.__main__ import main
 
 
@@ -51,7 +51,8 @@ class FakeRunner:
         self.jobs += 1
         asked = {"seed": self.config["sampling"]["seed"], "device": self.device}
         done = {"pids": pids, "total": total.item(), "jobs": self.jobs, "load_s": self.load_s}
-        return {**asked, **done, "threads": torch.get_num_threads()}
+        here = {"threads": torch.get_num_threads(), "allowed": sorted(targets._allowed_by_user)}
+        return {**asked, **done, **here}
 
 
 def act(prompt: str) -> None:

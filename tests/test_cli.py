@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hydrarun import __main__, __version__, cli, targets
+from hydrarun import __version__, cli, targets
 from hydrarun.errors import RunError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,28 +158,10 @@ def test_one_process_starts_nothing(runs, monkeypatch):
     monkeypatch.setattr("hydrarun.group.Group", lambda size: pytest.fail("ranks were started"))
     assert cli.main(["parallel=none"]) == 0
     assert cli.main(["-m", "parallel=none", "sampling.seed=1,2"]) == 0
-    assert len(runs) == 3
-
-
-def test_several_ranks_get_the_configuration_and_the_directory(runs, monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr("hydrarun.launch.Ranks.do", lambda self, *job: seen.append(job))
-    assert cli.main(["parallel=ulysses2", "sampling.seed=3", "hydra.run.dir=here"]) == 0
-    [(action, config, arguments)] = seen
-    assert (action, arguments) == ("run", {"output_dir": str(tmp_path / "here")})
-    assert (config["sampling"]["seed"], config["parallel"]["ulysses_degree"]) == (3, 2)
-    assert not runs
-
-
-def test_a_rank_of_torchrun_serves_and_reads_no_configuration(monkeypatch):
-    served = []
-    monkeypatch.setattr("hydrarun.worker.follow", served.append)
-    monkeypatch.setattr("hydrarun.cli.main", lambda: 7)
-    monkeypatch.setattr(sys, "argv", ["hydrarun", "x=1"])
-    for rank, code in (("0", 7), ("1", 0), ("5", 0)):
-        monkeypatch.setenv("RANK", rank)
-        assert __main__.main() == code
-    assert served == [["x=1"], ["x=1"]]
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main([]) == 0  # torchrun --nproc_per_node 1
+    assert len(runs) == 4
 
 
 def test_a_refused_run_leaves_nothing_behind(runs, tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import hydrarun
-from hydrarun import cli, group, launch, worker
+from hydrarun import __main__, cli, group, launch, targets, worker
 from hydrarun.compose import compose
 from hydrarun.errors import UsageError
 from hydrarun.worker import Place
@@ -27,7 +27,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """The command's ranks have the stand-in; it runs in an empty folder."""
+    """The command's ranks have the stand-in; it runs in an empty folder; the user has allowed a class."""
+    monkeypatch.setattr(targets, "_allowed_by_user", {"my.Own"})
     monkeypatch.setattr(group, "WORKER", "fake_rank")
     monkeypatch.chdir(tmp_path)
 
@@ -58,7 +59,7 @@ def test_a_sweep_keeps_its_ranks_survives_a_failure_and_names_it_once(fake, tmp_
     assert cli.main(words) == 1
     first, second, last = records(tmp_path)
     assert [first[key] for key in ("seed", "device", "total", "jobs", "load_s")] == [7, "cpu", 2.0, 1, 1.0]
-    assert first["threads"] == worker.threads(2)
+    assert (first["threads"], first["allowed"]) == (worker.threads(2), ["my.Own"])
     assert second == {**first, "jobs": 2, "load_s": 0.0}
     assert not set(last["pids"]) & set(first["pids"])
     assert gone(first["pids"] + last["pids"])
@@ -134,18 +135,15 @@ def torchrun(tmp_path: Path, *words: str) -> subprocess.CompletedProcess:
 
 
 def test_torchrun(tmp_path):
-    """Two points, one directory each, written once; the ranks are torchrun's."""
-    done = torchrun(tmp_path, *TWO, "-m", "sampling.seed=1,2", "hydra.sweep.dir=here")
-    assert done.returncode == 0, done.stderr
+    """One directory for each point, written once; the ranks are torchrun's, and go with the first that fails."""
+    prompts = 'sampling.prompt=choice("fine","so so","1 RunError","never")'
+    done = torchrun(tmp_path, *TWO, "-m", prompts, "hydra.sweep.dir=here", "--allow-target", "my.Own")
     first, second = records(tmp_path)
-    assert (first["seed"], first["total"], first["jobs"]) == (1, 2.0, 1)
-    assert second == {**first, "seed": 2, "jobs": 2, "load_s": 0.0}
-
-
-def test_torchrun_names_a_failure_once(tmp_path):
-    done = torchrun(tmp_path, *TWO, "sampling.prompt=1 RunError")
+    assert (first["total"], first["jobs"], first["allowed"]) == (2.0, 1, ["my.Own"])
+    assert second == {**first, "jobs": 2, "load_s": 0.0}
     assert done.returncode == 1
     assert done.stderr.count("the sky is green") == 1
+    assert not (tmp_path / "here" / "3").exists()
 
 
 def test_torchrun_of_another_size_is_refused_once(tmp_path):
@@ -155,7 +153,8 @@ def test_torchrun_of_another_size_is_refused_once(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_torchrun_of_what_is_no_run(tmp_path):
+def test_torchrun_lets_its_ranks_go(tmp_path):
+    """There is nothing to draw."""
     done = torchrun(tmp_path, "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("hydrarun runs diffusion transformers") == 1
@@ -225,6 +224,28 @@ def test_no_rank_imports_hydra():
     modules = "hydrarun.worker, hydrarun.validate, hydrarun.targets, hydrarun.outputs"
     script = f"import sys, {modules}; sys.exit('hydra' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT).returncode == 0
+
+
+def test_several_ranks_get_the_configuration_and_the_directory(fake, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("hydrarun.launch.Ranks.do", lambda self, *job: seen.append(job))
+    assert cli.main(["parallel=ulysses2", "sampling.seed=3", "hydra.run.dir=here"]) == 0
+    [(action, config, arguments)] = seen
+    assert (action, arguments) == ("run", {"output_dir": str(tmp_path / "here")})
+    assert (config["sampling"]["seed"], config["parallel"]["ulysses_degree"]) == (3, 2)
+
+
+def test_a_rank_of_torchrun_serves_and_reads_no_configuration(monkeypatch):
+    served = []
+    monkeypatch.setattr("hydrarun.worker.follow", served.append)
+    monkeypatch.setattr("hydrarun.cli.main", lambda: 7)
+    monkeypatch.setattr(sys, "argv", ["hydrarun", "x=1"])
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for rank, code in (("0", 7), ("1", 0), ("5", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert __main__.main() == code
+    assert served == [["x=1"], ["x=1"]]
 
 
 def test_the_store_listens_to_this_machine_alone():
