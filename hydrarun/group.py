@@ -59,7 +59,7 @@ class Group:
         quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
         loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
         return subprocess.Popen(
-            [sys.executable, "-m", WORKER, str(port), *sorted(targets._allowed_by_user)],
+            [sys.executable, "-m", WORKER, str(port), *targets.allowed_by_user()],
             env={**quiet, **loopback, **os.environ, **{name: str(value) for name, value in settings.items()}},
             stdin=subprocess.DEVNULL,
             stdout=self.logs[rank],

@@ -92,6 +92,10 @@ class Runner:
         """Do this rank's part of a run that rank 0 writes."""
         self.draw(self.state(self.config, self.read_images(self.config)), Timings(self.built.parts.device))
 
+    def close(self) -> None:
+        """Let the model and its memory go; nothing can be drawn any more."""
+        del self.built
+
     def run(self, output_dir: Path) -> dict[str, Any]:
         """Draw what the configuration asks for, write it into `output_dir` and return what run.json says."""
         start = time.perf_counter()

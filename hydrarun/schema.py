@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+MISSING: Any = "???"  # as OmegaConf writes it: ranks read this module, and they import neither Hydra nor OmegaConf
 
 
 @dataclass
@@ -108,4 +107,6 @@ class Config:
 
 def register() -> None:
     """Make the schema known to Hydra under the name that `conf/config.yaml` lists first."""
+    from hydra.core.config_store import ConfigStore
+
     ConfigStore.instance().store("schema", Config)

@@ -66,6 +66,11 @@ FORBIDDEN_ARGUMENTS = frozenset({"trust_remote_code", "custom_pipeline", "custom
 _allowed_by_user: set[str] = set()
 
 
+def allowed_by_user() -> list[str]:
+    """The classes that the user allowed, for ranks that are to allow them too."""
+    return sorted(_allowed_by_user)
+
+
 def allow(name: str) -> None:
     """Let the class with this dotted name be built too. Only the user's own command line or code may call this."""
     if not all(part.isidentifier() for part in name.split(".")) or "." not in name:

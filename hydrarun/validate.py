@@ -15,9 +15,8 @@ from typing import Any
 from hydrarun.annotations import describe, fits, show
 from hydrarun.errors import UsageError, nearest
 from hydrarun.parallel import degrees
-from hydrarun.schema import Config
+from hydrarun.schema import MISSING, Config
 
-MISSING = "???"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_SEED = 2**63 - 1
 #: fields of `sampling` that not every model takes, and those of them that a model that does cannot do without

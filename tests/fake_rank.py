@@ -51,7 +51,7 @@ class FakeRunner:
         self.jobs += 1
         asked = {"seed": self.config["sampling"]["seed"], "device": self.device}
         done = {"pids": pids, "total": total.item(), "jobs": self.jobs, "load_s": self.load_s}
-        here = {"threads": torch.get_num_threads(), "allowed": sorted(targets._allowed_by_user)}
+        here = {"threads": torch.get_num_threads(), "allowed": targets.allowed_by_user()}
         return {**asked, **done, **here}
 
 

@@ -218,7 +218,6 @@ def test_too_few_devices_are_the_users_to_know(devices, name, count, text):
     assert str(raised.value).startswith(text)
 
 
-@pytest.mark.xfail(strict=True, reason="hydrarun/schema.py, which validate.py reads, imports Hydra at its top")
 def test_no_rank_imports_hydra():
     """Of all that a runner imports, only what checks a configuration comes near Hydra."""
     modules = "hydrarun.worker, hydrarun.validate, hydrarun.targets, hydrarun.outputs"
