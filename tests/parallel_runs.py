@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,19 +33,29 @@ def config(name: str, folder: Path, chosen: dict[str, int]) -> dict[str, Any]:
     return {**composed, "parallel": degrees(**chosen)}
 
 
+#: what this process' VAEs have encoded, by model
+encoded: dict[str, dict[bytes, Any]] = defaultdict(dict)
+
+
+def built(name: str, folder: Path, chosen: dict[str, int]) -> Runner:
+    """A new runner. Encoding is remembered from one to the next, but where ranks do it together."""
+    runner = Runner(config(name, folder, chosen))
+    if chosen.get("vae_degree", 1) == 1:
+        vae = runner.built.parts.pipeline.vae
+        vae.encode = subjects.remembering(vae.encode, encoded[name])
+    return runner
+
+
 @cache
 def plain(name: str, folder: Path) -> Runner:
-    """A runner as in one process, and its VAE's encoding remembered."""
-    runner = Runner(config(name, folder, {}))
-    vae = runner.built.parts.pipeline.vae
-    vae.encode = subjects.remembering(vae.encode)
-    return runner
+    """A runner as in one process."""
+    return built(name, folder, {})
 
 
 def runner_for(name: str, folder: Path, chosen: dict[str, int]) -> Runner:
     """The runner in this layout; where only tokens, branches or pictures are spread, the same weights serve."""
     if set(chosen) - set(LIGHT):
-        return Runner(config(name, folder, chosen))
+        return built(name, folder, chosen)
     runner = plain(name, folder)
     mesh = Mesh(degrees(**chosen), CPU)
     runner.built.parts.mesh = mesh
