@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hydrarun import compat
 from hydrarun.build import build
 from hydrarun.errors import RunError, UsageError, nearest
 from hydrarun.media import images
@@ -62,6 +63,7 @@ class Runner:
                 raise UsageError(f"sampling has no field {name!r}.{nearest(name, [*fields, 'images'])}")
         changed = {**self.config, "sampling": {**fields, **sampling}, "input": given}
         check_values(changed)
+        compat.check(changed)
         return pictures(self.draw(self.state(changed, self.read_images(changed)), Timings(self.built.parts.device)))
 
     def read_images(self, config: dict[str, Any]) -> list[InputImage]:

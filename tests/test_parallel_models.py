@@ -32,6 +32,7 @@ LAYOUTS = {
     "data2_cfg2": {"data_degree": 2, "cfg_degree": 2},
     "tp2_ulysses2": {"tensor_degree": 2, "ulysses_degree": 2},
     "tp2_hsdp2": {"tensor_degree": 2, "hsdp_degree": 2},
+    "hsdp2_usp2x2": {"hsdp_degree": 2, "ring_degree": 2, "ulysses_degree": 2},  # two copies of two halves
 }
 #: an option that is another's but for checkpoint and defaults is tried in two
 LAYOUTS_OF_VARIANTS = ("tp2", "cfg2_ulysses2")
