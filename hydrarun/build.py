@@ -49,6 +49,10 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     stages = [instantiate(node, f"model.stages[{index}]") for index, node in enumerate(model["stages"])]
     scheduler = instantiate(model["scheduler"], "model.scheduler") if model["scheduler"] else None
     offload = instantiate(config["offload"], "offload")
+    if offload.swap_experts and device.type == "cpu":  # device=auto may have become it
+        raise UsageError(
+            "offload: on the CPU the host is the device: there is nothing to offload to. Use offload=none."
+        )
     transformer_class = load_class(model["transformer"], "model.transformer")
     with quiet_libraries():
         pipeline_class = load_class(model["pipeline"], "model.pipeline")

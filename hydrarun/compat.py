@@ -46,6 +46,12 @@ def pictures(config: Config) -> int:
     return len(seed) if isinstance(seed, list) else prompts * (config["sampling"]["num_images_per_prompt"] or 1)
 
 
+def encodes_one_by_one(config: Config) -> bool:
+    """Whether the text encoder runs once for each prompt, so that ranks with other prompts run it other times."""
+    stages = (str(stage.get("_target_", "")) for stage in config["model"]["stages"])
+    return any(stage.endswith(".EncodePromptWithImages") for stage in stages)
+
+
 RULES = (
     Rule(
         "parallel.cfg_degree",
@@ -64,6 +70,12 @@ RULES = (
         lambda config: degree(config, "data") > pictures(config),
         "there are fewer pictures than ranks to draw them",
         "parallel.data_degree=1, or more prompts, seeds or sampling.num_images_per_prompt",
+    ),
+    Rule(
+        "parallel.hsdp_degree",
+        lambda config: degree(config, "hsdp") > 1 and degree(config, "data") > 1 and encodes_one_by_one(config),
+        "model {model} encodes one prompt at a time: ranks with fewer prompts would not be there to lend their weights",
+        "parallel.data_degree=1",
     ),
     Rule(
         "parallel.ring_degree",

@@ -1,7 +1,7 @@
 """The driver's side of several ranks: starts them, hands them jobs, says which of them failed and why.
 
 Jobs and results travel as JSON through a store that listens on the loopback interface alone. torch's `elastic_launch`
-would start the ranks too, but its rendezvous listens on every interface and unpickles what it is sent.
+would start the ranks too, but its rendezvous listens on every interface.
 """
 
 from __future__ import annotations

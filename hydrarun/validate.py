@@ -200,7 +200,9 @@ def _input_images(config: Mapping[str, Any]) -> Iterator[Problem]:
     count, name = len(image_paths(config)), config["model"]["name"]
     if count > most:
         least_and_most = f"{least}" if least == most else f"{least} to {most}"
-        yield "input.images", f"lists {count} images; model {name} takes {least_and_most if most else 'none'}."
+        listed = "1 image" if count == 1 else f"{count} images"
+        taken = f"{least_and_most}." if most else "none: input.images=null."
+        yield "input.images", f"lists {listed}; model {name} takes {taken}"
     elif count < least:
         yield "input.images", f"model {name} needs {least}: input.images=picture.png"
 

@@ -34,6 +34,12 @@ BROKEN = {
     "one branch to predict": ["parallel=cfg2", "sampling.true_cfg_scale=1"],
     "two branches": ["parallel.cfg_degree=4"],
     "fewer pictures than ranks": ["parallel=data2"],
+    "encodes one prompt at a time": [
+        "model=qwen_image_edit",
+        "parallel.data_degree=2",
+        "parallel.hsdp_degree=2",
+        "sampling.num_images_per_prompt=2",
+    ],
     "log-sum": ["parallel=ring2", "attention=flex"],
     "rows take the place of tiles": ["parallel=vae2", "vae.tiling=true"],
     "shares of the weights stay": ["model=wan22_t2v_a14b", "offload=expert", "parallel=hsdp2"],
@@ -73,3 +79,15 @@ def test_what_goes_together(overrides):
 def test_embedded_guidance_alone_has_no_branches():
     with pytest.raises(UsageError, match=r"parallel.cfg_degree: .* one branch .*above 1\."):
         compose(["model=flux_dev", "sampling.prompt=a", "parallel=cfg2"])
+
+
+def test_a_device_that_turns_out_to_be_the_cpu_is_refused_before_weights(monkeypatch, tmp_path):
+    """`device=auto` without a GPU: an offload that does nothing is no offload."""
+    import torch
+
+    from hydrarun.runner import Runner
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config, _ = compose_raw(["model=wan22_t2v_a14b", f"model.path={tmp_path}", "offload=expert"])
+    with pytest.raises(UsageError, match=r"nothing to offload to\. Use offload=none"):
+        Runner(config)

@@ -119,7 +119,7 @@ def test_good_values(values):
         ("model__limits", {"guidance": 3}, "Did you mean 'guidance_scale'?"),
         ("model__input_images", [2, 1], "is not [least, most]"),
         ("model__patch_size", 0, "0 is below 1"),
-        ("input__images", "a.png", "lists 1 images; model m takes none"),
+        ("input__images", "a.png", "lists 1 image; model m takes none: input.images=null"),
         ("input__images", [1], "is not a file or a list of files"),
         ("output__format", "mp4", "model m draws pictures: png"),
         ("output__fps", 16, "model m draws pictures, which have none"),
