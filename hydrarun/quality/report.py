@@ -1,0 +1,92 @@
+"""The section `report`: what can be measured of a run, and what is refused before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from hydrarun import resources
+from hydrarun.errors import nearest
+
+METRICS = ("psnr", "ssim", "accuracy")
+
+#: of the noise floor: the plain run once more; its other entries are options of `attention`
+REPEAT = "repeat"
+
+#: what `model.judge` can name
+JUDGES = ("scenes",)
+
+#: pixels a side that the judge needs
+SMALLEST_SIDE = 64
+
+LPIPS = (
+    "'lpips': the published packages ship only its linear layers (as pickles); the network underneath, AlexNet or VGG "
+    "from torchvision, would have to be downloaded, and nothing is downloaded to measure. Use psnr, ssim."
+)
+
+Problem = tuple[str, str]  # the key, and the sentence about it
+
+
+def options(group: str) -> dict[str, Any]:
+    """The shipped options of a group by name, as plain data: ranks have no Hydra to ask."""
+    files = sorted((resources.folder("conf") / group).glob("*.yaml"))
+    return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
+
+
+def problems(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Every violation in `report`; the rest of the configuration is known to be right."""
+    report = config["report"]
+    names = [name for name in report["metrics"] if name != "lpips"]
+    if len(names) < len(report["metrics"]):
+        yield "report.metrics", LPIPS
+    yield from _names("report.metrics", names, METRICS)
+    if "accuracy" in names:
+        yield from _judged(config)
+    yield from _noise_floor(config)
+    if not report["twins"]:
+        yield "report.twins", "names no folder: report.twins=outputs/twins"
+
+
+def _names(key: str, names: Sequence[str], known: Sequence[str]) -> Iterator[Problem]:
+    for name, count in Counter(names).items():
+        if name not in known:
+            yield key, f"{name!r} is none of {', '.join(known)}.{nearest(name, known)}"
+        elif count > 1:
+            yield key, f"lists {name!r} {'twice' if count == 2 else f'{count} times'}."
+
+
+def _judged(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """`accuracy` is for the pictures, and the prompts, that the judge understands."""
+    model, sampling = config["model"], config["sampling"]
+    if model["judge"] is None:
+        yield "report.metrics", f"'accuracy': model {model['name']} has no judge (model.judge). Use psnr, ssim."
+        return
+    height, width = sampling["height"], sampling["width"]
+    if height != width or (height or 0) < SMALLEST_SIDE:
+        yield (
+            "report.metrics",
+            f"'accuracy' judges square pictures of at least {SMALLEST_SIDE} pixels a side, not {width}x{height}.",
+        )
+    from hydrarun.quality.scenes import parse_caption  # numpy and Pillow only then
+
+    prompts = sampling["prompt"]
+    for prompt in prompts if isinstance(prompts, list) else [prompts]:
+        try:
+            parse_caption(prompt)
+        except ValueError as error:
+            yield "report.metrics", f"'accuracy' judges only scenes as docs/demo-model.md words them: {error}."
+            return
+
+
+def _noise_floor(config: Mapping[str, Any]) -> Iterator[Problem]:
+    metrics, names = config["report"]["metrics"], config["report"]["noise_floor"]
+    attention = options("attention")
+    yield from _names("report.noise_floor", names, (REPEAT, *attention))
+    if names and not metrics:
+        yield "report.noise_floor", "without report.metrics it has no effect: report.metrics=[psnr,ssim]"
+    for name in names:
+        if attention.get(name) == config["attention"]:
+            yield "report.noise_floor", f"{name!r} is the run's own attention: {REPEAT} draws with that again."
