@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from hydrarun.fit import check_folder_fit
 from hydrarun.layers.attention import AttentionBackend
 from hydrarun.memory.hub import Source, resolve
 from hydrarun.memory.loading import load_transformer
-from hydrarun.memory.safetensors_files import check_folder
+from hydrarun.memory.safetensors_files import check_folder, fingerprint
 from hydrarun.parallel.degrees import world_size
 from hydrarun.parallel.hsdp import shard_encoder, shard_transformer
 from hydrarun.parallel.mesh import Mesh
@@ -49,6 +50,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     stages = [instantiate(node, f"model.stages[{index}]") for index, node in enumerate(model["stages"])]
     scheduler = instantiate(model["scheduler"], "model.scheduler") if model["scheduler"] else None
     offload = instantiate(config["offload"], "offload")
+    instantiate(config["cache"], "cache")  # a runner makes one for each request; here for what is wrong with it
     if offload.swap_experts and device.type == "cpu":  # device=auto may have become it
         raise UsageError(
             "offload: on the CPU the host is the device: there is nothing to offload to. Use offload=none."
@@ -61,6 +63,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     source = resolve(model)
     check_folder_fit(config, source.folder)
     check_folder(source.folder)
+    check_fitted_weights(config, source.folder)
 
     vae_dtype = DTYPES.get(config["vae"]["dtype"], dtype)
     with progress.phase("loading weights"):
@@ -95,8 +98,19 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
             if name.startswith("text_encoder"):
                 shard_encoder(module, mesh)
     experts = Experts(transformers, boundary(pipeline), device=device, swap=offload.swap_experts)
-    parts = Parts(experts, pipeline, guidance, model["patch_size"], device, dtype, progress, mesh)
+    parts = Parts(experts, pipeline, guidance, model["patch_size"], device, dtype, progress, mesh=mesh)
     return Built(parts, stages, source, attention)
+
+
+def check_fitted_weights(config: dict[str, Any], folder: Path) -> None:
+    """Raises `UsageError` for TeaCache coefficients that were fitted on other weights than those in `folder`."""
+    fit = (config["cache"].get("gate") or {}).get("fit")
+    if fit and fit["weights"] and fit["weights"] != fingerprint(folder):
+        raise UsageError(
+            f"cache.gate.fit: the coefficients were fitted on other weights than those of {config['model']['path']};"
+            f" make them for these: hydrarun calibrate model={config['model']['name']} model.path=… cache=teacache"
+            " input.prompts=prompts.txt"
+        )
 
 
 def spread(transformer: Transformer, mesh: Mesh) -> None:

@@ -5,7 +5,7 @@ Each rule says what it is about, when it is broken, in a sentence, and the overr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hydrarun.errors import UsageError
@@ -15,7 +15,7 @@ Config = Mapping[str, Any]
 
 
 class Rule(NamedTuple):
-    """`broken(config)` tells whether the rule is; `sentence` may name values of the configuration in `{model}`."""
+    """`broken(config)` tells whether the rule is; sentence and fix may name values as `{model}` and `{steps}`."""
 
     group: str
     broken: Callable[[Config], bool]
@@ -52,7 +52,87 @@ def encodes_one_by_one(config: Config) -> bool:
     return any(stage.endswith(".EncodePromptWithImages") for stage in stages)
 
 
+def gate(config: Config) -> Config:
+    """The node of the cache's gate, empty where there is none."""
+    return config["cache"].get("gate") or {}
+
+
+def gated(config: Config, name: str) -> bool:
+    """Whether the cache's gate is the class `name`."""
+    return str(gate(config).get("_target_", "")).rpartition(".")[2] == name
+
+
+def fit(config: Config) -> Config | None:
+    """What TeaCache's coefficients were fitted on; None where there are none or they are not asked for."""
+    return gate(config).get("fit") if gated(config, "TeaCache") else None
+
+
+def steps(config: Config) -> int:
+    """Steps of the schedule."""
+    return config["sampling"]["num_inference_steps"]
+
+
+def in_range(value: int, ends: Sequence[int] | None) -> bool:
+    """Whether a value lies between two; None: any does."""
+    return ends is None or ends[0] <= value <= ends[1]
+
+
+def density(config: Config) -> bool:
+    """Whether the computed steps are a density of SCM's."""
+    return (gate(config).get("density") or config["cache"].get("steps_computation_mask")) is not None
+
+
 RULES = (
+    Rule(
+        "cache.gate.fit",
+        lambda config: gated(config, "TeaCache") and fit(config) is None,
+        "TeaCache has no coefficients for model {model}",
+        "cache=first_block, or make them: hydrarun calibrate model={model} cache=teacache input.prompts=prompts.txt",
+    ),
+    Rule(
+        "cache.gate.fit",
+        lambda config: (fit(config) or {"model": config["model"]["name"]})["model"] != config["model"]["name"],
+        "the coefficients were fitted on another model than {model}",
+        "cache=first_block, or make them: hydrarun calibrate model={model} cache=teacache input.prompts=prompts.txt",
+    ),
+    Rule(
+        "cache.gate.fit",
+        lambda config: not in_range(steps(config), (fit(config) or {}).get("num_inference_steps")),
+        "the coefficients were fitted on other numbers of steps than {steps}",
+        "cache=first_block, or make them for that number: hydrarun calibrate model={model} cache=teacache"
+        " sampling.num_inference_steps={steps} input.prompts=prompts.txt",
+    ),
+    Rule(
+        "cache.gate",
+        lambda config: gate(config).get("first", 0) + gate(config).get("last", 0) >= steps(config),
+        "the first and last steps, which are always computed, are all {steps}: there is none to skip",
+        "cache=none, or more sampling.num_inference_steps",
+    ),
+    Rule(
+        "cache.gate.steps",
+        lambda config: any(step >= 2 * steps(config) - 1 for step in gate(config).get("steps") or ()),  # Heun's count
+        "a step is listed that a run of {steps} does not have",
+        "cache=none, or a list of steps below {steps}",
+    ),
+    Rule(
+        "cache",
+        lambda config: density(config) and steps(config) < 8,
+        "the densities are made for 8 steps and more, not {steps}",
+        "cache=every_n, or a list cache.gate.steps=[0,1,3] with cache=mask cache.gate.density=null",
+    ),
+    Rule(
+        "cache.max_warmup_steps",
+        lambda config: config["cache"].get("max_warmup_steps", 0) >= steps(config),
+        "the warm-up alone takes all {steps} steps: there is none to skip",
+        "cache=none, or more sampling.num_inference_steps",
+    ),
+    Rule(
+        "cache",
+        lambda config: uses(config, "cache", "CacheDiT") and degree(config, "hsdp") > 1 and degree(config, "cfg") > 1,
+        "cache-dit decides for each branch by itself: ranks with the other branch would not be there to lend their"
+        " weights",
+        "parallel.cfg_degree=1, or one of cache=teacache, first_block, mask, every_n",
+    ),
     Rule(
         "parallel.cfg_degree",
         lambda config: degree(config, "cfg") > 1 and not guided(config),
@@ -117,7 +197,7 @@ def violations(config: Config) -> Iterator[Rule]:
 
 def check(config: Config) -> None:
     """Raise `UsageError` with one line for each broken rule."""
-    name = config["model"]["name"]
-    lines = [f"{rule.group}: {rule.sentence.format(model=name)}. Use {rule.fix}." for rule in violations(config)]
+    names = {"model": config["model"]["name"], "steps": steps(config)}
+    lines = [f"{rule.group}: {rule.sentence}. Use {rule.fix}.".format(**names) for rule in violations(config)]
     if lines:
         raise UsageError("\n".join(lines))

@@ -48,7 +48,7 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if isinstance(cause, OmegaConfBaseException):
         return _at_key(cause, _file(error) or "command line")
-    return _sweep(str(error)) or str(error).splitlines()[0]
+    return _sweep(str(error)) or _inner_group(str(error), overrides) or str(error).splitlines()[0]
 
 
 def _unknown_option(error: MissingConfigException, overrides: Sequence[str]) -> str:
@@ -117,6 +117,19 @@ def _wanted(hint: Any) -> str:
     )
 
 
+def _inner_group(text: str, overrides: Sequence[str]) -> str | None:
+    """A group inside another's options (cache/predictor), where Hydra's own words help little."""
+    if "appears more than once in the final defaults list" in text:
+        lists = [
+            override for override in overrides if "=[" in override and override.partition("=")[0] in recipes.groups()
+        ]
+        return f"{lists[0]}: choose one option, or -m to compare several." if lists else None
+    if match := re.match(r"Could not override '((\w+)/(\w+))'", text):
+        hint = f"`hydrarun list {match[2]}` shows the others"
+        return f"{match[1]}: the option of {match[2]} that is chosen has no {match[3]}; {hint}."
+    return None
+
+
 def _file(error: Exception) -> str | None:
     """The file that Hydra blames: "recipe NAME", or the option's path in conf/."""
     match = re.match(r"In '(recipe/)?([^']*)'", str(error))
@@ -135,4 +148,6 @@ def _sweep(text: str) -> str | None:
     if not match:
         return None
     key, _, value = match[1].partition("=")
+    if key in recipes.groups():
+        return f"{match[1]}: several options: choose one, or add -m to run them all."
     return f"{match[1]}: several values: add -m to run them all, or write a list, {key}=[{value}]."

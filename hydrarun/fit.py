@@ -14,7 +14,9 @@ def check_folder_fit(config: dict[str, Any], folder: Path) -> None:
     """Refuse what the checkpoint in `folder` cannot make or would ignore; says nothing where its JSON does not tell."""
     vae, transformer = (read(folder / name / "config.json") for name in ("vae", "transformer"))
     check_heads(config["parallel"]["tensor_degree"], transformer)
-    check_experts(config["model"], read(folder / "model_index.json"))
+    index = read(folder / "model_index.json")
+    check_experts(config["model"], index)
+    check_fitted(config, index)
     check_fit(config["sampling"], vae, transformer, config["model"]["patch_size"])
 
 
@@ -49,6 +51,18 @@ def check_experts(model: Mapping[str, Any], index: Mapping[str, Any]) -> None:
             f"model.path={model['path']}: model {model['name']} runs {model['experts']} transformer(s), and this"
             f" checkpoint's model_index.json has transformer_2={index.get('transformer_2')} and"
             f" boundary_ratio={index.get('boundary_ratio')}: it is another model's"
+        )
+
+
+def check_fitted(config: Mapping[str, Any], index: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for TeaCache coefficients that were fitted with another scheduler than the run's."""
+    fit = (config["cache"].get("gate") or {}).get("fit")
+    chosen = config["model"]["scheduler"]
+    name = chosen["_target_"].rpartition(".")[2] if chosen else (index.get("scheduler") or [None, None])[1]
+    if fit and fit["scheduler"] and name and name != fit["scheduler"]:
+        raise UsageError(
+            f"cache.gate.fit: the coefficients were fitted with {fit['scheduler']}, not {name}; make them for it:"
+            f" hydrarun calibrate model={config['model']['name']} cache=teacache input.prompts=prompts.txt"
         )
 
 

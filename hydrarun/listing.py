@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from omegaconf import OmegaConf
 
 from hydrarun import compat, recipes, resources
 from hydrarun.compose import compose_raw
@@ -19,7 +20,7 @@ from hydrarun.validate import cfg_scale
 METHODS = ("data", "cfg", "ring", "ulysses", "tensor", "hsdp", "vae")
 
 # groups of which a model may not go with every option
-ACCELERATIONS = ("attention", "compile", "offload")
+ACCELERATIONS = ("cache", "attention", "compile", "offload")
 
 USAGE = """\
 usage: hydrarun list [models|recipes|GROUP ...] [--markdown]
@@ -137,9 +138,20 @@ def method(config: dict[str, Any], name: str) -> str:
 def acceleration(config: dict[str, Any], group: str) -> str:
     """The options of `group` that the model goes with; `all` of them, or `-` for none."""
     files = sorted(file for file in (resources.folder("conf") / group).glob("*.yaml") if file.stem != "none")
-    nodes = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
-    names = [name for name, node in nodes.items() if not any(compat.violations({**config, group: node}))]
-    return "-" if not names else "all" if len(names) == len(nodes) > 2 else ", ".join(names)
+    names: list[str] = []
+    others: list[str] = []
+    for file in files:
+        node = option(config, group, file)
+        (others if any(compat.violations({**config, group: node})) else names).append(file.stem)
+    if len(names) > 2:
+        return "all" if not others else f"all but {', '.join(others)}"
+    return ", ".join(names) or "-"
+
+
+def option(config: dict[str, Any], group: str, file: Path) -> Any:
+    """What is in an option's file, with the values that it takes from elsewhere in the configuration."""
+    node = {group: yaml.safe_load(file.read_text(encoding="utf-8"))}
+    return OmegaConf.to_container(OmegaConf.create({**config, **node}), resolve=True)[group]
 
 
 def _print_rich(tables: Sequence[Table]) -> None:

@@ -82,26 +82,26 @@ class OutputWriter:
         self.save_s += time.perf_counter() - start
         return record
 
-    def finish(self, timings: dict[str, Any], memory: dict[str, int]) -> dict[str, Any]:
-        """Write run.json and return it. `timings` in seconds, `memory` in bytes; `save_s` is added here."""
-        return self._write_run({"status": "complete"}, timings, memory)
+    def finish(self, measured: dict[str, Any]) -> dict[str, Any]:
+        """Write run.json and return it. `measured`: timings in seconds, to which `save_s` is added, memory, cache."""
+        return self._write_run({"status": "complete"}, measured)
 
-    def fail(self, error: BaseException, timings: dict[str, Any], memory: dict[str, int]) -> dict[str, Any]:
+    def fail(self, error: BaseException, measured: dict[str, Any]) -> dict[str, Any]:
         """Write run.json for a run that broke off: what was already made stays and is listed."""
         message = redact_text(str(error))
         return self._write_run(
-            {"status": "failed", "error": {"type": type(error).__name__, "message": message}}, timings, memory
+            {"status": "failed", "error": {"type": type(error).__name__, "message": message}}, measured
         )
 
-    def _write_run(self, status: dict[str, Any], timings: dict[str, Any], memory: dict[str, int]) -> dict[str, Any]:
+    def _write_run(self, status: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
         record = {
             "format": FORMAT,
             **status,
             "created": self.created,
             "config_hash": self.config_hash,
             "outputs": self.outputs,
-            "timings": {**timings, "save_s": self.save_s},
-            "memory": memory,
+            **measured,
+            "timings": {**measured["timings"], "save_s": self.save_s},
             **self.facts,
             "config": self.config,
         }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from hydrarun.cache.base import Cache, NoCache
 from hydrarun.errors import UsageError, nearest
 from hydrarun.experts import Experts
 from hydrarun.guidance import ClassifierFreeGuidance
@@ -30,6 +31,8 @@ class Parts:
     device: torch.device
     dtype: torch.dtype
     progress: Progress
+    #: what stands between the loop and the transformers' blocks; a runner changes it from request to request
+    cache: Cache = field(default_factory=NoCache)
     #: this rank's place among the others; None: there is one process
     mesh: Mesh | None = None
 

@@ -38,8 +38,10 @@ def names() -> list[str]:
 
 
 def groups() -> list[str]:
-    """The groups whose options a recipe may choose."""
-    return sorted(path.name for path in resources.folder("conf").iterdir() if path.is_dir() and path.name != "hydra")
+    """The groups whose options a recipe may choose; `cache/predictor` is one inside another."""
+    root = resources.folder("conf")
+    folders = (path.relative_to(root) for path in root.rglob("*") if path.is_dir())
+    return sorted(path.as_posix() for path in folders if path.parts[0] != "hydra")
 
 
 def file_of(name: str) -> Path:
@@ -184,7 +186,7 @@ def _defaults_problems(defaults: Any) -> Iterator[str]:
         return
     for entry in defaults:
         key, option = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (None, None)
-        group = re.fullmatch(r"override /(\w+)", str(key))
+        group = re.fullmatch(r"override /([\w/]+)", str(key))
         if entry == "_self_":
             continue
         if not group:

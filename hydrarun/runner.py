@@ -24,6 +24,7 @@ from hydrarun.progress import Progress
 from hydrarun.provenance import hardware, peak_host_bytes, versions
 from hydrarun.request import make_state
 from hydrarun.state import State
+from hydrarun.targets import instantiate
 from hydrarun.timing import Timings
 from hydrarun.validate import check_values, image_paths
 
@@ -64,7 +65,8 @@ class Runner:
         changed = {**self.config, "sampling": {**fields, **sampling}, "input": given}
         check_values(changed)
         compat.check(changed)
-        return pictures(self.draw(self.state(changed, self.read_images(changed)), Timings(self.built.parts.device)))
+        state = self.state(changed, self.read_images(changed))
+        return pictures(self.draw(state, Timings(self.built.parts.device), changed["cache"]))
 
     def read_images(self, config: dict[str, Any]) -> list[InputImage]:
         """The input images; says what was changed in reading one."""
@@ -78,9 +80,13 @@ class Runner:
         """The batch that `config` asks for."""
         return make_state(config["sampling"], [image.image for image in given])
 
-    def draw(self, state: State, timings: Timings) -> State:
-        """Run the stages, on this rank's share of the items; the state then has the frames of all of them."""
+    def draw(self, state: State, timings: Timings, cache: dict[str, Any] | None = None) -> State:
+        """Run the stages, on this rank's share of the items; the state then has the frames of all of them.
+
+        `cache`: a node that replaces the configuration's.
+        """
         parts = self.built.parts
+        parts.cache = instantiate(cache or self.config["cache"], "cache")
         axis = parts.mesh["data"] if parts.mesh else None
         own = own_items(state, axis) if axis else state
         run_stages(self.built.stages, own, parts, timings)
@@ -110,9 +116,9 @@ class Runner:
             measured = self.measured(timings, start)
             self.save(pictures(state), writer, measured)
         except BaseException as error:  # Ctrl-C and a full disk too: what was made stays, and run.json says so
-            writer.fail(error, self.measured(timings, start), self.memory())
+            writer.fail(error, self.results(timings, start))
             raise
-        record = writer.finish(self.measured(timings, start), self.memory())
+        record = writer.finish(self.results(timings, start))
         self.progress.table(record, output_dir)
         return record
 
@@ -134,6 +140,14 @@ class Runner:
         phases = {f"{name}_s": timings.phases.get(name, 0.0) for name in ("encode", "denoise", "decode")}
         total = self.load_s + time.perf_counter() - start
         return {"load_s": self.load_s, **phases, "steps_s": timings.steps, "total_s": total}
+
+    def results(self, timings: Timings, start: float) -> dict[str, Any]:
+        """What was measured so far, by its keys in run.json."""
+        return {
+            "timings": self.measured(timings, start),
+            "memory": self.memory(),
+            "cache": self.built.parts.cache.results(timings.steps),
+        }
 
     def memory(self) -> dict[str, int]:
         """Peak bytes of this process, on the host and on its device (0 for the CPU, which is the host)."""

@@ -29,7 +29,21 @@ class Model:
     takes: list[str] = MISSING
     limits: dict[str, int] = field(default_factory=dict)
     input_images: list[int] = field(default_factory=lambda: [0, 0])
+    teacache: Any = None  # a mapping or null
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Fit:
+    """TeaCache's polynomials, highest power first, by expert, and what they were fitted on; null: was not told."""
+
+    model: str = MISSING
+    coefficients: dict[str, list[float]] = MISSING
+    revision: Optional[str] = None  # noqa: UP045
+    weights: Optional[str] = None  # noqa: UP045 - their fingerprint
+    scheduler: Optional[str] = None  # noqa: UP045
+    num_inference_steps: Optional[list[int]] = None  # noqa: UP045 - least and most
+    source: Optional[str] = None  # noqa: UP045
 
 
 @dataclass
@@ -90,12 +104,16 @@ class Output:
 
 @dataclass
 class Config:
-    """The whole configuration; `attention`, `compile`, `offload` are `_target_` nodes, checked against their callee."""
+    """The whole configuration.
+
+    `cache`, `attention`, `compile`, `offload` are `_target_` nodes, checked against their callee.
+    """
 
     model: Model = field(default_factory=Model)
     sampling: Sampling = field(default_factory=Sampling)
     input: Input = field(default_factory=Input)
     parallel: Parallel = field(default_factory=Parallel)
+    cache: dict[str, Any] = MISSING
     attention: dict[str, Any] = MISSING
     compile: dict[str, Any] = MISSING
     offload: dict[str, Any] = MISSING

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from hydrarun.cache.base import Cache, Step
 from hydrarun.layers.attention import Attention, AttentionBackend, AttentionLayer
 
 
@@ -42,6 +44,24 @@ class Tokens:
     def token_dims(cls) -> dict[str, tuple[int, str]]:
         """`{field: (token dimension, stream)}` of every field that is cut when tokens are spread over ranks."""
         return {f.name: (f.metadata["token_dim"], f.metadata["of"]) for f in fields(cls) if "token_dim" in f.metadata}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a step gives the transformer."""
+
+    hidden_states: Tensor  # latents, as `embed` takes them
+    timestep: Tensor  # [B], the scheduler's own values
+    conditioning: Mapping[str, Mapping[str, Any]]  # {branch: what else `embed` takes for it}
+
+
+@dataclass
+class Call:
+    """One branch's way through the transformer."""
+
+    whole: Any  # Tokens: all of them, as `embed` made them
+    tokens: Any  # Tokens: this rank's, which the blocks change; the same object in one process
+    lengths: dict[str, int]  # tokens of each stream on all ranks
 
 
 class Transformer(nn.Module):
@@ -86,28 +106,45 @@ class Transformer(nn.Module):
         for name in self.block_lists:
             yield from getattr(self, name)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        conditioning: Mapping[str, Any],
-        *,
-        branch: str = "positive",
-        expert: str = "transformer",
-    ) -> Tensor:
-        """Predict for one guidance branch.
+    @property
+    def depth(self) -> int:
+        """How many blocks there are."""
+        return sum(1 for _ in self.all_blocks())
 
-        `branch` and `expert` name whose call this is, so that whoever keeps state between steps never has to count
-        calls.
+    def forward(self, inputs: Inputs, step: Step, cache: Cache) -> dict[str, Tensor]:
+        """`{branch: prediction}` of one step, in the shape of the latents.
+
+        The cache sees all branches together, and may run `begin`, some of the blocks, and `finish` for each.
         """
-        whole = self.embed(hidden_states, timestep, **conditioning)
-        tokens = self.sequence.shard(whole, self.spread_streams) if self.sequence else whole
-        for block in self.all_blocks():
+        return cache.predict(self, inputs, step)
+
+    def begin(self, inputs: Inputs, branch: str) -> Call:
+        """Inputs to this rank's tokens."""
+        whole = self.embed(inputs.hidden_states, inputs.timestep, **inputs.conditioning[branch])
+        if self.sequence is None:
+            return Call(whole, whole, {})
+        return Call(whole, self.sequence.shard(whole, self.spread_streams), self.sequence.lengths)
+
+    def run(self, call: Call, start: int = 0, stop: int | None = None) -> None:
+        """Run the blocks from `start` up to `stop`."""
+        self.resume(call)
+        tokens = call.tokens
+        for block in islice(self.all_blocks(), start, stop):
             tokens.hidden_states, tokens.encoder_hidden_states = block(
                 tokens.hidden_states, tokens.encoder_hidden_states, tokens
             )
-        whole.hidden_states = self.sequence.gather(tokens.hidden_states) if self.sequence else tokens.hidden_states
-        return self.head(whole)
+
+    def finish(self, call: Call) -> Tensor:
+        """The tokens behind the last block to the prediction."""
+        self.resume(call)
+        hidden_states = call.tokens.hidden_states
+        call.whole.hidden_states = self.sequence.gather(hidden_states) if self.sequence else hidden_states
+        return self.head(call.whole)
+
+    def resume(self, call: Call) -> None:
+        """Other branches may have been begun since: their prompts have other lengths."""
+        if self.sequence is not None:
+            self.sequence.lengths = call.lengths
 
     def spread_tokens(self, sequence: Any) -> None:
         """Let the tokens be spread over ranks, and attention reach across them."""

@@ -15,10 +15,11 @@ from typing import Any
 from hydrarun.annotations import describe, fits, show
 from hydrarun.errors import UsageError, nearest
 from hydrarun.parallel import degrees
-from hydrarun.schema import MISSING, Config
+from hydrarun.schema import MISSING, Config, Fit
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_SEED = 2**63 - 1
+EXPERTS = ("transformer", "transformer_2")
 #: fields of `sampling` that not every model takes, and those of them that a model that does cannot do without
 OPTIONAL = (
     "negative_prompt",
@@ -55,6 +56,7 @@ def problems(config: Mapping[str, Any]) -> Iterator[Problem]:
         yield from _vae(config["vae"]["dtype"])
         broken = list(_model(config["model"]))
         yield from broken
+        yield from _fit("cache.gate.fit", (config["cache"].get("gate") or {}).get("fit"), config["model"]["experts"])
         if broken:  # what follows goes by what the model says of itself
             return
         yield from _taken(config["model"], config["sampling"])
@@ -138,6 +140,23 @@ def _model(model: Mapping[str, Any]) -> Iterator[Problem]:
     if not (len(counts) == 2 and all(fits(n, int) for n in counts) and 0 <= counts[0] <= counts[1]):
         yield "model.input_images", f"{show(counts)} is not [least, most]."
     yield from _at_least("model.patch_size", model["patch_size"], 1)
+    yield from _fit("model.teacache", model["teacache"], model["experts"])
+
+
+def _fit(where: str, fit: Any, experts: int) -> Iterator[Problem]:
+    """What TeaCache goes by, wherever it stands."""
+    if fit is None:
+        return
+    broken = list(_structure(fit, Fit, f"{where}."))
+    yield from broken
+    if broken:
+        return
+    for name in EXPERTS[:experts]:
+        if not fit["coefficients"].get(name):
+            yield f"{where}.coefficients", f"has none for {name}."
+    counts = fit["num_inference_steps"]
+    if counts is not None and not (len(counts) == 2 and 1 <= counts[0] <= counts[1]):
+        yield f"{where}.num_inference_steps", f"{show(counts)} is not [least, most]."
 
 
 def _taken(model: Mapping[str, Any], sampling: Mapping[str, Any]) -> Iterator[Problem]:

@@ -43,6 +43,14 @@ BROKEN = {
     "log-sum": ["parallel=ring2", "attention=flex"],
     "rows take the place of tiles": ["parallel=vae2", "vae.tiling=true"],
     "shares of the weights stay": ["model=wan22_t2v_a14b", "offload=expert", "parallel=hsdp2"],
+    "TeaCache has no coefficients": ["model=wan22_ti2v_5b", "cache=teacache", "sampling.prompt=a"],
+    "fitted on another model": ["model=qwen_image_2512", "cache=teacache", "sampling.prompt=a"],
+    "fitted on other numbers of steps": ["cache=teacache", "sampling.num_inference_steps=12"],
+    "are always computed": ["cache=every_n", "cache.gate.first=20", "cache.gate.last=4"],
+    "a step is listed": ["cache=mask", "cache.gate.density=null", "cache.gate.steps=[0,60]"],
+    "made for 8 steps and more": ["cache=mask", "sampling.num_inference_steps=7"],
+    "warm-up alone takes all": ["cache=dbcache", "sampling.num_inference_steps=8", "cache.max_warmup_steps=8"],
+    "decides for each branch by itself": ["cache=dbcache", "parallel.hsdp_degree=2", "parallel.cfg_degree=2"],
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,17 +13,20 @@ from hydrarun.parallel.mesh import Axis
 
 
 def predict_branches(
-    branches: Sequence[str], predict: Callable[[str], Tensor], axis: Axis | None, like: Tensor
-) -> dict[str, Tensor]:
+    branches: Sequence[str],
+    predict: Callable[[Sequence[str]], Mapping[str, Tensor]],
+    axis: Axis | None,
+    like: Tensor,
+) -> Mapping[str, Tensor]:
     """`{branch: prediction}` on every rank, each rank having predicted its share of them.
 
     `like` has a prediction's shape and dtype. Bytes sent by a rank: its predictions (the largest share, where shares
     differ) to each of the others.
     """
     if axis is None:
-        return {branch: predict(branch) for branch in branches}
+        return predict(branches)
     counts = shares(len(branches), axis.size)
     start = sum(counts[: axis.rank])
-    mine = [predict(branch) for branch in branches[start : start + counts[axis.rank]]]
-    stacked = torch.stack(mine) if mine else like.new_empty(0, *like.shape)
+    mine = predict(branches[start : start + counts[axis.rank]])
+    stacked = torch.stack([*mine.values()]) if mine else like.new_empty(0, *like.shape)
     return dict(zip(branches, all_gather(stacked, 0, counts, axis.group).unbind(0), strict=True))

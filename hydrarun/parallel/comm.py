@@ -23,6 +23,11 @@ gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into
 sent: Counter[str] = Counter()
 
 
+def everyone() -> Group:
+    """The group of all ranks."""
+    return dist.group.WORLD
+
+
 @torch.compiler.disable
 def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int], group: Group) -> list[Tensor]:
     """Send `parts[r]` to rank r and get one from each: flat tensors, of `sizes[r]` elements from rank r."""

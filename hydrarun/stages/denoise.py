@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
+from hydrarun.cache.base import Schedule, Step
 from hydrarun.errors import RunError
-from hydrarun.experts import LOW_NOISE
+from hydrarun.experts import LOW_NOISE, Experts
 from hydrarun.parallel.cfg import predict_branches
 from hydrarun.pipeline import Parts, Stage
 from hydrarun.state import State
 from hydrarun.timing import Timings
+from hydrarun.transformer import Inputs
 
 
 class Denoise(Stage):
@@ -41,33 +43,42 @@ class Denoise(Stage):
         shared = {name: for_all(getattr(state, name), len(state.latents)) for name in self.passes}
         conditioning = {branch: {**state.conditioning[branch], **shared} for branch in parts.guidance.branches(state)}
         scheduler = parts.pipeline.scheduler
-        values = state.timesteps.tolist()  # on the host once, not one by one inside the loop
-        with parts.progress.phase("denoising", total=len(values)) as advance:
-            for timestep, value in zip(state.timesteps, values, strict=True):
+        steps = schedule(state.timesteps, parts.experts)
+        parts.cache.start(Schedule(steps), list(conditioning), parts.mesh)
+        with parts.progress.phase("denoising", total=len(steps)) as advance:
+            for timestep, step in zip(state.timesteps, steps, strict=True):
                 start = timings.now()
-                prediction = self.predict(state, parts, conditioning, timestep, parts.experts.name_at(value))
+                prediction = self.predict(state, parts, conditioning, timestep, step)
                 state.latents = scheduler.step(prediction, timestep, state.latents, return_dict=False)[0]
                 timings.steps.append(timings.now() - start)
                 advance()
+        parts.cache.end()
         if not state.latents.isfinite().all():
             raise RunError(
-                f"the latents are NaN or infinite after {len(values)} steps: the weights are damaged, or"
+                f"the latents are NaN or infinite after {len(steps)} steps: the weights are damaged, or"
                 f" {str(parts.dtype).removeprefix('torch.')} is too narrow for this model; try dtype=float32"
             )
 
     def predict(
-        self, state: State, parts: Parts, conditioning: dict[str, dict[str, Any]], timestep: Tensor, expert: str
+        self, state: State, parts: Parts, conditioning: dict[str, dict[str, Any]], timestep: Tensor, step: Step
     ) -> Tensor:
         """The guided prediction of one step, in the shape of the latents."""
-        transformer = parts.experts.ready(expert)
+        transformer = parts.experts.ready(step.expert)
         latents, times = state.latents.to(parts.dtype), timestep.expand(len(state.latents))
 
-        def predict(branch: str) -> Tensor:
-            return transformer(latents, times, conditioning[branch], branch=branch, expert=expert)
+        def predict(branches: Sequence[str]) -> dict[str, Tensor]:
+            own = {branch: conditioning[branch] for branch in branches}
+            return transformer(Inputs(latents, times, own), step, parts.cache)
 
         axis = parts.mesh["cfg"] if parts.mesh else None
         predictions = predict_branches(list(conditioning), predict, axis, latents)
-        return parts.guidance.combine(predictions, parts.guidance.scale_for(state, low_noise=expert == LOW_NOISE))
+        return parts.guidance.combine(predictions, parts.guidance.scale_for(state, low_noise=step.expert == LOW_NOISE))
+
+
+def schedule(timesteps: Tensor, experts: Experts) -> tuple[Step, ...]:
+    """Each step with its place, value and expert."""
+    values = timesteps.tolist()  # on the host once, not one by one inside the loop
+    return tuple(Step(index, value, experts.name_at(value)) for index, value in enumerate(values))
 
 
 def for_all(value: Any, count: int) -> Any:

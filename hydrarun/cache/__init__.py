@@ -1,0 +1,1 @@
+"""Caches: what stands in for parts of a denoising step that would change little."""
