@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,9 +68,9 @@ def predictions(ranks: int, branches: list[str]) -> tuple[dict[str, float], int,
     axis = Mesh(degrees(cfg_degree=ranks), torch.device("cpu"))["cfg"]
     asked: list[str] = []
 
-    def predict(branch: str) -> torch.Tensor:
-        asked.append(branch)
-        return torch.full((2, 5, 3), float(branches.index(branch)))
+    def predict(mine: Sequence[str]) -> dict[str, torch.Tensor]:
+        asked.extend(mine)
+        return {branch: torch.full((2, 5, 3), float(branches.index(branch))) for branch in mine}
 
     comm.sent.clear()
     found = predict_branches(branches, predict, axis, torch.zeros(2, 5, 3))

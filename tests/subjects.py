@@ -51,12 +51,18 @@ class Subject:
         """The command line of a small run."""
         return command(self.name, self.folder)
 
-    def draw(self, images: int | None = None, size: tuple[int, int] | None = None, **sampling: Any) -> Any:
+    def draw(
+        self,
+        images: int | None = None,
+        size: tuple[int, int] | None = None,
+        cache: dict[str, Any] | None = None,
+        **sampling: Any,
+    ) -> Any:
         """The finished state; `images`: how many are given (as many as must be), `size`: in multiples."""
         if size:
             sampling |= {"height": size[0] * self.multiple, "width": size[1] * self.multiple}
         least = CONFIGS[self.name]["model"]["input_images"][0]
-        return tiny.draw(self.runner, pictures(least if images is None else images), **sampling)
+        return tiny.draw(self.runner, pictures(least if images is None else images), cache, **sampling)
 
 
 def command(name: str, folder: Path) -> list[str]:

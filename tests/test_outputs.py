@@ -46,6 +46,7 @@ FACTS = {
 }
 TIMINGS = {"load_s": 1.0, "encode_s": 0.1, "denoise_s": 0.5, "decode_s": 0.2, "steps_s": [0.3, 0.2], "total_s": 1.9}
 MEMORY = {"peak_host_bytes": 1000, "peak_device_bytes": 0}
+MEASURED = {"timings": TIMINGS, "memory": MEMORY, "cache": {"steps": {}}}
 VIDEO = np.random.default_rng(0).integers(0, 256, (5, 32, 48, 3), dtype=np.uint8)
 PIXELS = VIDEO[0]
 
@@ -138,7 +139,7 @@ def test_metadata_can_be_left_out(tmp_path):
 def test_run_json_has_every_key(tmp_path):
     target = writer(tmp_path)
     save(target)
-    record = target.finish(TIMINGS, MEMORY)
+    record = target.finish(MEASURED)
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8")) == record
     assert record["format"] == 1
     assert record["status"] == "complete"
@@ -147,7 +148,7 @@ def test_run_json_has_every_key(tmp_path):
     assert [output["path"] for output in record["outputs"]] == written(tmp_path)[:1]
     assert {key: record["timings"][key] for key in TIMINGS} == TIMINGS
     assert record["timings"]["save_s"] > 0
-    assert record["memory"] == MEMORY
+    assert (record["memory"], record["cache"]) == (MEMORY, MEASURED["cache"])
     assert {key: record[key] for key in FACTS} == FACTS
     assert datetime.fromisoformat(record["created"]).utcoffset().total_seconds() == 0
 
@@ -156,7 +157,7 @@ def test_a_failed_run_keeps_what_was_made_and_says_why(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/alice")
     target = writer(tmp_path)
     made = save(target)
-    target.fail(RunError("no space in /home/alice/x"), {"load_s": 1.0}, MEMORY)
+    target.fail(RunError("no space in /home/alice/x"), {**MEASURED, "timings": {"load_s": 1.0}})
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["status"] == "failed"
     assert record["error"] == {"type": "RunError", "message": "no space in ~/x"}
@@ -174,7 +175,7 @@ def test_no_home_folder_and_no_token_in_any_file(tmp_path, monkeypatch):
     facts = {**FACTS, "weights": weights, "inputs": [{**FACTS["inputs"][0], "path": str(home / "me.png")}]}
     target = OutputWriter(tmp_path / "run", config, facts, metadata=True)
     record = save(target)
-    target.finish(TIMINGS, MEMORY)
+    target.finish(MEASURED)
     metadata = png.read(tmp_path / "run" / record["path"])[1]
     assert metadata["config"]["model"]["path"] == metadata["weights"]["path"] == "~/weights"
     assert metadata["config"]["input"]["images"] == [metadata["inputs"][0]["path"]] == ["~/me.png"]

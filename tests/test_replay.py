@@ -268,7 +268,7 @@ def written(pixels: np.ndarray, folder: Path, kind: str, metadata: bool = False)
     }
     writer = OutputWriter(folder, config, {"scheduler": "?", "versions": {"hydrarun": "?"}, "inputs": []}, metadata)
     writer.save(pixels, "a", None, 1, {})
-    return writer.finish({}, {})
+    return writer.finish({"timings": {}, "memory": {}})
 
 
 def compared(pixels: np.ndarray | None, record: dict, folder: Path, digest: str = "?") -> bool:

@@ -22,6 +22,7 @@ GOOD = {
         "takes": ["negative_prompt", "true_cfg_scale", "max_sequence_length"],
         "limits": {"max_sequence_length": 1024},
         "input_images": [0, 0],
+        "teacache": None,
         "facts": {},
     },
     "sampling": {
@@ -42,6 +43,7 @@ GOOD = {
     "parallel": dict.fromkeys(
         (f"{name}_degree" for name in ("data", "cfg", "ring", "ulysses", "tensor", "hsdp", "vae")), 1
     ),
+    "cache": TARGET,
     "attention": TARGET,
     "compile": TARGET,
     "offload": TARGET,

@@ -147,13 +147,21 @@ def runner(folder: Path, *more: str):
     return Runner(config(folder, *more))
 
 
-def draw(runner, images=(), **sampling):
-    """The finished state of a run with these fields of `sampling` and these input images."""
+def predict(transformer, latents, timestep, conditioning):
+    """One branch's prediction."""
+    from hydrarun.cache.base import NoCache, Step
+    from hydrarun.transformer import Inputs
+
+    return transformer(Inputs(latents, timestep, {"positive": conditioning}), Step(), NoCache())["positive"]
+
+
+def draw(runner, images=(), cache=None, **sampling):
+    """The finished state of a run with these fields of `sampling`, these input images and another cache's node."""
     from hydrarun.request import make_state
     from hydrarun.timing import Timings
 
     fields = {**runner.config["sampling"], **sampling}
-    return runner.draw(make_state(fields, images), Timings(torch.device("cpu")))
+    return runner.draw(make_state(fields, images), Timings(torch.device("cpu")), cache)
 
 
 def reference(pipeline, state, output_type: str):

@@ -68,7 +68,7 @@ def first_difference(reference, ours, case: dict) -> str:
         *(b.register_forward_hook(lambda *a: seen["ours"].append(a[2][0])) for b in ours.blocks),
     ]
     run_reference(reference, case)
-    ours(case["latents"], case["timestep"], conditioning(case))
+    tiny.predict(ours, case["latents"], case["timestep"], conditioning(case))
     for hook in hooks:
         hook.remove()
     for index, (want, have) in enumerate(zip(*seen.values(), strict=True)):
@@ -87,7 +87,7 @@ def test_equals_diffusers(pair, batch, grid, text, lengths):
     reference, ours = pair
     case = inputs(batch, grid, text, lengths)
     want = run_reference(reference, case)
-    have = ours(case["latents"], case["timestep"], conditioning(case))
+    have = tiny.predict(ours, case["latents"], case["timestep"], conditioning(case))
     assert want.std() > 0.1  # the case is no trivial one
     difference = (want - have).abs().max().item()
     assert difference <= TOLERANCE, first_difference(reference, ours, case)
@@ -112,9 +112,9 @@ def test_padding_is_never_attended(pair):
     """Whatever stands in padded places, the prediction is the same bit for bit."""
     _, ours = pair
     case = inputs(2, (3, 8), 9, [9, 4])
-    one = ours(case["latents"], case["timestep"], conditioning(case))
+    one = tiny.predict(ours, case["latents"], case["timestep"], conditioning(case))
     case["text"][1, 4:] = 1e3
-    other = ours(case["latents"], case["timestep"], conditioning(case))
+    other = tiny.predict(ours, case["latents"], case["timestep"], conditioning(case))
     assert torch.equal(one, other)
 
 

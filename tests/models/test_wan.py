@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import checkpoints
 import pytest
+import tiny
 import torch
 
 from hydrarun.errors import UsageError
@@ -48,7 +49,7 @@ def test_one_call_and_its_gate_signal(reference, ours):
     hook.remove()
     given = {"encoder_hidden_states": text}
     assert want.std() > 0.1
-    assert (ours(latents, timestep, given) - want).abs().max() <= TOLERANCE
+    assert (tiny.predict(ours, latents, timestep, given) - want).abs().max() <= TOLERANCE
     assert (ours.gate_signal(ours.embed(latents, timestep, **given)) - seen[0]).abs().max() <= TOLERANCE
 
 
@@ -64,7 +65,7 @@ def test_a_given_first_frame_is_a_timestep_per_token(reference, ours):
     given = {"encoder_hidden_states": text, "first_frame": first}
     tokens = ours.embed(latents, torch.tensor([700.0, 700.0]), **given)
     assert tokens.temb.shape[1] == 2
-    assert (ours(latents, torch.tensor([700.0, 700.0]), given) - want).abs().max() <= TOLERANCE
+    assert (tiny.predict(ours, latents, torch.tensor([700.0, 700.0]), given) - want).abs().max() <= TOLERANCE
 
 
 @torch.no_grad()
