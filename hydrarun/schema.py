@@ -69,6 +69,7 @@ class Input:
     """What is given beside the prompt."""
 
     images: Any = None
+    prompts: Optional[str] = None  # noqa: UP045
 
 
 @dataclass

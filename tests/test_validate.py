@@ -39,7 +39,7 @@ GOOD = {
         "num_images_per_prompt": None,
         "max_sequence_length": 512,
     },
-    "input": {"images": None},
+    "input": {"images": None, "prompts": None},
     "parallel": dict.fromkeys(
         (f"{name}_degree" for name in ("data", "cfg", "ring", "ulysses", "tensor", "hsdp", "vae")), 1
     ),
