@@ -65,9 +65,8 @@ def problems(config: Mapping[str, Any]) -> Iterator[Problem]:
         yield from _size(config)
         yield from _input_images(config)
         if config["input"]["prompts"] is not None:
-            yield "input.prompts", "is read by `hydrarun calibrate` only; give texts: sampling.prompt='[…]'"
+            yield "input.prompts", "read by `hydrarun calibrate` only; give texts: sampling.prompt='[…]'"
         yield from _output(config)
-        yield from report.problems(config)
 
 
 def cfg_scale(config: Mapping[str, Any]) -> tuple[str, float | None]:
