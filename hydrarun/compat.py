@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hydrarun.errors import UsageError
+from hydrarun.quality.report import REPEAT
 from hydrarun.validate import cfg_scale
 
 Config = Mapping[str, Any]
@@ -162,6 +163,12 @@ RULES = (
         lambda config: degree(config, "ring") > 1 and not uses(config, "attention", "SDPA"),
         "a ring needs the log-sum of the weights, which this attention kernel does not give here",
         "attention=sdpa, or parallel.ulysses_degree instead",
+    ),
+    Rule(
+        "report.noise_floor",
+        lambda config: degree(config, "ring") > 1 and bool({*config["report"]["noise_floor"]} - {REPEAT}),
+        "a ring needs the log-sum of the weights, which the other attention kernels do not give here",
+        "report.noise_floor=[repeat], or parallel.ulysses_degree instead",
     ),
     Rule(
         "parallel.vae_degree",

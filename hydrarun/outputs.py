@@ -39,7 +39,7 @@ class OutputWriter:
         height}], device, dtype, attention, compile, versions, hardware.
         """
         self.run_dir = run_dir
-        self.config = redact(_with_absolute_paths(config))
+        self.config = as_recorded(config)
         self.facts = redact(
             {**facts, "inputs": [{**image, "path": _absolute(image["path"])} for image in facts["inputs"]]}
         )
@@ -83,7 +83,10 @@ class OutputWriter:
         return record
 
     def finish(self, measured: dict[str, Any]) -> dict[str, Any]:
-        """Write run.json and return it. `measured`: timings in seconds, to which `save_s` is added, memory, cache."""
+        """Write run.json and return it.
+
+        `measured`: timings in seconds, to which `save_s` is added, memory, cache; quality, if it was measured.
+        """
         return self._write_run({"status": "complete"}, measured)
 
     def fail(self, error: BaseException, measured: dict[str, Any]) -> dict[str, Any]:
@@ -199,6 +202,11 @@ def _refuse_constant(pixels: np.ndarray, prompt: str, seed: int) -> None:
         "numbers that overflow (try dtype=bfloat16 or dtype=float32 instead of float16), another attention backend's "
         "fault (try attention=sdpa), or weights that do not belong to this model (see model.path)."
     )
+
+
+def as_recorded(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration as files and run.json hold it: paths absolute, the home folder `~`, no secrets."""
+    return redact(_with_absolute_paths(config))
 
 
 def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:

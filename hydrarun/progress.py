@@ -31,7 +31,11 @@ TIMINGS = {
     "decode_s": "decode",
     "save_s": "save",
     "total_s": "total",
+    "quality_s": "measure quality (beside)",
 }
+
+#: name, digits, unit
+MEASURES = {"psnr": ("PSNR", 1, " dB"), "ssim": ("SSIM", 4, "")}
 
 
 class Progress:
@@ -52,7 +56,7 @@ class Progress:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def table(self, record: dict[str, Any], folder: Path = Path()) -> None:
-        """The closing table of a run: stage timings, steps, memory, and the files, which lie in `folder`.
+        """The closing table of a run: stage timings, steps, memory, quality, and the files, which lie in `folder`.
 
         `record`: what run.json holds (docs/outputs.md).
         """
@@ -105,3 +109,16 @@ def _rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for key, label in (("peak_host_bytes", "peak host memory"), ("peak_device_bytes", "peak device memory")):
         if memory.get(key):
             yield label, f"{memory[key] / 2**20:,.0f} MiB"
+    quality = record.get("quality", {})
+    yield from _quality("", quality)
+    for name, block in quality.get("noise_floor", {}).items():
+        yield from _quality(f"noise floor {name}: ", block)
+
+
+def _quality(of: str, block: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, (name, digits, unit) in MEASURES.items():
+        if key in block:
+            numbers = " / ".join(f"{block[key][which]:.{digits}f}" for which in ("mean", "p95", "worst"))
+            yield f"{of}{name}, mean / p95 / worst", f"{numbers}{unit}"
+    if "accuracy" in block:
+        yield f"{of}accuracy (uncached)", "{outputs:.1%} ({twins:.1%})".format(**block["accuracy"])

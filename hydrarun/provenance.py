@@ -24,15 +24,20 @@ REMOVED = "[removed]"
 
 
 def config_hash(config: dict[str, Any]) -> str:
-    """8 hex digits that name what was asked for.
-
-    Left out, because they do not reach the pixels: `output` (what is written beside them) and `model.facts` (published
-    figures). Paths in the home folder count as `~`, so that a redacted configuration has the hash of its original.
-    """
-    asked = {key: value for key, value in redact(config).items() if key != "output"}
-    asked["model"] = {key: value for key, value in asked.get("model", {}).items() if key != "facts"}
-    canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    """8 hex digits that name what was asked for."""
+    canonical = json.dumps(asked(config), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode(errors="surrogatepass")).hexdigest()[:8]
+
+
+def asked(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a configuration reaches the pixels.
+
+    Not `output` and `report` (what is written and measured beside them), nor the model's `facts` (published figures)
+    and `judge`. Paths in the home folder count as `~`, so that a redacted configuration is the same as its original.
+    """
+    kept = {key: value for key, value in redact(config).items() if key not in ("output", "report")}
+    model = {key: value for key, value in kept.get("model", {}).items() if key not in ("facts", "judge")}
+    return {**kept, "model": model}
 
 
 def versions() -> dict[str, str | None]:

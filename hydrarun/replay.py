@@ -10,6 +10,7 @@ import copy
 import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from hydrarun.outputs import WHICH, pixels_sha256
 from hydrarun.progress import Progress
 from hydrarun.provenance import expand
 from hydrarun.recorded import FACTS, Picture, Recorded, is_lossy, load, read
+from hydrarun.schema import Report
 from hydrarun.text import literal
 from hydrarun.validate import check_values, image_paths
 
@@ -42,6 +44,10 @@ RUN_DIR = "hydra.run.dir="
 
 # the groups that say how to draw; `model` and `sampling` say what, which is the file's to say
 GROUPS = ("parallel", "cache", "attention", "compile", "offload")
+
+
+# what is given as a whole list
+LISTS = ("input.images", "report.metrics", "report.noise_floor")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -93,6 +99,7 @@ def configure(recorded: Recorded, overrides: Sequence[str]) -> dict[str, Any]:
     try:
         config = copy.deepcopy(recorded.config)
         _pin(config, recorded.facts)
+        config["report"] = asdict(Report())  # a replay compares with the file; and a stranger names no folder here
         for override in overrides:
             _apply(config, override)
         config = expand(config)
@@ -129,7 +136,7 @@ def _apply(config: dict[str, Any], text: str) -> None:
     if not isinstance(section, dict) or name not in section:
         known = map(str, section) if isinstance(section, dict) else ()
         raise UsageError(f"{key}: the file's configuration has no such key.{nearest(name, known)}")
-    if isinstance(section[name], (dict, list)) and key != "input.images":
+    if isinstance(section[name], (dict, list)) and key not in LISTS:
         raise UsageError(f"{key}: a replay changes single values, not whole sections")
     section[name] = override.value()
     if key == "model.path":

@@ -22,6 +22,7 @@ from hydrarun.parallel.data import all_frames, own_items
 from hydrarun.pipeline import run_stages
 from hydrarun.progress import Progress
 from hydrarun.provenance import hardware, peak_host_bytes, versions
+from hydrarun.quality.measure import backends, follow, measure
 from hydrarun.request import make_state
 from hydrarun.state import State
 from hydrarun.targets import instantiate
@@ -47,6 +48,7 @@ class Runner:
         self.config = config
         self.progress = progress or Progress(quiet=True)
         start = time.perf_counter()
+        backends(config)  # refuses what this machine lacks before weights are read
         self.built = build(config, self.progress)
         self.load_s = time.perf_counter() - start
 
@@ -98,7 +100,17 @@ class Runner:
 
     def follow(self) -> None:
         """Do this rank's part of a run that rank 0 writes."""
-        self.draw(self.state(self.config, self.read_images(self.config)), Timings(self.built.parts.device))
+        given = self.read_images(self.config)
+        self.draw(self.state(self.config, given), Timings(self.built.parts.device))
+        if self.config["report"]["metrics"]:
+            follow(self, given)
+
+    def redraw(self, given: list[InputImage], cache: dict[str, Any]) -> tuple[list[Picture], dict[str, Any]]:
+        """Draw the run once more with the cache of this node: what came of it, and `results`."""
+        start = time.perf_counter()
+        timings = Timings(self.built.parts.device)
+        state = self.draw(self.state(self.config, given), timings, cache)
+        return pictures(state), self.results(timings, start)
 
     def close(self) -> None:
         """Let the model and its memory go; nothing can be drawn any more."""
@@ -111,14 +123,17 @@ class Runner:
         given = self.read_images(self.config)
         facts = {**self.facts(), "inputs": [describe(image) for image in given]}
         writer = OutputWriter(output_dir, self.config, facts, self.config["output"]["metadata"])
+        results: dict[str, Any] = {}
         try:
-            state = self.draw(self.state(self.config, given), timings)
-            measured = self.measured(timings, start)
-            self.save(pictures(state), writer, measured)
+            drawn = pictures(self.draw(self.state(self.config, given), timings))
+            self.save(drawn, writer, self.measured(timings, start))
+            results = self.results(timings, start)  # of the run alone, before anything else is drawn
+            if self.config["report"]["metrics"]:
+                results = measure(self, given, drawn, writer, results)
         except BaseException as error:  # Ctrl-C and a full disk too: what was made stays, and run.json says so
-            writer.fail(error, self.results(timings, start))
+            writer.fail(error, results or self.results(timings, start))
             raise
-        record = writer.finish(self.results(timings, start))
+        record = writer.finish(results)
         self.progress.table(record, output_dir)
         return record
 

@@ -30,6 +30,7 @@ class Model:
     limits: dict[str, int] = field(default_factory=dict)
     input_images: list[int] = field(default_factory=lambda: [0, 0])
     teacache: Any = None  # a mapping or null
+    judge: Optional[str] = None  # noqa: UP045
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -104,6 +105,15 @@ class Output:
 
 
 @dataclass
+class Report:
+    """What is measured beside drawing."""
+
+    metrics: list[str] = field(default_factory=list)
+    noise_floor: list[str] = field(default_factory=list)
+    twins: str = "outputs/twins"
+
+
+@dataclass
 class Config:
     """The whole configuration.
 
@@ -120,6 +130,7 @@ class Config:
     offload: dict[str, Any] = MISSING
     vae: Vae = field(default_factory=Vae)
     output: Output = field(default_factory=Output)
+    report: Report = field(default_factory=Report)
     device: str = "auto"
     dtype: str = "auto"
 

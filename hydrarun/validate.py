@@ -15,6 +15,7 @@ from typing import Any
 from hydrarun.annotations import describe, fits, show
 from hydrarun.errors import UsageError, nearest
 from hydrarun.parallel import degrees
+from hydrarun.quality import report
 from hydrarun.schema import MISSING, Config, Fit
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -67,6 +68,7 @@ def problems(config: Mapping[str, Any]) -> Iterator[Problem]:
         if config["input"]["prompts"] is not None:
             yield "input.prompts", "read by `hydrarun calibrate` only; give texts: sampling.prompt='[…]'"
         yield from _output(config)
+        yield from report.problems(config)
 
 
 def cfg_scale(config: Mapping[str, Any]) -> tuple[str, float | None]:
@@ -143,6 +145,8 @@ def _model(model: Mapping[str, Any]) -> Iterator[Problem]:
         yield "model.input_images", f"{show(counts)} is not [least, most]."
     yield from _at_least("model.patch_size", model["patch_size"], 1)
     yield from _fit("model.teacache", model["teacache"], model["experts"])
+    if model["judge"] not in (None, *report.JUDGES):
+        yield "model.judge", f"{model['judge']!r} is none of null, {', '.join(report.JUDGES)}."
 
 
 def _fit(where: str, fit: Any, experts: int) -> Iterator[Problem]:

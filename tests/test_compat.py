@@ -41,6 +41,7 @@ BROKEN = {
         "sampling.num_images_per_prompt=2",
     ],
     "log-sum": ["parallel=ring2", "attention=flex"],
+    "other attention kernels": ["parallel=ring2", "report.metrics=[psnr]", "report.noise_floor=[repeat,flex]"],
     "rows take the place of tiles": ["parallel=vae2", "vae.tiling=true"],
     "shares of the weights stay": ["model=wan22_t2v_a14b", "offload=expert", "parallel=hsdp2"],
     "TeaCache has no coefficients": ["model=wan22_ti2v_5b", "cache=teacache", "sampling.prompt=a"],

@@ -23,6 +23,7 @@ GOOD = {
         "limits": {"max_sequence_length": 1024},
         "input_images": [0, 0],
         "teacache": None,
+        "judge": None,
         "facts": {},
     },
     "sampling": {
@@ -49,6 +50,7 @@ GOOD = {
     "offload": TARGET,
     "vae": {"dtype": None, "slicing": False, "tiling": False},
     "output": {"format": "png", "fps": None, "metadata": True},
+    "report": {"metrics": [], "noise_floor": [], "twins": "outputs/twins"},
     "device": "auto",
     "dtype": "auto",
 }

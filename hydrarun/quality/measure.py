@@ -1,0 +1,141 @@
+"""Measures a run against its uncached twin, and how far apart runs without a cache are anyway: the noise floor.
+
+What is drawn for it is drawn on every rank, in one order; rank 0 alone knows whether the twin is on disk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from hydrarun.layers.attention import AttentionBackend
+from hydrarun.media.images import InputImage
+from hydrarun.outputs import OutputWriter
+from hydrarun.parallel import comm
+from hydrarun.provenance import redact
+from hydrarun.quality import twins
+from hydrarun.quality.metrics import MEASURES, accuracy, compare, summary
+from hydrarun.quality.report import REPEAT, options
+from hydrarun.targets import instantiate
+
+if TYPE_CHECKING:
+    from hydrarun.runner import Picture, Runner
+
+
+class Draw(NamedTuple):
+    """What was drawn without a cache, and the keys of run.json that say how."""
+
+    name: str
+    pictures: list[Picture]
+    results: dict[str, Any]
+
+
+@dataclass
+class Yardstick:
+    """The twin's pixels, the prompts, and what is measured."""
+
+    twin: list[np.ndarray]
+    prompts: list[str]
+    metrics: list[str]
+
+    def each(self, drawn: Sequence[Picture]) -> list[dict[str, float]]:
+        """The measures of each pair."""
+        return [compare(ours.pixels, twin, self.metrics) for ours, twin in zip(drawn, self.twin, strict=True)]
+
+    def block(self, drawn: Sequence[Picture]) -> dict[str, Any]:
+        """The measures of all together."""
+        each = self.each(drawn)
+        block: dict[str, Any] = {
+            name: summary([pair[name] for pair in each]) for name in self.metrics if name in MEASURES
+        }
+        if "accuracy" in self.metrics:
+            shares = {"outputs": [picture.pixels for picture in drawn], "twins": self.twin}
+            block["accuracy"] = {name: accuracy(pixels, self.prompts) for name, pixels in shares.items()}
+            block["accuracy"]["count"] = len(drawn)
+        return block
+
+
+def measure(
+    runner: Runner, given: list[InputImage], ours: list[Picture], writer: OutputWriter, results: dict[str, Any]
+) -> dict[str, Any]:
+    """`results` of a run with `quality` and `timings.quality_s`; the records in `writer` get their own numbers.
+
+    On rank 0, while the others `follow`. Raises RunError for a twin that cannot be drawn or kept.
+    """
+    start = time.perf_counter()
+    config, facts = runner.config, writer.facts
+    place, twin, note = twins.folder(config), twins.kept(config, facts), "kept"
+    if config["cache"] == twins.no_cache():
+        if twin is None:
+            twins.keep(config, facts, ours, results)
+        twin, note = [picture.pixels for picture in ours], "this run itself, kept"
+    others = draws(runner, given, twin is None)
+    if twin is None:
+        made = next(others)
+        twins.keep(config, facts, made.pictures, made.results)
+        twin, note = [picture.pixels for picture in made.pictures], "made, kept"
+    runner.progress.note(f"the uncached twin: {note} in {place}")
+
+    yardstick = Yardstick(twin, [picture.prompt for picture in ours], config["report"]["metrics"])
+    quality = {**redact({"twin": str(place)}), **yardstick.block(ours)}
+    if floor := {draw.name: yardstick.block(draw.pictures) for draw in others}:
+        quality["noise_floor"] = floor
+    for record, numbers in zip(writer.outputs, yardstick.each(ours), strict=True):
+        record["quality"] = numbers
+    timings = {**results["timings"], "quality_s": time.perf_counter() - start}
+    return {**results, "timings": timings, "quality": quality}
+
+
+def follow(runner: Runner, given: list[InputImage]) -> None:
+    """Do this rank's part of what rank 0 draws to `measure`."""
+    for _ in draws(runner, given, False):
+        pass
+
+
+def draws(runner: Runner, given: list[InputImage], twin: bool) -> Iterator[Draw]:
+    """The twin, if rank 0 needs it, then the noise floor; in the same order on every rank."""
+    if agreed(runner, twin):
+        runner.progress.note("drawing the uncached twin")
+        yield Draw("twin", *runner.redraw(given, twins.no_cache()))
+    for name, backend in backends(runner.config).items():
+        runner.progress.note(f"drawing for the noise floor: {name}")
+        with attending(runner, backend):
+            draw = Draw(name, *runner.redraw(given, twins.no_cache()))
+        yield draw
+
+
+def agreed(runner: Runner, mine: bool) -> bool:
+    """Rank 0's answer, on every rank; the others' is False."""
+    parts = runner.built.parts
+    if parts.mesh is None:
+        return mine
+    answers = comm.all_reduce(torch.tensor([int(mine)], device=parts.device), comm.everyone())
+    return bool(answers.item())
+
+
+def backends(config: Mapping[str, Any]) -> dict[str, AttentionBackend | None]:
+    """The attention of each entry of `report.noise_floor`; None is the run's own.
+
+    Raises UsageError for one that this machine lacks.
+    """
+    nodes = {name: None if name == REPEAT else options("attention")[name] for name in config["report"]["noise_floor"]}
+    return {name: node and instantiate(node, "report.noise_floor") for name, node in nodes.items()}
+
+
+@contextmanager
+def attending(runner: Runner, backend: AttentionBackend | None) -> Iterator[None]:
+    """The transformers with another attention while the block runs."""
+    transformers = list(runner.built.parts.experts)
+    try:
+        for transformer in transformers:
+            transformer.set_attention_backend(backend or runner.built.attention)
+        yield
+    finally:
+        for transformer in transformers:
+            transformer.set_attention_backend(runner.built.attention)
