@@ -105,6 +105,22 @@ def test_table_shows_timings_first_and_steady_step_memory_and_whole_file_names()
         assert str(Path("outputs/demo") / output["path"]) in shown
 
 
+def test_table_shows_quality_and_the_noise_floor():
+    progress, text = in_a_log()
+    psnr, ssim = {"mean": 34.06, "p95": 31.0, "worst": 30.2}, {"mean": 0.98765, "p95": 0.9, "worst": 0.8}
+    accuracy = {"outputs": 0.975, "twins": 0.98, "count": 200}
+    block = {"psnr": psnr, "ssim": ssim, "accuracy": accuracy}
+    quality = {"twin": "t", **block, "noise_floor": {"repeat": {"psnr": dict.fromkeys(psnr, 100.0)}}}
+    progress.table({"outputs": [], "timings": {"quality_s": 2.0}, "memory": {}, "quality": quality})
+    assert [" ".join(line.split()) for line in text.getvalue().splitlines()] == [
+        "measure quality (beside) 2.00 s",
+        "PSNR, mean / p95 / worst 34.1 / 31.0 / 30.2 dB",
+        "SSIM, mean / p95 / worst 0.9877 / 0.9000 / 0.8000",
+        "accuracy (uncached) 97.5% (98.0%)",
+        "noise floor repeat: PSNR, mean / p95 / worst 100.0 / 100.0 / 100.0 dB",
+    ]
+
+
 def test_table_of_a_run_without_steps():
     progress, text = in_a_log()
     progress.table({"outputs": [], "timings": {"load_s": 1.0}, "memory": {}})

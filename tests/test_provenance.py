@@ -48,7 +48,15 @@ def test_hash_changes_with_what_may_change_the_pixels(other):
     assert provenance.config_hash(other) != provenance.config_hash(CONFIG)
 
 
-@pytest.mark.parametrize("other", [changed("output", metadata=False), changed("model", facts={})])
+@pytest.mark.parametrize(
+    "other",
+    [
+        changed("output", metadata=False),
+        changed("model", facts={}),
+        changed("model", judge="scenes"),
+        {**CONFIG, "report": {"metrics": ["psnr"]}},
+    ],
+)
 def test_hash_ignores_what_cannot_reach_the_pixels(other):
     assert provenance.config_hash(other) == provenance.config_hash(CONFIG)
 

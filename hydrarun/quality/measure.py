@@ -87,7 +87,8 @@ def measure(
     if floor := {draw.name: yardstick.block(draw.pictures) for draw in others}:
         quality["noise_floor"] = floor
     for record, numbers in zip(writer.outputs, yardstick.each(ours), strict=True):
-        record["quality"] = numbers
+        if numbers:
+            record["quality"] = numbers
     timings = {**results["timings"], "quality_s": time.perf_counter() - start}
     return {**results, "timings": timings, "quality": quality}
 

@@ -1,0 +1,333 @@
+"""Quality in a run: against the twin, which is drawn once for all caches, and the noise floor; also on ranks."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from parallel_runs import degrees
+
+from hydrarun import cli, replay
+from hydrarun.compose import compose
+from hydrarun.errors import RunError, UsageError
+from hydrarun.layers.backends import SDPA, FlexAttention
+from hydrarun.media import png
+from hydrarun.quality import measure
+from hydrarun.quality.judge import judge
+from hydrarun.quality.metrics import compare, summary
+from hydrarun.runner import Runner
+
+CACHED = ["cache=every_n", "cache.gate.n=3"]
+TWO = ["sampling.num_images_per_prompt=2"]
+BOTH = "report.metrics=[psnr,ssim]"
+
+
+def config(folder: Path, twins: Path, *more: str) -> dict:
+    return tiny.config(folder, *TWO, f"report.twins={twins}", *more)
+
+
+@pytest.fixture
+def runner(tiny_runner, monkeypatch):
+    """The shared runner, with a list of the caches that it drew with; a test sets its configuration."""
+    drawn, draw = [], tiny_runner.draw
+
+    def remember(state, timings, cache=None):
+        drawn.append((cache or tiny_runner.config["cache"])["_target_"].rpartition(".")[2])
+        return draw(state, timings, cache)
+
+    monkeypatch.setattr(tiny_runner, "draw", remember)
+    monkeypatch.setattr(tiny_runner, "drawn", drawn, raising=False)
+    monkeypatch.setattr(tiny_runner, "config", tiny_runner.config)
+    return tiny_runner
+
+
+@pytest.fixture
+def run(runner, tiny_folder, tmp_path):
+    """Runs with these overrides; what run.json says."""
+
+    def do(*overrides: str, name: str = "run") -> dict:
+        runner.config = config(tiny_folder, tmp_path / "twins", *overrides)
+        return runner.run(tmp_path / name)
+
+    return do
+
+
+def read(folder: Path) -> list[np.ndarray]:
+    return [png.read(file)[0] for file in sorted(folder.glob("*.png"))]
+
+
+def test_a_cached_run_is_compared_with_its_twin(run, runner, tmp_path):
+    record = run(*CACHED, BOTH)
+    assert runner.drawn == ["StepCache", "NoCache"]
+    assert record == json.loads((tmp_path / "run" / "run.json").read_text())
+    quality = record["quality"]
+    pairs = list(zip(read(tmp_path / "run"), read(Path(quality["twin"])), strict=True))
+    assert len(pairs) == 2
+    want = [compare(*pair, ["psnr", "ssim"]) for pair in pairs]
+    assert [output["quality"] for output in record["outputs"]] == want
+    assert all(10 < numbers["psnr"] < 100 and numbers["ssim"] < 1 for numbers in want)
+    for name in ("psnr", "ssim"):
+        assert quality[name] == summary([numbers[name] for numbers in want])
+    assert set(quality) == {"twin", "psnr", "ssim"}
+
+
+def test_the_runs_own_record_is_without_the_twin(run):
+    record = run(*CACHED, BOTH)
+    assert record["cache"]["steps"]["transformer"]["positive"]["skipped"] == [1, 2]
+    timings = record["timings"]
+    assert len(timings["steps_s"]) == 4
+    phases = sum(timings[f"{name}_s"] for name in ("load", "encode", "denoise", "decode"))
+    assert phases <= timings["total_s"] < phases + timings["save_s"] + timings["quality_s"]
+    twin = json.loads((Path(record["quality"]["twin"]) / "run.json").read_text())
+    assert len(twin["timings"]["steps_s"]) == 4
+    assert "quality_s" not in twin["timings"]
+    assert twin["cache"]["steps"]["transformer"]["positive"]["skipped"] == []
+
+
+def test_the_twin_is_drawn_once_for_all_caches(run, runner, capsys):
+    first = run(*CACHED, BOTH)
+    second = run("cache=every_n", "cache.gate.n=2", BOTH)
+    again = run(*CACHED, "report.metrics=[ssim]")
+    assert runner.drawn == ["StepCache", "NoCache", "StepCache", "StepCache"]
+    assert second["quality"]["twin"] == first["quality"]["twin"]
+    assert again["quality"]["ssim"] == first["quality"]["ssim"] != second["quality"]["ssim"]
+    assert "psnr" not in again["quality"]
+    assert set(again["outputs"][0]["quality"]) == {"ssim"}
+
+
+def test_a_run_without_cache_is_its_own_twin_and_that_of_others(run, runner, tmp_path, capsys):
+    record = run(BOTH)
+    equal = {
+        "psnr": dict.fromkeys(("mean", "p95", "worst"), 100.0),
+        "ssim": dict.fromkeys(("mean", "p95", "worst"), 1.0),
+    }
+    assert record["quality"] == {"twin": record["quality"]["twin"], **equal}
+    run(*CACHED, BOTH)
+    assert runner.drawn == ["NoCache", "StepCache"]
+    twin = Path(record["quality"]["twin"])
+    assert replay.main([str(twin / "run.json"), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
+    assert capsys.readouterr().out.count("identical pixels") == 2
+
+
+def test_another_seed_has_another_twin(run, runner):
+    places = {run(*CACHED, BOTH, f"sampling.seed={seed}")["quality"]["twin"] for seed in (1, 2)}
+    assert len(places) == 2
+    assert runner.drawn == ["StepCache", "NoCache"] * 2
+
+
+def test_nothing_is_measured_unless_asked(run, runner, tmp_path):
+    record = run(*CACHED)
+    assert runner.drawn == ["StepCache"]
+    assert "quality" not in record
+    assert "quality" not in record["outputs"][0]
+    assert "quality_s" not in record["timings"]
+    assert not (tmp_path / "twins").exists()
+
+
+def test_the_home_folder_is_not_published(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    record = run(*CACHED, BOTH, "report.twins=~/mine")
+    assert record["quality"]["twin"].startswith("~/mine/")
+    assert len(read(Path(record["quality"]["twin"]).expanduser())) == 2
+
+
+def test_it_is_said_what_is_done(tiny_folder, tmp_path, capsys):
+    from hydrarun.progress import Progress
+
+    runner = Runner(config(tiny_folder, tmp_path / "twins", *CACHED, BOTH), Progress())
+    for _ in range(2):
+        place = runner.run(tmp_path / "run")["quality"]["twin"]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "twin" in line] == [
+        "drawing the uncached twin",
+        f"the uncached twin: made, kept in {place}",
+        f"the uncached twin: kept in {place}",
+    ]
+    assert sum(line.startswith("PSNR, mean / p95 / worst") for line in lines) == 2
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_a_twin_that_fails_loses_no_output(run, runner, tmp_path, monkeypatch):
+    original = runner.draw
+
+    def draw(state, timings, cache=None):
+        drawn = original(state, timings, cache)
+        if cache:
+            drawn.frames[1] = 0
+        return drawn
+
+    monkeypatch.setattr(runner, "draw", draw)
+    with pytest.raises(RunError, match="^the uncached twin: the picture for seed 1 .* is all black"):
+        run(*CACHED, BOTH)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["status"], record["error"]["type"]) == ("failed", "RunError")
+    assert len(record["outputs"]) == len(read(tmp_path / "run")) == 2
+    assert len(record["timings"]["steps_s"]) == 4
+    assert list((tmp_path / "twins").iterdir()) == []
+
+
+def test_a_noise_floor_that_this_machine_lacks_is_refused_before_weights_are_read(tmp_path, tiny_folder):
+    asked = config(tiny_folder, tmp_path, BOTH, "report.noise_floor=[flash]")
+    asked["model"]["path"] = str(tmp_path / "nothing")
+    with pytest.raises(UsageError, match=r"^attention=flash: no flash-attention is installed"):
+        Runner(asked)
+
+
+# --- the noise floor -------------------------------------------------------------------------------------------------
+
+
+class Halved(SDPA):
+    """An attention kernel that is off, and counts."""
+
+    calls = 0
+
+    def __call__(self, query, key, value, mask):
+        self.calls += 1
+        return super().__call__(query, key, value, mask) / 2
+
+
+def test_the_noise_floor_is_measured_against_the_twin(run, runner, monkeypatch):
+    other = Halved()
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "backends", lambda config: {"repeat": None, "flex": other})
+        record = run(*CACHED, BOTH, "report.noise_floor=[repeat,flex]")
+    assert runner.drawn == ["StepCache", "NoCache", "NoCache", "NoCache"]
+    floor = record["quality"]["noise_floor"]
+    assert list(floor) == ["repeat", "flex"]
+    assert floor["repeat"]["psnr"]["worst"] == 100.0
+    assert floor["flex"]["psnr"]["mean"] < 60
+    assert set(floor["flex"]) == {"psnr", "ssim"}
+    calls = other.calls
+    assert calls > 0
+    run(*CACHED, BOTH)
+    assert other.calls == calls  # the run's own attention is back
+
+
+def test_the_noise_floor_is_of_runs_without_a_cache(run):
+    assert run(*CACHED, BOTH, "report.noise_floor=[repeat]")["quality"]["noise_floor"]["repeat"] == {
+        "psnr": dict.fromkeys(("mean", "p95", "worst"), 100.0),
+        "ssim": dict.fromkeys(("mean", "p95", "worst"), 1.0),
+    }
+
+
+def test_the_attention_is_put_back_after_an_error(tiny_runner):
+    other = Halved()
+    with suppress(ZeroDivisionError), measure.attending(tiny_runner, other):
+        tiny.draw(tiny_runner, num_inference_steps=2)
+        raise ZeroDivisionError
+    calls = other.calls
+    assert calls > 0
+    tiny.draw(tiny_runner, num_inference_steps=2)
+    assert other.calls == calls
+
+
+def test_the_noise_floors_attention_is_that_of_its_name():
+    found = measure.backends({"report": {"noise_floor": ["repeat", "flex"]}})
+    assert found["repeat"] is None
+    assert isinstance(found["flex"], FlexAttention)
+
+
+# --- accuracy --------------------------------------------------------------------------------------------------------
+
+
+def test_accuracy_of_outputs_and_twins_is_the_judges(tmp_path):
+    """Two computed steps of eight make no picture of the second prompt's scene, and all eight do of both."""
+    prompts = ["a large red circle on a yellow background", "a small green star left of a blue square"]
+    asked = [
+        f"sampling.prompt={json.dumps(prompts)}",
+        "sampling.num_inference_steps=8",
+        "device=cpu",
+        "cache=every_n",
+        "cache.gate.n=8",
+        "report.metrics=[accuracy]",
+        f"report.twins={tmp_path / 'twins'}",
+    ]
+    record = Runner(compose(asked)).run(tmp_path / "run")
+    right = {
+        name: np.mean([judge(*pair).right for pair in zip(read(folder), prompts, strict=True)])
+        for name, folder in {"outputs": tmp_path / "run", "twins": Path(record["quality"]["twin"])}.items()
+    }
+    assert record["quality"]["accuracy"] == {**right, "count": 2}
+    assert right["outputs"] < right["twins"] == 1
+    assert "quality" not in record["outputs"][0]
+
+
+# --- the command, replays, ranks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["report.metrics=[psrn]"],
+            "report.metrics (command line): 'psrn' is none of psnr, ssim, accuracy. Did you mean 'psnr'?",
+        ),
+        (
+            ["report.noise_floor=[repeat]"],
+            "report.noise_floor (command line): without report.metrics it has no effect: report.metrics=[psnr,ssim]",
+        ),
+        (
+            ["report.metrics=[accuracy]", "model=flux_dev", "sampling.prompt=a cat"],
+            "report.metrics (command line): 'accuracy': model flux_dev has no judge (model.judge). Use psnr, ssim.",
+        ),
+        (
+            ["report.metircs=[psnr]"],
+            "report.metircs (command line): unknown key. Did you mean 'metrics'? Known: metrics, noise_floor, twins.",
+        ),
+    ],
+)
+def test_mistakes_on_the_command_line(words, line, capsys):
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(line)
+    assert len(error.splitlines()) == 1
+
+
+def test_a_replay_measures_only_when_asked(run, runner, tmp_path):
+    run(*CACHED, BOTH, "report.noise_floor=[repeat]")
+    file = replay.load(tmp_path / "run" / "run.json")
+    assert file.config["report"]["metrics"] == ["psnr", "ssim"]
+    assert replay.configure(file, [])["report"] == {"metrics": [], "noise_floor": [], "twins": "outputs/twins"}
+    asked = ["report.metrics=[ssim]", "report.noise_floor=[repeat]", f"report.twins={tmp_path}"]
+    assert replay.configure(file, asked)["report"] == {
+        "metrics": ["ssim"],
+        "noise_floor": ["repeat"],
+        "twins": str(tmp_path),
+    }
+
+
+def on_a_rank(asked: dict, folder: Path) -> tuple[list[int], dict | None]:
+    """Run twice, the second time with the twin that is kept; how often this rank drew, and rank 0's `quality`."""
+    import torch.distributed as dist
+
+    runner = Runner({**asked, "parallel": degrees(cfg_degree=2)})
+    counts, draw = [], runner.draw
+
+    def counted(*arguments):
+        counts[-1] += 1
+        return draw(*arguments)
+
+    runner.draw = counted
+    record = None
+    for number in range(2):
+        counts.append(0)
+        if dist.get_rank() == 0:
+            record = runner.run(folder / str(number))
+        else:
+            runner.follow()
+    return counts, record and record["quality"]
+
+
+def test_ranks_draw_the_same_in_the_same_order(tiny_folder, tmp_path, pool):
+    asked = config(tiny_folder, tmp_path / "twins", *CACHED, BOTH, "report.noise_floor=[repeat]")
+    (first, quality), (second, nothing) = pool(2, on_a_rank, asked, tmp_path)
+    assert first == second == [3, 2]
+    assert nothing is None
+    assert 10 < quality["psnr"]["mean"] < 100
+    assert quality["noise_floor"]["repeat"]["psnr"]["worst"] == 100.0
