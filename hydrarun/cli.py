@@ -73,6 +73,10 @@ def dispatch(argv: Sequence[str]) -> int:
         from hydrarun import replay
 
         return replay.main(line.overrides)
+    if line.verb == "calibrate":
+        from hydrarun import calibrate
+
+        return calibrate.main(line.overrides)
     return run(literal(line.overrides), line.flags)
 
 

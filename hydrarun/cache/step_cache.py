@@ -82,18 +82,12 @@ class StepCache(Cache):
         """How far each branch's signal is from the one kept: the relative L1 distance, over all items and ranks."""
         sums = torch.zeros(len(self.branches), 2)
         for owner, signal in signals.items():
-            kept = self.signals[owner]
-            distance = torch.stack(
-                [(signal - kept).abs().sum(dtype=torch.float32), kept.abs().sum(dtype=torch.float32)]
-            )
-            sums = sums.to(distance.device)
-            sums[self.branches.index(owner[1])] = distance
+            change = change_and_size(signal, self.signals[owner])
+            sums = sums.to(change.device)
+            sums[self.branches.index(owner[1])] = change
         if self.mesh:
             all_reduce(sums, everyone())
-        return {
-            branch: distance / size if size else 0.0
-            for branch, (distance, size) in zip(self.branches, sums.tolist(), strict=True)
-        }
+        return {branch: relative(*both) for branch, both in zip(self.branches, sums.tolist(), strict=True)}
 
     def end(self) -> None:
         self.forget()
@@ -102,3 +96,13 @@ class StepCache(Cache):
         """Let go of all that was kept of a request."""
         self.signals.clear()
         self.predictor.forget()
+
+
+def change_and_size(new: Tensor, old: Tensor) -> Tensor:
+    """`[2]` float32: the sums of `|new - old|` and of `|old|`."""
+    return torch.stack([(new - old).abs().sum(dtype=torch.float32), old.abs().sum(dtype=torch.float32)])
+
+
+def relative(change: float, size: float) -> float:
+    """The relative L1 distance; 0 from nothing."""
+    return change / size if size else 0.0
