@@ -76,6 +76,19 @@ def draw(name: str, folder: Path, chosen: dict[str, int], images: int, fields: d
     return state.frames, state.latents.numpy(), dict(comm.sent)
 
 
+def draw_cached(
+    name: str, folder: Path, chosen: dict[str, int], cache_node: dict[str, Any], images: int, fields: dict[str, Any]
+) -> tuple[Any, dict[str, Any], int]:
+    """Latents of this rank's own pictures, its cache's record, bytes that it sent in sums."""
+    from hydrarun.request import make_state
+
+    runner = runner_for(name, folder, chosen)
+    comm.sent.clear()
+    state = make_state({**runner.config["sampling"], **fields}, subjects.pictures(images))
+    latents = runner.draw(state, Timings(CPU), cache_node).latents.numpy()
+    return latents, runner.built.parts.cache.record(), comm.sent["all_reduce"]
+
+
 def draw_compiled(name: str, folder: Path, chosen: dict[str, int], images: int, fields: dict[str, Any]) -> Any:
     """Latents with every block traced; the graph breaks where ranks talk."""
     from hydrarun.request import make_state

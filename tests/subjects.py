@@ -27,6 +27,9 @@ from hydrarun.validate import cfg_scale, is_video
 MODELS = sorted(file.stem for file in (resources.folder("conf") / "model").glob("*.yaml"))
 CONFIGS = {name: compose_raw([f"model={name}"])[0] for name in MODELS}
 
+#: options that are another's but for checkpoint and defaults
+VARIANTS = {"qwen_image_2512", "wan21_t2v_1_3b", "flux_schnell"}
+
 #: the file for `input.images`, beside a subject's folder
 IMAGE = "input.png"
 

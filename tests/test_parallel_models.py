@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import parallel_runs
 import pytest
-from subjects import CONFIGS, LONG, MODELS, SHORT
+from subjects import CONFIGS, LONG, MODELS, SHORT, VARIANTS
 
 from hydrarun.parallel.degrees import shares, world_size
 from hydrarun.validate import cfg_scale
@@ -36,7 +36,6 @@ LAYOUTS = {
 }
 #: an option that is another's but for checkpoint and defaults is tried in two
 LAYOUTS_OF_VARIANTS = ("tp2", "cfg2_ulysses2")
-VARIANTS = {"qwen_image_2512", "wan21_t2v_1_3b", "flux_schnell"}
 CASES = [(name, layout) for name in MODELS for layout in (LAYOUTS_OF_VARIANTS if name in VARIANTS else LAYOUTS)]
 
 

@@ -1,0 +1,90 @@
+"""Nodes of the cache group for tests, and a transformer small enough to know every number of."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from hydrarun.cache.base import Cache, Schedule, Step
+from hydrarun.transformer import Inputs, Tokens, Transformer
+
+#: a polynomial that leaves the change as it is
+SAME = [1.0, 0.0]
+
+
+@cache
+def option(name: str, predictor: str | None) -> dict[str, Any]:
+    from hydrarun.compose import compose_raw
+
+    chosen = [f"cache={name}"] + ([f"cache/predictor={predictor}"] if predictor else [])
+    return compose_raw(chosen)[0]["cache"]
+
+
+def node(name: str, predictor: str | None = None, order: int | None = None, **gate: Any) -> dict[str, Any]:
+    """An option of conf/cache with these values of its gate; TeaCache's coefficients change nothing."""
+    made = copy.deepcopy(option(name, predictor))
+    made["gate"].update(gate)
+    if order is not None:
+        made["predictor"]["order"] = order
+    if name == "teacache":
+        made["gate"]["fit"] = {"coefficients": {"transformer": SAME, "transformer_2": SAME}}
+    return made
+
+
+def mask(steps: list[int], predictor: str | None = None, order: int | None = None) -> dict[str, Any]:
+    return node("mask", predictor, order, steps=steps, density=None)
+
+
+class Adds(nn.Module):
+    """A block that adds a polynomial of the timestep to each token."""
+
+    def __init__(self, coefficients: list[float]) -> None:
+        super().__init__()
+        self.coefficients = coefficients
+
+    def forward(self, hidden_states: Any, encoder_hidden_states: Any, tokens: Any) -> tuple[Any, Any]:
+        added = sum(c * tokens.temb**power for power, c in enumerate(self.coefficients))
+        return hidden_states + added * encoder_hidden_states, encoder_hidden_states
+
+
+class Toy(Transformer):
+    """Two blocks; what they add is a polynomial of the timestep, times what the branch is conditioned on."""
+
+    block_lists: ClassVar = ("blocks",)
+
+    def __init__(self, coefficients: list[float]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Adds(coefficients), Adds([0.5 * c for c in coefficients])])
+        self.run_at: list[float] = []
+        self.blocks[1].register_forward_pre_hook(lambda module, args: self.run_at.append(float(args[2].temb)))
+
+    def embed(self, hidden_states: Any, timestep: Any, *, factor: float) -> Tokens:
+        return Tokens(hidden_states, torch.full_like(hidden_states, factor), temb=timestep[0])
+
+    def head(self, tokens: Any) -> Any:
+        return tokens.hidden_states
+
+    def gate_signal(self, tokens: Any) -> Any:
+        return tokens.hidden_states + tokens.temb
+
+
+def schedule(timesteps: list[float], boundary: float = 0.0) -> Schedule:
+    names = ["transformer" if time >= boundary else "transformer_2" for time in timesteps]
+    return Schedule(tuple(Step(i, time, name) for i, (time, name) in enumerate(zip(timesteps, names, strict=True))))
+
+
+def loop(cache: Cache, toys: dict[str, Toy], plan: Schedule, factors: dict[str, float]) -> list[dict[str, Any]]:
+    """The predictions of every step of one request, on the same latents."""
+    cache.start(plan, list(factors), None)
+    latents = torch.linspace(-1, 1, 2 * 5 * 3, dtype=torch.float64).view(2, 5, 3)
+    conditioning = {branch: {"factor": factor} for branch, factor in factors.items()}
+    made = []
+    for step in plan.steps:
+        inputs = Inputs(latents, torch.full((2,), step.timestep, dtype=torch.float64), conditioning)
+        made.append(toys[step.expert](inputs, step, cache))
+    cache.end()
+    return made
