@@ -42,6 +42,7 @@ ALLOWED = frozenset(
         "hydrarun.layers.backends.SageAttention",
         "hydrarun.cache.base.NoCache",
         "hydrarun.cache.step_cache.StepCache",
+        "hydrarun.cache.cache_dit.CacheDiT",
         "hydrarun.cache.measuring.TeaCache",
         "hydrarun.cache.measuring.FirstBlock",
         "hydrarun.cache.gates.EveryN",
