@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hydrarun.cache.base import Cache
 from hydrarun.components import load_pipeline, quiet_libraries
 from hydrarun.errors import UsageError
 from hydrarun.experts import NAMES, Experts, boundary
@@ -50,7 +51,6 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     stages = [instantiate(node, f"model.stages[{index}]") for index, node in enumerate(model["stages"])]
     scheduler = instantiate(model["scheduler"], "model.scheduler") if model["scheduler"] else None
     offload = instantiate(config["offload"], "offload")
-    instantiate(config["cache"], "cache")  # a runner makes one for each request; here for what is wrong with it
     if offload.swap_experts and device.type == "cpu":  # device=auto may have become it
         raise UsageError(
             "offload: on the CPU the host is the device: there is nothing to offload to. Use offload=none."
@@ -63,7 +63,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     source = resolve(model)
     check_folder_fit(config, source.folder)
     check_folder(source.folder)
-    check_fitted_weights(config, source.folder)
+    make_cache(config["cache"], source.folder)  # for what is wrong with it
 
     vae_dtype = DTYPES.get(config["vae"]["dtype"], dtype)
     with progress.phase("loading weights"):
@@ -102,15 +102,18 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     return Built(parts, stages, source, attention)
 
 
-def check_fitted_weights(config: dict[str, Any], folder: Path) -> None:
-    """Raises `UsageError` for TeaCache coefficients that were fitted on other weights than those in `folder`."""
-    fit = (config["cache"].get("gate") or {}).get("fit")
-    if fit and fit["weights"] and fit["weights"] != fingerprint(folder):
+def make_cache(node: dict[str, Any], folder: Path) -> Cache:
+    """The cache of a `cache` node, for the weights in `folder`; every request has its own.
+
+    Raises `UsageError` for arguments that cannot be, and for TeaCache coefficients that were fitted on other weights.
+    """
+    fit = (node.get("gate") or {}).get("fit") or {}
+    if fit.get("weights") and fit["weights"] != fingerprint(folder):
         raise UsageError(
-            f"cache.gate.fit: the coefficients were fitted on other weights than those of {config['model']['path']};"
-            f" make them for these: hydrarun calibrate model={config['model']['name']} model.path=… cache=teacache"
-            " input.prompts=prompts.txt"
+            f"cache.gate.fit: the coefficients were fitted on other weights than those in {folder}; make them for"
+            f" these: hydrarun calibrate model={fit['model']} model.path=… cache=teacache input.prompts=prompts.txt"
         )
+    return instantiate(node, "cache")
 
 
 def spread(transformer: Transformer, mesh: Mesh) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hydrarun import compat
-from hydrarun.build import build
+from hydrarun.build import build, make_cache
 from hydrarun.errors import RunError, UsageError, nearest
 from hydrarun.media import images
 from hydrarun.media.images import InputImage
@@ -25,7 +25,6 @@ from hydrarun.provenance import hardware, peak_host_bytes, versions
 from hydrarun.quality.measure import backends, follow, measure
 from hydrarun.request import make_state
 from hydrarun.state import State
-from hydrarun.targets import instantiate
 from hydrarun.timing import Timings
 from hydrarun.validate import check_values, image_paths
 
@@ -88,7 +87,7 @@ class Runner:
         `cache`: a node that replaces the configuration's.
         """
         parts = self.built.parts
-        parts.cache = instantiate(cache or self.config["cache"], "cache")
+        parts.cache = make_cache(cache or self.config["cache"], self.built.source.folder)
         axis = parts.mesh["data"] if parts.mesh else None
         own = own_items(state, axis) if axis else state
         run_stages(self.built.stages, own, parts, timings)
