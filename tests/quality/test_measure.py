@@ -3,61 +3,19 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
+from measured import BOTH, CACHED, config, read
 from parallel_runs import degrees
 
 from hydrarun import cli, replay
 from hydrarun.compose import compose
-from hydrarun.errors import RunError, UsageError
-from hydrarun.layers.backends import SDPA, FlexAttention
-from hydrarun.media import png
-from hydrarun.quality import measure
+from hydrarun.errors import RunError
 from hydrarun.quality.judge import judge
 from hydrarun.quality.metrics import compare, summary
 from hydrarun.runner import Runner
-
-CACHED = ["cache=every_n", "cache.gate.n=3"]
-TWO = ["sampling.num_images_per_prompt=2"]
-BOTH = "report.metrics=[psnr,ssim]"
-
-
-def config(folder: Path, twins: Path, *more: str) -> dict:
-    return tiny.config(folder, *TWO, f"report.twins={twins}", *more)
-
-
-@pytest.fixture
-def runner(tiny_runner, monkeypatch):
-    """The shared runner, with a list of the caches that it drew with; a test sets its configuration."""
-    drawn, draw = [], tiny_runner.draw
-
-    def remember(state, timings, cache=None):
-        drawn.append((cache or tiny_runner.config["cache"])["_target_"].rpartition(".")[2])
-        return draw(state, timings, cache)
-
-    monkeypatch.setattr(tiny_runner, "draw", remember)
-    monkeypatch.setattr(tiny_runner, "drawn", drawn, raising=False)
-    monkeypatch.setattr(tiny_runner, "config", tiny_runner.config)
-    return tiny_runner
-
-
-@pytest.fixture
-def run(runner, tiny_folder, tmp_path):
-    """Runs with these overrides; what run.json says."""
-
-    def do(*overrides: str, name: str = "run") -> dict:
-        runner.config = config(tiny_folder, tmp_path / "twins", *overrides)
-        return runner.run(tmp_path / name)
-
-    return do
-
-
-def read(folder: Path) -> list[np.ndarray]:
-    return [png.read(file)[0] for file in sorted(folder.glob("*.png"))]
 
 
 def test_a_cached_run_is_compared_with_its_twin(run, runner, tmp_path):
@@ -170,67 +128,6 @@ def test_a_twin_that_fails_loses_no_output(run, runner, tmp_path, monkeypatch):
     assert len(record["outputs"]) == len(read(tmp_path / "run")) == 2
     assert len(record["timings"]["steps_s"]) == 4
     assert list((tmp_path / "twins").iterdir()) == []
-
-
-def test_a_noise_floor_that_this_machine_lacks_is_refused_before_weights_are_read(tmp_path, tiny_folder):
-    asked = config(tiny_folder, tmp_path, BOTH, "report.noise_floor=[flash]")
-    asked["model"]["path"] = str(tmp_path / "nothing")
-    with pytest.raises(UsageError, match=r"^attention=flash: no flash-attention is installed"):
-        Runner(asked)
-
-
-# --- the noise floor -------------------------------------------------------------------------------------------------
-
-
-class Halved(SDPA):
-    """An attention kernel that is off, and counts."""
-
-    calls = 0
-
-    def __call__(self, query, key, value, mask):
-        self.calls += 1
-        return super().__call__(query, key, value, mask) / 2
-
-
-def test_the_noise_floor_is_measured_against_the_twin(run, runner, monkeypatch):
-    other = Halved()
-    with monkeypatch.context() as patch:
-        patch.setattr(measure, "backends", lambda config: {"repeat": None, "flex": other})
-        record = run(*CACHED, BOTH, "report.noise_floor=[repeat,flex]")
-    assert runner.drawn == ["StepCache", "NoCache", "NoCache", "NoCache"]
-    floor = record["quality"]["noise_floor"]
-    assert list(floor) == ["repeat", "flex"]
-    assert floor["repeat"]["psnr"]["worst"] == 100.0
-    assert floor["flex"]["psnr"]["mean"] < 60
-    assert set(floor["flex"]) == {"psnr", "ssim"}
-    calls = other.calls
-    assert calls > 0
-    run(*CACHED, BOTH)
-    assert other.calls == calls  # the run's own attention is back
-
-
-def test_the_noise_floor_is_of_runs_without_a_cache(run):
-    assert run(*CACHED, BOTH, "report.noise_floor=[repeat]")["quality"]["noise_floor"]["repeat"] == {
-        "psnr": dict.fromkeys(("mean", "p95", "worst"), 100.0),
-        "ssim": dict.fromkeys(("mean", "p95", "worst"), 1.0),
-    }
-
-
-def test_the_attention_is_put_back_after_an_error(tiny_runner):
-    other = Halved()
-    with suppress(ZeroDivisionError), measure.attending(tiny_runner, other):
-        tiny.draw(tiny_runner, num_inference_steps=2)
-        raise ZeroDivisionError
-    calls = other.calls
-    assert calls > 0
-    tiny.draw(tiny_runner, num_inference_steps=2)
-    assert other.calls == calls
-
-
-def test_the_noise_floors_attention_is_that_of_its_name():
-    found = measure.backends({"report": {"noise_floor": ["repeat", "flex"]}})
-    assert found["repeat"] is None
-    assert isinstance(found["flex"], FlexAttention)
 
 
 # --- accuracy --------------------------------------------------------------------------------------------------------

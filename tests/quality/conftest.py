@@ -1,0 +1,32 @@
+"""Fixtures of the tests that measure runs."""
+
+from __future__ import annotations
+
+import pytest
+from measured import config
+
+
+@pytest.fixture
+def runner(tiny_runner, monkeypatch):
+    """The shared runner, with a list of the caches that it drew with; a test sets its configuration."""
+    drawn, draw = [], tiny_runner.draw
+
+    def remember(state, timings, cache=None):
+        drawn.append((cache or tiny_runner.config["cache"])["_target_"].rpartition(".")[2])
+        return draw(state, timings, cache)
+
+    monkeypatch.setattr(tiny_runner, "draw", remember)
+    monkeypatch.setattr(tiny_runner, "drawn", drawn, raising=False)
+    monkeypatch.setattr(tiny_runner, "config", tiny_runner.config)
+    return tiny_runner
+
+
+@pytest.fixture
+def run(runner, tiny_folder, tmp_path):
+    """Runs with these overrides; what run.json says."""
+
+    def do(*overrides: str, name: str = "run") -> dict:
+        runner.config = config(tiny_folder, tmp_path / "twins", *overrides)
+        return runner.run(tmp_path / name)
+
+    return do
