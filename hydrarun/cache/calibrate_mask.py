@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hydrarun.cache.base import NoCache, Schedule
-from hydrarun.cache.calibration import Draws, entry, write_option
+from hydrarun.cache.calibration import Draws, entry, many, write_option
 from hydrarun.cache.ledger import Ledger
 from hydrarun.cache.search import Found, Steps, search, spread
 from hydrarun.errors import UsageError
@@ -124,7 +124,7 @@ def report(found: Found, psnr: dict[Steps, float], job: Job, twins: Twins) -> st
         f"{name}: latents' mean squared error {score:.4g}, PSNR {psnr[steps]:.2f} dB, computed {list(steps)}"
         for name, steps, score in rows
     ]
-    tried = f"{found.count} masks of {twins.count} of {twins.steps} steps tried on {len(job.prompts)} prompts: {why}"
+    tried = f"{found.count} masks of {twins.count} of {twins.steps} steps tried on {many(job.prompts)}: {why}"
     return "\n".join([*lines, tried])
 
 
@@ -133,7 +133,7 @@ def write(file: Path, job: Job, twins: Twins, found: Found, psnr: float) -> None
     name = job.config["model"]["name"]
     about = (
         f"{twins.count} of {twins.steps} steps of {name} (budget {job.budget}), searched by hydrarun calibrate on"
-        f" {len(job.prompts)} prompts: latents' mean squared error {found.best_score:.4g}, PSNR {psnr:.2f} dB"
+        f" {many(job.prompts)}: latents' mean squared error {found.best_score:.4g}, PSNR {psnr:.2f} dB"
     )
     predictor, body = chosen(job.cache["predictor"])
     steps = entry("steps that are computed, from 0", "steps", list(found.best), indent=2)

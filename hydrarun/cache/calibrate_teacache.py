@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hydrarun.cache.base import Owner
-from hydrarun.cache.calibration import Draws, entry, write_option
+from hydrarun.cache.calibration import Draws, entry, many, write_option
 from hydrarun.cache.recording import Recording
 from hydrarun.errors import UsageError
 from hydrarun.listing import Table, plain
@@ -149,14 +149,13 @@ def _shape(expert: str, polynomial: Sequence[float], points: np.ndarray) -> Iter
 def facts(job: Job, used: Mapping[str, Any], pairs: Pairs) -> dict[str, Any]:
     """What the coefficients hold for, by the names of `hydrarun.schema.Fit`. `used`: what the runner says of itself."""
     count = job.config["sampling"]["num_inference_steps"]
-    number = f"{len(job.prompts)} prompt{'s' if len(job.prompts) > 1 else ''}"
     return {
         "model": job.config["model"]["name"],
         "revision": used["weights"]["revision"],
         "weights": used["weights"]["fingerprint"],
         "scheduler": used["scheduler"],
         "num_inference_steps": [count, count],
-        "source": f"hydrarun calibrate, {number}, {sum(map(len, pairs.values()))} pairs",
+        "source": f"hydrarun calibrate, {many(job.prompts)}, {sum(map(len, pairs.values()))} pairs",
     }
 
 

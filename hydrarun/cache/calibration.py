@@ -55,6 +55,11 @@ class Draws:
         return state
 
 
+def many(prompts: Sequence[str]) -> str:
+    """`1 prompt`, `2 prompts`…"""
+    return f"{len(prompts)} prompt{'' if len(prompts) == 1 else 's'}"
+
+
 def entry(comment: str, key: str, value: Any, indent: int) -> list[str]:
     """A field of YAML below the comment that explains it."""
     # texts in quotes: a fingerprint may look like a number
