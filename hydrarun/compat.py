@@ -107,7 +107,7 @@ RULES = (
         "cache.gate",
         lambda config: gate(config).get("first", 0) + gate(config).get("last", 0) >= steps(config),
         "the first and last steps, which are always computed, are all {steps}: there is none to skip",
-        "cache=none, or more sampling.num_inference_steps",
+        "cache.gate.first=1, or more sampling.num_inference_steps",
     ),
     Rule(
         "cache.gate.steps",
@@ -125,7 +125,7 @@ RULES = (
         "cache.max_warmup_steps",
         lambda config: config["cache"].get("max_warmup_steps", 0) >= steps(config),
         "the warm-up alone takes all {steps} steps: there is none to skip",
-        "cache=none, or more sampling.num_inference_steps",
+        "cache.max_warmup_steps=1, or more sampling.num_inference_steps",
     ),
     Rule(
         "cache",

@@ -150,8 +150,11 @@ def acceleration(config: dict[str, Any], group: str) -> str:
 
 def option(config: dict[str, Any], group: str, file: Path) -> Any:
     """What is in an option's file, with the values that it takes from elsewhere in the configuration."""
-    node = {group: yaml.safe_load(file.read_text(encoding="utf-8"))}
-    return OmegaConf.to_container(OmegaConf.create({**config, **node}), resolve=True)[group]
+    node = yaml.safe_load(file.read_text(encoding="utf-8"))
+    others = [name for name in node.pop("defaults", []) if isinstance(name, str) and name != "_self_"]
+    bases = [yaml.safe_load(file.with_stem(name).read_text(encoding="utf-8")) for name in others]
+    whole = OmegaConf.create({**config, group: OmegaConf.merge(*bases, node)})
+    return OmegaConf.to_container(whole, resolve=True)[group]
 
 
 def _print_rich(tables: Sequence[Table]) -> None:
