@@ -106,6 +106,7 @@ def _rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "first step", f"{steps[0] * 1000:.1f} ms"
     if len(steps) > 1:
         yield "steady step (median)", f"{statistics.median(steps[1:]) * 1000:.1f} ms"
+    yield from _cache(record.get("cache", {}))
     for key, label in (("peak_host_bytes", "peak host memory"), ("peak_device_bytes", "peak device memory")):
         if memory.get(key):
             yield label, f"{memory[key] / 2**20:,.0f} MiB"
@@ -113,6 +114,16 @@ def _rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _quality("", quality)
     for name, block in quality.get("noise_floor", {}).items():
         yield from _quality(f"noise floor {name}: ", block)
+
+
+def _cache(block: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a cache saved; nothing of a run that has none."""
+    if block and block["blocks"]["run"] < block["blocks"]["all"]:
+        yield "blocks run", "{run} of {all}".format(**block["blocks"])
+        kinds = (("computed", block["computed_step_s"]), ("skipped", block["skipped_step_s"]))
+        for kind, seconds in kinds:
+            if seconds is not None:
+                yield f"{kind} step (median)", f"{seconds * 1000:.1f} ms"
 
 
 def _quality(of: str, block: dict[str, Any]) -> Iterator[tuple[str, str]]:

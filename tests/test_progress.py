@@ -105,6 +105,21 @@ def test_table_shows_timings_first_and_steady_step_memory_and_whole_file_names()
         assert str(Path("outputs/demo") / output["path"]) in shown
 
 
+def test_table_shows_what_a_cache_saved():
+    progress, text = in_a_log()
+    saved = {"blocks": {"run": 78, "all": 144}, "computed_step_s": 0.2, "skipped_step_s": 0.003}
+    progress.table({"outputs": [], "timings": {}, "memory": {}, "cache": saved})
+    assert [" ".join(line.split()) for line in text.getvalue().splitlines()] == [
+        "blocks run 78 of 144",
+        "computed step (median) 200.0 ms",
+        "skipped step (median) 3.0 ms",
+    ]
+    progress, text = in_a_log()
+    none = {"blocks": {"run": 144, "all": 144}, "computed_step_s": 0.2, "skipped_step_s": None}
+    progress.table({"outputs": [], "timings": {}, "memory": {}, "cache": none})
+    assert not text.getvalue().strip()
+
+
 def test_table_shows_quality_and_the_noise_floor():
     progress, text = in_a_log()
     psnr, ssim = {"mean": 34.06, "p95": 31.0, "worst": 30.2}, {"mean": 0.98765, "p95": 0.9, "worst": 0.8}

@@ -106,7 +106,7 @@ def test_messages_are_redacted_anywhere(home):
 def test_versions_name_everything_that_computes_pixels():
     versions = provenance.versions()
     assert set(versions) == {
-        "hydrarun", "python", "torch", "diffusers", "transformers", "safetensors", "numpy", "pillow",
+        "hydrarun", "python", "torch", "diffusers", "transformers", "safetensors", "numpy", "pillow", "cache-dit",
     }  # fmt: skip
     assert all(versions.values())
 
