@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from hydrarun.errors import UsageError
+
 if TYPE_CHECKING:
     from hydrarun.parallel.mesh import Mesh
     from hydrarun.transformer import Inputs, Transformer
@@ -117,3 +119,10 @@ class Cache:
 
 class NoCache(Cache):
     """Every step is computed."""
+
+
+def at_least(key: str, value: int, least: int) -> int:
+    """The same value. Raises `UsageError`, which names the `key`, if it is less."""
+    if value < least:
+        raise UsageError(f"{key}: {value} is below {least}")
+    return value

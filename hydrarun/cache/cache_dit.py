@@ -22,7 +22,7 @@ from cache_dit.caching.cache_contexts import CachedContextManager, PrunedContext
 from cache_dit.logger import suppress_loggers
 from torch import Tensor, nn
 
-from hydrarun.cache.base import Cache, Owner, Schedule, Step
+from hydrarun.cache.base import Cache, Owner, Schedule, Step, at_least
 from hydrarun.cache.gates import Density, scm_steps
 from hydrarun.errors import UsageError
 from hydrarun.parallel.comm import Group, all_reduce
@@ -98,11 +98,11 @@ class CacheDiT(Cache):
         prune: bool = False,
     ) -> None:
         super().__init__()
-        at_least("Fn_compute_blocks", Fn_compute_blocks, 1)
-        at_least("Bn_compute_blocks", Bn_compute_blocks, 0)
-        at_least("max_warmup_steps", max_warmup_steps, 1)
-        at_least("max_cached_steps", max_cached_steps, -1)
-        at_least("max_continuous_cached_steps", max_continuous_cached_steps, -1)
+        at_least("cache.Fn_compute_blocks", Fn_compute_blocks, 1)
+        at_least("cache.Bn_compute_blocks", Bn_compute_blocks, 0)
+        at_least("cache.max_warmup_steps", max_warmup_steps, 1)
+        at_least("cache.max_cached_steps", max_cached_steps, -1)
+        at_least("cache.max_continuous_cached_steps", max_continuous_cached_steps, -1)
         if not (math.isfinite(residual_diff_threshold) and residual_diff_threshold >= 0):
             raise UsageError(f"cache.residual_diff_threshold: {residual_diff_threshold} is not a finite number >= 0")
         if steps_computation_policy == "static" and steps_computation_mask is None:
@@ -238,9 +238,3 @@ def measured(differences: float | list[float]) -> list[float]:
     """The distances among what the library recorded at a step: negative numbers say that none was measured."""
     found = differences if isinstance(differences, list) else [differences]
     return [difference for difference in found if 0 <= difference < math.inf]
-
-
-def at_least(name: str, value: int, least: int) -> None:
-    """Raises `UsageError` for a value below the least."""
-    if value < least:
-        raise UsageError(f"cache.{name}: {value} is below {least}")

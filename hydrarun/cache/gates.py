@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from hydrarun.cache.base import Schedule, Step
+from hydrarun.cache.base import Schedule, Step, at_least
 from hydrarun.errors import UsageError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class EveryN(PlannedGate):
     """Every `n`-th step of each expert, counted from its first; the request's `first` and `last` steps always."""
 
     def __init__(self, n: int, first: int = 1, last: int = 1) -> None:
-        self.n = at_least("n", n, 1)
+        self.n = at_least("cache.gate.n", n, 1)
         self.first, self.last = ends(first, last)
 
     def plan(self, schedule: Schedule) -> frozenset[int]:
@@ -115,11 +115,4 @@ def always(schedule: Schedule, first: int, last: int) -> frozenset[int]:
 
 def ends(first: int, last: int) -> tuple[int, int]:
     """How many steps at both ends are always computed. Raises `UsageError` for counts that cannot be."""
-    return at_least("first", first, 1), at_least("last", last, 0)
-
-
-def at_least(name: str, value: int, least: int) -> int:
-    """The same value. Raises `UsageError` if it is less."""
-    if value < least:
-        raise UsageError(f"cache.gate.{name}: {value} is below {least}")
-    return value
+    return at_least("cache.gate.first", first, 1), at_least("cache.gate.last", last, 0)
