@@ -193,7 +193,6 @@ def plot(file: Path, pairs: Pairs, coefficients: Coefficients) -> None:
         at = np.linspace(x.min(), x.max(), 201)
         axes.plot(at, np.polyval(polynomial, at), color="black", linewidth=2, label=f"fit of degree {DEGREE}")
         axes.set(title=expert, xlabel="relative change of the signal", ylabel="relative change of the output")
-        axes.set_xlim(left=0)
         axes.set_ylim(0, 1.05 * y.max())
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
