@@ -116,6 +116,13 @@ RULES = (
         "cache=none, or a list of steps below {steps}",
     ),
     Rule(
+        "cache.gate.steps",
+        lambda config: (gate(config).get("num_inference_steps") or steps(config)) != steps(config),
+        "the list of computed steps is for another sampling.num_inference_steps than {steps}",
+        "cache=every_n, or a list for {steps}: hydrarun calibrate model={model} cache=mask"
+        " sampling.num_inference_steps={steps} input.prompts=prompts.txt",
+    ),
+    Rule(
         "cache",
         lambda config: density(config) and steps(config) < 8,
         "the densities are made for 8 steps and more, not {steps}",

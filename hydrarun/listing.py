@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,11 +151,20 @@ def acceleration(config: dict[str, Any], group: str) -> str:
 
 def option(config: dict[str, Any], group: str, file: Path) -> Any:
     """What is in an option's file, with the values that it takes from elsewhere in the configuration."""
+    node = content(file)
+    if "${" not in str(node):  # resolving takes long, for all models and options together
+        return node
+    whole = OmegaConf.create({"model": config["model"], group: node})
+    return OmegaConf.to_container(whole, resolve=True)[group]
+
+
+@cache
+def content(file: Path) -> Any:
+    """What is in an option's file and in those of its group that it begins with."""
     node = yaml.safe_load(file.read_text(encoding="utf-8"))
     others = [name for name in node.pop("defaults", []) if isinstance(name, str) and name != "_self_"]
     bases = [yaml.safe_load(file.with_stem(name).read_text(encoding="utf-8")) for name in others]
-    whole = OmegaConf.create({**config, group: OmegaConf.merge(*bases, node)})
-    return OmegaConf.to_container(whole, resolve=True)[group]
+    return OmegaConf.to_container(OmegaConf.merge(*bases, node))
 
 
 def _print_rich(tables: Sequence[Table]) -> None:

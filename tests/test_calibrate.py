@@ -191,7 +191,8 @@ def test_the_option_of_a_mask(searched, tiny_folder, tmp_path, capsys):
     )
     words = [*settings(tiny_folder, MASK[0]), "sampling.prompt=a cat", "cache=mask_qwen_image"]
     cache = compose([*words, f"hydra.searchpath=[file://{searched}]"])["cache"]
-    assert cache["gate"] == {"_target_": "hydrarun.cache.gates.Mask", "steps": steps(searched), "density": None}
+    gate = {"steps": steps(searched), "density": None, "num_inference_steps": 7}
+    assert cache["gate"] == {"_target_": "hydrarun.cache.gates.Mask", **gate}
     assert cache["predictor"] == {"_target_": "hydrarun.cache.predictors.Taylor", "order": 1}
     other = compose([*words, f"hydra.searchpath=[file://{searched}]", "cache/predictor=reuse"])["cache"]
     assert other["predictor"] == {"_target_": "hydrarun.cache.predictors.Reuse"}

@@ -49,6 +49,12 @@ BROKEN = {
     "fitted on other numbers of steps": ["cache=teacache", "sampling.num_inference_steps=12"],
     "are always computed": ["cache=every_n", "cache.gate.first=20", "cache.gate.last=4"],
     "a step is listed": ["cache=mask", "cache.gate.density=null", "cache.gate.steps=[0,60]"],
+    "is for another": [
+        "cache=mask",
+        "cache.gate.density=null",
+        "cache.gate.steps=[0]",
+        "cache.gate.num_inference_steps=9",
+    ],
     "made for 8 steps and more": ["cache=mask", "sampling.num_inference_steps=7"],
     "warm-up alone takes all": ["cache=dbcache", "sampling.num_inference_steps=8", "cache.max_warmup_steps=8"],
     "decides for each branch by itself": ["cache=dbcache", "parallel.hsdp_degree=2", "parallel.cfg_degree=2"],

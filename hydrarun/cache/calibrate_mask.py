@@ -138,7 +138,9 @@ def write(file: Path, job: Job, twins: Twins, found: Found, psnr: float) -> None
     predictor, body = chosen(job.cache["predictor"])
     steps = entry("steps that are computed, from 0", "steps", list(found.best), indent=2)
     density = entry("null: by steps", "density", None, indent=2)
-    write_option(file, about, ["mask", *predictor], ["gate:", *steps, *density, *body])
+    count = job.config["sampling"]["num_inference_steps"]
+    run = entry("the run that they are for; others are refused", "num_inference_steps", count, indent=2)
+    write_option(file, about, ["mask", *predictor], ["gate:", *steps, *run, *density, *body])
 
 
 def chosen(predictor: dict[str, Any]) -> tuple[list[str], list[str]]:

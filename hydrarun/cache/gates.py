@@ -69,13 +69,16 @@ class Mask(PlannedGate):
     """A list of computed `steps`, from 0, or a named `density`.
 
     The densities are SCM's (cache-dit): 18, 15, 11 and 8 of 28 steps, most of them early. In them the first step of
-    each expert is computed too; in a list it must stand.
+    each expert is computed too; in a list it must stand. A list is for runs of `num_inference_steps`, where that is
+    said: the compatibility table refuses others.
     """
 
-    def __init__(self, steps: list[int] | None = None, density: Density | None = None) -> None:
+    def __init__(
+        self, steps: list[int] | None = None, density: Density | None = None, num_inference_steps: int | None = None
+    ) -> None:
         if (steps is None) == (density is None):
             raise UsageError("cache.gate: give one of steps=[0,1,3,…] and density=slow|medium|fast|ultra, not both")
-        self.steps, self.density = steps, density
+        self.steps, self.density, self.num_inference_steps = steps, density, num_inference_steps
 
     def plan(self, schedule: Schedule) -> frozenset[int]:
         count = len(schedule.steps)
