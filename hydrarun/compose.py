@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hydrarun import compat, recipes, resources, schema, targets
 from hydrarun.errors import UsageError
-from hydrarun.explain import explained
+from hydrarun.explain import explained, one_option
 from hydrarun.fit import check_folder_fit
 from hydrarun.memory.hub import local_folder
 from hydrarun.text import literal
@@ -41,7 +41,7 @@ def split(composed: DictConfig, hydra_node: DictConfig) -> tuple[dict[str, Any],
     for override in overrides:
         group, _, option = override.partition("=")
         if option.startswith("[") and group in recipes.groups():
-            raise UsageError(f"{override}: choose one option; to compare several: -m {group}={option.strip('[]')}")
+            raise UsageError(one_option(group, option))
     choices = hydra_node.runtime.choices
     return config, Origin(overrides, choices.get("recipe", "none"), choices.get("model", "none"))
 

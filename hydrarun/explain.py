@@ -120,14 +120,18 @@ def _wanted(hint: Any) -> str:
 def _inner_group(text: str, overrides: Sequence[str]) -> str | None:
     """A group inside another's options (cache/predictor), where Hydra's own words help little."""
     if "appears more than once in the final defaults list" in text:
-        lists = [
-            override for override in overrides if "=[" in override and override.partition("=")[0] in recipes.groups()
-        ]
-        return f"{lists[0]}: choose one option, or -m to compare several." if lists else None
+        given = [override.partition("=") for override in overrides]
+        lists = [(group, options) for group, _, options in given if group in recipes.groups() and options[:1] == "["]
+        return one_option(*lists[0]) if lists else None
     if match := re.match(r"Could not override '((\w+)/(\w+))'", text):
         hint = f"`hydrarun list {match[2]}` shows the others"
         return f"{match[1]}: the option of {match[2]} that is chosen has no {match[3]}; {hint}."
     return None
+
+
+def one_option(group: str, options: str) -> str:
+    """What is said to a list of options."""
+    return f"{group}={options}: choose one option; to compare several: -m {group}={options.strip('[]')}"
 
 
 def _file(error: Exception) -> str | None:

@@ -53,6 +53,7 @@ HOSTILE = {
     "an absolute option": ("defaults: [override /model: /tmp/evil]", "not the name of an option"),
     "an interpolated option": ("defaults: [override /model: '${oc.env:HOME}']", "not the name of an option"),
     "several options": ("defaults: [override /attention: [sdpa, flash]]", "not the name of an option"),
+    "a group that is none": ("defaults: [override /cache/gate: mask]", "may not choose 'cache/gate'"),
     "a package": ("defaults: [override /model@hydra: demo]", "is not allowed"),
     "defaults as a mapping": ("defaults: {hydra/launcher: basic}", "defaults is not a list"),
     "package header": ("# @package hydra\nrun: {dir: /tmp/elsewhere}", "header '# @package hydra' is not allowed"),
@@ -153,6 +154,17 @@ def test_an_own_recipe_chooses_and_sets_and_the_command_line_wins(folder):
     assert config["device"] == "cpu"
     assert compose([f"recipe={folder}/recipe.yaml"])["device"] == "cpu"
     assert compose([override, "attention=sdpa"])["attention"]["_target_"].endswith("SDPA")
+
+
+def test_a_recipe_chooses_a_cache_and_its_predictor(folder):
+    override = write(
+        folder,
+        "defaults: [override /cache: mask, override /cache/predictor: taylor, _self_]\n"
+        "cache: {gate: {density: fast}, predictor: {order: 2}}\n",
+    )
+    cache = compose([override])["cache"]
+    assert cache["gate"]["density"] == "fast"
+    assert cache["predictor"] == {"_target_": "hydrarun.cache.predictors.Taylor", "order": 2}
 
 
 def test_prompts_in_a_recipe_are_text(folder):

@@ -56,6 +56,17 @@ GOOD = {
 }
 
 
+FIT = {
+    "model": "m",
+    "coefficients": {"transformer": [1.0, 0.0]},
+    "revision": None,
+    "weights": None,
+    "scheduler": None,
+    "num_inference_steps": None,
+    "source": None,
+}
+
+
 def changed(**values):
     """GOOD with dotted keys (written with __) set."""
     config = copy.deepcopy(GOOD)
@@ -72,6 +83,8 @@ def changed(**values):
     "values",
     [
         {},
+        {"model__teacache": FIT},
+        {"cache__gate": {"fit": FIT}},
         {"device": "cuda:3"},
         {"dtype": "bfloat16"},
         {"sampling__true_cfg_scale": 0},
@@ -92,6 +105,13 @@ def test_good_values(values):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
+        ("model__teacache", 3, "is not a mapping"),
+        ("model__teacache", {**FIT, "model": None}, "null is not text"),
+        ("model__teacache", {**FIT, "coefficents": {}}, "unknown key. Did you mean 'coefficients'?"),
+        ("model__teacache", {**FIT, "coefficients": {"transformer": 3}}, "is not a mapping of a list of a number"),
+        ("model__teacache", {**FIT, "coefficients": {"transformer_2": [1.0]}}, "has none for transformer."),
+        ("model__teacache", {**FIT, "num_inference_steps": [9, 3]}, "[9, 3] is not [least, most]."),
+        ("cache__gate", {"fit": {**FIT, "num_inference_steps": [3]}}, "[3] is not [least, most]."),
         ("device", "tpu", "none of auto, cpu, cuda"),
         ("device", "cuda:", "none of auto"),
         ("device", "cuda:x", "none of auto"),
