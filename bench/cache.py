@@ -89,14 +89,18 @@ class Demo:
 
     def draw_fewer(self, steps: int) -> list[np.ndarray]:
         """The plain run's pictures with another number of steps."""
-        return [self.draw(replace(state, num_inference_steps=steps), NoCache())[0] for state in self.prepared]
+        states = [replace(state, num_inference_steps=steps) for state in self.prepared]
+        return [self.picture(self.denoise(state, NoCache())[0]) for state in states]
 
-    def draw(self, prepared: State, cache: Cache) -> tuple[np.ndarray, float]:
-        """The picture `[1, H, W, 3]`, and seconds of the loop."""
+    def denoise(self, prepared: State, cache: Cache) -> tuple[State, float]:
+        """The final latents, and seconds of the loop."""
         start = time.perf_counter()
         denoised = self.draws.denoise(prepared, cache)
-        seconds = time.perf_counter() - start
-        return self.draws.decode(denoised)[0], seconds
+        return denoised, time.perf_counter() - start
+
+    def picture(self, denoised: State) -> np.ndarray:
+        """`[1, H, W, 3]`."""
+        return self.draws.decode(denoised)[0]
 
     def node(self, option: str) -> dict[str, Any]:
         """The option; TeaCache's coefficients are fitted here where the model's own are for other numbers of steps."""
@@ -119,9 +123,9 @@ class Demo:
         cache = instantiate(self.node(option), "cache")
         pictures, ratios, run, in_all = [], [], 0, 0
         for prepared in self.prepared:
-            _, uncached = self.draw(prepared, NoCache())
-            picture, seconds = self.draw(prepared, cache)
-            pictures.append(picture)
+            _, uncached = self.denoise(prepared, NoCache())
+            denoised, seconds = self.denoise(prepared, cache)
+            pictures.append(self.picture(denoised))
             ratios.append(seconds / uncached)
             blocks = cache.record()["blocks"]
             run, in_all = run + blocks["run"], in_all + blocks["all"]
@@ -139,7 +143,7 @@ class Demo:
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         """The plain run repeated, then an option a row."""
-        repeated = [self.draw(prepared, NoCache())[0] for prepared in self.prepared]
+        repeated = [self.picture(self.denoise(prepared, NoCache())[0]) for prepared in self.prepared]
         yield "none, drawn again", "100%", "1", *self.quality(repeated), "", "", ""
         for option in OPTIONS:
             yield self.row(option)
