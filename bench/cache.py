@@ -65,7 +65,8 @@ WALL = (
 
 HEADER = (
     "option",
-    "blocks run",
+    "forwards",
+    "blocks",
     "wall",
     "PSNR mean / p95 / worst",
     "SSIM mean / p95 / worst",
@@ -121,7 +122,7 @@ class Demo:
     def row(self, option: str) -> tuple[str, ...]:
         """Plain and cached in turns, prompt by prompt."""
         cache = instantiate(self.node(option), "cache")
-        pictures, ratios, run, in_all = [], [], 0, 0
+        pictures, ratios, run, in_all, computed, forwards = [], [], 0, 0, 0, 0
         for prepared in self.prepared:
             _, uncached = self.denoise(prepared, NoCache())
             denoised, seconds = self.denoise(prepared, cache)
@@ -129,10 +130,13 @@ class Demo:
             ratios.append(seconds / uncached)
             blocks = cache.record()["blocks"]
             run, in_all = run + blocks["run"], in_all + blocks["all"]
+            computed += sum(map(len, cache.computed.values()))
+            forwards += sum(map(len, (*cache.computed.values(), *cache.skipped.values())))
         steps = max(1, round(self.steps * run / in_all))
         psnr, _, right = self.quality(self.fewer(steps))
         ours = self.quality(pictures)
-        return option, f"{run / in_all:.0%}", f"{statistics.median(ratios):.2f}", *ours, str(steps), psnr, right
+        shares = f"{computed / forwards:.0%}", f"{run / in_all:.0%}"
+        return option, *shares, f"{statistics.median(ratios):.2f}", *ours, str(steps), psnr, right
 
     def quality(self, pictures: Sequence[np.ndarray]) -> tuple[str, str, str]:
         """PSNR and SSIM against the plain run, and the judge's accuracy."""
@@ -144,7 +148,7 @@ class Demo:
     def rows(self) -> Iterator[tuple[str, ...]]:
         """The plain run repeated, then an option a row."""
         repeated = [self.picture(self.denoise(prepared, NoCache())[0]) for prepared in self.prepared]
-        yield "none, drawn again", "100%", "1", *self.quality(repeated), "", "", ""
+        yield "none, drawn again", "100%", "100%", "1", *self.quality(repeated), "", "", ""
         for option in OPTIONS:
             yield self.row(option)
 
