@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import platform
 import random
+import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -60,7 +61,7 @@ WALL = (
     f"cache=every_n{SECOND_ORDER}",
     "cache=mask cache.gate.density=fast",
     "cache=teacache cache.gate.threshold=0.1",
-    "cache=first_block",
+    "cache=first_block cache.gate.threshold=0.3",
 )
 
 HEADER = (
@@ -176,7 +177,7 @@ def wall(rounds: int = 3, steps: int = 24) -> Iterator[tuple[str, ...]]:
             results = cache.results(own)
             ratios.append(sum(own) / sum(uncached))
             seconds.append(1000 * results["computed_step_s"])
-            skipped.append(results["skipped_step_s"] / results["computed_step_s"])
+            skipped.append((results["skipped_step_s"] or 0.0) / results["computed_step_s"])
         blocks = cache.record()["blocks"]
         share, ratio = blocks["run"] / blocks["all"], statistics.median(ratios)
         costs = f"{statistics.median(seconds):.0f}", f"{statistics.median(skipped):.1%}"
@@ -204,7 +205,7 @@ def loop(transformer: QwenImageTransformer, cache: Cache, plan: Schedule) -> lis
 def tables(arguments: argparse.Namespace) -> Iterator[Table]:
     """What was asked for, shown row by row as it is measured."""
     for steps in () if arguments.only == "wall" else arguments.steps:
-        title = f"The demo model, {steps} steps, guidance 2, {arguments.prompts} held-out prompts"
+        title = f"{steps} steps, the demo model, guidance 2, {arguments.prompts} held-out prompts"
         yield Table(title, HEADER, [shown(row) for row in Demo(steps, arguments.prompts).rows()])
     if arguments.only != "demo":
         header = ("option", "blocks run", "wall", "wall / blocks run", "ms, computed step", "skipped / computed step")
@@ -230,15 +231,22 @@ def main() -> None:
     parser.add_argument("--only", choices=("demo", "wall"), help="one of the two parts")
     parser.add_argument("--steps", type=int, nargs="+", default=(24, 50))
     parser.add_argument("--prompts", type=int, default=40)
-    parser.add_argument("--docs", type=Path, help="a page with the marks <!-- bench/cache.py --> and <!-- end -->")
+    parser.add_argument("--docs", type=Path, help="a page with marks <!-- bench/cache.py: 24 steps -->, <!-- end -->")
     arguments = parser.parse_args()
-    made = list(tables(arguments))
-    print("\n\n".join([*map(plain, made), machine()]))
-    if arguments.docs:
-        before, mark, rest = arguments.docs.read_text(encoding="utf-8").partition("<!-- bench/cache.py -->\n")
-        _, end, after = rest.partition("<!-- end -->\n")
-        text = "\n\n".join([*map(markdown, made), machine()])
-        write_atomically(arguments.docs, f"{before}{mark}{text}\n\n{end}{after}".encode())
+    for table in tables(arguments):  # each is kept as soon as it is made
+        print(f"\n{plain(table)}\n\n{machine()}\n", flush=True)
+        if arguments.docs:
+            keep(arguments.docs, table)
+
+
+def keep(page: Path, table: Table) -> None:
+    """Put the table between its own marks."""
+    name = re.sub(r",.*", "", table.title)
+    before, mark, rest = page.read_text(encoding="utf-8").partition(f"<!-- bench/cache.py: {name} -->\n")
+    _, end, after = rest.partition("<!-- end -->\n")
+    if not end:
+        raise SystemExit(f"{page}: has no <!-- bench/cache.py: {name} --> with an <!-- end --> after it")
+    write_atomically(page, f"{before}{mark}{markdown(table)}\n\n{machine()}\n\n{end}{after}".encode())
 
 
 if __name__ == "__main__":
