@@ -20,6 +20,7 @@ from hydrarun.layers.norm import Modulation, by_token
 from hydrarun.memory.loading import Placement, Reader, fill, place, put
 from hydrarun.memory.offload import NoOffload
 from hydrarun.memory.safetensors_files import Checkpoint
+from hydrarun.parallel.hsdp import whole_around_blocks
 from hydrarun.progress import Progress
 from hydrarun.transformer import Transformer
 
@@ -77,9 +78,9 @@ class ModulationTables:
 
         What is conditioned equally shares a row. Raises `RunError` for weights that can no longer be read.
         """
-        temb = torch.stack(
-            [self.temb(timesteps, one) for one in conditioning.values()], dim=1
-        )  # [N, branches, B, K, D]
+        with whole_around_blocks(self.transformer):
+            each = [self.temb(timesteps, one) for one in conditioning.values()]
+        temb = torch.stack(each, dim=1)  # [N, branches, B, K, D]
         # float32 holds every value of the narrower types, for which not every device can sort
         found, rows = temb.flatten(0, -2).float().unique(dim=0, return_inverse=True)
         self.make(found.to(temb.dtype))

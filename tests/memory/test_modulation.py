@@ -1,4 +1,4 @@
-"""Modulation tables: on every model whose blocks have modulation weights the plain run's numbers, without the weights."""
+"""Modulation tables: the plain run's numbers on every model whose blocks have such weights, without the weights."""
 
 from __future__ import annotations
 
