@@ -110,8 +110,9 @@ class ModulationTables:
         """One table: the weights are on the device for as long as this takes."""
         with ExitStack() as files:
             read = Reader(self.checkpoint, files)
-            for name, source in place.sources.items():
-                put(place.modulation, name, fill(source, read, self.device, self.dtype))
+            weights = {name: fill(source, read, self.device, self.dtype) for name, source in place.sources.items()}
+        for name, weight in weights.items():
+            put(place.modulation, name, weight)
         values = place.modulation.values(temb)
         place.modulation.to("meta")
         return values
