@@ -14,8 +14,10 @@ from hydrarun.errors import UsageError
 from hydrarun.experts import NAMES, Experts, boundary
 from hydrarun.fit import check_folder_fit
 from hydrarun.layers.attention import AttentionBackend
+from hydrarun.layers.norm import Modulation
 from hydrarun.memory.hub import Source, resolve
 from hydrarun.memory.loading import load_transformer
+from hydrarun.memory.modulation import ModulationOffload, ModulationTables
 from hydrarun.memory.safetensors_files import check_folder, fingerprint
 from hydrarun.parallel.degrees import world_size
 from hydrarun.parallel.hsdp import shard_encoder, shard_transformer
@@ -51,6 +53,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     stages = [instantiate(node, f"model.stages[{index}]") for index, node in enumerate(model["stages"])]
     scheduler = instantiate(model["scheduler"], "model.scheduler") if model["scheduler"] else None
     offload = instantiate(config["offload"], "offload")
+    tabled = isinstance(offload, ModulationOffload)
     if offload.swap_experts and device.type == "cpu":  # device=auto may have become it
         raise UsageError(
             "offload: on the CPU the host is the device: there is nothing to offload to. Use offload=none."
@@ -79,9 +82,15 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
                 dtype=dtype,
                 note=progress.note,
                 axis=mesh["tensor"] if mesh else None,
+                left=(Modulation,) if tabled else (),
             )
             for name in NAMES[: model["experts"]]
         }
+    tables = {
+        name: ModulationTables(transformer, source.folder / name, device, dtype, progress)
+        for name, transformer in transformers.items()
+        if tabled
+    }
     if config["vae"]["slicing"]:
         pipeline.vae.enable_slicing()
     if config["vae"]["tiling"]:
@@ -98,7 +107,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
             if name.startswith("text_encoder"):
                 shard_encoder(module, mesh)
     experts = Experts(transformers, boundary(pipeline), device=device, swap=offload.swap_experts)
-    parts = Parts(experts, pipeline, guidance, model["patch_size"], device, dtype, progress, mesh=mesh)
+    parts = Parts(experts, pipeline, guidance, model["patch_size"], device, dtype, progress, mesh=mesh, tables=tables)
     return Built(parts, stages, source, attention)
 
 

@@ -201,6 +201,12 @@ RULES = (
         "on device=cpu the host is the device: there is nothing to offload to",
         "offload=none",
     ),
+    Rule(
+        "offload",
+        lambda config: uses(config, "offload", "ModulationOffload") and "modulation" not in config["model"]["facts"],
+        "the blocks of model {model} have no modulation weights of their own",
+        "offload=none",
+    ),
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from hydrarun.cache.base import Cache, NoCache
 from hydrarun.errors import UsageError, nearest
 from hydrarun.experts import Experts
 from hydrarun.guidance import ClassifierFreeGuidance
+from hydrarun.memory.modulation import ModulationTables
 from hydrarun.parallel.mesh import Mesh
 from hydrarun.progress import Progress
 from hydrarun.state import State
@@ -35,6 +36,8 @@ class Parts:
     cache: Cache = field(default_factory=NoCache)
     #: this rank's place among the others; None: there is one process
     mesh: Mesh | None = None
+    #: what stands for the modulation weights, by the names of the transformers; empty: they are loaded as all others
+    tables: Mapping[str, ModulationTables] = field(default_factory=dict)
 
 
 class Stage:

@@ -53,6 +53,7 @@ ALLOWED = frozenset(
         "hydrarun.compiling.CompileBlocks",
         "hydrarun.memory.offload.NoOffload",
         "hydrarun.memory.offload.ExpertOffload",
+        "hydrarun.memory.modulation.ModulationOffload",
         "diffusers.QwenImagePipeline",
         "diffusers.QwenImageEditPipeline",
         "diffusers.QwenImageEditPlusPipeline",

@@ -36,7 +36,7 @@ class Tokens:
     encoder_mask: Tensor | None = None  # [B, T] bool, True: a real token; whole wherever the tokens are
     rope: Tensor | None = token_field(0, "hidden_states")  # [S, d/2, 2] cosines and sines
     encoder_rope: Tensor | None = token_field(0, "encoder_hidden_states")  # [T, d/2, 2]
-    temb: Any = None  # [B, K, D] timesteps and other global conditioning
+    temb: Any = None  # [B, K, D] timesteps and other global conditioning; or [B, K], their rows in modulation tables
     temb_index: Tensor | None = token_field(0, "hidden_states")  # [S] 0 to K - 1; None: K is 1
     grid: tuple[int, int, int] = (1, 1, 1)  # frames, rows and columns of the latent tokens that are predicted
 
@@ -53,6 +53,7 @@ class Inputs:
     hidden_states: Tensor  # latents, as `embed` takes them
     timestep: Tensor  # [B], the scheduler's own values
     conditioning: Mapping[str, Mapping[str, Any]]  # {branch: what else `embed` takes for it}
+    rows: Mapping[str, Tensor] | None = None  # {branch: [B, K], its rows in modulation tables}; None: there are none
 
 
 @dataclass
@@ -93,6 +94,14 @@ class Transformer(nn.Module):
         """
         raise NotImplementedError
 
+    def make_temb(self, *times: Any, **conditioning: Any) -> Tensor:
+        """What `embed` puts into `Tokens.temb`: `make_temb(timestep, dtype, **conditioning)`, `[B, K, D]`.
+
+        Timesteps `[B]` (or the conditioning) may have one row for all. `dtype`: of the latents. Only transformers with
+        a `Modulation`, of which tables can be made, have it.
+        """
+        raise NotImplementedError
+
     def head(self, tokens: Tokens) -> Tensor:
         """Tokens to the prediction, in the shape of the latents."""
         raise NotImplementedError
@@ -121,6 +130,8 @@ class Transformer(nn.Module):
     def begin(self, inputs: Inputs, branch: str) -> Call:
         """Inputs to this rank's tokens."""
         whole = self.embed(inputs.hidden_states, inputs.timestep, **inputs.conditioning[branch])
+        if inputs.rows is not None:
+            whole.temb = inputs.rows[branch]
         if self.sequence is None:
             return Call(whole, whole, {})
         return Call(whole, self.sequence.shard(whole, self.spread_streams), self.sequence.lengths)

@@ -100,3 +100,16 @@ def draw_compiled(name: str, folder: Path, chosen: dict[str, int], images: int, 
             block.compile(fullgraph=False, backend="eager", dynamic=False)
     state = make_state({**runner.config["sampling"], **fields}, subjects.pictures(images))
     return runner.draw(state, Timings(CPU)).latents.numpy()
+
+
+def draw_tabled(
+    name: str, folder: Path, chosen: dict[str, int], images: int, fields: dict[str, Any]
+) -> tuple[Any, int]:
+    """Latents of this rank's own pictures, drawn with modulation tables, and how many rows the tables have."""
+    from hydrarun.request import make_state
+
+    offload = {"_target_": "hydrarun.memory.modulation.ModulationOffload"}
+    runner = Runner({**config(name, folder, chosen), "offload": offload})
+    state = make_state({**runner.config["sampling"], **fields}, subjects.pictures(images))
+    latents = runner.draw(state, Timings(CPU)).latents.numpy()
+    return latents, len(runner.built.parts.tables["transformer"].made_of)

@@ -30,6 +30,7 @@ def test_all_violations_come_at_once():
 
 BROKEN = {
     "one transformer": ["offload=expert"],
+    "no modulation weights of their own": ["model=wan22_ti2v_5b", "offload=modulation"],
     "on device=cpu": ["model=wan22_t2v_a14b", "offload=expert", "device=cpu"],
     "one branch to predict": ["parallel=cfg2", "sampling.true_cfg_scale=1"],
     "two branches": ["parallel.cfg_degree=4"],

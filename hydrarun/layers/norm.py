@@ -29,7 +29,11 @@ class Modulation(nn.Module):
 
     def forward(self, temb: Tensor, index: Tensor | None = None) -> tuple[Tensor, ...]:
         """`[B, K, D]` for K timesteps to `parts` tensors `[B, K, D]`, or `[B, S, D]` by each token's `index` `[S]`."""
-        return by_token(self.linear(F.silu(temb)), index).chunk(self.parts, dim=-1)
+        return by_token(self.values(temb), index).chunk(self.parts, dim=-1)
+
+    def values(self, temb: Tensor) -> Tensor:
+        """`[..., D]` to all parts, one after the other, `[..., parts * D]`."""
+        return self.linear(F.silu(temb))
 
 
 def by_token(values: Tensor, index: Tensor | None) -> Tensor:

@@ -54,10 +54,12 @@ def load_transformer(
     dtype: torch.dtype,
     note: Callable[[str], None],
     axis: Axis | None = None,
+    left: tuple[type[nn.Module], ...] = (),
 ) -> Transformer:
     """Build `cls` from `folder`'s config.json and fill it from its safetensors files.
 
-    With `axis`, only this rank's share of the weights is read and held (`hydrarun.parallel.tensor`). Raises `RunError`
+    With `axis`, only this rank's share of the weights is read and held (`hydrarun.parallel.tensor`). The weights of
+    modules of the classes `left` are checked like all, but not read: they stay on the meta device. Raises `RunError`
     naming file and tensor for whatever is missing, not used, wrongly shaped or unreadable, and `UsageError` for more
     ranks than can share the weights.
     """
@@ -69,15 +71,23 @@ def load_transformer(
         split(transformer, axis)
     checkpoint = Checkpoint(folder)
     placements = plan(transformer, checkpoint)
+    skipped = tuple(f"{name}." for name, module in transformer.named_modules() if isinstance(module, left))
     with ExitStack() as files:
         read = Reader(checkpoint, files)
         for placement in placements:
-            kept = set(placement.name.split(".")) & set(cls.keep_in_float32)
-            tensor = torch.empty(placement.shape, dtype=torch.float32 if kept else dtype, device=device)
-            for piece in placement.pieces:
-                tensor[piece.put].copy_(read(piece.source, piece.taken))
-            put(transformer, placement.name, tensor)
+            if not placement.name.startswith(skipped):
+                kept = set(placement.name.split(".")) & set(cls.keep_in_float32)
+                tensor = fill(placement, read, device, torch.float32 if kept else dtype)
+                put(transformer, placement.name, tensor)
     return transformer
+
+
+def fill(placement: Placement, read: Reader, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The parameter, read from its files."""
+    tensor = torch.empty(placement.shape, dtype=dtype, device=device)
+    for piece in placement.pieces:
+        tensor[piece.put].copy_(read(piece.source, piece.taken))
+    return tensor
 
 
 def read_config(cls: type, path: Path, note: Callable[[str], None]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddings, CombinedTimestepTextProjEmbeddings
@@ -127,13 +127,25 @@ class FluxTransformer(Transformer):
         """
         image = self.x_embedder(hidden_states)
         text = self.context_embedder(encoder_hidden_states)
-        # the reference divides by 1000 and multiplies again, in the latents' dtype: in bfloat16 that rounding shows
-        times = [timestep.to(image.dtype) / 1000 * 1000]
-        if guidance is not None:
-            times.append(guidance.to(image.dtype) * 1000)
-        temb = self.time_text_embed(*times, pooled_projections)
+        temb = self.make_temb(timestep, image.dtype, pooled_projections=pooled_projections, guidance=guidance)
         rope, text_rope = rope_tables(grid, text.shape[1], self.axes_dims_rope, image.device)
-        return Tokens(image, text, None, rope, text_rope, temb.unsqueeze(1), grid=grid)
+        return Tokens(image, text, None, rope, text_rope, temb, grid=grid)
+
+    def make_temb(
+        self,
+        timestep: Tensor,
+        dtype: torch.dtype,
+        *,
+        pooled_projections: Tensor,
+        guidance: Tensor | None,
+        **_: Any,
+    ) -> Tensor:
+        """Timesteps `[B]`, the prompts' summaries `[B, P]` and the scale `[B]` to `[B, 1, D]`."""
+        # the reference divides by 1000 and multiplies again, in the latents' dtype: in bfloat16 that rounding shows
+        times = [timestep.to(dtype) / 1000 * 1000]
+        if guidance is not None:
+            times.append(guidance.to(dtype) * 1000)
+        return self.time_text_embed(*times, pooled_projections).unsqueeze(1)
 
     def head(self, tokens: Tokens) -> Tensor:
         """`[B, S, D]` to the velocity `[B, S, C]`."""

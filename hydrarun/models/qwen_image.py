@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -88,20 +88,26 @@ class QwenImageTransformer(Transformer):
         `grid` counts the latent tokens: frames, rows, columns. `image_latents` `[B, I, C]` are the packed images to
         edit, one after the other, and `image_grids` their grids.
         """
-        times = timestep[:, None]
+        temb = self.make_temb(timestep, hidden_states.dtype, image_latents=image_latents)
         if image_latents is not None:
             hidden_states = torch.cat([hidden_states, image_latents.to(hidden_states.dtype)], dim=1)
-            if self.zero_cond_t:  # the images to edit are without noise
-                times = torch.cat([times, torch.zeros_like(times)], dim=1)
         image = self.img_in(hidden_states)
         text = self.txt_in(self.txt_norm(encoder_hidden_states))
-        # the reference divides by 1000 and multiplies again, in the latents' dtype: in bfloat16 that rounding shows
-        fraction = times.to(hidden_states.dtype) / 1000
-        temb = self.time_embed(self.time_proj(fraction.flatten()).to(image.dtype)).unflatten(0, times.shape)
-        index = None if times.shape[1] == 1 else token_times(grid, image_grids, image.device)
+        index = None if temb.shape[1] == 1 else token_times(grid, image_grids, image.device)
         rope, text_rope = rope_tables((grid, *image_grids), text.shape[1], self.axes_dims_rope, image.device)
         mask = None if encoder_hidden_states_mask is None else encoder_hidden_states_mask.bool()
         return Tokens(image, text, mask, rope, text_rope, temb, index, grid)
+
+    def make_temb(
+        self, timestep: Tensor, dtype: torch.dtype, *, image_latents: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """Timesteps `[B]` to `[B, 1, D]`, or `[B, 2, D]` where the images to edit are without noise."""
+        times = timestep[:, None]
+        if self.zero_cond_t and image_latents is not None:
+            times = torch.cat([times, torch.zeros_like(times)], dim=1)
+        # the reference divides by 1000 and multiplies again, in the latents' dtype: in bfloat16 that rounding shows
+        fraction = times.to(dtype) / 1000
+        return self.time_embed(self.time_proj(fraction.flatten()).to(dtype)).unflatten(0, times.shape)
 
     def head(self, tokens: Tokens) -> Tensor:
         """`[B, S, D]` to the velocity `[B, S, C]` of the tokens of `grid`, which come first."""

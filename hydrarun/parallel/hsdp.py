@@ -7,9 +7,10 @@ of every block this rank's share to the others of its replica: `(n - 1) / n` of 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from hydrarun.parallel.mesh import Mesh
 from hydrarun.transformer import Transformer
@@ -18,6 +19,19 @@ from hydrarun.transformer import Transformer
 def shard_transformer(transformer: Transformer, mesh: Mesh) -> None:
     """Shard each block, then what is left around them."""
     shard_all([*transformer.all_blocks()], transformer, mesh)
+
+
+@contextmanager
+def whole_around_blocks(transformer: Transformer) -> Iterator[None]:
+    """What is left around the blocks is whole on every rank, for use outside of a forward; all ranks come here."""
+    if not isinstance(transformer, FSDPModule):
+        yield
+        return
+    transformer.unshard()
+    try:
+        yield
+    finally:
+        transformer.reshard()
 
 
 def shard_encoder(encoder: nn.Module, mesh: Mesh) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from hydrarun.cache.base import Schedule, Step
 from hydrarun.errors import RunError
 from hydrarun.experts import LOW_NOISE, Experts
+from hydrarun.memory.modulation import rows_of_steps
 from hydrarun.parallel.cfg import predict_branches
 from hydrarun.pipeline import Parts, Stage
 from hydrarun.state import State
@@ -44,11 +45,12 @@ class Denoise(Stage):
         conditioning = {branch: {**state.conditioning[branch], **shared} for branch in parts.guidance.branches(state)}
         scheduler = parts.pipeline.scheduler
         steps = schedule(state.timesteps, parts.experts)
+        rows = rows_of_steps(parts.tables, steps, state.timesteps, conditioning)
         parts.cache.start(Schedule(steps), list(conditioning), parts.mesh)
         with parts.progress.phase("denoising", total=len(steps)) as advance:
             for timestep, step in zip(state.timesteps, steps, strict=True):
                 start = timings.now()
-                prediction = self.predict(state, parts, conditioning, timestep, step)
+                prediction = self.predict(state, parts, conditioning, timestep, step, rows.get(step.index))
                 state.latents = scheduler.step(prediction, timestep, state.latents, return_dict=False)[0]
                 timings.steps.append(timings.now() - start)
                 advance()
@@ -60,15 +62,21 @@ class Denoise(Stage):
             )
 
     def predict(
-        self, state: State, parts: Parts, conditioning: dict[str, dict[str, Any]], timestep: Tensor, step: Step
+        self,
+        state: State,
+        parts: Parts,
+        conditioning: dict[str, dict[str, Any]],
+        timestep: Tensor,
+        step: Step,
+        rows: dict[str, Tensor] | None,
     ) -> Tensor:
-        """The guided prediction of one step, in the shape of the latents."""
+        """The guided prediction of one step, in the shape of the latents; `rows`: those of modulation tables."""
         transformer = parts.experts.ready(step.expert)
         latents, times = state.latents.to(parts.dtype), timestep.expand(len(state.latents))
 
         def predict(branches: Sequence[str]) -> dict[str, Tensor]:
             own = {branch: conditioning[branch] for branch in branches}
-            return transformer(Inputs(latents, times, own), step, parts.cache)
+            return transformer(Inputs(latents, times, own, rows), step, parts.cache)
 
         axis = parts.mesh["cfg"] if parts.mesh else None
         predictions = predict_branches(list(conditioning), predict, axis, latents)
