@@ -16,6 +16,7 @@ from hydrarun.fit import check_folder_fit
 from hydrarun.layers.attention import AttentionBackend
 from hydrarun.memory.hub import Source, resolve
 from hydrarun.memory.loading import load_transformer
+from hydrarun.memory.quantize import NoQuantization
 from hydrarun.memory.safetensors_files import check_folder, fingerprint
 from hydrarun.parallel.degrees import world_size
 from hydrarun.parallel.hsdp import shard_encoder, shard_transformer
@@ -38,6 +39,7 @@ class Built:
     stages: list[Stage]
     source: Source
     attention: AttentionBackend
+    quantization: NoQuantization
 
 
 def build(config: dict[str, Any], progress: Progress) -> Built:
@@ -47,17 +49,19 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     dtype = choose_dtype(config["dtype"], device, progress)
     attention = instantiate(config["attention"], "attention")
     compiler = instantiate(config["compile"], "compile")
+    quantization = instantiate(config["quantization"], "quantization")
     guidance = instantiate(model["guidance"], "model.guidance")
-    stages = [instantiate(node, f"model.stages[{index}]") for index, node in enumerate(model["stages"])]
-    scheduler = instantiate(model["scheduler"], "model.scheduler") if model["scheduler"] else None
+    with quiet_libraries():
+        stages = [instantiate(node, f"model.stages[{index}]") for index, node in enumerate(model["stages"])]
+        scheduler = instantiate(model["scheduler"], "model.scheduler") if model["scheduler"] else None
+        transformer_class = load_class(model["transformer"], "model.transformer")
+        pipeline_class = load_class(model["pipeline"], "model.pipeline")
+        quantization.prepare(device)
     offload = instantiate(config["offload"], "offload")
     if offload.swap_experts and device.type == "cpu":  # device=auto may have become it
         raise UsageError(
             "offload: on the CPU the host is the device: there is nothing to offload to. Use offload=none."
         )
-    transformer_class = load_class(model["transformer"], "model.transformer")
-    with quiet_libraries():
-        pipeline_class = load_class(model["pipeline"], "model.pipeline")
     check_chain(stages)
     mesh = Mesh(config["parallel"], device) if world_size(config["parallel"]) > 1 else None
     source = resolve(model)
@@ -70,6 +74,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
         pipeline = load_pipeline(
             pipeline_class, source.folder, device=device, dtype=dtype, vae_dtype=vae_dtype, scheduler=scheduler
         )
+        quantization.encoders(pipeline)
         place = torch.device("cpu") if offload.swap_experts else device
         transformers = {
             name: load_transformer(
@@ -79,9 +84,12 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
                 dtype=dtype,
                 note=progress.note,
                 axis=mesh["tensor"] if mesh else None,
+                loaded=quantization.loaded,
             )
             for name in NAMES[: model["experts"]]
         }
+    if said := quantization.summary():
+        progress.note(said)
     if config["vae"]["slicing"]:
         pipeline.vae.enable_slicing()
     if config["vae"]["tiling"]:
@@ -99,7 +107,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
                 shard_encoder(module, mesh)
     experts = Experts(transformers, boundary(pipeline), device=device, swap=offload.swap_experts)
     parts = Parts(experts, pipeline, guidance, model["patch_size"], device, dtype, progress, mesh=mesh)
-    return Built(parts, stages, source, attention)
+    return Built(parts, stages, source, attention, quantization)
 
 
 def make_cache(node: dict[str, Any], folder: Path) -> Cache:

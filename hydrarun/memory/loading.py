@@ -54,10 +54,12 @@ def load_transformer(
     dtype: torch.dtype,
     note: Callable[[str], None],
     axis: Axis | None = None,
+    loaded: Callable[[Transformer, str], None] | None = None,
 ) -> Transformer:
     """Build `cls` from `folder`'s config.json and fill it from its safetensors files.
 
-    With `axis`, only this rank's share of the weights is read and held (`hydrarun.parallel.tensor`). Raises `RunError`
+    With `axis`, only this rank's share of the weights is read and held (`hydrarun.parallel.tensor`). `loaded` is
+    called with the name of each parameter once it is in its place, and may replace it. Raises `RunError`
     naming file and tensor for whatever is missing, not used, wrongly shaped or unreadable, and `UsageError` for more
     ranks than can share the weights.
     """
@@ -77,6 +79,9 @@ def load_transformer(
             for piece in placement.pieces:
                 tensor[piece.put].copy_(read(piece.source, piece.taken))
             put(transformer, placement.name, tensor)
+            if loaded is not None:
+                del tensor  # it need not outlive its replacement
+                loaded(transformer, placement.name)
     return transformer
 
 
