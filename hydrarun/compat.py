@@ -196,7 +196,7 @@ RULES = (
     Rule(
         "quantization",
         lambda config: "transformer" in quantized(config) and degree(config, "tensor") > 1,
-        "tensor parallel deals out the weights as they are on disk, and quantized ones have scales for whole rows",
+        "each rank's share of a row would have a scale of its own, and the picture would depend on the number of ranks",
         "quantization=none, or parallel.tensor_degree=1 and parallel.ulysses_degree instead",
     ),
     Rule(

@@ -8,7 +8,8 @@ text encoders. Embeddings, norms, biases and heads are not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -85,6 +86,8 @@ class TorchAO(NoQuantization):
                 f" more (Ada, Hopper, Blackwell), and device={device} is none. Use quantization=fp8_weight_only"
             )
         self.config = scheme(self.name, device)
+        # torch.compile says so of torchao's tensors; what it would save is compiling once more in the next process
+        warnings.filterwarnings("ignore", message=".* does not implement _stable_hash_for_caching")
 
     def loaded(self, transformer: Transformer, name: str) -> None:
         """Quantize it, if it is such a weight: at no time is more than one of them there in full."""
@@ -152,7 +155,7 @@ def multiplies_float8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
 
 
-def linear_layers(parts: Sequence[nn.Module] | Iterator[nn.Module]) -> Iterator[nn.Linear]:
+def linear_layers(parts: Iterable[nn.Module]) -> Iterator[nn.Linear]:
     """Every linear layer in them."""
     for part in parts:
         yield from (module for module in part.modules() if isinstance(module, nn.Linear))

@@ -26,8 +26,10 @@ from hydrarun.runner import Runner
 
 FAMILIES = [name for name in subjects.MODELS if name not in subjects.VARIANTS]
 CPU = torch.device("cpu")
-#: final latents of 4 steps against the plain run's, root mean square in parts of their deviation; measured: half of it
-TOLERANCES = {"int8_weight_only": 2e-2, "fp8_weight_only": 1.5e-1, "int8": 4e-2}
+#: final latents of 2 steps against the plain run's, root mean square in parts of their deviation; about twice what the
+#: farthest of the tiny models shows, and the trained one, for which 2 steps are large ones
+TOLERANCES = {"int8_weight_only": 2e-2, "fp8_weight_only": 1e-1, "int8": 3e-2}
+TRAINED = {"demo": 1e-1}
 #: bytes beside the numbers, for each row: a float32 scale, and int8's zero point
 PER_ROW = {"int8_weight_only": 5, "fp8_weight_only": 4, "int8": 5}
 BOTH = "quantization.components=[transformer,text_encoder]"
@@ -43,7 +45,7 @@ def build(subject: subjects.Subject, *more: str) -> Runner:
 def latents(runner: Runner, **sampling: Any) -> torch.Tensor:
     """The final latents of a small guided run."""
     images = subjects.pictures(runner.config["model"]["input_images"][0])
-    return tiny.draw(runner, images, **sampling).latents
+    return tiny.draw(runner, images, **{"num_inference_steps": 2, **sampling}).latents
 
 
 def distance(ours: torch.Tensor, plain: torch.Tensor) -> float:
@@ -84,10 +86,12 @@ def quantized(subject, eight_bits) -> Runner:
 
 
 @pytest.mark.parametrize("subject", FAMILIES, indirect=True)
-def test_latents_stay_near_and_a_run_repeats_bit_for_bit(subject, quantized):
-    plain, ours = latents(subject.runner), latents(quantized)
-    assert 0 < distance(ours, plain) < TOLERANCES["int8_weight_only"]
-    assert torch.equal(latents(quantized), ours)
+def test_latents_stay_near(subject, quantized):
+    assert (
+        0
+        < distance(latents(quantized), latents(subject.runner))
+        < TRAINED.get(subject.name, TOLERANCES["int8_weight_only"])
+    )
 
 
 @pytest.mark.parametrize("subject", FAMILIES, indirect=True)
@@ -108,9 +112,9 @@ def test_the_blocks_weights_and_nothing_else(subject, quantized):
 # --- the options -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", ["fp8_weight_only", "int8"])
+@pytest.mark.parametrize("option", TOLERANCES)
 @pytest.mark.parametrize("subject", ["flux_dev", "wan22_t2v_a14b"], indirect=True)
-def test_the_other_options_stay_near(subject, option):
+def test_every_option_stays_near_and_repeats_bit_for_bit(subject, option):
     runner = build(subject, f"quantization={option}")
     ours = latents(runner)
     assert 0 < distance(ours, latents(subject.runner)) < TOLERANCES[option]
@@ -146,7 +150,7 @@ def test_each_number_is_rounded_to_its_rows_nearest(option, step):
 
 
 def test_eight_bit_activations_are_rounded_token_by_token():
-    """Against the same arithmetic by hand; integers, so only the scaling rounds. A tie may fall to the other side."""
+    """Against the same arithmetic by hand; only scaling rounds. One of 10 tokens may have a tie."""
     torch.manual_seed(1)
     layer, tokens = nn.Linear(32, 48).requires_grad_(False), torch.randn(2, 5, 32) * torch.logspace(-2, 2, 5)[:, None]
     made = quantizer("int8")
@@ -157,7 +161,7 @@ def test_eight_bit_activations_are_rounded_token_by_token():
     by_hand = (whole @ layer.weight.qdata.float().T) * scale * layer.weight.scale.flatten() + layer.bias
     off = (layer(tokens) - by_hand).abs()
     assert (off <= 128 * scale * layer.weight.scale.flatten()).all()
-    assert (off <= 1e-5 * by_hand.abs().amax(-1, keepdim=True)).float().mean() > 0.9
+    assert (off <= 1e-5 * by_hand.abs().amax(-1, keepdim=True)).all(-1).sum() >= 9
 
 
 @pytest.mark.parametrize("subject", ["flux_dev", "qwen_image_edit"], indirect=True)
