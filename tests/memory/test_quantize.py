@@ -71,7 +71,7 @@ def in_the_blocks(transformer: nn.Module) -> set[str]:
 
 @pytest.fixture(scope="module")
 def eight_bits() -> dict[str, Runner]:
-    """Runners with int8 weights in transformer and text encoder, by model; built when first asked for."""
+    """Runners with int8 weights, by model; built when first asked for."""
     return {}
 
 
@@ -113,7 +113,7 @@ def test_the_blocks_weights_and_nothing_else(subject, quantized):
 
 
 @pytest.mark.parametrize("option", TOLERANCES)
-@pytest.mark.parametrize("subject", ["flux_dev", "wan22_t2v_a14b"], indirect=True)
+@pytest.mark.parametrize("subject", ["flux_dev"], indirect=True)
 def test_every_option_stays_near_and_repeats_bit_for_bit(subject, option):
     runner = build(subject, f"quantization={option}")
     ours = latents(runner)
@@ -188,7 +188,7 @@ def test_text_encoder_alone(subject):
 
 
 @pytest.mark.parametrize("subject", ["wan22_t2v_a14b"], indirect=True)
-@pytest.mark.parametrize("option", ["int8_weight_only", "fp8_weight_only", "int8"])
+@pytest.mark.parametrize("option", TOLERANCES)
 def test_bfloat16_too(subject, option):
     """The blocks alone: rounding to bfloat16 around them is no matter of quantization."""
     plain, ours = (build(subject, "dtype=bfloat16", f"quantization={name}") for name in ("none", option))
@@ -277,10 +277,9 @@ def test_quantized_weights_move_with_their_module(tiny_folder):
 
 
 @pytest.mark.parametrize("subject", ["flux_dev"], indirect=True)
-@pytest.mark.parametrize("option", ["int8_weight_only", "int8"])
-def test_compiled_blocks_are_one_graph_and_compute_the_same(subject, option):
+def test_compiled_blocks_are_one_graph_and_compute_the_same(subject):
     """Traced only; flux_dev has blocks of two classes."""
-    runner = build(subject, f"quantization={option}")
+    runner = build(subject, "quantization=int8_weight_only")
     eager = latents(runner)
     torch._dynamo.reset()
     for block in next(iter(runner.built.parts.experts)).all_blocks():
