@@ -74,7 +74,8 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
         pipeline = load_pipeline(
             pipeline_class, source.folder, device=device, dtype=dtype, vae_dtype=vae_dtype, scheduler=scheduler
         )
-        quantization.encoders(pipeline)
+        for name, component in pipeline.components.items():
+            quantization.component(name, component)
         place = torch.device("cpu") if offload.swap_experts else device
         transformers = {
             name: load_transformer(

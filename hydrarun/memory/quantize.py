@@ -9,7 +9,6 @@ text encoders. Embeddings, norms, biases and heads are not.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -48,8 +47,8 @@ class NoQuantization:
     def loaded(self, transformer: Transformer, name: str) -> None:
         """The parameter `name` is in its place."""
 
-    def encoders(self, pipeline: Any) -> None:
-        """The text encoders of a diffusers pipeline are loaded."""
+    def component(self, name: str, module: Any) -> None:
+        """The component `name` of a diffusers pipeline is loaded."""
 
     def summary(self) -> str | None:
         """What was done, for the user."""
@@ -103,12 +102,12 @@ class TorchAO(NoQuantization):
         ):
             self.quantize(layer)
 
-    def encoders(self, pipeline: Any) -> None:
-        """Quantize them, layer by layer."""
-        if TEXT_ENCODER in self.components:
-            for name, module in pipeline.components.items():
-                if name.startswith("text_encoder"):
-                    for layer in linear_layers(repeated_layers(module)):
+    def component(self, name: str, module: Any) -> None:
+        """Quantize it, layer by layer, if it is a text encoder."""
+        if TEXT_ENCODER in self.components and name.startswith("text_encoder"):
+            for part in repeated_layers(module):
+                for layer in part.modules():
+                    if isinstance(layer, nn.Linear):
                         self.quantize(layer)
 
     def quantize(self, layer: nn.Linear) -> None:
@@ -153,12 +152,6 @@ def scheme(name: str, device: torch.device) -> Any:
 def multiplies_float8(device: torch.device) -> bool:
     """Whether the device has such kernels."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
-
-
-def linear_layers(parts: Iterable[nn.Module]) -> Iterator[nn.Linear]:
-    """Every linear layer in them."""
-    for part in parts:
-        yield from (module for module in part.modules() if isinstance(module, nn.Linear))
 
 
 def stored_bytes(tensor: Tensor) -> int:
