@@ -18,6 +18,7 @@ from hydrarun.layers.norm import Modulation
 from hydrarun.memory.hub import Source, resolve
 from hydrarun.memory.loading import load_transformer
 from hydrarun.memory.modulation import ModulationOffload, ModulationTables
+from hydrarun.memory.quantize import NoQuantization
 from hydrarun.memory.safetensors_files import check_folder, fingerprint
 from hydrarun.parallel.degrees import world_size
 from hydrarun.parallel.hsdp import shard_encoder, shard_transformer
@@ -40,6 +41,7 @@ class Built:
     stages: list[Stage]
     source: Source
     attention: AttentionBackend
+    quantization: NoQuantization
 
 
 def build(config: dict[str, Any], progress: Progress) -> Built:
@@ -49,18 +51,20 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     dtype = choose_dtype(config["dtype"], device, progress)
     attention = instantiate(config["attention"], "attention")
     compiler = instantiate(config["compile"], "compile")
+    quantization = instantiate(config["quantization"], "quantization")
     guidance = instantiate(model["guidance"], "model.guidance")
-    stages = [instantiate(node, f"model.stages[{index}]") for index, node in enumerate(model["stages"])]
-    scheduler = instantiate(model["scheduler"], "model.scheduler") if model["scheduler"] else None
+    with quiet_libraries():
+        stages = [instantiate(node, f"model.stages[{index}]") for index, node in enumerate(model["stages"])]
+        scheduler = instantiate(model["scheduler"], "model.scheduler") if model["scheduler"] else None
+        transformer_class = load_class(model["transformer"], "model.transformer")
+        pipeline_class = load_class(model["pipeline"], "model.pipeline")
+        quantization.prepare(device)
     offload = instantiate(config["offload"], "offload")
     tabled = isinstance(offload, ModulationOffload)
     if offload.swap_experts and device.type == "cpu":  # device=auto may have become it
         raise UsageError(
             "offload: on the CPU the host is the device: there is nothing to offload to. Use offload=none."
         )
-    transformer_class = load_class(model["transformer"], "model.transformer")
-    with quiet_libraries():
-        pipeline_class = load_class(model["pipeline"], "model.pipeline")
     check_chain(stages)
     mesh = Mesh(config["parallel"], device) if world_size(config["parallel"]) > 1 else None
     source = resolve(model)
@@ -73,6 +77,8 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
         pipeline = load_pipeline(
             pipeline_class, source.folder, device=device, dtype=dtype, vae_dtype=vae_dtype, scheduler=scheduler
         )
+        for name, component in pipeline.components.items():
+            quantization.component(name, component)
         place = torch.device("cpu") if offload.swap_experts else device
         transformers = {
             name: load_transformer(
@@ -83,9 +89,12 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
                 note=progress.note,
                 axis=mesh["tensor"] if mesh else None,
                 left=(Modulation,) if tabled else (),
+                loaded=quantization.loaded,
             )
             for name in NAMES[: model["experts"]]
         }
+    if said := quantization.summary():
+        progress.note(said)
     tables = {
         name: ModulationTables(transformer, source.folder / name, device, dtype, progress)
         for name, transformer in transformers.items()
@@ -108,7 +117,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
                 shard_encoder(module, mesh)
     experts = Experts(transformers, boundary(pipeline), device=device, swap=offload.swap_experts)
     parts = Parts(experts, pipeline, guidance, model["patch_size"], device, dtype, progress, mesh=mesh, tables=tables)
-    return Built(parts, stages, source, attention)
+    return Built(parts, stages, source, attention, quantization)
 
 
 def make_cache(node: dict[str, Any], folder: Path) -> Cache:

@@ -29,6 +29,16 @@ def uses(config: Config, group: str, name: str) -> bool:
     return str(config[group].get("_target_", "")).rpartition(".")[2] == name
 
 
+def quantized(config: Config) -> Sequence[str]:
+    """The components whose weights are quantized."""
+    return config["quantization"].get("components") or ()
+
+
+def multiplies_float8(config: Config) -> bool:
+    """Whether activations are float8 too."""
+    return config["quantization"].get("activations") == "float8"
+
+
 def degree(config: Config, name: str) -> int:
     """Ranks of one dimension."""
     return config["parallel"][f"{name}_degree"]
@@ -182,6 +192,36 @@ RULES = (
         lambda config: degree(config, "vae") > 1 and config["vae"]["tiling"],
         "the ranks' rows take the place of tiles",
         "vae.tiling=false",
+    ),
+    Rule(
+        "quantization",
+        lambda config: "transformer" in quantized(config) and degree(config, "tensor") > 1,
+        "each rank's share of a row would have a scale of its own, and the picture would depend on the number of ranks",
+        "quantization=none, or parallel.tensor_degree=1 and parallel.ulysses_degree instead",
+    ),
+    Rule(
+        "quantization",
+        lambda config: bool(quantized(config)) and degree(config, "hsdp") > 1,
+        "HSDP cannot cut quantized weights into shares",
+        "quantization=none, or parallel.hsdp_degree=1",
+    ),
+    Rule(
+        "quantization",
+        lambda config: config["quantization"].get("weights") == "int8" and config["dtype"] == "float16",
+        "products with int8 weights leave float16's range before they are scaled",
+        "quantization=none, or dtype=bfloat16",
+    ),
+    Rule(
+        "quantization",
+        lambda config: multiplies_float8(config) and config["dtype"] not in ("auto", "bfloat16"),
+        "products of float8 weights and activations, with a scale for each row, come out in bfloat16",
+        "quantization=none, or dtype=bfloat16",
+    ),
+    Rule(
+        "quantization",
+        lambda config: multiplies_float8(config) and config["device"] == "cpu",
+        "float8 numbers are multiplied by GPUs only",
+        "quantization=none, or quantization=fp8_weight_only",
     ),
     Rule(
         "offload",

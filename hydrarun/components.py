@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ from hydrarun.processors import load_processor
 #: components that we load ourselves
 OURS = ("transformer", "transformer_2")
 LIBRARIES = ("diffusers", "transformers")
+#: loggers that warn, while diffusers imports torchao, of CUDA kernels that do not load and of torch's own changes
+TORCHAO_LOGGERS = ("torchao", "torch.utils._pytree")
 #: what a file of weights is called, by the library of its class
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
@@ -159,6 +162,10 @@ def quiet_libraries() -> Iterator[None]:
 
     bars = (diffusers.utils.logging, transformers.utils.logging)
     levels = [library.get_verbosity() for library in bars]
+    loggers = [logging.getLogger(name) for name in TORCHAO_LOGGERS]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     for library in bars:
         library.disable_progress_bar()
         library.set_verbosity_error()
@@ -168,3 +175,5 @@ def quiet_libraries() -> Iterator[None]:
         for library, level in zip(bars, levels, strict=True):
             library.set_verbosity(level)
             library.enable_progress_bar()
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

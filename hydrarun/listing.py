@@ -21,7 +21,7 @@ from hydrarun.validate import cfg_scale
 METHODS = ("data", "cfg", "ring", "ulysses", "tensor", "hsdp", "vae")
 
 # groups of which a model may not go with every option
-ACCELERATIONS = ("cache", "attention", "compile", "offload")
+ACCELERATIONS = ("cache", "attention", "compile", "quantization", "offload")
 
 USAGE = """\
 usage: hydrarun list [models|recipes|GROUP ...] [--markdown]

@@ -9,8 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoTokenizer
-
 from hydrarun.errors import RunError
 
 #: where the settings of the image processor are: as published, and as transformers 5 saves them
@@ -23,6 +21,8 @@ def load_processor(cls: type, folder: Path) -> Any:
     Pictures are resized by Pillow, whether torchvision is installed or not, so that the same input gives the same
     numbers everywhere. Raises `RunError` naming the folder if its files are missing or another model's.
     """
+    from transformers import AutoImageProcessor, AutoTokenizer
+
     if not any((folder / name).is_file() for name in SETTINGS_FILES):
         raise RunError(f"{folder}: no {' and no '.join(SETTINGS_FILES)} here")
     images = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import hydrarun
 
-PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow", "cache-dit")
+PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow", "cache-dit", "torchao")
 
 SECRET_KEY = re.compile(r"(^|_)(token|password|secret|api_?key)$", re.IGNORECASE)
 SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{8,}")

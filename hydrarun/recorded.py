@@ -19,7 +19,18 @@ T = TypeVar("T")
 MAX_JSON_BYTES = 64 * 2**20
 
 # what the run really used, beside its configuration
-FACTS = ("versions", "hardware", "weights", "inputs", "device", "dtype", "attention", "scheduler", "compile")
+FACTS = (
+    "versions",
+    "hardware",
+    "weights",
+    "inputs",
+    "device",
+    "dtype",
+    "attention",
+    "scheduler",
+    "compile",
+    "quantization",
+)
 
 
 @dataclass

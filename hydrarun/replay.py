@@ -43,7 +43,7 @@ Exit code: 0 identical pixels, 1 different pixels, 2 FILE cannot be replayed."""
 RUN_DIR = "hydra.run.dir="
 
 # the groups that say how to draw; `model` and `sampling` say what, which is the file's to say
-GROUPS = ("parallel", "cache", "attention", "compile", "offload")
+GROUPS = ("parallel", "cache", "attention", "compile", "quantization", "offload")
 
 
 # what is given as a whole list

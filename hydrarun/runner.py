@@ -183,6 +183,7 @@ class Runner:
             "attention": built.attention.name,
             "scheduler": type(built.parts.pipeline.scheduler).__name__,
             "compile": self.config["compile"]["_target_"].rpartition(".")[2],
+            "quantization": built.quantization.name,
             "versions": versions(),
             "hardware": hardware(str(built.parts.device)),
         }

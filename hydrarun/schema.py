@@ -117,7 +117,7 @@ class Report:
 class Config:
     """The whole configuration.
 
-    `cache`, `attention`, `compile`, `offload` are `_target_` nodes, checked against their callee.
+    `cache`, `attention`, `compile`, `quantization`, `offload` are `_target_` nodes, checked against their callee.
     """
 
     model: Model = field(default_factory=Model)
@@ -127,6 +127,7 @@ class Config:
     cache: dict[str, Any] = MISSING
     attention: dict[str, Any] = MISSING
     compile: dict[str, Any] = MISSING
+    quantization: dict[str, Any] = MISSING
     offload: dict[str, Any] = MISSING
     vae: Vae = field(default_factory=Vae)
     output: Output = field(default_factory=Output)

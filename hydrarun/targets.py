@@ -51,6 +51,8 @@ ALLOWED = frozenset(
         "hydrarun.cache.predictors.Taylor",
         "hydrarun.compiling.NoCompile",
         "hydrarun.compiling.CompileBlocks",
+        "hydrarun.memory.quantize.NoQuantization",
+        "hydrarun.memory.quantize.TorchAO",
         "hydrarun.memory.offload.NoOffload",
         "hydrarun.memory.offload.ExpertOffload",
         "hydrarun.memory.modulation.ModulationOffload",

@@ -81,6 +81,9 @@ class Transformer(nn.Module):
     spread_streams: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states")
     #: names of our modules and parameters that are kept in float32 whatever the others are held in
     keep_in_float32: ClassVar[tuple[str, ...]] = ()
+    #: names of modules in the blocks that quantization leaves alone; modulation, because every token is shifted and
+    #: scaled by what it makes, and it is computed once a step, not once a token: there is little time to win
+    keep_unquantized: ClassVar[tuple[str, ...]] = ("modulation",)
     #: how tokens are spread over ranks (`hydrarun.parallel.sequence`); None: they are not
     sequence: Any = None
     #: the values of the checkpoint's config.json that the constructor took

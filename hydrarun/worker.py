@@ -39,7 +39,7 @@ IDLE = timedelta(days=365)
 CONNECT = timedelta(minutes=2)
 
 #: what a runner is built from; jobs that agree in these share one
-BUILT_FROM = ("model", "parallel", "attention", "offload", "compile", "vae", "device", "dtype")
+BUILT_FROM = ("model", "parallel", "attention", "offload", "compile", "quantization", "vae", "device", "dtype")
 
 PR_SET_PDEATHSIG = 1
 

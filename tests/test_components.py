@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from hydrarun.components import quiet_libraries
 from hydrarun.errors import RunError
 
 WEIGHTS = {"vae": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
@@ -88,3 +90,13 @@ def test_the_scheduler_can_be_another(folder):
     assert runner.built.parts.pipeline.scheduler.config.shift == 3.0
     own = tiny.runner(folder).built.parts.pipeline.scheduler.config
     assert {key: own[key] for key in tiny.SCHEDULER} == tiny.SCHEDULER
+
+
+def test_libraries_that_bring_others_along_are_quiet_only_while_they_are_loaded():
+    """Where torchao is installed, diffusers and transformers import it, and it warns of each kernel it cannot load."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    before = [logger.level for logger in loggers]
+    with quiet_libraries():
+        assert not any(logger.isEnabledFor(logging.WARNING) for logger in loggers)
+        assert all(logger.isEnabledFor(logging.ERROR) for logger in loggers)
+    assert [logger.level for logger in loggers] == before

@@ -34,6 +34,7 @@ def test_a_model_shows_the_accelerations_that_it_goes_with():
     assert rows["flux_dev"]["offload"] == "modulation"
     assert {row["attention"] for row in rows.values()} == {"all"}
     assert {row["compile"] for row in rows.values()} == {"blocks"}
+    assert {row["quantization"] for row in rows.values()} == {"all"}
 
 
 def test_markdown(capsys):

@@ -41,6 +41,7 @@ FACTS = {
     "attention": "SDPA",
     "scheduler": "FlowMatchEulerDiscreteScheduler",
     "compile": "none",
+    "quantization": "none",
     "versions": {"hydrarun": "0.1.0", "torch": "2.13.0"},
     "hardware": {"cpu": "a cpu"},
 }

@@ -107,6 +107,7 @@ def test_versions_name_everything_that_computes_pixels():
     versions = provenance.versions()
     assert set(versions) == {
         "hydrarun", "python", "torch", "diffusers", "transformers", "safetensors", "numpy", "pillow", "cache-dit",
+        "torchao",
     }  # fmt: skip
     assert all(versions.values())
 

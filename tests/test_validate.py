@@ -47,6 +47,7 @@ GOOD = {
     "cache": TARGET,
     "attention": TARGET,
     "compile": TARGET,
+    "quantization": TARGET,
     "offload": TARGET,
     "vae": {"dtype": None, "slicing": False, "tiling": False},
     "output": {"format": "png", "fps": None, "metadata": True},

@@ -107,7 +107,7 @@ def identity(job: Job, twins: Twins) -> dict[str, Any]:
     """All that a score depends on beside the steps."""
     facts = twins.draws.runner.facts()
     return {
-        **{key: job.config[key] for key in ("model", "sampling", "input", "compile")},
+        **{key: job.config[key] for key in ("model", "sampling", "input", "compile", "quantization")},
         **{key: facts[key] for key in ("weights", "device", "dtype", "attention", "scheduler")},
         "prompts": job.prompts,
         "predictor": job.cache["predictor"],

@@ -55,11 +55,13 @@ def load_transformer(
     note: Callable[[str], None],
     axis: Axis | None = None,
     left: tuple[type[nn.Module], ...] = (),
+    loaded: Callable[[Transformer, str], None] | None = None,
 ) -> Transformer:
     """Build `cls` from `folder`'s config.json and fill it from its safetensors files.
 
     With `axis`, only this rank's share of the weights is read and held (`hydrarun.parallel.tensor`). The weights of
-    modules of the classes `left` are checked like all, but not read: they stay on the meta device. Raises `RunError`
+    modules of the classes `left` are checked like all, but not read: they stay on the meta device. `loaded` is called
+    with the name of each parameter once it is in its place, and may replace it. Raises `RunError`
     naming file and tensor for whatever is missing, not used, wrongly shaped or unreadable, and `UsageError` for more
     ranks than can share the weights.
     """
@@ -75,10 +77,14 @@ def load_transformer(
     with ExitStack() as files:
         read = Reader(checkpoint, files)
         for placement in placements:
-            if not placement.name.startswith(skipped):
-                kept = set(placement.name.split(".")) & set(cls.keep_in_float32)
-                tensor = fill(placement, read, device, torch.float32 if kept else dtype)
-                put(transformer, placement.name, tensor)
+            if placement.name.startswith(skipped):
+                continue
+            kept = set(placement.name.split(".")) & set(cls.keep_in_float32)
+            tensor = fill(placement, read, device, torch.float32 if kept else dtype)
+            put(transformer, placement.name, tensor)
+            if loaded is not None:
+                del tensor  # it need not outlive its replacement
+                loaded(transformer, placement.name)
     return transformer
 
 

@@ -1,4 +1,4 @@
-"""Measures a run against its uncached twin, and how far apart runs without a cache are anyway: the noise floor.
+"""Measures a run against its uncached, unquantized twin, and how far apart such runs are anyway: the noise floor.
 
 What is drawn for it is drawn on every rank, in one order; rank 0 alone knows whether the twin is on disk.
 """
@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from hydrarun.errors import RunError
 from hydrarun.layers.attention import AttentionBackend
 from hydrarun.media.images import InputImage
+from hydrarun.memory.quantize import NoQuantization
 from hydrarun.outputs import OutputWriter
 from hydrarun.parallel import comm
 from hydrarun.provenance import redact
@@ -69,9 +71,9 @@ def measure(
     On rank 0, while the others `follow`. Raises RunError for a twin that cannot be drawn or kept.
     """
     start = time.perf_counter()
-    config, facts = runner.config, writer.facts
+    config, facts = runner.config, {**writer.facts, "quantization": NoQuantization.name}
     place, twin, note = twins.folder(config), twins.kept(config, facts), "kept"
-    if config["cache"] == twins.no_cache():
+    if config == twins.plain(config):
         if twin is None:
             twins.keep(config, facts, ours, results)
         twin, note = [picture.pixels for picture in ours], "this run itself, kept"
@@ -101,14 +103,42 @@ def follow(runner: Runner, given: list[InputImage]) -> None:
 
 def draws(runner: Runner, given: list[InputImage], twin: bool) -> Iterator[Draw]:
     """The twin, if rank 0 needs it, then the noise floor; in the same order on every rank."""
-    if agreed(runner, twin):
-        runner.progress.note("drawing the uncached twin")
-        yield Draw("twin", *runner.redraw(given, twins.no_cache()))
-    for name, backend in backends(runner.config).items():
-        runner.progress.note(f"drawing for the noise floor: {name}")
-        with attending(runner, backend):
-            draw = Draw(name, *runner.redraw(given, twins.no_cache()))
-        yield draw
+    twin, others = agreed(runner, twin), backends(runner.config)
+    if not (twin or others):
+        return
+    with unquantized(runner) as plain:
+        if twin:
+            runner.progress.note("drawing the uncached twin")
+            yield Draw("twin", *plain.redraw(given, twins.no_cache()))
+        for name, backend in others.items():
+            runner.progress.note(f"drawing for the noise floor: {name}")
+            with attending(plain, backend):
+                draw = Draw(name, *plain.redraw(given, twins.no_cache()))
+            yield draw
+
+
+@contextmanager
+def unquantized(runner: Runner) -> Iterator[Runner]:
+    """A runner with the weights as they are loaded: this one, or, while the block runs, a second one beside it.
+
+    Raises RunError where the device has no room for both.
+    """
+    config = twins.plain(runner.config)
+    if config["quantization"] == runner.config["quantization"]:
+        yield runner
+        return
+    runner.progress.note("loading the weights once more, unquantized: the uncached twin has those")
+    try:
+        second = type(runner)({**config, "device": str(runner.built.parts.device)}, runner.progress)
+        try:
+            yield second
+        finally:
+            second.close()
+    except torch.OutOfMemoryError:
+        raise RunError(
+            "the unquantized weights do not fit beside the quantized ones: draw the twin first, by the same command"
+            " with quantization=none"
+        ) from None
 
 
 def agreed(runner: Runner, mine: bool) -> bool:

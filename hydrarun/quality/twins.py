@@ -1,4 +1,5 @@
-"""The uncached twin of a run: the same with `cache=none`, kept on disk as an ordinary run that can be replayed."""
+"""The uncached twin of a run: the same with `cache=none` and `quantization=none`, kept on disk as an ordinary run that
+can be replayed."""
 
 from __future__ import annotations
 
@@ -30,10 +31,15 @@ def no_cache() -> dict[str, Any]:
     return options("cache")["none"]
 
 
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, but for what may change the pixels to save time or memory: cache and quantization."""
+    return {**config, "cache": no_cache(), "quantization": options("quantization")["none"]}
+
+
 def configuration(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The twin's: without a cache, measured by nothing, and written without loss."""
+    """The twin's: plain, measured by nothing, and written without loss."""
     output = {**config["output"], "format": "frames" if is_video(config) else "png", "metadata": True}
-    return {**config, "cache": no_cache(), "report": asdict(Report()), "output": output}
+    return {**plain(config), "report": asdict(Report()), "output": output}
 
 
 def folder(config: Mapping[str, Any]) -> Path:

@@ -90,7 +90,19 @@ def test_none_is_kept_yet(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key", ["versions", "hardware", "weights", "inputs", "device", "dtype", "attention", "scheduler", "compile"]
+    "key",
+    [
+        "versions",
+        "hardware",
+        "weights",
+        "inputs",
+        "device",
+        "dtype",
+        "attention",
+        "scheduler",
+        "compile",
+        "quantization",
+    ],
 )
 def test_one_that_was_made_otherwise_is_not_reused(config, tmp_path, key):
     now = copy.deepcopy(facts(tmp_path))
