@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hydrarun.cache.base import Cache
-from hydrarun.components import load_pipeline, quiet_libraries
+from hydrarun.components import load_module, load_pipeline, quiet_libraries
 from hydrarun.errors import UsageError
 from hydrarun.experts import NAMES, Experts, boundary
 from hydrarun.fit import check_folder_fit
 from hydrarun.layers.attention import AttentionBackend
+from hydrarun.memory.device import count
 from hydrarun.memory.hub import Source, resolve
 from hydrarun.memory.loading import load_transformer
 from hydrarun.memory.safetensors_files import check_folder, fingerprint
@@ -51,7 +54,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     stages = [instantiate(node, f"model.stages[{index}]") for index, node in enumerate(model["stages"])]
     scheduler = instantiate(model["scheduler"], "model.scheduler") if model["scheduler"] else None
     offload = instantiate(config["offload"], "offload")
-    if offload.swap_experts and device.type == "cpu":  # device=auto may have become it
+    if offload.needs_device and device.type == "cpu":  # device=auto may have become it
         raise UsageError(
             "offload: on the CPU the host is the device: there is nothing to offload to. Use offload=none."
         )
@@ -66,16 +69,16 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     make_cache(config["cache"], source.folder)  # for what is wrong with it
 
     vae_dtype = DTYPES.get(config["vae"]["dtype"], dtype)
+    place = partial(offload.place, device=device)
     with progress.phase("loading weights"):
         pipeline = load_pipeline(
-            pipeline_class, source.folder, device=device, dtype=dtype, vae_dtype=vae_dtype, scheduler=scheduler
+            pipeline_class, source.folder, place=place, dtype=dtype, vae_dtype=vae_dtype, scheduler=scheduler
         )
-        place = torch.device("cpu") if offload.swap_experts else device
         transformers = {
             name: load_transformer(
                 transformer_class,
                 source.folder / name,
-                device=place,
+                device=place(name),
                 dtype=dtype,
                 note=progress.note,
                 axis=mesh["tensor"] if mesh else None,
@@ -97,8 +100,10 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
         for name, module in pipeline.components.items():
             if name.startswith("text_encoder"):
                 shard_encoder(module, mesh)
-    experts = Experts(transformers, boundary(pipeline), device=device, swap=offload.swap_experts)
-    parts = Parts(experts, pipeline, guidance, model["patch_size"], device, dtype, progress, mesh=mesh)
+    modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
+    offload.take(modules | transformers, device, lambda name: load_module(pipeline_class, source.folder, name, dtype))
+    experts = Experts(transformers, boundary(pipeline))
+    parts = Parts(experts, pipeline, guidance, model["patch_size"], device, dtype, progress, mesh=mesh, offload=offload)
     return Built(parts, stages, source, attention)
 
 
@@ -130,10 +135,10 @@ def choose_device(name: str, progress: Progress) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
         progress.note(f"device={name} (auto)")
     device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise UsageError(f"device={name}: torch sees {count} CUDA devices here; use device=cpu or device=auto")
+    seen = count(device)
+    if (device.index or 0) >= seen:
+        kind = device.type.upper()
+        raise UsageError(f"device={name}: torch sees {seen} {kind} devices here; use device=cpu or device=auto")
     return device
 
 

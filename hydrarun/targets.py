@@ -53,6 +53,8 @@ ALLOWED = frozenset(
         "hydrarun.compiling.CompileBlocks",
         "hydrarun.memory.offload.NoOffload",
         "hydrarun.memory.offload.ExpertOffload",
+        "hydrarun.memory.offload.ModelOffload",
+        "hydrarun.memory.offload.TextEncoderOffload",
         "diffusers.QwenImagePipeline",
         "diffusers.QwenImageEditPipeline",
         "diffusers.QwenImageEditPlusPipeline",

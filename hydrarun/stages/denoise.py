@@ -34,6 +34,7 @@ class Denoise(Stage):
     )
     gives = ("latents",)
     phase = "denoise"
+    uses = ("transformer",)
 
     def __init__(self, passes: Sequence[str] = ()) -> None:
         self.passes = tuple(passes)
@@ -63,7 +64,7 @@ class Denoise(Stage):
         self, state: State, parts: Parts, conditioning: dict[str, dict[str, Any]], timestep: Tensor, step: Step
     ) -> Tensor:
         """The guided prediction of one step, in the shape of the latents."""
-        transformer = parts.experts.ready(step.expert)
+        transformer = parts.transformer(step.expert)
         latents, times = state.latents.to(parts.dtype), timestep.expand(len(state.latents))
 
         def predict(branches: Sequence[str]) -> dict[str, Tensor]:

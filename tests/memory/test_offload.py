@@ -1,0 +1,315 @@
+"""Offload on a fake accelerator: the same pictures, and on the device what each stage uses, to the byte."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import parallel_runs
+import pytest
+import subjects
+import torch
+from subjects import CONFIGS, LONG, MODELS, SHORT, VARIANTS
+from torch import nn
+
+from hydrarun import components
+from hydrarun.compat import violations
+from hydrarun.compose import compose, compose_raw
+from hydrarun.errors import UsageError
+from hydrarun.memory.offload import USES, ModelOffload, use_of
+from hydrarun.pipeline import Stage, check_chain
+from hydrarun.request import make_state
+from hydrarun.runner import Runner
+from hydrarun.timing import Timings
+from hydrarun.validate import cfg_scale
+
+FAMILIES = [name for name in MODELS if name not in VARIANTS]
+TWO_EXPERTS = "wan22_t2v_a14b"
+SAME = 1e-6  # of latents; the kernels are the CPU's, but attention is put together from others
+
+
+def runner(subject: subjects.Subject, device: str, option: str = "none") -> Runner:
+    """A small run of the subject; images are encoded at a few pixels instead of a megapixel."""
+    asked = [override for override in subject.overrides() if override != "device=cpu"]
+    config = compose([*asked, f"offload={option}"])
+    for stage in config["model"]["stages"]:
+        if stage["_target_"].endswith("EncodeImages"):
+            stage["area"] = 64 * 64
+    return Runner({**config, "device": device})
+
+
+def draw(runner: Runner, guided: bool = True) -> Any:
+    """The finished state: two prompts of unequal length."""
+    config = runner.config
+    scale = cfg_scale(config)[0]
+    fields = {
+        "prompt": [SHORT, LONG],
+        "seed": [3, 4],
+        "negative_prompt": "x",
+        "num_inference_steps": 3,
+        scale: 3.0 if guided else 1.0,
+    }
+    given = subjects.pictures(CONFIGS[config["model"]["name"]]["model"]["input_images"][0])
+    state = make_state({**config["sampling"], **fields}, given)
+    return runner.draw(state, Timings(runner.built.parts.device))
+
+
+def modules(runner: Runner) -> dict[str, nn.Module]:
+    """Everything with weights, by its name in the checkpoint."""
+    parts = runner.built.parts
+    named = {name: module for name, module in parts.pipeline.components.items() if isinstance(module, nn.Module)}
+    return named | parts.experts.transformers
+
+
+def weights(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def size(module: nn.Module) -> int:
+    """Bytes of its weights; tied ones count once."""
+    return sum(tensor.nbytes for tensor in weights(module))
+
+
+def on_device(runner: Runner) -> dict[str, int]:
+    """Bytes of the weights that are on the device, by component; a component is never half there."""
+    found = {}
+    for name, module in modules(runner).items():
+        kinds = {tensor.device.type for tensor in weights(module)}
+        assert len(kinds) == 1, (name, kinds)
+        if kinds == {"fake"}:
+            found[name] = size(module)
+    return found
+
+
+@dataclass
+class Watched(Stage):
+    """A stage that notes what is on the device when it runs, and the most that was there."""
+
+    stage: Stage
+    runner: Runner
+    fake: Any
+    there: dict[str, int] = field(default_factory=dict)
+    coming: int = 0  # the peak when its weights came
+    peak: int = 0
+
+    def __post_init__(self) -> None:
+        self.needs, self.gives, self.uses, self.phase = (
+            self.stage.needs,
+            self.stage.gives,
+            self.stage.uses,
+            self.stage.phase,
+        )
+
+    def __call__(self, state, parts, timings) -> None:
+        self.coming = self.fake.max_memory_allocated()
+        self.fake.reset_peak_memory_stats()
+        self.stage(state, parts, timings)
+        self.peak = self.fake.max_memory_allocated()
+        self.there = on_device(self.runner)  # afterwards: which expert comes is known inside
+        self.fake.reset_peak_memory_stats()
+
+
+@dataclass
+class Measured:
+    """One run: what it drew, what each stage had on the device, bytes beyond what was there before the run."""
+
+    latents: np.ndarray
+    frames: np.ndarray
+    uses: list[tuple[str, ...]]
+    there: list[dict[str, int]]
+    activations: list[int]
+    peak: int
+
+
+def measured(runner: Runner, fake: Any, guided: bool) -> Measured:
+    """The second of two equal runs, when tables are made."""
+    draw(runner, guided)
+    plain = runner.built.stages
+    watched = [Watched(stage, runner, fake) for stage in plain]
+    gc.collect()
+    floor = fake.memory_allocated() - sum(on_device(runner).values())
+    fake.reset_peak_memory_stats()
+    runner.built.stages = watched
+    try:
+        state = draw(runner, guided)
+    finally:
+        runner.built.stages = plain
+    return Measured(
+        state.latents.cpu().numpy(),
+        state.frames,
+        [stage.uses for stage in watched],
+        [stage.there for stage in watched],
+        [stage.peak - floor - sum(stage.there.values()) for stage in watched],
+        max(max(stage.peak, stage.coming) for stage in watched) - floor,
+    )
+
+
+@pytest.fixture(scope="module")
+def kept() -> dict[tuple[str, str], Any]:
+    """Runners of the fake device, and what plain runs on it and on the CPU came to."""
+    return {}
+
+
+def plain(subject, fake, kept, guided=True) -> Measured:
+    """The run with everything on the fake device."""
+    key = subject.name, f"plain {guided}"
+    if key not in kept:
+        if (subject.name, "runner") not in kept:
+            kept[subject.name, "runner"] = runner(subject, "fake")
+        kept[key] = measured(kept[subject.name, "runner"], fake, guided)
+    return kept[key]
+
+
+def close(one: Measured, latents: np.ndarray, frames: np.ndarray) -> None:
+    np.testing.assert_allclose(one.latents, latents, atol=SAME * np.abs(latents).max())
+    assert np.abs(one.frames.astype(int) - frames).max() <= 1
+
+
+def test_the_fake_device_counts_bytes_and_refuses_the_hosts_tensors(fake):
+    before = fake.memory_allocated()
+    x = torch.ones(3, 5, device="fake")
+    assert fake.memory_allocated() - before == 60
+    for operation in (torch.add, torch.mm, lambda a, b: torch.cat([a, b])):
+        with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+            operation(x, torch.ones(3, 5))
+    with pytest.raises(RuntimeError, match="convolution got one on cpu"):
+        nn.functional.conv2d(x[None, None], torch.ones(1, 1, 2, 2))
+    assert (x + torch.tensor(2.0)).sum().item() == 45
+    del x
+    assert fake.memory_allocated() == before
+    assert fake.max_memory_allocated() >= before + 60
+
+
+@pytest.mark.parametrize("subject", FAMILIES, indirect=True)
+def test_a_device_draws_what_the_cpu_draws(subject, fake, kept):
+    want = draw(runner(subject, "cpu"))
+    close(plain(subject, fake, kept), want.latents.numpy(), want.frames)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("subject", FAMILIES, indirect=True)
+def test_model_offload_peaks_at_the_largest_phase(subject, guided, fake, kept):
+    """In every stage the bytes of what it uses, and of activations those of the plain run, exactly."""
+    want = plain(subject, fake, kept, guided)
+    offloaded = runner(subject, "fake", "model")
+    sizes = {name: size(module) for name, module in modules(offloaded).items()}
+    got = measured(offloaded, fake, guided)
+    assert np.array_equal(got.latents, want.latents)
+    assert np.array_equal(got.frames, want.frames)
+    for uses, there, before in zip(got.uses, got.there, [{"vae": sizes["vae"]}, *got.there], strict=False):
+        assert there == (before if not uses else {name: n for name, n in sizes.items() if name in in_use(uses, there)})
+    assert got.activations == want.activations
+    phases = [sum(there.values()) + more for there, more in zip(got.there, want.activations, strict=True)]
+    assert got.peak == max(phases)
+    assert got.peak < want.peak
+
+
+def in_use(uses: tuple[str, ...], there: dict[str, int]) -> set[str]:
+    """Text encoders and VAE if they are used; of two experts the later, which has the last steps."""
+    names = {"text_encoder": {"text_encoder", "text_encoder_2"}, "vae": {"vae"}}
+    expert = {"transformer_2"} if "transformer_2" in there else {"transformer"}
+    return set().union(*(names.get(use, expert) for use in uses))
+
+
+@pytest.mark.parametrize("subject", FAMILIES, indirect=True)
+def test_text_encoder_offload_lets_it_go_once_prompts_are_encoded(subject, fake, kept):
+    want = plain(subject, fake, kept)
+    offloaded = runner(subject, "fake", "text_encoder")
+    encoders = {name for name in modules(offloaded) if use_of(name) == "text_encoder"}
+    got = measured(offloaded, fake, guided=True)
+    assert np.array_equal(got.latents, want.latents)
+    encoding = False
+    for uses, there in zip(got.uses, got.there, strict=True):
+        encoding = "text_encoder" in uses if uses else encoding
+        assert set(there) == set(modules(offloaded)) - (set() if encoding else encoders)
+    assert got.activations == want.activations
+
+
+@pytest.mark.parametrize("subject", FAMILIES, indirect=True)
+def test_on_the_cpu_the_text_encoder_is_let_go_of_and_read_again(subject, monkeypatch):
+    """Three requests in a row: the same numbers, and the files are read once for each but the first."""
+    read = []
+    original = components.load_module
+    monkeypatch.setattr("hydrarun.build.load_module", lambda *asked: read.append(asked[2]) or original(*asked))
+    want = draw(runner(subject, "cpu"))
+    offloaded = runner(subject, "cpu", "text_encoder")
+    encoders = {name: module for name, module in modules(offloaded).items() if use_of(name) == "text_encoder"}
+    for request in range(3):
+        alive = [weakref.ref(tensor) for module in encoders.values() for tensor in weights(module)]
+        got = draw(offloaded)
+        assert torch.equal(got.latents, want.latents)
+        assert read == [*encoders] * request
+        assert not any(tensor() for tensor in alive)
+        assert {tensor.device.type for module in encoders.values() for tensor in weights(module)} == {"meta"}
+
+
+@pytest.mark.parametrize("subject", [TWO_EXPERTS], indirect=True)
+def test_of_two_experts_one_is_on_the_device(subject, fake, kept):
+    want = plain(subject, fake, kept)
+    offloaded = runner(subject, "fake", "expert")
+    steps = []
+    loop = next(stage for stage in offloaded.built.stages if "transformer" in stage.uses)
+    original = loop.predict
+    loop.predict = lambda *given: (original(*given), steps.append({*on_device(offloaded)} - {"text_encoder", "vae"}))[0]
+    got = measured(offloaded, fake, guided=True)
+    assert np.array_equal(got.latents, want.latents)
+    assert steps == [{"transformer"}, {"transformer_2"}, {"transformer_2"}] * 2
+    assert got.activations == want.activations
+    expert = size(modules(offloaded)["transformer"])
+    assert want.peak - got.peak == expert  # the one leaves before the other comes
+
+
+@pytest.mark.parametrize("subject", ["demo"], indirect=True)
+def test_a_run_records_the_devices_peak(subject, fake):
+    drawn = runner(subject, "fake", "model")
+    fake.reset_peak_memory_stats()
+    draw(drawn)
+    assert drawn.memory()["peak_device_bytes"] == fake.max_memory_allocated() > size(modules(drawn)["transformer"])
+
+
+@pytest.mark.parametrize("subject", ["flux_dev"], indirect=True)
+def test_two_ranks_let_their_text_encoders_go(subject, pool):
+    """With one branch each; two requests, so that they are read again."""
+    fields = {"prompt": [SHORT, LONG], "seed": [3, 4], "negative_prompt": "x", "true_cfg_scale": 3.0}
+    want = subject.draw(**fields).latents.numpy()
+    for latents, kinds in pool(
+        2, parallel_runs.draw_offloaded, subject.name, subject.folder, {"cfg_degree": 2}, fields
+    ):
+        np.testing.assert_allclose(latents, want, atol=1e-4)
+        assert kinds == {"meta"}
+
+
+def test_a_stage_names_what_it_uses():
+    assert all(set(vars(stage).get("uses", ())) <= set(USES) for stage in Stage.__subclasses__())
+
+    class Typo(Stage):
+        uses = ("text_encoders",)
+
+    with pytest.raises(
+        UsageError, match=r"Typo\): a stage can use text_encoder, transformer, vae, not 'text_encoders'\."
+    ):
+        check_chain([Typo()])
+
+
+def test_a_stage_that_uses_nothing_moves_nothing(fake):
+    offload = ModelOffload()
+    pair = {"vae": nn.Linear(2, 2), "text_encoder_2": nn.Linear(2, 2)}
+    offload.take(pair, torch.device("fake"), lambda name: None)
+    for uses, want in [(("vae",), "vae"), ((), "vae"), (("text_encoder",), "text_encoder_2"), ((), "text_encoder_2")]:
+        offload.before(uses)
+        assert [name for name, module in pair.items() if module.weight.device.type == "fake"] == [want]
+
+
+@pytest.mark.parametrize("option", ["expert", "model", "text_encoder"])
+def test_what_offload_does_not_go_with(option):
+    asked = [f"model={TWO_EXPERTS}", "sampling.prompt=a", f"offload={option}"]
+    broken = {device: [*violations(compose_raw([*asked, f"device={device}"])[0])] for device in ("cpu", "cuda")}
+    assert len(broken["cpu"]) == (option != "text_encoder")
+    assert broken["cuda"] == []
+    (rule,) = violations(compose_raw([*asked, "parallel=hsdp2"])[0])
+    assert rule.sentence == "HSDP's shares of the weights stay where they are"
+    for parallel in ("ulysses2", "cfg2", "vae2", "tp2"):
+        assert not [*violations(compose_raw([*asked, f"parallel={parallel}"])[0])]
