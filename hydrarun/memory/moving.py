@@ -113,7 +113,8 @@ def adopt(module: nn.Module, other: nn.Module) -> None:
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor itself where it is on `device`, else a copy."""
-    return like(tensor, tensor.to(device, non_blocking=True))
+    # towards the host we wait: the CPU may read at once what a GPU has not written yet
+    return like(tensor, tensor.to(device, non_blocking=device != HOST))
 
 
 def like(old: Tensor, new: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   static constexpr c10::DeviceType static_type = c10::DeviceType::PrivateUse1;
   Guard() = default;
   explicit Guard(c10::DeviceType) {}
-  static c10::Stream stream() { return {c10::Stream::DEFAULT, device}; }
+  static c10::Stream stream() { return c10::Stream(c10::Stream::DEFAULT, device); }
   c10::DeviceType type() const override { return static_type; }
   c10::Device exchangeDevice(c10::Device) const override { return device; }
   c10::Device getDevice() const override { return device; }
@@ -126,6 +126,14 @@ at::Tensor reshape_alias(const at::Tensor& tensor, at::IntArrayRef size, at::Int
   return at::native::_reshape_alias(tensor, size, stride);
 }
 
+at::Tensor unfold(const at::Tensor& tensor, int64_t dim, int64_t size, int64_t step) {
+  return at::native::unfold(tensor, dim, size, step);
+}
+
+at::Tensor view_as_real(const at::Tensor& tensor) { return at::native::view_as_real(tensor); }
+
+at::Tensor view_as_complex(const at::Tensor& tensor) { return at::native::view_as_complex(tensor); }
+
 const at::Tensor& resize(const at::Tensor& tensor, at::IntArrayRef size, Format format) {
   return at::native::resize_(tensor, size, format);
 }
@@ -178,8 +186,15 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("as_strided", as_strided);
   library.impl("view", view);
   library.impl("_reshape_alias", reshape_alias);
+  library.impl("unfold", unfold);
+  library.impl("view_as_real", view_as_real);
+  library.impl("view_as_complex", view_as_complex);
   library.impl("resize_", resize);
   library.impl("convolution_overrideable", convolution);
+  // torch would compose these of others, and round otherwise than the CPU does
+  for (const auto* name : {"native_layer_norm", "native_group_norm", "scaled_dot_product_attention"}) {
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&compute_on_host>());
+  }
 }
 
 TORCH_LIBRARY(fakeacc, library) {
