@@ -223,7 +223,7 @@ def in_use(uses: tuple[str, ...], there: dict[str, int]) -> set[str]:
     return set().union(*(names.get(use, expert) for use in uses))
 
 
-@pytest.mark.parametrize("subject", FAMILIES, indirect=True)
+@pytest.mark.parametrize("subject", ["flux_dev", "qwen_image_edit", TWO_EXPERTS], indirect=True)
 def test_text_encoder_offload_lets_it_go_once_prompts_are_encoded(subject, fake, kept):
     want = plain(subject, fake, kept)[True]
     offloaded = warm(subject, "text_encoder")
