@@ -82,7 +82,7 @@ class WaitsOnDisk:
 
     def go(self) -> None:
         if self.here:
-            move(self.module, torch.device("meta"))
+            replace(self.module, placeholder)
             self.here = False
 
 
@@ -115,6 +115,11 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor itself where it is on `device`, else a copy."""
     # towards the host we wait: the CPU may read at once what a GPU has not written yet
     return like(tensor, tensor.to(device, non_blocking=device != HOST))
+
+
+def placeholder(tensor: Tensor) -> Tensor:
+    """Its shape and dtype without numbers."""
+    return like(tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
 
 
 def like(old: Tensor, new: Tensor) -> Tensor:
