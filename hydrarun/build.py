@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hydrarun.cache.base import Cache
-from hydrarun.components import load_pipeline, quiet_libraries
+from hydrarun.components import load_module, load_pipeline, quiet_libraries
 from hydrarun.errors import UsageError
 from hydrarun.experts import NAMES, Experts, boundary
 from hydrarun.fit import check_folder_fit
 from hydrarun.layers.attention import AttentionBackend
 from hydrarun.layers.norm import Modulation
+from hydrarun.memory.device import count
 from hydrarun.memory.hub import Source, resolve
 from hydrarun.memory.loading import load_transformer
 from hydrarun.memory.modulation import ModulationOffload, ModulationTables
@@ -61,7 +64,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
         quantization.prepare(device)
     offload = instantiate(config["offload"], "offload")
     tabled = isinstance(offload, ModulationOffload)
-    if offload.swap_experts and device.type == "cpu":  # device=auto may have become it
+    if offload.needs_device and device.type == "cpu":  # device=auto may have become it
         raise UsageError(
             "offload: on the CPU the host is the device: there is nothing to offload to. Use offload=none."
         )
@@ -73,18 +76,18 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     make_cache(config["cache"], source.folder)  # for what is wrong with it
 
     vae_dtype = DTYPES.get(config["vae"]["dtype"], dtype)
+    place = partial(offload.place, device=device)
     with progress.phase("loading weights"):
         pipeline = load_pipeline(
-            pipeline_class, source.folder, device=device, dtype=dtype, vae_dtype=vae_dtype, scheduler=scheduler
+            pipeline_class, source.folder, place=place, dtype=dtype, vae_dtype=vae_dtype, scheduler=scheduler
         )
         for name, component in pipeline.components.items():
             quantization.component(name, component)
-        place = torch.device("cpu") if offload.swap_experts else device
         transformers = {
             name: load_transformer(
                 transformer_class,
                 source.folder / name,
-                device=place,
+                device=place(name),
                 dtype=dtype,
                 note=progress.note,
                 axis=mesh["tensor"] if mesh else None,
@@ -100,12 +103,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
         for name, transformer in transformers.items()
         if tabled
     }
-    if config["vae"]["slicing"]:
-        pipeline.vae.enable_slicing()
-    if config["vae"]["tiling"]:
-        pipeline.vae.enable_tiling()
-    if mesh and mesh.vae:
-        split_vae(pipeline.vae, mesh.vae)
+    arrange_vae(pipeline.vae, config["vae"], mesh)
     for transformer in transformers.values():
         transformer.set_attention_backend(attention)
         if mesh:
@@ -115,9 +113,28 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
         for name, module in pipeline.components.items():
             if name.startswith("text_encoder"):
                 shard_encoder(module, mesh)
-    experts = Experts(transformers, boundary(pipeline), device=device, swap=offload.swap_experts)
-    parts = Parts(experts, pipeline, guidance, model["patch_size"], device, dtype, progress, mesh=mesh, tables=tables)
+
+    def read_again(name: str) -> nn.Module:
+        module = load_module(pipeline_class, source.folder, name, dtype)
+        quantization.component(name, module)
+        return module
+
+    modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
+    offload.take(modules | transformers, device, read_again)
+    experts = Experts(transformers, boundary(pipeline))
+    shared = {"mesh": mesh, "offload": offload, "tables": tables}
+    parts = Parts(experts, pipeline, guidance, model["patch_size"], device, dtype, progress, **shared)
     return Built(parts, stages, source, attention, quantization)
+
+
+def arrange_vae(vae: Any, settings: dict[str, Any], mesh: Mesh | None) -> None:
+    """How it decodes: `settings` are the section `vae`."""
+    if settings["slicing"]:
+        vae.enable_slicing()
+    if settings["tiling"]:
+        vae.enable_tiling()
+    if mesh and mesh.vae:
+        split_vae(vae, mesh.vae)
 
 
 def make_cache(node: dict[str, Any], folder: Path) -> Cache:
@@ -148,10 +165,10 @@ def choose_device(name: str, progress: Progress) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
         progress.note(f"device={name} (auto)")
     device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise UsageError(f"device={name}: torch sees {count} CUDA devices here; use device=cpu or device=auto")
+    seen = count(device)
+    if (device.index or 0) >= seen:
+        kind = device.type.upper()
+        raise UsageError(f"device={name}: torch sees {seen} {kind} devices here; use device=cpu or device=auto")
     return device
 
 

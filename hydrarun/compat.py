@@ -39,6 +39,11 @@ def multiplies_float8(config: Config) -> bool:
     return config["quantization"].get("activations") == "float8"
 
 
+def offloads(config: Config, *whats: str) -> bool:
+    """Whether the offload is that of one of these."""
+    return any(uses(config, "offload", f"{what}Offload") for what in whats)
+
+
 def degree(config: Config, name: str) -> int:
     """Ranks of one dimension."""
     return config["parallel"][f"{name}_degree"]
@@ -225,19 +230,19 @@ RULES = (
     ),
     Rule(
         "offload",
-        lambda config: uses(config, "offload", "ExpertOffload") and degree(config, "hsdp") > 1,
+        lambda config: offloads(config, "Expert", "Model", "TextEncoder") and degree(config, "hsdp") > 1,
         "HSDP's shares of the weights stay where they are",
         "offload=none",
     ),
     Rule(
         "offload",
-        lambda config: uses(config, "offload", "ExpertOffload") and config["model"]["experts"] < 2,
+        lambda config: offloads(config, "Expert") and config["model"]["experts"] < 2,
         "model {model} has one transformer: there is no expert to swap",
         "offload=none",
     ),
     Rule(
         "offload",
-        lambda config: uses(config, "offload", "ExpertOffload") and config["device"] == "cpu",
+        lambda config: offloads(config, "Expert", "Model") and config["device"] == "cpu",
         "on device=cpu the host is the device: there is nothing to offload to",
         "offload=none",
     ),

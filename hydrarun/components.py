@@ -10,7 +10,7 @@ import importlib
 import inspect
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hydrarun.errors import RunError
+from hydrarun.memory.moving import HOST, move
 from hydrarun.memory.safetensors_files import Checkpoint
 from hydrarun.processors import load_processor
 
@@ -34,15 +35,15 @@ def load_pipeline(
     cls: type,
     folder: Path,
     *,
-    device: torch.device,
+    place: Callable[[str], torch.device],
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     scheduler: Any | None,
 ) -> Any:
     """An instance of the diffusers pipeline `cls` from `folder`, without its transformers.
 
-    `scheduler` replaces the checkpoint's own. Raises `RunError` naming folder and component for whatever cannot be
-    used.
+    `place` says which device a component is put on, `scheduler` replaces the checkpoint's own. Raises `RunError` naming
+    folder and component for whatever cannot be used.
     """
     index = read_index(folder, cls)
     accepted = inspect.signature(cls).parameters
@@ -52,10 +53,15 @@ def load_pipeline(
             components[name] = scheduler
         elif name not in OURS:
             kind = vae_dtype if name == "vae" else dtype
-            components[name] = load_component(folder, name, entry, device=device, dtype=kind)
+            components[name] = load_component(folder, name, entry, device=place(name), dtype=kind)
     pipeline = cls(**{name: value for name, value in components.items() if name in accepted})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_module(cls: type, folder: Path, name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """One component of the checkpoint in `folder`, saved by the pipeline class `cls`, on the host."""
+    return load_component(folder, name, read_index(folder, cls).components[name], device=HOST, dtype=dtype)
 
 
 class Index(NamedTuple):
@@ -103,7 +109,8 @@ def load_component(folder: Path, name: str, entry: tuple[str, str], *, device: t
             **{dtype_argument: dtype},
         )
     refuse_incomplete(folder / name, info)
-    return module.eval().requires_grad_(False).to(device)
+    move(module.eval().requires_grad_(False), device)
+    return module
 
 
 def component_class(library: str, name: str) -> Any:

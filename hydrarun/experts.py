@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
 from hydrarun.transformer import Transformer
 
 NAMES = HIGH_NOISE, LOW_NOISE = "transformer", "transformer_2"
@@ -16,21 +14,15 @@ class Experts:
     """Transformers by their checkpoint's names, and which one a step calls.
 
     `boundary` is the timestep (the scheduler's own value) from which on the first one predicts; below it the second
-    does (Wan 2.2). None: there is one. With `swap`, only the one in use is on `device`; the other waits on the host.
+    does (Wan 2.2). None: there is one.
     """
 
-    def __init__(
-        self,
-        transformers: Mapping[str, Transformer],
-        boundary: float | None = None,
-        *,
-        device: torch.device,
-        swap: bool = False,
-    ) -> None:
+    def __init__(self, transformers: Mapping[str, Transformer], boundary: float | None = None) -> None:
         self.transformers = dict(transformers)
         self.boundary = boundary
-        self.device = device
-        self.swap = swap
+
+    def __getitem__(self, name: str) -> Transformer:
+        return self.transformers[name]
 
     def __iter__(self) -> Iterator[Transformer]:
         return iter(self.transformers.values())
@@ -43,15 +35,6 @@ class Experts:
     def name_at(self, timestep: float) -> str:
         """Whose step it is."""
         return HIGH_NOISE if self.boundary is None or timestep >= self.boundary else LOW_NOISE
-
-    def ready(self, name: str) -> Transformer:
-        """The transformer of that name, on the device."""
-        if self.swap:
-            for other, transformer in self.transformers.items():
-                if other != name:
-                    transformer.to("cpu")
-            self.transformers[name].to(self.device)
-        return self.transformers[name]
 
 
 def boundary(pipeline: Any) -> float | None:

@@ -13,10 +13,12 @@ from hydrarun.errors import UsageError, nearest
 from hydrarun.experts import Experts
 from hydrarun.guidance import ClassifierFreeGuidance
 from hydrarun.memory.modulation import ModulationTables
+from hydrarun.memory.offload import USES, NoOffload
 from hydrarun.parallel.mesh import Mesh
 from hydrarun.progress import Progress
 from hydrarun.state import State
 from hydrarun.timing import Timings
+from hydrarun.transformer import Transformer
 
 
 @dataclass
@@ -38,17 +40,26 @@ class Parts:
     mesh: Mesh | None = None
     #: what stands for the modulation weights, by the names of the transformers; empty: they are loaded as all others
     tables: Mapping[str, ModulationTables] = field(default_factory=dict)
+    #: what of all this is on the device
+    offload: NoOffload = field(default_factory=NoOffload)
+
+    def transformer(self, expert: str) -> Transformer:
+        """The transformer of that name, on the device."""
+        self.offload.ready(expert)
+        return self.experts[expert]
 
 
 class Stage:
     """One step from a request to pictures.
 
-    `needs` and `gives` name fields of `State`; `phase` names the sum that the stage's time goes to.
+    `needs` and `gives` name fields of `State`; `phase` names the sum that the stage's time goes to; `uses` names the
+    weights that it computes with (`hydrarun.memory.offload.USES`), which may be away from the device in other stages.
     """
 
     needs: tuple[str, ...] = ()
     gives: tuple[str, ...] = ()
     phase: str = ""
+    uses: tuple[str, ...] = ()
 
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
         """Read what the stage needs from `state` and set what it gives."""
@@ -64,6 +75,9 @@ def check_chain(stages: Sequence[Stage]) -> None:
         for name in (*stage.needs, *stage.gives):
             if name not in all_fields:
                 raise UsageError(f"{label}: the state has no field {name!r}.{nearest(name, all_fields)}")
+        for name in stage.uses:
+            if name not in USES:
+                raise UsageError(f"{label}: a stage can use {', '.join(USES)}, not {name!r}.{nearest(name, USES)}")
         missing = [name for name in stage.needs if name not in known]
         if missing:
             givers = [type(other).__name__ for other in stages[position:] if set(missing) & set(other.gives)]
@@ -81,4 +95,5 @@ def run_stages(stages: Sequence[Stage], state: State, parts: Parts, timings: Tim
     with torch.inference_mode():
         for stage in stages:
             with timings.phase(stage.phase):
+                parts.offload.before(stage.uses)
                 stage(state, parts, timings)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from hydrarun import compat
 from hydrarun.build import build, make_cache
 from hydrarun.errors import RunError, UsageError, nearest
 from hydrarun.media import images
 from hydrarun.media.images import InputImage
+from hydrarun.memory.device import peak_bytes
 from hydrarun.memory.safetensors_files import fingerprint
 from hydrarun.outputs import OutputWriter
 from hydrarun.parallel.data import all_frames, own_items
@@ -165,9 +165,7 @@ class Runner:
 
     def memory(self) -> dict[str, int]:
         """Peak bytes of this process, on the host and on its device (0 for the CPU, which is the host)."""
-        device = self.built.parts.device
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        return {"peak_host_bytes": peak_host_bytes(), "peak_device_bytes": peak}
+        return {"peak_host_bytes": peak_host_bytes(), "peak_device_bytes": peak_bytes(self.built.parts.device)}
 
     def facts(self) -> dict[str, Any]:
         """What the run really uses, beside its configuration."""

@@ -56,6 +56,8 @@ ALLOWED = frozenset(
         "hydrarun.memory.offload.NoOffload",
         "hydrarun.memory.offload.ExpertOffload",
         "hydrarun.memory.modulation.ModulationOffload",
+        "hydrarun.memory.offload.ModelOffload",
+        "hydrarun.memory.offload.TextEncoderOffload",
         "diffusers.QwenImagePipeline",
         "diffusers.QwenImageEditPipeline",
         "diffusers.QwenImageEditPlusPipeline",

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hydrarun.memory.device import synchronize
+
 
 @dataclass
 class Timings:
@@ -20,8 +22,7 @@ class Timings:
 
     def now(self) -> float:
         """Seconds, after everything that was launched has finished."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         return time.perf_counter()
 
     @contextmanager

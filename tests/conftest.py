@@ -10,6 +10,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 from pathlib import Path
 
+import fakeacc
 import pytest
 import ranks
 import subjects
@@ -59,6 +60,14 @@ def subject(request, built_subjects, tmp_path_factory) -> subjects.Subject:
     if request.param not in built_subjects:
         built_subjects[request.param] = subjects.build(request.param, tmp_path_factory.mktemp("subject"))
     return built_subjects[request.param]
+
+
+@pytest.fixture(scope="session")
+def fake():
+    """`torch.fake`, the module of a device that is the host's memory under another name, every byte of it counted."""
+    if fakeacc.compiler() is None:
+        pytest.skip("the fake accelerator needs a C++ compiler, and there is no `c++` here (CXX names another)")
+    return fakeacc.load()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -113,3 +114,16 @@ def draw_tabled(
     state = make_state({**runner.config["sampling"], **fields}, subjects.pictures(images))
     latents = runner.draw(state, Timings(CPU)).latents.numpy()
     return latents, len(runner.built.parts.tables["transformer"].made_of)
+
+
+def draw_offloaded(name: str, folder: Path, chosen: dict[str, int], fields: dict[str, Any]) -> tuple[Any, set[str]]:
+    """Latents of the second request with `offload=text_encoder`, and where its weights are afterwards."""
+    from hydrarun.compose import compose
+    from hydrarun.request import make_state
+
+    composed = compose([*subjects.command(name, folder), "offload=text_encoder"])
+    runner = Runner({**composed, "parallel": degrees(**chosen)})
+    state = make_state({**runner.config["sampling"], **fields}, [])
+    runner.draw(replace(state), Timings(CPU))
+    latents = runner.draw(state, Timings(CPU)).latents.numpy()
+    return latents, {tensor.device.type for tensor in runner.built.parts.pipeline.text_encoder.parameters()}

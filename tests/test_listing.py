@@ -30,8 +30,8 @@ def test_a_model_shows_its_own_defaults(capsys):
 def test_a_model_shows_the_accelerations_that_it_goes_with():
     table = listing.table("models")
     rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
-    assert rows["wan22_t2v_a14b"]["offload"] == "expert"  # it has two
-    assert rows["flux_dev"]["offload"] == "modulation"
+    assert rows["wan22_t2v_a14b"]["offload"] == "all but modulation"  # it has two experts
+    assert rows["flux_dev"]["offload"] == "all but expert"
     assert {row["attention"] for row in rows.values()} == {"all"}
     assert {row["compile"] for row in rows.values()} == {"blocks"}
     assert {row["quantization"] for row in rows.values()} == {"all"}

@@ -138,7 +138,7 @@ def test_a_refused_picture_loses_none_of_the_others(tiny_folder, tmp_path, monke
 def test_nan_is_an_error_and_no_file(tiny_folder, tmp_path, component, message):
     runner = tiny.runner(tiny_folder)
     parts = runner.built.parts
-    module = parts.experts.ready("transformer") if component == "transformer" else parts.pipeline.vae
+    module = parts.experts["transformer"] if component == "transformer" else parts.pipeline.vae
     with torch.no_grad():
         next(p for p in reversed(list(module.parameters()))).fill_(torch.nan)
     with pytest.raises(RunError, match=message):

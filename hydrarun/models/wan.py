@@ -267,6 +267,7 @@ class EncodeFirstFrame(Stage):
     needs = ("input_images", "height", "width")
     gives = ("first_frame",)
     phase = "encode"
+    uses = ("vae",)
 
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
         if state.input_images:
@@ -296,6 +297,7 @@ class EncodeFirstFrameAsChannels(Stage):
     needs = ("input_images", "height", "width", "num_frames")
     gives = ("condition_latents",)
     phase = "encode"
+    uses = ("vae",)
 
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
         first = first_frame_pixels(state, parts)

@@ -15,6 +15,7 @@ class DecodeLatents(Stage):
     needs = ("latents", "grid")
     gives = ("frames",)
     phase = "decode"
+    uses = ("vae",)
 
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
         latents, pipeline = state.latents, parts.pipeline

@@ -35,6 +35,7 @@ class Denoise(Stage):
     )
     gives = ("latents",)
     phase = "denoise"
+    uses = ("transformer",)
 
     def __init__(self, passes: Sequence[str] = ()) -> None:
         self.passes = tuple(passes)
@@ -71,7 +72,7 @@ class Denoise(Stage):
         rows: dict[str, Tensor] | None,
     ) -> Tensor:
         """The guided prediction of one step, in the shape of the latents; `rows`: those of modulation tables."""
-        transformer = parts.experts.ready(step.expert)
+        transformer = parts.transformer(step.expert)
         latents, times = state.latents.to(parts.dtype), timestep.expand(len(state.latents))
 
         def predict(branches: Sequence[str]) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ class EncodePrompt(Stage):
     needs: tuple[str, ...] = ("prompts", "negative_prompts", "true_cfg_scale", "guidance_scale", "max_sequence_length")
     gives = ("conditioning",)
     phase = "encode"
+    uses = ("text_encoder",)
 
     def __init__(self, returns: Sequence[str | None], arguments: Mapping[str, Any] | None = None) -> None:
         self.returns = tuple(returns)

@@ -45,6 +45,7 @@ class EncodeImages(Stage):
     needs = ("input_images",)
     gives = ("image_latents", "image_grids")
     phase = "encode"
+    uses = ("vae",)
 
     def __init__(self, area: int) -> None:
         self.area = area

@@ -1,0 +1,129 @@
+"""Weights that come to the device when they are needed and leave it again: what every offload is made of.
+
+A module keeps its identity; its parameters and buffers are replaced, and tied ones stay tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+HOST = torch.device("cpu")
+
+
+class Moving(Protocol):
+    """A module that is ready to be called, or waits."""
+
+    here: bool
+
+    def come(self) -> None:
+        """Be ready; nothing happens where it is."""
+
+    def go(self) -> None:
+        """Wait; nothing happens where it does."""
+
+
+class WaitsOnHost:
+    """A module whose weights stay on the host, pinned where that is faster, and come to the device as copies.
+
+    So leaving costs nothing: the copies are dropped. What a module got while it was on the device moves to the host.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        """`module` is on the host."""
+        self.module = module
+        self.device = device
+        self.here = False
+        replace(module, self.pinned)
+
+    def come(self) -> None:
+        if not self.here:
+            replace(self.module, self.on_device)
+            self.here = True
+
+    def go(self) -> None:
+        if self.here:
+            replace(self.module, self.on_host)
+            self.here = False
+
+    def on_device(self, tensor: Tensor) -> Tensor:
+        """A copy, which remembers what it is a copy of."""
+        copy = moved(tensor, self.device)
+        copy.copy_of = tensor
+        return copy
+
+    def on_host(self, tensor: Tensor) -> Tensor:
+        """What the copy was made of."""
+        waiting = getattr(tensor, "copy_of", None)
+        return self.pinned(moved(tensor, HOST)) if waiting is None else waiting
+
+    def pinned(self, tensor: Tensor) -> Tensor:
+        """The tensor in memory that a GPU reads without the CPU's help."""
+        return like(tensor, tensor.pin_memory()) if self.device.type == "cuda" else tensor
+
+
+class WaitsOnDisk:
+    """A module whose weights are let go of, and are read again when they are needed."""
+
+    def __init__(self, module: nn.Module, read: Callable[[], nn.Module]) -> None:
+        """`module` has its weights; `read` makes another that equals it."""
+        self.module = module
+        self.read = read
+        self.here = True
+
+    def come(self) -> None:
+        if not self.here:
+            with torch.inference_mode(False):
+                adopt(self.module, self.read())
+            self.here = True
+
+    def go(self) -> None:
+        if self.here:
+            replace(self.module, placeholder)
+            self.here = False
+
+
+def move(module: nn.Module, device: torch.device) -> None:
+    """Put the module's parameters and buffers on `device`."""
+    replace(module, lambda tensor: moved(tensor, device))
+
+
+def replace(module: nn.Module, made: Callable[[Tensor], Tensor]) -> None:
+    """Put `made(tensor)` in the place of every parameter and buffer; what stands in several places is made once."""
+    done: dict[int, Tensor] = {}
+    with torch.inference_mode(False):  # a compiled block would take inference tensors for others, and compile again
+        for part in module.modules():
+            for held in (part._parameters, part._buffers):
+                for name, old in held.items():
+                    if old is not None:
+                        if id(old) not in done:
+                            done[id(old)] = made(old)
+                        held[name] = done[id(old)]
+
+
+def adopt(module: nn.Module, other: nn.Module) -> None:
+    """Give `module` the parameters and buffers of `other`, which has the same parts."""
+    for part, theirs in zip(module.modules(), other.modules(), strict=True):
+        part._parameters.update(theirs._parameters)
+        part._buffers.update(theirs._buffers)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor itself where it is on `device`, else a copy."""
+    # towards the host we wait: the CPU may read at once what a GPU has not written yet
+    return like(tensor, tensor.to(device, non_blocking=device != HOST))
+
+
+def placeholder(tensor: Tensor) -> Tensor:
+    """Its shape and dtype without numbers."""
+    return like(tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+
+
+def like(old: Tensor, new: Tensor) -> Tensor:
+    """`new` as what `old` is, a parameter or a buffer."""
+    if new is old or not isinstance(old, nn.Parameter):
+        return new
+    return nn.Parameter(new, requires_grad=False)

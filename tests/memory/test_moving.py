@@ -1,0 +1,132 @@
+"""Weights that come and go: the same numbers, tied ones tied, nothing copied twice, memory really given back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hydrarun.memory.moving import WaitsOnDisk, WaitsOnHost
+
+MIB = 2**20
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, as text encoders have them, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("scale", torch.tensor([2.0, 3.0]))
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x)
+
+    @property
+    def kinds(self) -> list[str]:
+        return [tensor.device.type for tensor in (self.embed.weight, self.head.weight, self.scale)]
+
+
+def test_what_comes_to_the_device_leaves_as_it_was(fake):
+    module = Tied()
+    weight, scale = module.embed.weight, module.scale
+    moving = WaitsOnHost(module, torch.device("fake"))
+    for _ in range(2):
+        before = fake.memory_allocated()
+        moving.come()
+        assert module.kinds == ["fake"] * 3
+        assert module.head.weight is module.embed.weight
+        assert fake.memory_allocated() - before == 4 * (8 * 4 + 2)  # a tied weight is there once
+        assert torch.equal(module.embed.weight.cpu(), weight)
+        assert isinstance(module.embed.weight, nn.Parameter)
+        moving.go()
+        assert fake.memory_allocated() == before
+        assert module.embed.weight is module.head.weight is weight  # not a copy of the copy
+        assert module.scale is scale
+
+
+def test_what_was_put_in_on_the_device_moves_too(fake):
+    module = Tied()
+    moving = WaitsOnHost(module, torch.device("fake"))
+    moving.come()
+    module.scale = torch.tensor([5.0, 7.0], device="fake")
+    moving.go()
+    assert module.kinds == ["cpu"] * 3
+    assert module.scale.tolist() == [5.0, 7.0]
+
+
+def test_coming_twice_and_going_twice_is_once(fake):
+    module = Tied()
+    moving = WaitsOnHost(module, torch.device("fake"))
+    moving.come()
+    there = module.scale
+    moving.come()
+    assert module.scale is there
+    moving.go()
+    moving.go()
+    assert module.kinds == ["cpu"] * 3
+
+
+@pytest.mark.parametrize(("device", "pins"), [("cuda:1", 2), ("fake", 0)])
+def test_only_a_gpu_wants_pinned_memory(fake, monkeypatch, device, pins):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    module = Tied()
+    WaitsOnHost(module, torch.device(device))
+    assert len(pinned) == pins  # a tied weight once
+    assert module.head.weight is module.embed.weight
+
+
+def test_what_waits_on_disk_is_read_again():
+    module, other = Tied(), Tied()
+    moving = WaitsOnDisk(module, lambda: other)
+    moving.come()
+    assert module.embed.weight is not other.embed.weight  # it was there
+    moving.go()
+    assert module.kinds == ["meta"] * 3
+    moving.come()
+    assert module.embed.weight is module.head.weight is other.embed.weight
+    assert module.scale is other.scale
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
+def test_what_waits_on_disk_takes_no_memory():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def read() -> nn.Module:
+        return nn.ParameterList([torch.ones(64 * MIB // 4)])
+
+    moving = WaitsOnDisk(read(), read)
+    full = resident()
+    moving.go()
+    empty = resident()
+    moving.come()
+    assert full - empty == pytest.approx(64 * MIB, abs=4 * MIB)
+    assert resident() - empty == pytest.approx(64 * MIB, abs=4 * MIB)
+
+
+def test_a_compiled_module_stays_compiled():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    module = Tied()
+    module.compile(fullgraph=True, backend=backend)
+    moving = WaitsOnDisk(module, Tied)
+    results = []
+    with torch.inference_mode():
+        for _ in range(3):
+            moving.come()
+            results.append(torch.equal(module(torch.eye(4)), module.embed.weight.T))
+            moving.go()
+    assert results == [True] * 3
+    assert len(graphs) == 1
