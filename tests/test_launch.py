@@ -117,7 +117,7 @@ def test_ctrl_c_ends_all(tmp_path):
     driver, pids = started(tmp_path)
     assert all(map(alive, pids))
     driver.send_signal(signal.SIGINT)
-    assert driver.wait(10) == 130
+    assert driver.wait(60) == 130  # a rank that hangs in a collective is given some seconds
     assert gone(pids, 0)
     assert driver.stderr.read().splitlines()[-1] == "interrupted"
     assert sorted(path.name for path in (tmp_path / "here").iterdir()) == [".hydra", "pids.json"]
