@@ -1,8 +1,8 @@
 """Modulation tables: a block's shifts, scales and gates for all steps at once, instead of the weights that make them.
 
 They depend on the timestep and on what of the conditioning is global, not on the tokens, and both are known before the
-first step. Their weights are a third of Qwen-Image's; they are never loaded, but read when a table is made, one layer
-after the other, and let go.
+first step. Their weights, up to a third of a model's, are never loaded, but read when a table is made, one layer after
+the other, and let go.
 """
 
 from __future__ import annotations
