@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 
@@ -19,6 +21,13 @@ def synchronize(device: torch.device) -> None:
 def peak_bytes(device: torch.device) -> int:
     """The most that this process held on the device so far; 0 for the CPU, which is the host."""
     return 0 if device.type == "cpu" else torch.get_device_module(device).max_memory_allocated(device)
+
+
+def total_bytes(device: torch.device) -> int:
+    """The memory of the device; of the CPU the host's."""
+    if device.type == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return torch.get_device_module(device).mem_get_info(device)[1]
 
 
 def empty_cache(device: torch.device) -> None:

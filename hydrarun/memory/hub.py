@@ -65,6 +65,14 @@ def named_folder(path: str) -> Path | None:
     )
 
 
+def snapshot(repository: str, revision: str | None) -> Path | None:
+    """The folder of a repository in the hub's local cache, or None; nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, "model_index.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def resolve(model: dict[str, Any]) -> Source:
     """Find `model.path`, downloading it from the hub when it is an id and not in the cache.
 

@@ -1,0 +1,163 @@
+"""Counts what is done on the meta device: bytes that are alive, floating-point operations, bytes sent to other ranks.
+
+Tensors there have shapes and no numbers, so a model of any size runs in a moment, by the code that would really run.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from hydrarun.parallel import comm
+
+META = torch.device("meta")
+aten = torch.ops.aten
+#: operations that ask for a number, and those that copy
+ASKS = (aten._local_scalar_dense, aten.item, aten.is_nonzero)
+COPIES = (aten._to_copy, aten.to)
+
+
+class LeftTheDevice(Exception):
+    """Numbers were asked for on the host, and there are none: what follows is not the device's."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a part of a run takes."""
+
+    linear_flops: float = 0.0  # matrix products and convolutions
+    attention_flops: float = 0.0
+    sent_bytes: float = 0.0  # to other ranks
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def __sub__(self, other: Work) -> Work:
+        return self + other * -1
+
+    def __mul__(self, times: float) -> Work:
+        return Work(*(value * times for value in vars(self).values()))
+
+    @property
+    def flops(self) -> float:
+        return self.linear_flops + self.attention_flops
+
+
+class Meter(TorchDispatchMode):
+    """While it is active: `live` and `peak` bytes on the meta device, and the `work` that was done there.
+
+    Attention counts as its output: what a fused kernel holds.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        #: what code is told that asks whether numbers are all right, or all true
+        self.answer = True
+        self.known: set[int] = set()  # storages that are counted, or are not to be
+        self.sent_before = comm.sent.total()
+        self.linear_flops = self.attention_flops = 0
+        #: work that was not done here but counts
+        self.extra = Work()
+
+    def leave_out(self, module: nn.Module) -> None:
+        """The weights of a module are not counted, which views of them would be."""
+        for tensor in (*module.parameters(), *module.buffers()):
+            self.known.add(tensor.untyped_storage()._cdata)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        if packet in ASKS and args[0].is_meta:
+            return self.answer if args[0].dtype == torch.bool else 1
+        if packet in COPIES and leaves(args, kwargs):
+            raise LeftTheDevice
+        if packet is aten.scaled_dot_product_attention:
+            made = self.attend(*args[:3])
+        elif packet not in flop_registry and (made := self.in_parts(func, args, kwargs)) is not NotImplemented:
+            return made
+        else:
+            if packet is aten.index:
+                args = (args[0], [everywhere(index) for index in args[1]])
+            made = func(*args, **kwargs)
+            self.add(packet, flop_registry.get(packet), args, kwargs, made)
+        for tensor in made if isinstance(made, (list, tuple)) else [made]:
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                self.count(tensor.untyped_storage())
+        return made
+
+    def in_parts(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """An operation that is made of others, as those; NotImplemented if it is not."""
+        with self:
+            return func.decompose(*args, **kwargs)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """What a fused kernel makes: the meta device has none of its own, and would hold all pairs."""
+        pairs = query[..., 0].numel() * key.shape[-2]
+        self.attention_flops += 2 * pairs * (query.shape[-1] + value.shape[-1])
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+    def add(self, packet: Any, formula: Any, args: Sequence[Any], kwargs: dict[str, Any], made: Any) -> None:
+        """Count an operation's floating-point operations."""
+        if formula is None:
+            return
+        if "attention" in packet.__name__:
+            self.attention_flops += formula(*args, **kwargs, out_val=made)
+        else:
+            self.linear_flops += formula(*args, **kwargs, out_val=made)
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        """The storage is alive until nobody holds it."""
+        key = storage._cdata
+        if key not in self.known:
+            self.known.add(key)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.gone, key, storage.nbytes())
+
+    def gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+    def so_far(self) -> Work:
+        """The work until now."""
+        sent = comm.sent.total() - self.sent_before
+        return Work(self.linear_flops, self.attention_flops, sent) + self.extra
+
+
+def leaves(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a copy goes from the meta device to another."""
+    places = [x for x in (*args[1:], kwargs.get("device")) if isinstance(x, torch.device)]
+    return args[0].is_meta and any(place.type != "meta" for place in places)
+
+
+def everywhere(index: Tensor | None) -> Tensor | None:
+    """A mask as indices, all of its places."""
+    if index is None or index.dtype != torch.bool or not index.is_meta:
+        return index
+    return torch.arange(index.numel(), device=index.device)
+
+
+class Repeated:
+    """A list of equal blocks of which a few are run, and count as all; of what is alive two show as much as all."""
+
+    def __init__(self, blocks: nn.ModuleList, meter: Meter, kept: int) -> None:
+        self.meter = meter
+        self.times = max(1.0, len(blocks) / kept)
+        del blocks[kept:]
+        for block in blocks:
+            block.register_forward_pre_hook(self.before)
+            block.register_forward_hook(self.after)
+
+    def before(self, *_: Any) -> None:
+        self.start = self.meter.so_far()
+
+    def after(self, *_: Any) -> None:
+        self.meter.extra += (self.meter.so_far() - self.start) * (self.times - 1)

@@ -1,0 +1,135 @@
+"""A rehearsal: the run's own stages on the meta device, where nothing has numbers and everything has its size.
+
+Of the loop as many steps are rehearsed as a cache needs to fill, of equal blocks two; their work counts as all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from hydrarun.cache.base import NoCache, Schedule, Step
+from hydrarun.cache.step_cache import StepCache
+from hydrarun.experts import LOW_NOISE
+from hydrarun.memory.moving import HOST
+from hydrarun.parallel.data import own_items
+from hydrarun.pipeline import Parts, Stage
+from hydrarun.plan.meter import META, LeftTheDevice, Meter, Work
+from hydrarun.stages.denoise import Denoise, for_all, schedule
+from hydrarun.state import State
+from hydrarun.timing import Timings
+
+
+@dataclass(frozen=True)
+class Act:
+    """One stage, rehearsed."""
+
+    phase: str
+    uses: tuple[str, ...]
+    #: the most bytes that were alive beside weights: activations, and what the stages before left behind
+    activations: int
+    #: in all steps, for denoising those that compute the blocks
+    work: Work
+    #: how often the components that it uses are run
+    forwards: int = 1
+    #: of denoising: of the activations, what a cache keeps from step to step
+    cache: int = 0
+    #: of denoising: steps that compute the blocks, by expert
+    steps: dict[str, int] = field(default_factory=dict)
+
+
+class Rehearsal:
+    """The stages of a run with parts on the meta device."""
+
+    def __init__(self, stages: Sequence[Stage], parts: Parts, meter: Meter) -> None:
+        self.stages = stages
+        self.parts = parts
+        self.meter = meter
+
+    def rehearse(self, state: State) -> list[Act]:
+        """Every stage in order. `state` is the request; what stages give is on the meta device afterwards."""
+        axis = self.parts.mesh["data"] if self.parts.mesh else None
+        state = own_items(state, axis) if axis else state
+        acts = []
+        with torch.inference_mode(), self.meter:
+            for stage in self.stages:
+                self.meter.peak = self.meter.live
+                if isinstance(stage, Denoise):
+                    act = self.denoise(stage, state)
+                else:
+                    act = self.play(stage, state)
+                to_meta(state)
+                acts.append(replace(act, activations=max(self.meter.peak, self.meter.live)))
+        return acts
+
+    def play(self, stage: Stage, state: State) -> Act:
+        """A stage as it is. Prompts are encoded on the host, by stand-ins; pixels and latents are on the device."""
+        there, before = META if {"vae", "transformer"} & set(stage.uses) else HOST, self.meter.so_far()
+        with suppress(LeftTheDevice):
+            stage(state, replace(self.parts, device=there), Timings(HOST))
+        forwards = len(self.parts.guidance.branches(state)) if "text_encoder" in stage.uses else 1
+        return Act(stage.phase, stage.uses, 0, self.meter.so_far() - before, forwards)
+
+    def denoise(self, stage: Denoise, state: State) -> Act:
+        """As many first steps as fill the cache, and one of the second expert; their work counts for all steps."""
+        parts = self.parts
+        shared = {name: for_all(getattr(state, name), len(state.latents)) for name in stage.passes}
+        conditioning = {branch: {**state.conditioning[branch], **shared} for branch in parts.guidance.branches(state)}
+        steps = schedule(state.timesteps, parts.experts)
+        second = [step.index for step in steps if step.expert == LOW_NOISE][:1]
+        count = fills(parts.cache)
+        ready(parts.cache, steps, list(conditioning), parts.mesh)
+        work: dict[str, Work] = {}
+        for index in sorted({*range(min(count, len(steps))), *second}):
+            timestep, before = state.timesteps[index], self.meter.so_far()
+            prediction = stage.predict(state, parts, conditioning, timestep.to(META), steps[index], self.rows(state))
+            work[steps[index].expert] = self.meter.so_far() - before
+            state.latents = parts.pipeline.scheduler.step(prediction, timestep, state.latents, return_dict=False)[0]
+        counts, full = Counter(step.expert for step in steps if computes(parts.cache, step)), self.meter.live
+        parts.cache.end()
+        total = sum((work[expert] * count for expert, count in counts.items()), Work())
+        here = math.ceil(len(conditioning) / parts.mesh.degrees["cfg_degree"]) if parts.mesh else len(conditioning)
+        forwards = here * counts.total()
+        return Act(stage.phase, stage.uses, 0, total, forwards, full - self.meter.live, dict(counts))
+
+    def rows(self, state: State) -> dict[str, Tensor] | None:
+        """Any rows of the modulation tables, where there are tables."""
+        if not self.parts.tables:
+            return None
+        row = torch.zeros(len(state.latents), 1, dtype=torch.long, device=META)
+        return dict.fromkeys(self.parts.guidance.branches(state), row)
+
+
+def computes(cache: Any, step: Step) -> bool:
+    """Whether the blocks are computed in a step; where a gate decides by the numbers, perhaps."""
+    planned = isinstance(cache, StepCache) and getattr(cache.gate, "planned", None)
+    return not planned or step.index in planned
+
+
+def fills(cache: NoCache) -> int:
+    """Steps after which a cache holds all that it ever will."""
+    if isinstance(cache, StepCache):
+        return cache.predictor.keeps + 1
+    order = getattr(cache, "taylorseer_order", None)
+    return 1 if isinstance(cache, NoCache) else 2 + (order or 0)
+
+
+def ready(cache: Any, steps: tuple[Step, ...], branches: list[str], mesh: Any) -> None:
+    """A request in which every step is computed: there are no numbers to compare."""
+    cache.start(Schedule(steps), branches, mesh)
+    if isinstance(cache, StepCache):
+        cache.firsts = frozenset(range(len(steps)))
+
+
+def to_meta(state: State) -> None:
+    """What stages gave is on the device; the schedule stays on the host, where the scheduler reads it."""
+    for name in State.stage_fields() - {"timesteps", "frames"}:
+        setattr(state, name, tree_map(lambda x: x.to(META) if isinstance(x, Tensor) else x, getattr(state, name)))

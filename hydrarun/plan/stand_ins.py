@@ -1,0 +1,163 @@
+"""What takes the place of components with weights while a plan is made: the same classes, without numbers.
+
+Text encoders take real token ids and give zeros, so that a pipeline's own prompt encoding runs as it is; between, they
+run on the meta device, where the meter counts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from hydrarun.components import component_class, load_component, quiet_libraries
+from hydrarun.memory.moving import HOST
+from hydrarun.plan.configs import Configs
+from hydrarun.plan.meter import META, Meter
+
+#: a token is about so many bytes of text, where there is no tokenizer to ask
+BYTES_PER_TOKEN = 4
+#: components that are ours
+OURS = ("transformer", "transformer_2")
+
+
+def modules(configs: Configs, dtype: torch.dtype, vae_dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The text encoders and the VAE on the meta device, by their names in the checkpoint."""
+    found = {}
+    for name, value in configs.index.items():
+        if isinstance(value, list) and value[0] and name not in OURS and issubclass(configs.cls(name), nn.Module):
+            cls, config = configs.cls(name), configs.components[name]
+            with torch.device("meta"), quiet_libraries():
+                if hasattr(cls, "config_class") and value[0] == "transformers":
+                    module = cls(cls.config_class.from_dict(config))
+                else:
+                    module = cls.from_config(config)
+            found[name] = cast(module, vae_dtype if name == "vae" else dtype)
+    return found
+
+
+def cast(module: nn.Module, dtype: torch.dtype, kept: Sequence[str] = ()) -> nn.Module:
+    """The module with its parameters in `dtype`, but for those below the names that are `kept` in float32."""
+    kept = kept or getattr(module, "_keep_in_fp32_modules", None) or ()
+    for name, parameter in module.named_parameters():
+        kind = torch.float32 if set(name.split(".")) & set(kept) else dtype
+        parameter.data = torch.empty(parameter.shape, dtype=kind, device=META)
+    return module.eval().requires_grad_(False)
+
+
+def pipeline(cls: Any, configs: Configs, made: dict[str, nn.Module], scheduler: Any | None, meter: Meter) -> Any:
+    """The diffusers pipeline around the stand-ins; its scheduler is real, and its tokenizers where there are files."""
+    components: dict[str, Any] = {}
+    for name, value in configs.index.items():
+        if name.startswith("_"):
+            continue
+        if not isinstance(value, list):
+            components[name] = value
+        elif name == "scheduler" and scheduler is not None:
+            components[name] = scheduler
+        elif name in OURS or not value[0]:
+            components[name] = None
+        elif name in made:
+            components[name] = made[name] if name == "vae" else TextEncoder(made[name], meter)
+        else:
+            components[name] = tool(configs, name, made)
+    accepted = inspect.signature(cls).parameters
+    with quiet_libraries():
+        built = cls(**{name: value for name, value in components.items() if name in accepted})
+    return built
+
+
+def tool(configs: Configs, name: str, made: dict[str, nn.Module]) -> Any:
+    """A component without weights: from its files, or what stands for it."""
+    cls = component_class(*configs.entry(name))
+    if configs.folder is not None:
+        return load_component(configs.folder, name, configs.entry(name), device=HOST, dtype=torch.float32)
+    if name in configs.components:
+        return cls.from_config(configs.components[name])
+    return Processor(made["text_encoder"].config) if "rocessor" in cls.__name__ else Tokenizer()
+
+
+class TextEncoder:
+    """A text encoder on the meta device that is called from the host: ids in, zeros of the right shape out."""
+
+    device = HOST
+
+    def __init__(self, module: nn.Module, meter: Meter) -> None:
+        self.module = module
+        self.meter = meter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Any:
+        """Images are in the ids as placeholders; what the encoder does with their pixels before is not counted."""
+        wants = {"output_hidden_states": settings.get("output_hidden_states", False)}
+        if getattr(self.module.config, "is_encoder_decoder", False) or not hasattr(self.module, "lm_head"):
+            wants = {}
+        if attention_mask is not None:
+            self.meter.answer = bool(attention_mask.all())  # where nothing is padded, encoders do without a mask
+            wants["attention_mask"] = attention_mask.to(META)
+        made = self.module(input_ids=input_ids.to(META), **wants)
+        self.meter.answer = True
+        return on_host(made)
+
+
+def on_host(outputs: Any) -> Any:
+    """Zeros in the place of every tensor."""
+    return tree_map(lambda x: torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x, outputs)
+
+
+class Tokenizer:
+    """Ids of as many tokens as a text probably has."""
+
+    model_max_length = 77  # CLIP's; the others are told
+
+    def __call__(
+        self,
+        text: str | list[str],
+        padding: bool | str = False,
+        max_length: int | None = None,
+        truncation: bool = False,
+        **_: Any,
+    ) -> Any:
+        texts = [text] if isinstance(text, str) else text
+        count = max(math.ceil(len(one.encode()) / BYTES_PER_TOKEN) for one in texts)
+        if max_length is not None and (padding == "max_length" or count > max_length):
+            count = max_length
+        return encoded(len(texts), count)
+
+    def batch_decode(self, ids: Tensor) -> list[str]:
+        return [""] * len(ids)
+
+
+class Processor:
+    """Tokens of a text and of the pictures in it, for encoders that see pictures as a grid of merged patches."""
+
+    image_token = "<|image_pad|>"
+
+    def __init__(self, config: Any) -> None:
+        self.side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+        self.tokenizer = Tokenizer()
+
+    def __call__(self, text: list[str], images: Any = None, **_: Any) -> Any:
+        given = images if isinstance(images, list) else [] if images is None else [images]
+        tokens = sum(round(image.height / self.side) * round(image.width / self.side) for image in given)
+        made = encoded(len(text), tokens + self.tokenizer(text).input_ids.shape[1])
+        made.pixel_values = made.image_grid_thw = torch.zeros(0)
+        return made
+
+
+def encoded(rows: int, columns: int) -> Any:
+    """What tokenizers return."""
+    ids = torch.ones(rows, columns, dtype=torch.long)
+    made = SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
+    made.to = lambda *_: made
+    return made
+
+
