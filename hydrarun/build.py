@@ -16,7 +16,6 @@ from hydrarun.errors import UsageError
 from hydrarun.experts import NAMES, Experts, boundary
 from hydrarun.fit import check_folder_fit
 from hydrarun.layers.attention import AttentionBackend
-from hydrarun.layers.norm import Modulation
 from hydrarun.memory.device import count
 from hydrarun.memory.hub import Source, resolve
 from hydrarun.memory.loading import load_transformer
@@ -91,7 +90,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
                 dtype=dtype,
                 note=progress.note,
                 axis=mesh["tensor"] if mesh else None,
-                left=(Modulation,) if tabled else (),
+                left=offload.left,
                 loaded=quantization.loaded,
             )
             for name in NAMES[: model["experts"]]
@@ -120,7 +119,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
         return module
 
     modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
-    offload.take(modules | transformers, device, read_again)
+    offload.take(modules | transformers, device, read_again, source.folder, dtype)
     experts = Experts(transformers, boundary(pipeline))
     shared = {"mesh": mesh, "offload": offload, "tables": tables}
     parts = Parts(experts, pipeline, guidance, model["patch_size"], device, dtype, progress, **shared)

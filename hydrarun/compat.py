@@ -15,6 +15,10 @@ from hydrarun.validate import cfg_scale
 Config = Mapping[str, Any]
 
 
+#: offloads that bring weights to the device and let them go, by `offloads`' names
+MOVING = ("Expert", "Model", "Layerwise", "Disk", "TextEncoder")
+
+
 class Rule(NamedTuple):
     """`broken(config)` tells whether the rule is; sentence and fix may name values as `{model}` and `{steps}`."""
 
@@ -42,6 +46,11 @@ def multiplies_float8(config: Config) -> bool:
 def offloads(config: Config, *whats: str) -> bool:
     """Whether the offload is that of one of these."""
     return any(uses(config, "offload", f"{what}Offload") for what in whats)
+
+
+def graphed(config: Config) -> bool:
+    """Whether compiled blocks are CUDA graphs."""
+    return config["compile"].get("mode") in ("reduce-overhead", "max-autotune")
 
 
 def degree(config: Config, name: str) -> int:
@@ -230,7 +239,7 @@ RULES = (
     ),
     Rule(
         "offload",
-        lambda config: offloads(config, "Expert", "Model", "TextEncoder") and degree(config, "hsdp") > 1,
+        lambda config: offloads(config, *MOVING) and degree(config, "hsdp") > 1,
         "HSDP's shares of the weights stay where they are",
         "offload=none",
     ),
@@ -242,9 +251,21 @@ RULES = (
     ),
     Rule(
         "offload",
-        lambda config: offloads(config, "Expert", "Model") and config["device"] == "cpu",
+        lambda config: offloads(config, "Expert", "Model", "Layerwise") and config["device"] == "cpu",
         "on device=cpu the host is the device: there is nothing to offload to",
         "offload=none",
+    ),
+    Rule(
+        "offload",
+        lambda config: offloads(config, "Disk") and "transformer" in quantized(config),
+        "the blocks are read from their files in every step, and would be quantized anew each time",
+        "quantization=none, or offload=layerwise, which keeps them quantized on the host",
+    ),
+    Rule(
+        "compile.mode",
+        lambda config: offloads(config, "Layerwise", "Disk") and graphed(config),
+        "a CUDA graph reads weights where they were when it was recorded, and those of the blocks change places",
+        "compile.mode=default",
     ),
     Rule(
         "offload",

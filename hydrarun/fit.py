@@ -9,11 +9,15 @@ from typing import Any
 
 from hydrarun.errors import UsageError
 
+#: what a transformer's config.json calls the lengths of its lists of blocks
+DEPTHS = ("num_layers", "num_single_layers")
+
 
 def check_folder_fit(config: dict[str, Any], folder: Path) -> None:
     """Refuse what the checkpoint in `folder` cannot make or would ignore; says nothing where its JSON does not tell."""
     vae, transformer = (read(folder / name / "config.json") for name in ("vae", "transformer"))
     check_heads(config["parallel"]["tensor_degree"], transformer)
+    check_blocks(config["offload"], sum(transformer.get(key) or 0 for key in DEPTHS))
     index = read(folder / "model_index.json")
     check_experts(config["model"], index)
     check_fitted(config, index)
@@ -73,6 +77,19 @@ def check_heads(ranks: int, transformer: Mapping[str, Any]) -> None:
         raise UsageError(
             f"parallel.tensor_degree={ranks}: this checkpoint has {heads} heads, and each stays whole;"
             f" parallel.tensor_degree={heads} at most"
+        )
+
+
+def check_blocks(offload: Mapping[str, Any], depth: int) -> None:
+    """Raises `UsageError` where none of `depth` blocks waits: those that stay and those in turn are all of them.
+
+    A depth of 0 is unknown.
+    """
+    resident, ahead = offload.get("resident_blocks"), offload.get("prefetch_blocks")
+    if depth and isinstance(resident, int) and isinstance(ahead, int) and resident + ahead + 1 >= depth:
+        raise UsageError(
+            f"offload.resident_blocks={resident} offload.prefetch_blocks={ahead}: {resident} blocks that stay and"
+            f" {ahead + 1} in turn are all {depth} of this checkpoint: use offload=model, which does that, or fewer"
         )
 
 

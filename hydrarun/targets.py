@@ -57,6 +57,8 @@ ALLOWED = frozenset(
         "hydrarun.memory.offload.ExpertOffload",
         "hydrarun.memory.modulation.ModulationOffload",
         "hydrarun.memory.offload.ModelOffload",
+        "hydrarun.memory.offload.LayerwiseOffload",
+        "hydrarun.memory.offload.DiskOffload",
         "hydrarun.memory.offload.TextEncoderOffload",
         "diffusers.QwenImagePipeline",
         "diffusers.QwenImageEditPipeline",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def count(device: torch.device) -> int:
@@ -34,3 +36,34 @@ def empty_cache(device: torch.device) -> None:
     """Give back what torch holds and nothing uses, so that large weights find room in one piece."""
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
+
+
+class Copies:
+    """Copies to the device that are made while it computes, in a stream of their own.
+
+    A moment is a point in what was launched (an event). Devices other than CUDA have no streams here: a copy is made at
+    once, and every moment is None.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def computed(self) -> Any:
+        """The moment when all that was launched so far is computed."""
+        return None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
+
+    def start(self, source: Tensor, target: Tensor, after: Any) -> Any:
+        """Copy once the moment `after` has come; returns the moment when that is done."""
+        if self.stream is None:
+            target.copy_(source)
+            return None
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(after)
+            target.copy_(source, non_blocking=True)
+            return self.stream.record_event()
+
+    def wait(self, moment: Any) -> None:
+        """Have all that is launched from here on wait for the moment."""
+        if moment is not None:
+            torch.cuda.current_stream(self.device).wait_event(moment)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,13 +54,13 @@ def load_transformer(
     dtype: torch.dtype,
     note: Callable[[str], None],
     axis: Axis | None = None,
-    left: tuple[type[nn.Module], ...] = (),
+    left: Callable[[Transformer], Iterable[str]] = lambda _: (),
     loaded: Callable[[Transformer, str], None] | None = None,
 ) -> Transformer:
     """Build `cls` from `folder`'s config.json and fill it from its safetensors files.
 
     With `axis`, only this rank's share of the weights is read and held (`hydrarun.parallel.tensor`). The weights of
-    modules of the classes `left` are checked like all, but not read: they stay on the meta device. `loaded` is called
+    modules that `left` names are checked like all, but not read: they stay on the meta device. `loaded` is called
     with the name of each parameter once it is in its place, and may replace it. Raises `RunError`
     naming file and tensor for whatever is missing, not used, wrongly shaped or unreadable, and `UsageError` for more
     ranks than can share the weights.
@@ -73,19 +73,23 @@ def load_transformer(
         split(transformer, axis)
     checkpoint = Checkpoint(folder)
     placements = plan(transformer, checkpoint)
-    skipped = tuple(f"{name}." for name, module in transformer.named_modules() if isinstance(module, left))
+    skipped = tuple(f"{name}." for name in left(transformer))
     with ExitStack() as files:
         read = Reader(checkpoint, files)
         for placement in placements:
             if placement.name.startswith(skipped):
                 continue
-            kept = set(placement.name.split(".")) & set(cls.keep_in_float32)
-            tensor = fill(placement, read, device, torch.float32 if kept else dtype)
+            tensor = fill(placement, read, device, dtype_of(transformer, placement.name, dtype))
             put(transformer, placement.name, tensor)
             if loaded is not None:
                 del tensor  # it need not outlive its replacement
                 loaded(transformer, placement.name)
     return transformer
+
+
+def dtype_of(transformer: Transformer, name: str, dtype: torch.dtype) -> torch.dtype:
+    """What the parameter `name` is held in, where most are held in `dtype`."""
+    return torch.float32 if set(name.split(".")) & set(transformer.keep_in_float32) else dtype
 
 
 def fill(placement: Placement, read: Reader, device: torch.device, dtype: torch.dtype) -> Tensor:

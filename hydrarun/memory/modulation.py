@@ -30,6 +30,9 @@ MIB = 2**20
 class ModulationOffload(NoOffload):
     """Tables take the place of the modulation weights, which stay in their files, on every device."""
 
+    def left(self, transformer: Transformer) -> list[str]:
+        return [name for name, module in transformer.named_modules() if isinstance(module, Modulation)]
+
 
 class ModulationTable(nn.Module):
     """Takes a `Modulation`'s place: its values `[R, parts * D]`, one row for each conditioning."""

@@ -68,16 +68,18 @@ class WaitsOnHost:
 class WaitsOnDisk:
     """A module whose weights are let go of, and are read again when they are needed."""
 
-    def __init__(self, module: nn.Module, read: Callable[[], nn.Module]) -> None:
-        """`module` has its weights; `read` makes another that equals it."""
+    def __init__(self, module: nn.Module, read: Callable[[], nn.Module], device: torch.device = HOST) -> None:
+        """`module` has its weights on `device`; `read` makes another that equals it, on the host."""
         self.module = module
         self.read = read
+        self.device = device
         self.here = True
 
     def come(self) -> None:
         if not self.here:
             with torch.inference_mode(False):
                 adopt(self.module, self.read())
+            move(self.module, self.device)
             self.here = True
 
     def go(self) -> None:

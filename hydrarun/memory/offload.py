@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import nn
 
+from hydrarun.cache.base import at_least
+from hydrarun.fit import check_blocks
 from hydrarun.memory.device import empty_cache
 from hydrarun.memory.moving import HOST, Moving, WaitsOnDisk, WaitsOnHost
+from hydrarun.memory.streaming import FromFiles, FromHost
+from hydrarun.transformer import Transformer
 
 #: what a stage can use; `text_encoder` stands for all text encoders, `transformer` for both experts
 USES = ("text_encoder", "transformer", "vae")
@@ -32,18 +37,37 @@ class NoOffload:
         """Where the module of that name is loaded to."""
         return HOST if use_of(name) in self.moves else device
 
-    def take(self, modules: Mapping[str, nn.Module], device: torch.device, read: Callable[[str], nn.Module]) -> None:
-        """Take charge of the modules, by their names in the checkpoint, that lie where `place` said.
+    def left(self, transformer: Transformer) -> Collection[str]:
+        """Names of the transformer's modules whose weights are not read when it is loaded."""
+        return ()
 
-        They wait on the host. A CPU has no other memory: there they are let go of, and `read` reads one again.
+    def take(
+        self,
+        modules: Mapping[str, nn.Module],
+        device: torch.device,
+        read: Callable[[str], nn.Module],
+        folder: Path,
+        dtype: torch.dtype,
+    ) -> None:
+        """Take charge of the modules, by their names in the checkpoint in `folder`, that lie where `place` said.
+
+        `read` reads one again onto the host; `dtype` is what most weights are held in.
         """
         self.device = device
         for name, module in modules.items():
             if use_of(name) in self.moves:
-                if device.type == "cpu":
-                    self.waiting[name] = WaitsOnDisk(module, partial(read, name))
-                else:
-                    self.waiting[name] = WaitsOnHost(module, device)
+                self.waiting[name] = self.mover(module, partial(read, name), folder / name, dtype)
+
+    def mover(self, module: nn.Module, read: Callable[[], nn.Module], folder: Path, dtype: torch.dtype) -> Moving:
+        """What has a module, whose files are in `folder`, wait: the host.
+
+        A CPU has no other memory: there it is let go of, and `read` again.
+        """
+        return WaitsOnDisk(module, read) if self.device.type == "cpu" else WaitsOnHost(module, self.device)
+
+    def blocks_bytes(self, sizes: Sequence[int]) -> int:
+        """What a transformer's blocks of these `sizes` (bytes, in order) take on the device while it denoises."""
+        return sum(sizes)
 
     def before(self, uses: Collection[str]) -> None:
         """A stage is next that uses these: what it does not use leaves, then what it uses comes.
@@ -88,6 +112,50 @@ class ModelOffload(NoOffload):
 
     moves = USES
     needs_device = True
+
+
+class LayerwiseOffload(ModelOffload):
+    """As `ModelOffload`, and of the transformer's blocks only the first `resident_blocks` stay while it denoises.
+
+    The others are copied into `prefetch_blocks + 1` buffers, each when its turn is near.
+    """
+
+    def __init__(self, resident_blocks: int = 0, prefetch_blocks: int = 1) -> None:
+        """Raises `UsageError` for numbers that cannot be."""
+        super().__init__()
+        self.resident_blocks = at_least("offload.resident_blocks", resident_blocks, 0)
+        self.prefetch_blocks = at_least("offload.prefetch_blocks", prefetch_blocks, 1)
+
+    def mover(self, module: nn.Module, read: Callable[[], nn.Module], folder: Path, dtype: torch.dtype) -> Moving:
+        if isinstance(module, Transformer):
+            check_blocks(vars(self), module.depth)  # where config.json does not tell it
+            return FromHost(module, self.device, self.resident_blocks, self.prefetch_blocks)
+        return super().mover(module, read, folder, dtype)
+
+    def blocks_bytes(self, sizes: Sequence[int]) -> int:
+        """The resident ones and the buffers, each as large as the largest of the others, packed (`packed_bytes`)."""
+        return sum(sizes[: self.resident_blocks]) + (self.prefetch_blocks + 1) * max(sizes[self.resident_blocks :])
+
+
+class DiskOffload(NoOffload):
+    """The transformer's blocks are read from their files, each when its turn is near; of text encoders the same."""
+
+    moves = ("text_encoder", "transformer")
+
+    def place(self, name: str, device: torch.device) -> torch.device:
+        return device  # what is there at all
+
+    def left(self, transformer: Transformer) -> Collection[str]:
+        return transformer.block_lists
+
+    def mover(self, module: nn.Module, read: Callable[[], nn.Module], folder: Path, dtype: torch.dtype) -> Moving:
+        if isinstance(module, Transformer):
+            return FromFiles(module, folder, self.device, dtype)
+        return WaitsOnDisk(module, read, self.device)
+
+    def blocks_bytes(self, sizes: Sequence[int]) -> int:
+        """The one in use and the next, at most the two largest."""
+        return sum(sorted(sizes)[-2:])
 
 
 class TextEncoderOffload(NoOffload):

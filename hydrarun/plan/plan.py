@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hydrarun.experts import LOW_NOISE
 from hydrarun.memory.modulation import ModulationOffload
-from hydrarun.memory.offload import NoOffload, use_of
+from hydrarun.memory.offload import DiskOffload, NoOffload, use_of
 from hydrarun.plan.devices import Device
 from hydrarun.plan.estimate import Rehearsed
 from hydrarun.plan.meter import Work
 from hydrarun.plan.rehearse import Act
-from hydrarun.plan.weights import Component, Held, on_device, streamed, waiting
+from hydrarun.plan.weights import Component, Held, here, on_device, streamed, waiting
 
 PHASES = ("encode", "denoise", "decode")
 #: bytes per second that blocks are read with from a disk: a usual NVMe one
@@ -94,7 +95,7 @@ class Estimate:
 
     def used(self, act: Act) -> Iterator[Component]:
         """The components that a stage runs; of experts, which take turns, the first."""
-        return (c for c in self.rehearsed.components if use_of(c.name) in act.uses and not c.name.endswith("er_2"))
+        return (c for c in self.rehearsed.components if use_of(c.name) in act.uses and c.name != LOW_NOISE)
 
     def beside(self, act: Act) -> int:
         """Bytes beside the weights: activations, and a quantized weight unpacked while it is multiplied with."""
@@ -115,11 +116,11 @@ class Estimate:
         if self.setting.quantization.get("activations", "none") != "none" and device.float8:
             rate = device.float8
         compute = act.work.linear_flops / rate + act.work.attention_flops / device.float16
-        coming = streamed(self.used(act), self.held, self.setting.offload) * act.forwards
-        source = DISK if self.setting.offload.reads_again else device.host
-        moved = sum(
-            sum(self.held.sizes(c)[1]) + self.held.sizes(c)[0]
-            for c in self.used(act)
-            if use_of(c.name) in self.setting.offload.moves
-        )
-        return max(compute, coming / source) + moved / device.host + (act.work.sent_bytes + self.borrowed(act)) / device.link
+        source = DISK if isinstance(self.setting.offload, DiskOffload) else device.host
+        moved = sum(here(c, self.held, self.setting.offload) for c in self.used(act) if self.waits(c)) / source
+        blocks = sum(streamed(c, self.held, self.setting.offload) for c in self.used(act)) * act.forwards / source
+        return max(compute, blocks) + moved + (act.work.sent_bytes + self.borrowed(act)) / device.link
+
+    def waits(self, component: Component) -> bool:
+        """Whether it is away from the device while it is not used."""
+        return use_of(component.name) in self.setting.offload.moves

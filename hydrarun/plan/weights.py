@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hydrarun.layers.norm import Modulation
-from hydrarun.memory.offload import NoOffload, use_of
+from hydrarun.memory.offload import DiskOffload, LayerwiseOffload, NoOffload, use_of
 from hydrarun.parallel.hsdp import repeated_layers
 from hydrarun.transformer import Transformer
 
@@ -179,3 +179,11 @@ def together(components: list[Component], held: Held, offload: NoOffload) -> int
 def waiting(components: Iterable[Component], held: Held, offload: NoOffload) -> int:
     """Bytes on the host of what waits there for its turn."""
     return sum(sum(held.sizes(c)[1]) + held.sizes(c)[0] for c in components if use_of(c.name) in offload.moves)
+
+
+def streamed(component: Component, held: Held, offload: NoOffload) -> int:
+    """Bytes of blocks that come to the device in each forward of a transformer."""
+    _, blocks = held.sizes(component)
+    if isinstance(offload, LayerwiseOffload):
+        return sum(blocks[offload.resident_blocks :])
+    return sum(blocks) if isinstance(offload, DiskOffload) else 0

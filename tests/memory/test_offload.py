@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from hydrarun.runner import Runner
 
 FAMILIES = [name for name in MODELS if name not in VARIANTS]
 TWO_EXPERTS = "wan22_t2v_a14b"
+UNREAD = (lambda name: None, Path(), torch.float32)  # how to read again what nobody reads
 SAME = 1e-6  # of the largest latent; the kernels are the CPU's, called in another way
 
 
@@ -153,7 +155,7 @@ def test_of_two_experts_one_is_on_the_device(subject, fake, kept):
 def test_an_expert_leaves_before_the_other_comes(fake):
     offload = ExpertOffload()
     experts = {"transformer": nn.Linear(64, 64), "transformer_2": nn.Linear(64, 64)}
-    offload.take(experts, torch.device("fake"), lambda name: None)
+    offload.take(experts, torch.device("fake"), *UNREAD)
     before = fake.memory_allocated()
     fake.reset_peak_memory_stats()
     for name in (*experts, *experts):
@@ -197,17 +199,17 @@ def test_a_stage_names_what_it_uses():
 def test_a_stage_that_uses_nothing_moves_nothing(fake):
     offload = ModelOffload()
     pair = {"vae": nn.Linear(2, 2), "text_encoder_2": nn.Linear(2, 2)}
-    offload.take(pair, torch.device("fake"), lambda name: None)
+    offload.take(pair, torch.device("fake"), *UNREAD)
     for uses, want in [(("vae",), "vae"), ((), "vae"), (("text_encoder",), "text_encoder_2"), ((), "text_encoder_2")]:
         offload.before(uses)
         assert [name for name, module in pair.items() if module.weight.device.type == "fake"] == [want]
 
 
-@pytest.mark.parametrize("option", ["expert", "model", "text_encoder"])
+@pytest.mark.parametrize("option", ["expert", "model", "text_encoder", "layerwise", "disk"])
 def test_what_offload_does_not_go_with(option):
     asked = [f"model={TWO_EXPERTS}", "sampling.prompt=a", f"offload={option}"]
     broken = {device: [*violations(compose_raw([*asked, f"device={device}"])[0])] for device in ("cpu", "cuda")}
-    assert len(broken["cpu"]) == (option != "text_encoder")
+    assert len(broken["cpu"]) == (option not in ("text_encoder", "disk"))
     assert broken["cuda"] == []
     (rule,) = violations(compose_raw([*asked, "parallel=hsdp2"])[0])
     assert rule.sentence == "HSDP's shares of the weights stay where they are"

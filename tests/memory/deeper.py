@@ -1,0 +1,43 @@
+"""Tiny checkpoints with twice the blocks: two are too few to take turns."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from hydrarun.fit import DEPTHS
+
+STEM = "diffusion_pytorch_model.safetensors"
+
+
+def deeper(folder: Path, into: Path) -> Path:
+    """The checkpoint in `folder` with each transformer's blocks twice, the second time with other weights."""
+    into.mkdir()
+    for part in folder.iterdir():
+        if part.name.startswith("transformer"):
+            (into / part.name).mkdir()
+            depths = double_config(part / "config.json", into / part.name / "config.json")
+            save_file(dict(doubled(load_file(part / STEM), depths)), into / part.name / STEM)
+        else:
+            (into / part.name).symlink_to(part)
+    return into
+
+
+def double_config(old: Path, new: Path) -> dict[str, int]:
+    """Writes it; returns the old depths."""
+    config = json.loads(old.read_text())
+    depths = {key: config[key] for key in DEPTHS if key in config}
+    new.write_text(json.dumps(config | {key: 2 * depth for key, depth in depths.items()}))
+    return depths
+
+
+def doubled(weights, depths):
+    """Every tensor, and those of blocks once more under the next indices."""
+    for name, weight in weights.items():
+        yield name, weight
+        if found := re.match(r"((\w*)blocks)\.(\d+)\.(.*)", name):
+            depth = depths["num_single_layers" if found[2].startswith("single") else "num_layers"]
+            yield f"{found[1]}.{int(found[3]) + depth}.{found[4]}", weight * 0.75
