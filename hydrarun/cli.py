@@ -73,6 +73,10 @@ def dispatch(argv: Sequence[str]) -> int:
         from hydrarun import replay
 
         return replay.main(line.overrides)
+    if line.verb == "plan":
+        from hydrarun.plan import command
+
+        return command.main(line.overrides)
     if line.verb == "calibrate":
         from hydrarun import calibrate
 

@@ -281,9 +281,13 @@ def violations(config: Config) -> Iterator[Rule]:
     return (rule for rule in RULES if rule.broken(config))
 
 
+def lines(config: Config) -> list[str]:
+    """One line for each broken rule."""
+    names = {"model": config["model"]["name"], "steps": steps(config)}
+    return [f"{rule.group}: {rule.sentence}. Use {rule.fix}.".format(**names) for rule in violations(config)]
+
+
 def check(config: Config) -> None:
     """Raise `UsageError` with one line for each broken rule."""
-    names = {"model": config["model"]["name"], "steps": steps(config)}
-    lines = [f"{rule.group}: {rule.sentence}. Use {rule.fix}.".format(**names) for rule in violations(config)]
-    if lines:
-        raise UsageError("\n".join(lines))
+    if broken := lines(config):
+        raise UsageError("\n".join(broken))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from contextlib import suppress
 from datetime import timedelta
@@ -90,6 +91,7 @@ def run(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     Raises UsageError and RunError. Whoever calls this calls `close` in the end.
     """
     global _kept
+    config = fitted(config)
     check_size(config["parallel"])
     if world_size(config["parallel"]) == 1:
         if _kept:
@@ -101,6 +103,15 @@ def run(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     if _kept is None:
         _kept = Torchrun() if worker.launched() else Ranks()
     return _kept.do("run", config, {"output_dir": str(output_dir)})
+
+
+def fitted(config: dict[str, Any]) -> dict[str, Any]:
+    """With `plan=auto` the configuration that fits, which is said; else the same."""
+    if not config["plan"]["auto"]:
+        return config
+    from hydrarun.plan import choose
+
+    return choose.fitted(config, lambda text: print(text, file=sys.stderr))
 
 
 def close() -> None:
@@ -115,6 +126,7 @@ def close() -> None:
 
 def load(config: dict[str, Any]) -> Runner | Remote:
     """A loaded model: in this process, as this rank of torchrun's, or on ranks started for it."""
+    config = fitted(config)
     check_size(config["parallel"])
     if world_size(config["parallel"]) > 1 and not worker.launched():
         return Remote(config)

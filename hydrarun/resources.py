@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from hydrarun.errors import RunError
 
@@ -16,3 +19,9 @@ def folder(name: str) -> Path:
         if place.is_dir():
             return place
     raise RunError(f"hydrarun: the folder '{name}' is missing beside {PACKAGE}: the installation is incomplete.")
+
+
+def options(group: str) -> dict[str, Any]:
+    """The shipped options of a group by name, as plain data: ranks have no Hydra to ask."""
+    files = sorted((folder("conf") / group).glob("*.yaml"))
+    return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from hydrarun import compat
-from hydrarun.build import build, make_cache
+from hydrarun.build import build, choose_device, make_cache
 from hydrarun.errors import RunError, UsageError, nearest
 from hydrarun.media import images
 from hydrarun.media.images import InputImage
@@ -20,6 +21,7 @@ from hydrarun.memory.safetensors_files import fingerprint
 from hydrarun.outputs import OutputWriter
 from hydrarun.parallel.data import all_frames, own_items
 from hydrarun.pipeline import run_stages
+from hydrarun.plan.exhausted import out_of_memory
 from hydrarun.progress import Progress
 from hydrarun.provenance import hardware, peak_host_bytes, versions
 from hydrarun.quality.measure import backends, follow, measure
@@ -48,7 +50,10 @@ class Runner:
         self.progress = progress or Progress(quiet=True)
         start = time.perf_counter()
         backends(config)  # refuses what this machine lacks before weights are read
-        self.built = build(config, self.progress)
+        try:
+            self.built = build(config, self.progress)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(config, "loading", choose_device(config["device"], Progress(quiet=True))) from error
         self.load_s = time.perf_counter() - start
 
     def generate(self, **sampling: Any) -> list[Picture]:
@@ -90,7 +95,10 @@ class Runner:
         parts.cache = make_cache(cache or self.config["cache"], self.built.source.folder)
         axis = parts.mesh["data"] if parts.mesh else None
         own = own_items(state, axis) if axis else state
-        run_stages(self.built.stages, own, parts, timings)
+        try:
+            run_stages(self.built.stages, own, parts, timings)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(self.config, timings.running, parts.device) from error
         if axis:
             count = len(state.prompts)
             state = replace(own, prompts=state.prompts, negative_prompts=state.negative_prompts, seeds=state.seeds)

@@ -114,6 +114,14 @@ class Report:
 
 
 @dataclass
+class Plan:
+    """Whether settings are chosen so that a run fits, and into what."""
+
+    auto: bool = False
+    device: Optional[str] = None  # noqa: UP045
+
+
+@dataclass
 class Config:
     """The whole configuration.
 
@@ -129,6 +137,7 @@ class Config:
     compile: dict[str, Any] = MISSING
     quantization: dict[str, Any] = MISSING
     offload: dict[str, Any] = MISSING
+    plan: Plan = field(default_factory=Plan)
     vae: Vae = field(default_factory=Vae)
     output: Output = field(default_factory=Output)
     report: Report = field(default_factory=Report)

@@ -19,6 +19,8 @@ class Timings:
     device: torch.device
     phases: dict[str, float] = field(default_factory=dict)
     steps: list[float] = field(default_factory=list)
+    #: the phase that runs, or that was left by an exception
+    running: str = ""
 
     def now(self) -> float:
         """Seconds, after everything that was launched has finished."""
@@ -29,6 +31,7 @@ class Timings:
     def phase(self, name: str) -> Iterator[None]:
         """Add the time inside to the phase `name`."""
         start = self.now()
+        self.running = name
         try:
             yield
         finally:

@@ -14,7 +14,7 @@ from hydrarun.cache.search import Found, Steps, search, spread
 from hydrarun.errors import UsageError
 from hydrarun.progress import Progress
 from hydrarun.quality.metrics import compare
-from hydrarun.quality.report import options
+from hydrarun.resources import options
 from hydrarun.stages.denoise import schedule
 from hydrarun.state import State
 from hydrarun.targets import instantiate

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import yaml
 
 from hydrarun.errors import UsageError, nearest
-from hydrarun.memory.device import total_bytes
 
 GIB = 2**30
 #: bytes that CUDA and its libraries take for themselves
@@ -60,6 +58,10 @@ def named(name: str | None, here: str) -> Device:
 
 def this_machines(name: str) -> Device:
     """The device that `device=` names, with what is published of its kind."""
+    import torch
+
+    from hydrarun.memory.device import total_bytes
+
     device = torch.device(name)
     memory = total_bytes(device)
     if device.type != "cuda":
@@ -68,3 +70,8 @@ def this_machines(name: str) -> Device:
     like = [known for key, known in published().items() if key in called.lower().replace(" ", "")]
     rates = vars(like[0]) if like else {}
     return Device(**{**rates, "name": called, "memory": memory - RESERVED, "kind": "cuda"})
+
+
+def gib(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:,.1f} MiB"

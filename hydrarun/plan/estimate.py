@@ -11,13 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import Tensor, nn
 
 from hydrarun.build import DTYPES, arrange_vae
 from hydrarun.cache.base import Cache
 from hydrarun.components import quiet_libraries
 from hydrarun.experts import NAMES, Experts, boundary
 from hydrarun.media import images
+from hydrarun.parallel.data import own_items
 from hydrarun.parallel.degrees import Degrees, world_size
 from hydrarun.parallel.mesh import Mesh
 from hydrarun.parallel.sequence import SequenceParallel
@@ -30,6 +30,7 @@ from hydrarun.plan.rehearse import Act, Rehearsal
 from hydrarun.plan.weights import Component
 from hydrarun.progress import Progress
 from hydrarun.request import make_state
+from hydrarun.state import State
 from hydrarun.targets import instantiate, load_class
 from hydrarun.transformer import Transformer
 from hydrarun.validate import image_paths
@@ -80,6 +81,8 @@ def rehearse(config: dict[str, Any], configs: Configs, dtype: torch.dtype) -> Re
             if mesh and (mesh["ulysses"] or mesh["ring"]):
                 transformer.spread_tokens(SequenceParallel(mesh["ulysses"], mesh["ring"]))
         state = make_state(config["sampling"], given_images(config))
+        if mesh and (axis := mesh["data"]):
+            state = own_items(state, axis)
         acts = play.rehearse(state)
     steps = config["sampling"]["num_inference_steps"]
     return Rehearsed(components, tuple(acts), steps * tables_per_step(transformers["transformer"], state))
@@ -111,11 +114,11 @@ def always_run(cache: Cache) -> int:
     return getattr(cache, "always", 0) if isinstance(getattr(cache, "always", 0), int) else 0
 
 
-def tables_per_step(transformer: Transformer, state: Any) -> int:
-    """Rows of modulation tables that a step needs: one, or one for each item and branch where that is conditioned on."""
+def tables_per_step(transformer: Transformer, state: State) -> int:
+    """Rows of modulation tables for a step: one, or one for each item and branch if they are conditioned on."""
     accepted = inspect.signature(transformer.make_temb).parameters
-    own = any(isinstance(value, Tensor) for one in state.conditioning.values() for name, value in one.items() if name in accepted)
-    return len(state.conditioning) * len(state.latents) if own or "guidance" in accepted else 1
+    conditioned = any(accepted.keys() & one.keys() for one in state.conditioning.values())
+    return len(state.conditioning) * len(state.latents) if conditioned else 1
 
 
 def given_images(config: dict[str, Any]) -> list[Image.Image]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ ASKS = (aten._local_scalar_dense, aten.item, aten.is_nonzero)
 COPIES = (aten._to_copy, aten.to)
 
 
-class LeftTheDevice(Exception):
+class LeftTheDeviceError(Exception):
     """Numbers were asked for on the host, and there are none: what follows is not the device's."""
 
 
@@ -59,9 +60,12 @@ class Meter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
+        #: whether what is on the host counts, because it stands for what would be on the device
+        self.host_too = False
         #: what code is told that asks whether numbers are all right, or all true
         self.answer = True
-        self.known: set[int] = set()  # storages that are counted, or are not to be
+        self.known: dict[int, weakref.ref] = {}  # storages that are counted, or are not to be, by address
+        self.alive: set[weakref.ref] = set()
         self.sent_before = comm.sent.total()
         self.linear_flops = self.attention_flops = 0
         #: work that was not done here but counts
@@ -70,7 +74,8 @@ class Meter(TorchDispatchMode):
     def leave_out(self, module: nn.Module) -> None:
         """The weights of a module are not counted, which views of them would be."""
         for tensor in (*module.parameters(), *module.buffers()):
-            self.known.add(tensor.untyped_storage()._cdata)
+            storage = tensor.untyped_storage()
+            self.known[storage._cdata] = weakref.ref(storage)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -78,25 +83,21 @@ class Meter(TorchDispatchMode):
         if packet in ASKS and args[0].is_meta:
             return self.answer if args[0].dtype == torch.bool else 1
         if packet in COPIES and leaves(args, kwargs):
-            raise LeftTheDevice
+            raise LeftTheDeviceError
         if packet is aten.scaled_dot_product_attention:
             made = self.attend(*args[:3])
-        elif packet not in flop_registry and (made := self.in_parts(func, args, kwargs)) is not NotImplemented:
-            return made
+        elif packet not in flop_registry and is_made_of_others(func):
+            with self:
+                return func.decompose(*args, **kwargs)
         else:
             if packet is aten.index:
                 args = (args[0], [everywhere(index) for index in args[1]])
             made = func(*args, **kwargs)
             self.add(packet, flop_registry.get(packet), args, kwargs, made)
         for tensor in made if isinstance(made, (list, tuple)) else [made]:
-            if isinstance(tensor, Tensor) and tensor.is_meta:
+            if isinstance(tensor, Tensor) and (tensor.is_meta or self.host_too):
                 self.count(tensor.untyped_storage())
         return made
-
-    def in_parts(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """An operation that is made of others, as those; NotImplemented if it is not."""
-        with self:
-            return func.decompose(*args, **kwargs)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """What a fused kernel makes: the meta device has none of its own, and would hold all pairs."""
@@ -115,15 +116,15 @@ class Meter(TorchDispatchMode):
 
     def count(self, storage: torch.UntypedStorage) -> None:
         """The storage is alive until nobody holds it."""
-        key = storage._cdata
-        if key not in self.known:
-            self.known.add(key)
+        known = self.known.get(storage._cdata)
+        if known is None or known() is not storage:  # an address may be used again before the old one is struck off
             self.live += storage.nbytes()
             self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.gone, key, storage.nbytes())
+            self.known[storage._cdata] = alive = weakref.ref(storage, partial(self.gone, storage.nbytes()))
+            self.alive.add(alive)
 
-    def gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
+    def gone(self, size: int, dead: weakref.ref) -> None:
+        self.alive.discard(dead)
         self.live -= size
 
     def so_far(self) -> Work:
@@ -136,6 +137,12 @@ def leaves(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether a copy goes from the meta device to another."""
     places = [x for x in (*args[1:], kwargs.get("device")) if isinstance(x, torch.device)]
     return args[0].is_meta and any(place.type != "meta" for place in places)
+
+
+@cache
+def is_made_of_others(func: Any) -> bool:
+    """Whether an operation is composed of other ones, which are counted then."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 def everywhere(index: Tensor | None) -> Tensor | None:

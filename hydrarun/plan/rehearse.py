@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from hydrarun.cache.base import NoCache, Schedule, Step
+from hydrarun.cache.base import Cache, NoCache, Schedule, Step
 from hydrarun.cache.step_cache import StepCache
 from hydrarun.experts import LOW_NOISE
 from hydrarun.memory.moving import HOST
-from hydrarun.parallel.data import own_items
 from hydrarun.pipeline import Parts, Stage
-from hydrarun.plan.meter import META, LeftTheDevice, Meter, Work
+from hydrarun.plan.meter import META, LeftTheDeviceError, Meter, Work
 from hydrarun.stages.denoise import Denoise, for_all, schedule
 from hydrarun.state import State
 from hydrarun.timing import Timings
@@ -55,26 +54,24 @@ class Rehearsal:
         self.meter = meter
 
     def rehearse(self, state: State) -> list[Act]:
-        """Every stage in order. `state` is the request; what stages give is on the meta device afterwards."""
-        axis = self.parts.mesh["data"] if self.parts.mesh else None
-        state = own_items(state, axis) if axis else state
+        """Every stage in order. `state` is this rank's request; what stages give is on the meta device afterwards."""
         acts = []
         with torch.inference_mode(), self.meter:
             for stage in self.stages:
                 self.meter.peak = self.meter.live
-                if isinstance(stage, Denoise):
-                    act = self.denoise(stage, state)
-                else:
-                    act = self.play(stage, state)
+                act = self.denoise(stage, state) if isinstance(stage, Denoise) else self.play(stage, state)
+                act = replace(act, activations=self.meter.peak)
                 to_meta(state)
-                acts.append(replace(act, activations=max(self.meter.peak, self.meter.live)))
+                acts.append(act)
         return acts
 
     def play(self, stage: Stage, state: State) -> Act:
         """A stage as it is. Prompts are encoded on the host, by stand-ins; pixels and latents are on the device."""
         there, before = META if {"vae", "transformer"} & set(stage.uses) else HOST, self.meter.so_far()
-        with suppress(LeftTheDevice):
+        self.meter.host_too = "text_encoder" in stage.uses
+        with suppress(LeftTheDeviceError):
             stage(state, replace(self.parts, device=there), Timings(HOST))
+        self.meter.host_too = False
         forwards = len(self.parts.guidance.branches(state)) if "text_encoder" in stage.uses else 1
         return Act(stage.phase, stage.uses, 0, self.meter.so_far() - before, forwards)
 
@@ -114,7 +111,7 @@ def computes(cache: Any, step: Step) -> bool:
     return not planned or step.index in planned
 
 
-def fills(cache: NoCache) -> int:
+def fills(cache: Cache) -> int:
     """Steps after which a cache holds all that it ever will."""
     if isinstance(cache, StepCache):
         return cache.predictor.keeps + 1

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,8 +69,7 @@ def pipeline(cls: Any, configs: Configs, made: dict[str, nn.Module], scheduler: 
             components[name] = tool(configs, name, made)
     accepted = inspect.signature(cls).parameters
     with quiet_libraries():
-        built = cls(**{name: value for name, value in components.items() if name in accepted})
-    return built
+        return cls(**{name: value for name, value in components.items() if name in accepted})
 
 
 def tool(configs: Configs, name: str, made: dict[str, nn.Module]) -> Any:
@@ -103,14 +102,27 @@ class TextEncoder:
         if attention_mask is not None:
             self.meter.answer = bool(attention_mask.all())  # where nothing is padded, encoders do without a mask
             wants["attention_mask"] = attention_mask.to(META)
-        made = self.module(input_ids=input_ids.to(META), **wants)
+        shapes = tree_map(Shape.of, self.module(input_ids=input_ids.to(META), **wants))
         self.meter.answer = True
-        return on_host(made)
+        return tree_map(Shape.zeros, shapes)  # once the outputs themselves are gone: they count only once
 
 
-def on_host(outputs: Any) -> Any:
-    """Zeros in the place of every tensor."""
-    return tree_map(lambda x: torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x, outputs)
+@dataclass(frozen=True)
+class Shape:
+    """What there is to know of a tensor without numbers."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        """Of a tensor; anything else is left as it is."""
+        return cls(value.shape, value.dtype) if isinstance(value, Tensor) else value
+
+    @staticmethod
+    def zeros(value: Any) -> Any:
+        """A tensor of that shape; anything else is left as it is."""
+        return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, Shape) else value
 
 
 class Tokenizer:
@@ -132,6 +144,10 @@ class Tokenizer:
             count = max_length
         return encoded(len(texts), count)
 
+    def tokenize(self, text: str) -> list[str]:
+        """None of a text's tokens is one that a textual inversion added."""
+        return []
+
     def batch_decode(self, ids: Tensor) -> list[str]:
         return [""] * len(ids)
 
@@ -149,15 +165,12 @@ class Processor:
         given = images if isinstance(images, list) else [] if images is None else [images]
         tokens = sum(round(image.height / self.side) * round(image.width / self.side) for image in given)
         made = encoded(len(text), tokens + self.tokenizer(text).input_ids.shape[1])
-        made.pixel_values = made.image_grid_thw = torch.zeros(0)
-        return made
+        return made | {"pixel_values": torch.zeros(0), "image_grid_thw": torch.zeros(0)}
 
 
 def encoded(rows: int, columns: int) -> Any:
     """What tokenizers return."""
+    from transformers import BatchFeature
+
     ids = torch.ones(rows, columns, dtype=torch.long)
-    made = SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
-    made.to = lambda *_: made
-    return made
-
-
+    return BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids)})

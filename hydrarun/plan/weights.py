@@ -145,9 +145,9 @@ def here(component: Component, held: Held, offload: NoOffload) -> int:
 
 def at_rest(component: Component, held: Held, offload: NoOffload) -> int:
     """Bytes of a component on the device while another is used."""
-    if use_of(component.name) in offload.moves:
-        return 0
     around, blocks = held.sizes(component)
+    if use_of(component.name) in offload.moves:
+        return around if isinstance(offload, DiskOffload) and use_of(component.name) == "transformer" else 0
     if held.shards > 1 and component.blocks:
         return (around + sum(blocks)) // held.shards
     return around + sum(blocks)
@@ -173,7 +173,10 @@ def together(components: list[Component], held: Held, offload: NoOffload) -> int
     sizes = {c.name: here(c, held, offload) for c in components}
     experts = [size for name, size in sizes.items() if use_of(name) == "transformer"]
     others = sum(sizes.values()) - sum(experts)
-    return others + (max(experts) if experts and "transformer" in offload.moves else sum(experts))
+    if "transformer" not in offload.moves or not experts:
+        return others + sum(experts)
+    resting = [at_rest(c, held, offload) for c in components if use_of(c.name) == "transformer"]
+    return others + max(experts) + sum(resting) - max(resting)
 
 
 def waiting(components: Iterable[Component], held: Held, offload: NoOffload) -> int:
@@ -182,8 +185,10 @@ def waiting(components: Iterable[Component], held: Held, offload: NoOffload) -> 
 
 
 def streamed(component: Component, held: Held, offload: NoOffload) -> int:
-    """Bytes of blocks that come to the device in each forward of a transformer."""
+    """Bytes of blocks that come to the device in each forward."""
     _, blocks = held.sizes(component)
+    if use_of(component.name) != "transformer":
+        return 0
     if isinstance(offload, LayerwiseOffload):
         return sum(blocks[offload.resident_blocks :])
     return sum(blocks) if isinstance(offload, DiskOffload) else 0

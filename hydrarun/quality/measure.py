@@ -23,7 +23,8 @@ from hydrarun.parallel import comm
 from hydrarun.provenance import redact
 from hydrarun.quality import twins
 from hydrarun.quality.metrics import MEASURES, accuracy, compare, summary
-from hydrarun.quality.report import REPEAT, options
+from hydrarun.quality.report import REPEAT
+from hydrarun.resources import options
 from hydrarun.targets import instantiate
 
 if TYPE_CHECKING:

@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from hydrarun import resources
 from hydrarun.errors import nearest
 
@@ -28,12 +26,6 @@ LPIPS = (
 )
 
 Problem = tuple[str, str]  # the key, and the sentence about it
-
-
-def options(group: str) -> dict[str, Any]:
-    """The shipped options of a group by name, as plain data: ranks have no Hydra to ask."""
-    files = sorted((resources.folder("conf") / group).glob("*.yaml"))
-    return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
 
 
 def problems(config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -83,7 +75,7 @@ def _judged(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _noise_floor(config: Mapping[str, Any]) -> Iterator[Problem]:
     metrics, names = config["report"]["metrics"], config["report"]["noise_floor"]
-    attention = options("attention")
+    attention = resources.options("attention")
     yield from _names("report.noise_floor", names, (REPEAT, *attention))
     if names and not metrics:
         yield "report.noise_floor", "without report.metrics it has no effect: report.metrics=[psnr,ssim]"

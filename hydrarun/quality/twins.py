@@ -18,7 +18,7 @@ from hydrarun import recorded
 from hydrarun.errors import RunError, UsageError
 from hydrarun.outputs import OutputWriter, as_recorded
 from hydrarun.provenance import asked, config_hash
-from hydrarun.quality.report import options
+from hydrarun.resources import options
 from hydrarun.schema import Report
 from hydrarun.validate import is_video
 

@@ -89,7 +89,7 @@ def test_the_judge_needs_what_is_checked_here():
 
 
 def test_options_are_those_of_conf():
-    attention = report.options("attention")
+    attention = resources.options("attention")
     assert attention["sdpa"] == SDPA
     for name, node in attention.items():
         file = resources.folder("conf") / "attention" / f"{name}.yaml"

@@ -1,0 +1,123 @@
+"""A plan of a configuration: what it takes, what is wrong with it, and what would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hydrarun import compat, targets
+from hydrarun.compose import Origin
+from hydrarun.errors import UsageError
+from hydrarun.parallel.degrees import world_size
+from hydrarun.plan.devices import Device, named
+from hydrarun.validate import check_values
+
+if TYPE_CHECKING:
+    from hydrarun.plan.plan import Estimate
+    from hydrarun.plan.suggest import Suggestion
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `hydrarun plan` says."""
+
+    model: str
+    device: Device
+    ranks: int
+    #: rules that are broken, each with its fix; then nothing else is known
+    conflicts: list[str]
+    #: where the shapes are from
+    source: str = ""
+    #: of the configuration as it is
+    asked: Estimate | None = None
+    steps: int = 0
+    #: bytes of each component's weights, in all
+    components: dict[str, int] = field(default_factory=dict)
+    suggestions: list[Suggestion] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        return self.asked is not None and self.asked.fits
+
+
+def make(config: dict[str, Any], origin: Origin | None = None) -> Plan:
+    """The plan of a composed configuration. Raises `UsageError` for values that cannot be."""
+    targets.check(config, origin)
+    device = named(config["plan"]["device"], here(config["device"]))
+    if config["plan"]["device"] is not None and config["device"] == "cpu":
+        raise UsageError(f"device=cpu is no {device.name}: leave out plan.device, or device=cpu")
+    config = {**config, "device": device.kind, "plan": {"auto": False, "device": None}}
+    check_values(config, origin)
+    ranks = world_size(config["parallel"])
+    conflicts = compat.lines(config)
+    if conflicts:
+        return Plan(config["model"]["name"], device, ranks, conflicts)
+    return planned(config, device, ranks)
+
+
+def here(device: str) -> str:
+    """What `device=` comes to on this machine."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def planned(config: dict[str, Any], device: Device, ranks: int) -> Plan:
+    """A plan of what goes together."""
+    from hydrarun.build import DTYPES
+    from hydrarun.plan.configs import find
+    from hydrarun.plan.estimate import rehearse
+    from hydrarun.plan.plan import Estimate, Setting
+    from hydrarun.plan.suggest import suggestions
+    from hydrarun.targets import instantiate
+
+    configs = find(config["model"])
+    dtype = DTYPES.get(config["dtype"], DTYPES["bfloat16" if device.kind == "cuda" else "float32"])
+    rehearsed = rehearse(config, configs, dtype)
+    setting = Setting(
+        instantiate(config["offload"], "offload"), config["quantization"], config["parallel"]["hsdp_degree"]
+    )
+    found = suggestions(config, rehearsed, device)
+    if len(found) < 3 and tiles(config):
+        tiled = {**config, "vae": {**config["vae"], "tiling": True}}
+        found = suggestions(config, rehearsed, device, rehearse(tiled, configs, dtype))
+    return Plan(
+        config["model"]["name"],
+        device,
+        ranks,
+        [],
+        configs.said,
+        Estimate(rehearsed, setting, device),
+        config["sampling"]["num_inference_steps"],
+        {component.name: component.all.plain for component in rehearsed.components},
+        found,
+    )
+
+
+def tiles(config: dict[str, Any]) -> bool:
+    """Whether tiles could be used and are not."""
+    return not config["vae"]["tiling"] and config["parallel"]["vae_degree"] == 1
+
+
+def fitted(config: dict[str, Any], note: Callable[[str], None]) -> dict[str, Any]:
+    """What `plan=auto` runs: the configuration if it fits, else with the first suggestion, which `note` says.
+
+    Raises `UsageError` if nothing fits.
+    """
+    if not config["plan"]["auto"]:
+        return config
+    made = make(config)
+    plain = {**config, "plan": {"auto": False, "device": None}}
+    if made.conflicts:
+        raise UsageError("\n".join(made.conflicts))
+    if made.fits:
+        note(f"plan=auto: it fits {made.device.name} as it is")
+        return plain
+    if not made.suggestions:
+        raise UsageError(f"plan=auto: nothing fits {made.device.name}; see hydrarun plan")
+    first = made.suggestions[0]
+    note(f"plan=auto: it would not fit {made.device.name}; run with {' '.join(first.overrides)}")
+    return {**plain, **first.changes}

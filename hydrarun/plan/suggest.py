@@ -1,0 +1,75 @@
+"""The cheapest settings that fit: of offload, quantization and tiles, those that go together and with the rest."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from hydrarun import compat
+from hydrarun.plan.devices import Device
+from hydrarun.plan.estimate import Rehearsed
+from hydrarun.plan.plan import Estimate, Setting
+from hydrarun.resources import options
+from hydrarun.targets import instantiate
+
+#: options of offload, from the one that costs least; and of quantization those that save memory and little else
+OFFLOADS = ("none", "modulation", "text_encoder", "expert", "model", "layerwise", "disk")
+QUANTIZATIONS = ("none", "fp8_weight_only", "int8_weight_only")
+COUNT = 3
+#: settings whose times differ by less than this share cost the same: less changed, and lossless, comes first then
+SAME = 0.02
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A setting that fits, by what is to be changed for it."""
+
+    overrides: tuple[str, ...]
+    #: what takes the place of the configuration's sections
+    changes: dict[str, dict[str, Any]]
+    #: whether the pictures stay the same
+    lossless: bool
+    peak: int
+    seconds: float | None
+
+
+def suggestions(
+    config: dict[str, Any], rehearsed: Rehearsed, device: Device, tiled: Rehearsed | None = None
+) -> list[Suggestion]:
+    """At most three, the cheapest first; `tiled`: a rehearsal with tiles in the VAE, to be considered too."""
+    fitting = list(candidates(config, config["vae"]["tiling"], rehearsed, device))
+    if tiled:
+        fitting += candidates(config, True, tiled, device)
+    least = min((one.seconds or 0 for one in fitting), default=0)
+    return sorted(fitting, key=lambda one: cost(one, least))[:COUNT]
+
+
+def candidates(config: dict[str, Any], tiling: bool, rehearsed: Rehearsed, device: Device) -> Iterator[Suggestion]:
+    """Everything that fits and goes together."""
+    offloads, quantizations = options("offload"), options("quantization")
+    vae = {**config["vae"], "tiling": tiling}
+    for offload, quantization in itertools.product(OFFLOADS, QUANTIZATIONS):
+        changes = {"offload": offloads[offload], "quantization": quantizations[quantization], "vae": vae}
+        changed = {**config, **changes}
+        if any(compat.violations(changed)):
+            continue
+        setting = Setting(
+            instantiate(changes["offload"], "offload"), changes["quantization"], config["parallel"]["hsdp_degree"]
+        )
+        found = Estimate(rehearsed, setting, device)
+        if found.fits:
+            words = {"offload": offload, "quantization": quantization}
+            overrides = [f"{name}={word}" for name, word in words.items() if changes[name] != config[name]]
+            overrides += [f"vae.tiling={str(tiling).lower()}"] if vae != config["vae"] else []
+            lossless = quantization == "none" and not tiling
+            yield Suggestion(tuple(overrides), changes, lossless, found.peak, found.seconds)
+
+
+def cost(one: Suggestion, least: float) -> tuple[Any, ...]:
+    """What to sort by: time, in steps of which each counts as the same; then numbers that change; then changes."""
+    steps = 0 if not least else round(((one.seconds or 0) / least - 1) / SAME)
+    names = [override.partition("=")[2] for override in one.overrides]
+    place = sum((*OFFLOADS, *QUANTIZATIONS).index(name) for name in names if name in OFFLOADS)
+    return steps, not one.lossless, len(one.overrides), place
