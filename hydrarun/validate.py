@@ -55,6 +55,7 @@ def problems(config: Mapping[str, Any]) -> Iterator[Problem]:
         yield from _dtype(config["dtype"])
         yield from ((f"parallel.{key}", text) for key, text in degrees.problems(config["parallel"]))
         yield from _vae(config["vae"]["dtype"])
+        yield from _plan(config["plan"])
         broken = list(_model(config["model"]))
         yield from broken
         yield from _fit("cache.gate.fit", (config["cache"].get("gate") or {}).get("fit"), config["model"]["experts"])
@@ -133,6 +134,11 @@ def _dtype(dtype: str) -> Iterator[Problem]:
 def _vae(dtype: str | None) -> Iterator[Problem]:
     if dtype is not None and dtype not in DTYPES[1:]:
         yield "vae.dtype", f"{dtype!r} is none of null, {', '.join(DTYPES[1:])}.{nearest(dtype, DTYPES[1:])}"
+
+
+def _plan(plan: Mapping[str, Any]) -> Iterator[Problem]:
+    if plan["device"] is not None and not plan["auto"]:
+        yield "plan.device", "a run takes the device that is there: use it with `hydrarun plan`, or with plan=auto."
 
 
 def _model(model: Mapping[str, Any]) -> Iterator[Problem]:

@@ -72,14 +72,11 @@ def planned(config: dict[str, Any], device: Device, ranks: int) -> Plan:
     from hydrarun.plan.estimate import rehearse
     from hydrarun.plan.plan import Estimate, Setting
     from hydrarun.plan.suggest import suggestions
-    from hydrarun.targets import instantiate
 
     configs = find(config["model"])
     dtype = DTYPES.get(config["dtype"], DTYPES["bfloat16" if device.kind == "cuda" else "float32"])
     rehearsed = rehearse(config, configs, dtype)
-    setting = Setting(
-        instantiate(config["offload"], "offload"), config["quantization"], config["parallel"]["hsdp_degree"]
-    )
+    setting = Setting.of(config)
     found = suggestions(config, rehearsed, device)
     if len(found) < 3 and tiles(config):
         tiled = {**config, "vae": {**config["vae"], "tiling": True}}

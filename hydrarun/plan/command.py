@@ -24,9 +24,7 @@ has not been downloaded, its published shapes. plan.device names a GPU; without 
 The exit code is 0 if the run fits, 1 if it does not, 2 for settings that do not go together."""
 
 #: what is drawn where no prompt is given: its length is what counts
-PROMPT = (
-    "a photograph of an old lighthouse on a rocky coast at dusk, waves breaking below it, warm light in its windows"
-)
+PROMPT = "a photograph of an old lighthouse on a rocky coast at dusk, waves below it, warm light in its windows"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -64,8 +64,10 @@ def this_machines(name: str) -> Device:
 
     device = torch.device(name)
     memory = total_bytes(device)
+    if device.type == "cpu":
+        return Device("this machine's memory", memory, "cpu")
     if device.type != "cuda":
-        return Device("this machine's memory", memory, device.type)
+        return Device(name, memory, "cuda")
     called = torch.cuda.get_device_name(device)
     like = [known for key, known in published().items() if key in called.lower().replace(" ", "")]
     rates = vars(like[0]) if like else {}

@@ -14,6 +14,7 @@ from hydrarun.plan.estimate import Rehearsed
 from hydrarun.plan.meter import Work
 from hydrarun.plan.rehearse import Act
 from hydrarun.plan.weights import Component, Held, here, on_device, streamed, waiting
+from hydrarun.targets import instantiate
 
 PHASES = ("encode", "denoise", "decode")
 #: bytes per second that blocks are read with from a disk: a usual NVMe one
@@ -50,6 +51,12 @@ class Setting:
     #: the node of the group
     quantization: Mapping[str, Any]
     hsdp_degree: int = 1
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Setting:
+        """That of a configuration."""
+        offload = instantiate(config["offload"], "offload")
+        return cls(offload, config["quantization"], config["parallel"]["hsdp_degree"])
 
     def held(self, rehearsed: Rehearsed) -> Held:
         """How they are."""

@@ -12,7 +12,6 @@ from hydrarun.plan.devices import Device
 from hydrarun.plan.estimate import Rehearsed
 from hydrarun.plan.plan import Estimate, Setting
 from hydrarun.resources import options
-from hydrarun.targets import instantiate
 
 #: options of offload, from the one that costs least; and of quantization those that save memory and little else
 OFFLOADS = ("none", "modulation", "text_encoder", "expert", "model", "layerwise", "disk")
@@ -55,10 +54,7 @@ def candidates(config: dict[str, Any], tiling: bool, rehearsed: Rehearsed, devic
         changed = {**config, **changes}
         if any(compat.violations(changed)):
             continue
-        setting = Setting(
-            instantiate(changes["offload"], "offload"), changes["quantization"], config["parallel"]["hsdp_degree"]
-        )
-        found = Estimate(rehearsed, setting, device)
+        found = Estimate(rehearsed, Setting.of(changed), device)
         if found.fits:
             words = {"offload": offload, "quantization": quantization}
             overrides = [f"{name}={word}" for name, word in words.items() if changes[name] != config[name]]

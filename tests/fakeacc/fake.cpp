@@ -25,10 +25,15 @@ const c10::DispatchKeySet keys(c10::DispatchKey::PrivateUse1);
 
 std::atomic<int64_t> live{0};
 std::atomic<int64_t> peak{0};
+std::atomic<int64_t> limit{int64_t(1) << 40};
 
 struct Block {
   explicit Block(size_t size) : bytes(static_cast<int64_t>(size)), data(new char[size]) {
     int64_t now = live += bytes;
+    if (now > limit) {
+      live -= bytes;
+      TORCH_CHECK_WITH(OutOfMemoryError, false, "fake out of memory. Tried to allocate ", bytes, " bytes");
+    }
     int64_t most = peak;
     while (now > most && !peak.compare_exchange_weak(most, now)) {}
   }
@@ -200,5 +205,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
 TORCH_LIBRARY(fakeacc, library) {
   library.def("live_bytes() -> int", []() -> int64_t { return live; });
   library.def("peak_bytes() -> int", []() -> int64_t { return peak; });
+  library.def("limit() -> int", []() -> int64_t { return limit; });
+  library.def("set_limit(int bytes) -> ()", [](int64_t bytes) { limit = bytes; });
   library.def("reset_peak() -> ()", []() { peak = live.load(); });
 }

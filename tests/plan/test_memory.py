@@ -49,11 +49,11 @@ def enlarged(subject: Subject, larger: dict[str, Subject], tmp_path_factory) -> 
     return larger[subject.name]
 
 
-def runner(subject: Subject, option: str) -> Runner:
+def runner(subject: Subject, option: str, *more: str) -> Runner:
     """The smallest run of the subject on the fake device."""
     words = [word for word in subject.overrides() if word != "device=cpu"]
     sides = [f"sampling.{side}={2 * subject.multiple}" for side in ("height", "width")]
-    return Runner({**compose([*words, *sides, f"offload={option}"]), "device": "fake"})
+    return Runner({**compose([*words, *sides, f"offload={option}", *more]), "device": "fake"})
 
 
 def asked(config: dict[str, Any], guided: bool) -> dict[str, Any]:

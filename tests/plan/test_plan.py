@@ -1,0 +1,78 @@
+"""The rest of what a plan says, against formulas, published figures and real runs."""
+
+from __future__ import annotations
+
+import parallel_runs
+import pytest
+import torch
+from subjects import CONFIGS, MODELS
+from test_memory import FAKE, SAME, asked, measured, runner
+
+from hydrarun.compose import compose_raw
+from hydrarun.plan import configs
+from hydrarun.plan.choose import planned
+from hydrarun.plan.devices import published
+from hydrarun.plan.estimate import structure
+from hydrarun.plan.weights import of_transformer
+from hydrarun.targets import load_class
+
+PUBLISHED = [name for name in MODELS if "shapes" in CONFIGS[name]["model"]["facts"] and name != "demo"]
+
+
+def numbers(text: str) -> float:
+    """`20.4B`, or `2 x 14.3B` of which one is meant."""
+    return float(text.rpartition(" ")[2].removesuffix("B")) * 1e9
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_shapes_have_as_many_parameters_as_is_published(name):
+    """To the last digit that is published; what is kept in float32 counts double in bytes, and is very little."""
+    facts = CONFIGS[name]["model"]["facts"]
+    cls = load_class(CONFIGS[name]["model"]["transformer"], "model.transformer")
+    known = configs.known(facts["shapes"])
+    found = of_transformer("transformer", structure(cls, known, "transformer", torch.bfloat16, None))
+    assert found.all.plain / 2 == pytest.approx(numbers(facts["parameters"]), abs=0.06e9)
+    if "modulation" in facts:
+        assert found.all.modulation / 2 == pytest.approx(numbers(facts["modulation"]), abs=0.06e9)
+
+
+def test_the_operations_of_a_forward_are_those_of_its_sizes():
+    """Qwen-Image at 1024 x 1024: linear layers 2 x tokens x weights, attention 4 x tokens^2 x width in each block."""
+    config, _ = compose_raw(["model=qwen_image", "sampling.prompt=a", "sampling.height=1024", "sampling.width=1024"])
+    made = planned(config, published()["h100"], 1)
+    assert made.asked is not None
+    per_forward = made.asked.phases[1].flops / made.steps / 2
+    tokens = 64 * 64 + 6  # a prompt of one letter and the end of the template
+    dim, blocks = 3072, 60
+    linear = 2 * blocks * tokens * 12 * dim**2
+    attention = 4 * blocks * tokens**2 * dim
+    assert per_forward == pytest.approx(linear + attention, rel=0.01)
+    assert linear / 1e12 == pytest.approx(56, abs=0.5)
+    assert attention / 1e12 == pytest.approx(12.4, abs=0.5)
+
+
+@pytest.mark.parametrize("subject", ["qwen_image", "wan22_t2v_a14b"], indirect=True)
+@pytest.mark.parametrize("chosen", [{"ulysses_degree": 2}, {"tensor_degree": 2}, {"cfg_degree": 2}])
+def test_ranks_send_what_the_plan_expects(subject, chosen, pool):
+    config = {**asked(subject.runner.config, guided=True), "parallel": parallel_runs.degrees(**chosen)}
+    _, _, sent = pool(2, parallel_runs.draw, subject.name, subject.folder, chosen, 0, config["sampling"])[0]
+    made = planned({**config, "dtype": "float32"}, FAKE, 2)
+    assert made.asked is not None
+    assert sum(phase.sent for phase in made.asked.phases) == sum(sent.values())
+
+
+@pytest.mark.parametrize("subject", ["demo"], indirect=True)
+@pytest.mark.parametrize("words", [["cache=every_n", "cache/predictor=taylor"], ["cache=dbcache_taylorseer"]])
+def test_what_a_cache_keeps_is_planned(subject, words, fake):
+    before = fake.memory_allocated()
+    drawn = runner(subject, "none", "sampling.num_inference_steps=8", *words)
+    config = asked(drawn.config, guided=True) | {"sampling": drawn.config["sampling"]}
+    made = planned({**config, "dtype": "float32"}, FAKE, 1)
+    assert made.asked is not None
+    denoise = made.asked.phases[1]
+    assert measured(drawn, config, fake, before)["denoise"] == pytest.approx(denoise.peak, rel=SAME)
+    assert denoise.cache > 0
+    if words[0] == "cache=every_n":  # of each branch two residuals of 2 x 2 tokens in float32
+        transformer = drawn.built.parts.experts.config
+        width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+        assert denoise.cache == 2 * 2 * (2 * 2) * width * 4
