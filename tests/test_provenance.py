@@ -54,6 +54,7 @@ def test_hash_changes_with_what_may_change_the_pixels(other):
         changed("output", metadata=False),
         changed("model", facts={}),
         changed("model", judge="scenes"),
+        {**CONFIG, "plan": {"auto": False, "device": None}},
         {**CONFIG, "report": {"metrics": ["psnr"]}},
     ],
 )

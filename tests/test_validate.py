@@ -49,6 +49,7 @@ GOOD = {
     "compile": TARGET,
     "quantization": TARGET,
     "offload": TARGET,
+    "plan": {"auto": False, "device": None},
     "vae": {"dtype": None, "slicing": False, "tiling": False},
     "output": {"format": "png", "fps": None, "metadata": True},
     "report": {"metrics": [], "noise_floor": [], "twins": "outputs/twins"},

@@ -61,10 +61,8 @@ def module() -> types.ModuleType:
     fake.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     fake.memory_allocated = lambda *_: torch.ops.fakeacc.live_bytes()
     fake.max_memory_allocated = lambda *_: torch.ops.fakeacc.peak_bytes()
-    fake.mem_get_info = lambda *_: (
-        torch.ops.fakeacc.limit() - torch.ops.fakeacc.live_bytes(),
-        torch.ops.fakeacc.limit(),
-    )
+    fake.limit = torch.ops.fakeacc.limit
+    fake.mem_get_info = lambda *_: (fake.limit() - fake.memory_allocated(), fake.limit())
     fake.set_limit = torch.ops.fakeacc.set_limit
     fake.reset_peak_memory_stats = lambda *_: torch.ops.fakeacc.reset_peak()
     return fake

@@ -134,9 +134,7 @@ def test_out_of_memory_says_where_what_was_expected_and_what_would_fit(subject, 
     drawn = Runner(cramped)
     fake.set_limit(fake.memory_allocated() + 2**16)
     monkeypatch.setattr(exhausted, "ask", lambda config, device: {"phases": [PHASE], "suggestions": []})
-    with pytest.raises(
-        RunError, match="^out of memory in encode: fake has .*\nthe plan expects in encode: weights 1.00 GiB"
-    ):
+    with pytest.raises(RunError, match=r"^out of memory in encode: fake has .*\nthe plan expects in encode: weights 1"):
         drawn.draw(make_state(cramped["sampling"]), Timings(drawn.built.parts.device))
 
 
