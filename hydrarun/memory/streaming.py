@@ -6,7 +6,7 @@ cache-dit. The block inside stays itself, compiled or not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hydrarun.memory.device import Copies
 from hydrarun.memory.loading import Reader, dtype_of, fill, place
-from hydrarun.memory.moving import WaitsOnHost, like, replace
+from hydrarun.memory.moving import WaitsOnHost, put, tensors
 from hydrarun.memory.packing import Packed
 from hydrarun.memory.safetensors_files import Checkpoint
 from hydrarun.transformer import Tokens, Transformer
@@ -206,23 +206,9 @@ class FromFiles(Turns):
 
 def pack(block: nn.Module, device: torch.device) -> Packed:
     """The block's weights side by side, from now on the block's own."""
-    weights: list[Tensor] = []
-    replace(block, lambda weight: weights.append(weight) or weight)
-    packed = Packed(weights, device)
+    packed = Packed(tensors(block), device)
     put(block, packed.tensors)
     return packed
-
-
-def put(block: nn.Module, weights: Iterable[Tensor]) -> list[Tensor]:
-    """Give the block these weights; returns those that it had."""
-    new, old = iter(weights), []
-
-    def change(weight: Tensor) -> Tensor:
-        old.append(weight)
-        return like(weight, next(new))
-
-    replace(block, change)
-    return old
 
 
 def around_blocks(transformer: Transformer, blocks: Sequence[nn.Module]) -> nn.Module:
@@ -243,7 +229,7 @@ def named_blocks(transformer: Transformer) -> Iterator[tuple[str, nn.Module]]:
             yield f"{name}.{index}", block
 
 
-def insert(turns: FromHost | FromFiles, transformer: Transformer) -> None:
+def insert(turns: Turns, transformer: Transformer) -> None:
     """Wrap those blocks of the transformer that take turns."""
     places = {block: index for index, block in enumerate(turns.blocks)}
     for name, block in list(named_blocks(transformer)):

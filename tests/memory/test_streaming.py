@@ -25,10 +25,10 @@ from hydrarun.compose import compose, compose_raw
 from hydrarun.errors import RunError, UsageError
 from hydrarun.fit import check_folder_fit
 from hydrarun.memory import loading, streaming
-from hydrarun.memory.moving import HOST
+from hydrarun.memory.moving import HOST, put
 from hydrarun.memory.offload import DiskOffload, LayerwiseOffload, ModelOffload, NoOffload
-from hydrarun.memory.packing import ALIGNMENT, Packed, packed_bytes
-from hydrarun.memory.streaming import FromHost, Turns, around_blocks, put
+from hydrarun.memory.packing import ALIGNMENT, Packed, packed_bytes, parts
+from hydrarun.memory.streaming import FromHost, Turns, around_blocks
 from hydrarun.runner import Runner
 
 FAMILIES = [name for name in MODELS if name not in VARIANTS]
@@ -72,7 +72,7 @@ def expected(runner: Runner, expert: str) -> int:
 
 
 def steps(runner: Runner, fake: Any, guided: bool) -> tuple[torch.Tensor, list[tuple[str, int, int]]]:
-    """Latents; for each step its expert, and the run's bytes at its end and at most. The runner has drawn before."""
+    """Latents; for each step its expert, and the run's bytes at its end and at most."""
     loop = next(stage for stage in runner.built.stages if "transformer" in stage.uses)
     original, found = loop.predict, []
     gc.collect()
@@ -119,10 +119,9 @@ def test_of_the_blocks_only_those_in_turn_are_on_the_device(deep, fake):
 def test_more_blocks_stay_or_are_copied_ahead(deep, fake):
     """Of two kinds: the buffers are as large as the larger."""
     want = draw(runner(deep, "fake")).latents.cpu()
-    for resident, ahead in ((0, 1), (2, 1), (0, 2)):
+    for resident, ahead in ((2, 1), (0, 2)):
         streamed = runner(deep, "fake", "layerwise", resident_blocks=resident, prefetch_blocks=ahead)
-        draw(streamed)
-        got, ((_, end, _), _) = steps(streamed, fake, True)
+        got, ((_, end, _), *_) = steps(streamed, fake, True)
         assert torch.equal(got.cpu(), want)
         more = end - expected(streamed, "transformer")
         assert 0 < more < 20_000  # latents and the prompt; to the byte: above
@@ -219,10 +218,16 @@ def test_the_next_ones_are_fetched_once_each(ahead, asked, seen):
 
 
 def test_a_block_that_fails_has_its_weights_no_longer():
-    turns = FromHostLike()
-    with pytest.raises(ZeroDivisionError), turns.turn(0):
-        assert turns.blocks[0].weight.eq(1).all()
-        1 / 0  # noqa: B018
+    turns, seen = FromHostLike(), []
+
+    def fail() -> None:
+        with turns.turn(0):
+            seen.append(turns.blocks[0].weight.eq(1).all().item())
+            raise RuntimeError("the block's")
+
+    with pytest.raises(RuntimeError, match="the block's"):
+        fail()
+    assert seen == [True]
     assert turns.blocks[0].weight.eq(0).all()
 
 
@@ -299,14 +304,8 @@ def test_quantized_blocks_are_copied_quantized(deep, option):
     assert torch.equal(tiny.draw(turned).latents, want)
     (transformer,) = turned.built.parts.experts
     first = next(transformer.all_blocks()).block
-    assert len({w.untyped_storage().data_ptr() for w in parts_of(weights(first))}) == 1
+    assert len({part.untyped_storage().data_ptr() for weight in weights(first) for part in parts(weight)}) == 1
     assert packed_bytes(weights(first)) == before[0] < sum(w.numel() * 4 for w in weights(first))
-
-
-def parts_of(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The plain tensors that these are made of."""
-    names = [(t, t.__tensor_flatten__()[0] if hasattr(t, "__tensor_flatten__") else None) for t in tensors]
-    return [part for t, inner in names for part in ([getattr(t, name) for name in inner] if inner else [t])]
 
 
 @pytest.mark.parametrize("subject", ["qwen_image"], indirect=True)
