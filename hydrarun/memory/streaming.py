@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -161,6 +161,13 @@ class FromHost(Turns):
         self.free.append(held)
 
 
+class Read(NamedTuple):
+    """A block's weights on the device, and the moment when they are there."""
+
+    weights: list[Tensor]
+    copied: Any
+
+
 class FromFiles(Turns):
     """A transformer whose blocks are read from the files in `folder`, the next one by a thread while one computes."""
 
@@ -168,6 +175,7 @@ class FromFiles(Turns):
         """The blocks of `transformer` were not loaded, all else is on `device`; it is changed in place."""
         super().__init__([*transformer.all_blocks()], ahead=1)
         self.device = device
+        self.copies = Copies(device)
         self.read = Reader(Checkpoint(folder), ExitStack())
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="blocks")
         self.sources = [
@@ -189,17 +197,21 @@ class FromFiles(Turns):
     def go(self) -> None:
         self.let_go()
 
-    def fetch(self, index: int) -> Future[list[Tensor]]:
-        return self.thread.submit(self.read_block, index)
+    def fetch(self, index: int) -> Future[Read]:
+        return self.thread.submit(self.read_block, index, self.copies.computed())
 
-    def read_block(self, index: int) -> list[Tensor]:
-        """The block's weights, on the device."""
-        return [fill(source, self.read, self.device, dtype) for source, dtype in self.sources[index]]
+    def read_block(self, index: int, after: Any) -> Read:
+        """The block's weights on the device, whose memory may be in use until `after`."""
+        with self.copies.beside(after):
+            weights = [fill(source, self.read, self.device, dtype) for source, dtype in self.sources[index]]
+        return Read(weights, self.copies.copied())
 
-    def weights(self, index: int, held: Future[list[Tensor]]) -> list[Tensor]:
-        return held.result()
+    def weights(self, index: int, held: Future[Read]) -> list[Tensor]:
+        read = held.result()
+        self.copies.wait(read.copied)
+        return read.weights
 
-    def drop(self, held: Future[list[Tensor]]) -> None:
+    def drop(self, held: Future[Read]) -> None:
         if not held.cancel():
             held.exception()  # waits: what is being read must be gone before more is
 

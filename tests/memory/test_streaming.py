@@ -477,7 +477,7 @@ def test_blocks_that_would_all_be_there_are_refused_from_json_alone(tmp_path, re
         check_folder_fit(config, tmp_path)
     assert str(caught.value) == (
         f"offload.resident_blocks={resident} offload.prefetch_blocks={ahead}: {resident} blocks that stay and"
-        f" {ahead + 1} in turn are all {depth} of this checkpoint: use offload=model, which does that, or fewer"
+        f" {ahead + 1} in turn leave none of this checkpoint's {depth} to wait: use offload=model, or fewer"
     )
 
 
