@@ -6,6 +6,8 @@ import dataclasses
 import gc
 import itertools
 import json
+import threading
+import time
 import weakref
 from typing import Any
 
@@ -384,6 +386,24 @@ def test_from_files_to_the_device_no_more_than_two_blocks_come(deep, fake):
     for (_, _, most), (_, _, plain_most) in both:
         assert most <= held + plain_most - everything
     assert held < everything
+
+
+def test_what_is_being_read_is_gone_once_it_is_let_go(tiny_folder, monkeypatch):
+    turned = tiny.runner(tiny_folder, "offload=disk")
+    reading, began = Reading(), threading.Event()
+
+    def slow(*given: Any) -> torch.Tensor:
+        began.set()
+        time.sleep(0.002)
+        return reading(*given)
+
+    monkeypatch.setattr(streaming, "fill", slow)
+    turns = turned.built.parts.offload.waiting["transformer"]
+    turns.hold(0)
+    began.wait(10)
+    turns.let_go()
+    assert reading.names
+    assert not reading.alive
 
 
 def test_a_file_that_breaks_meanwhile_is_named(tiny_folder, monkeypatch):
