@@ -89,7 +89,7 @@ def check_blocks(offload: Mapping[str, Any], depth: int) -> None:
     if depth and isinstance(resident, int) and isinstance(ahead, int) and resident + ahead + 1 >= depth:
         raise UsageError(
             f"offload.resident_blocks={resident} offload.prefetch_blocks={ahead}: {resident} blocks that stay and"
-            f" {ahead + 1} in turn are all {depth} of this checkpoint: use offload=model, which does that, or fewer"
+            f" {ahead + 1} in turn leave none of this checkpoint's {depth} to wait: use offload=model, or fewer"
         )
 
 

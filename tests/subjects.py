@@ -70,12 +70,16 @@ class Subject:
 
 def command(name: str, folder: Path) -> list[str]:
     """The command line of a small run of a saved subject."""
-    vae = json.loads((folder / "vae" / "config.json").read_text())
-    side = 4 * (vae_factors(vae)[1] * 2)
+    side = 4 * multiple(folder)
     size = [f"sampling.height={side}", f"sampling.width={side}"]
     frames = ["sampling.num_frames=5"] if is_video(CONFIGS[name]) else []
     image = [f"input.images={folder.parent / IMAGE}"] if CONFIGS[name]["model"]["input_images"][0] else []
     return [*tiny.overrides(folder, name), *size, *frames, *image]
+
+
+def multiple(folder: Path) -> int:
+    """Pixels that height and width of a saved subject must be a multiple of."""
+    return vae_factors(json.loads((folder / "vae" / "config.json").read_text()))[1] * 2
 
 
 def pictures(count: int) -> list[Image.Image]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,15 +55,25 @@ class Copies:
         """The moment when all that was launched so far is computed."""
         return None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
 
-    def start(self, source: Tensor, target: Tensor, after: Any) -> Any:
-        """Copy once the moment `after` has come; returns the moment when that is done."""
+    @contextmanager
+    def beside(self, after: Any) -> Iterator[None]:
+        """What is copied inside is so once the moment `after` has come, while the device computes."""
         if self.stream is None:
-            target.copy_(source)
-            return None
+            yield
+            return
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(after)
+            yield
+
+    def copied(self) -> Any:
+        """The moment when all copies that were started beside are done."""
+        return None if self.stream is None else self.stream.record_event()
+
+    def start(self, source: Tensor, target: Tensor, after: Any) -> Any:
+        """Copy beside; returns the moment when that is done."""
+        with self.beside(after):
             target.copy_(source, non_blocking=True)
-            return self.stream.record_event()
+        return self.copied()
 
     def wait(self, moment: Any) -> None:
         """Have all that is launched from here on wait for the moment."""

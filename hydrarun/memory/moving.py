@@ -5,7 +5,7 @@ A module keeps its identity; its parameters and buffers are replaced, and tied o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -17,7 +17,9 @@ HOST = torch.device("cpu")
 class Moving(Protocol):
     """A module that is ready to be called, or waits."""
 
-    here: bool
+    @property
+    def here(self) -> bool:
+        """Whether it is ready."""
 
     def come(self) -> None:
         """Be ready; nothing happens where it is."""
@@ -106,6 +108,31 @@ def replace(module: nn.Module, made: Callable[[Tensor], Tensor]) -> None:
                         held[name] = done[id(old)]
 
 
+def tensors(module: nn.Module) -> list[Tensor]:
+    """Its parameters and buffers, in the order in which `replace` makes others of them."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    replace(module, note)
+    return found
+
+
+def put(module: nn.Module, new: Iterable[Tensor]) -> list[Tensor]:
+    """Give the module these `tensors`, in their order; returns those that it had."""
+    old: list[Tensor] = []
+    coming = iter(new)
+
+    def change(tensor: Tensor) -> Tensor:
+        old.append(tensor)
+        return like(tensor, next(coming))
+
+    replace(module, change)
+    return old
+
+
 def adopt(module: nn.Module, other: nn.Module) -> None:
     """Give `module` the parameters and buffers of `other`, which has the same parts."""
     for part, theirs in zip(module.modules(), other.modules(), strict=True):
@@ -126,6 +153,6 @@ def placeholder(tensor: Tensor) -> Tensor:
 
 def like(old: Tensor, new: Tensor) -> Tensor:
     """`new` as what `old` is, a parameter or a buffer."""
-    if new is old or not isinstance(old, nn.Parameter):
+    if isinstance(new, nn.Parameter) or not isinstance(old, nn.Parameter):
         return new
     return nn.Parameter(new, requires_grad=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,12 @@ class Packed:
     def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
         self.bytes = torch.empty(packed_bytes(tensors), dtype=torch.uint8, pin_memory=device.type == "cuda")
         place = Places(self.bytes)
-        self.tensors = [mapped(tensor, lambda part: place(part).copy_(part)) for tensor in tensors]
+
+        def copied(part: Tensor) -> Tensor:
+            without_gaps = torch.empty_like(part, device="meta")
+            return place(without_gaps).copy_(part)
+
+        self.tensors = [mapped(tensor, copied) for tensor in tensors]
 
     def into(self, buffer: Tensor) -> list[Tensor]:
         """The tensors in a `buffer` of bytes that `bytes` are copied to the front of."""
@@ -40,19 +45,14 @@ class Places:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Room for what is like `tensor`."""
-        end = self.start + tensor.nbytes
-        strides = torch.empty_like(tensor, device="meta").stride()  # its own, but where it has gaps
-        place = self.run[self.start : end].view(tensor.dtype).as_strided(tensor.shape, strides)
+        bytes_ = self.run[self.start : self.start + tensor.nbytes]
         self.start += room(tensor)
-        return place
+        return bytes_.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
 
-def packed_bytes(tensors: Sequence[Tensor]) -> int:
+def packed_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the tensors side by side."""
-    sizes: list[int] = []
-    for tensor in tensors:
-        mapped(tensor, lambda part: sizes.append(room(part)) or part)
-    return sum(sizes)
+    return sum(room(part) for tensor in tensors for part in parts(tensor))
 
 
 def room(tensor: Tensor) -> int:
@@ -60,10 +60,19 @@ def room(tensor: Tensor) -> int:
     return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
 
+def parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a tensor is made of: itself, or those that a quantized one wraps."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from parts(getattr(tensor, name))
+    else:
+        yield tensor
+
+
 def mapped(tensor: Tensor, made: Callable[[Tensor], Tensor]) -> Tensor:
-    """`made(tensor)`, or of a tensor that wraps others (a quantized one) the same around `made` of each."""
+    """The same with `made` of each of its parts, in the order of `parts`."""
     if not is_traceable_wrapper_subclass(tensor):
         return like(tensor, made(tensor))
     names, context = tensor.__tensor_flatten__()
-    parts = {name: mapped(getattr(tensor, name), made) for name in names}
-    return like(tensor, type(tensor).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride()))
+    inner = {name: mapped(getattr(tensor, name), made) for name in names}
+    return like(tensor, type(tensor).__tensor_unflatten__(inner, context, tensor.shape, tensor.stride()))

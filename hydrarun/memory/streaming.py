@@ -6,20 +6,20 @@ cache-dit. The block inside stays itself, compiled or not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hydrarun.memory.device import Copies
 from hydrarun.memory.loading import Reader, dtype_of, fill, place
-from hydrarun.memory.moving import WaitsOnHost, like, replace
+from hydrarun.memory.moving import WaitsOnHost, put, tensors
 from hydrarun.memory.packing import Packed
 from hydrarun.memory.safetensors_files import Checkpoint
 from hydrarun.transformer import Tokens, Transformer
@@ -161,6 +161,13 @@ class FromHost(Turns):
         self.free.append(held)
 
 
+class Read(NamedTuple):
+    """A block's weights on the device, and the moment when they are there."""
+
+    weights: list[Tensor]
+    copied: Any
+
+
 class FromFiles(Turns):
     """A transformer whose blocks are read from the files in `folder`, the next one by a thread while one computes."""
 
@@ -168,6 +175,7 @@ class FromFiles(Turns):
         """The blocks of `transformer` were not loaded, all else is on `device`; it is changed in place."""
         super().__init__([*transformer.all_blocks()], ahead=1)
         self.device = device
+        self.copies = Copies(device)
         self.read = Reader(Checkpoint(folder), ExitStack())
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="blocks")
         self.sources = [
@@ -189,40 +197,30 @@ class FromFiles(Turns):
     def go(self) -> None:
         self.let_go()
 
-    def fetch(self, index: int) -> Future[list[Tensor]]:
-        return self.thread.submit(self.read_block, index)
+    def fetch(self, index: int) -> Future[Read]:
+        return self.thread.submit(self.read_block, index, self.copies.computed())
 
-    def read_block(self, index: int) -> list[Tensor]:
-        """The block's weights, on the device."""
-        return [fill(source, self.read, self.device, dtype) for source, dtype in self.sources[index]]
+    def read_block(self, index: int, after: Any) -> Read:
+        """The block's weights on the device, whose memory may be in use until `after`."""
+        with self.copies.beside(after):
+            weights = [fill(source, self.read, self.device, dtype) for source, dtype in self.sources[index]]
+        return Read(weights, self.copies.copied())
 
-    def weights(self, index: int, held: Future[list[Tensor]]) -> list[Tensor]:
-        return held.result()
+    def weights(self, index: int, held: Future[Read]) -> list[Tensor]:
+        read = held.result()
+        self.copies.wait(read.copied)
+        return read.weights
 
-    def drop(self, held: Future[list[Tensor]]) -> None:
+    def drop(self, held: Future[Read]) -> None:
         if not held.cancel():
             held.exception()  # waits: what is being read must be gone before more is
 
 
 def pack(block: nn.Module, device: torch.device) -> Packed:
     """The block's weights side by side, from now on the block's own."""
-    weights: list[Tensor] = []
-    replace(block, lambda weight: weights.append(weight) or weight)
-    packed = Packed(weights, device)
+    packed = Packed(tensors(block), device)
     put(block, packed.tensors)
     return packed
-
-
-def put(block: nn.Module, weights: Iterable[Tensor]) -> list[Tensor]:
-    """Give the block these weights; returns those that it had."""
-    new, old = iter(weights), []
-
-    def change(weight: Tensor) -> Tensor:
-        old.append(weight)
-        return like(weight, next(new))
-
-    replace(block, change)
-    return old
 
 
 def around_blocks(transformer: Transformer, blocks: Sequence[nn.Module]) -> nn.Module:
@@ -243,7 +241,7 @@ def named_blocks(transformer: Transformer) -> Iterator[tuple[str, nn.Module]]:
             yield f"{name}.{index}", block
 
 
-def insert(turns: FromHost | FromFiles, transformer: Transformer) -> None:
+def insert(turns: Turns, transformer: Transformer) -> None:
     """Wrap those blocks of the transformer that take turns."""
     places = {block: index for index, block in enumerate(turns.blocks)}
     for name, block in list(named_blocks(transformer)):

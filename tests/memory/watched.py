@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from subjects import CONFIGS, LONG, SHORT
 from torch import nn
 
-from hydrarun.compose import compose
+from hydrarun.compose import compose, compose_raw
 from hydrarun.pipeline import Stage
 from hydrarun.request import make_state
 from hydrarun.runner import Runner
@@ -20,15 +22,27 @@ from hydrarun.timing import Timings
 from hydrarun.validate import cfg_scale
 
 
-def runner(subject: subjects.Subject, device: str, option: str = "none") -> Runner:
-    """The smallest run of the subject; images are encoded at a few pixels instead of a megapixel."""
-    asked = [override for override in subject.overrides() if override != "device=cpu"]
-    sides = [f"sampling.{side}={2 * subject.multiple}" for side in ("height", "width")]
-    config = compose([*asked, *sides, f"offload={option}"])
+def runner(subject: subjects.Subject, device: str, option: str = "none", **arguments: int) -> Runner:
+    """The smallest run of the subject with an option of `offload` and its arguments."""
+    offload = {**options(option), **arguments}
+    return Runner({**smallest(subject.name, subject.folder), "offload": offload, "device": device})
+
+
+@cache
+def smallest(name: str, folder: Path) -> dict[str, Any]:
+    """Its configuration; images are encoded at a few pixels instead of a megapixel."""
+    sides = [f"sampling.{side}={2 * subjects.multiple(folder)}" for side in ("height", "width")]
+    config = compose([*subjects.command(name, folder), *sides])
     for stage in config["model"]["stages"]:
         if stage["_target_"].endswith("EncodeImages"):
             stage["area"] = 64 * 64
-    return Runner({**config, "device": device})
+    return config
+
+
+@cache
+def options(name: str) -> dict[str, Any]:
+    """The node of an option of `offload`."""
+    return compose_raw([f"offload={name}"])[0]["offload"]
 
 
 def draw(runner: Runner, guided: bool = True) -> Any:
