@@ -21,6 +21,7 @@ from hydrarun.memory.device import count
 from hydrarun.memory.hub import Source, resolve
 from hydrarun.memory.loading import load_transformer
 from hydrarun.memory.modulation import ModulationOffload, ModulationTables
+from hydrarun.memory.pool import Pool
 from hydrarun.memory.quantize import NoQuantization
 from hydrarun.memory.safetensors_files import check_folder, fingerprint
 from hydrarun.parallel.degrees import world_size
@@ -45,6 +46,9 @@ class Built:
     source: Source
     attention: AttentionBackend
     quantization: NoQuantization
+    #: of weights, by this process, and the seconds that it took
+    read_bytes: int
+    read_s: float
 
 
 def build(config: dict[str, Any], progress: Progress) -> Built:
@@ -77,25 +81,39 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
 
     vae_dtype = DTYPES.get(config["vae"]["dtype"], dtype)
     place = partial(offload.place, device=device)
-    with progress.phase("loading weights"):
-        pipeline = load_pipeline(
-            pipeline_class, source.folder, place=place, dtype=dtype, vae_dtype=vae_dtype, scheduler=scheduler
+    with progress.reading("loading weights") as tally, Pool() as pool:
+
+        def fill_transformers() -> dict[str, Transformer]:
+            return {
+                name: load_transformer(
+                    transformer_class,
+                    source.folder / name,
+                    device=place(name),
+                    dtype=dtype,
+                    note=progress.note,
+                    pool=pool,
+                    tally=tally,
+                    axis=mesh["tensor"] if mesh else None,
+                    left=(Modulation,) if tabled else (),
+                    loaded=quantization.loaded,
+                )
+                for name in NAMES[: model["experts"]]
+            }
+
+        transformers = {} if quantization.changes else fill_transformers()
+        pipeline = load_pipeline(  # meanwhile
+            pipeline_class,
+            source.folder,
+            place=place,
+            dtype=dtype,
+            vae_dtype=vae_dtype,
+            scheduler=scheduler,
+            tally=tally,
         )
         for name, component in pipeline.components.items():
             quantization.component(name, component)
-        transformers = {
-            name: load_transformer(
-                transformer_class,
-                source.folder / name,
-                device=place(name),
-                dtype=dtype,
-                note=progress.note,
-                axis=mesh["tensor"] if mesh else None,
-                left=(Modulation,) if tabled else (),
-                loaded=quantization.loaded,
-            )
-            for name in NAMES[: model["experts"]]
-        }
+        transformers = transformers or fill_transformers()
+    read_s = tally.seconds
     if said := quantization.summary():
         progress.note(said)
     tables = {
@@ -124,7 +142,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     experts = Experts(transformers, boundary(pipeline))
     shared = {"mesh": mesh, "offload": offload, "tables": tables}
     parts = Parts(experts, pipeline, guidance, model["patch_size"], device, dtype, progress, **shared)
-    return Built(parts, stages, source, attention, quantization)
+    return Built(parts, stages, source, attention, quantization, tally.done, read_s)
 
 
 def arrange_vae(vae: Any, settings: dict[str, Any], mesh: Mesh | None) -> None:

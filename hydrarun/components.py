@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import torch
 
 from hydrarun.errors import RunError
-from hydrarun.memory.moving import HOST, move
+from hydrarun.memory.moving import HOST
 from hydrarun.memory.safetensors_files import Checkpoint
 from hydrarun.processors import load_processor
+from hydrarun.progress import Tally
 
 #: components that we load ourselves
 OURS = ("transformer", "transformer_2")
@@ -39,13 +40,16 @@ def load_pipeline(
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     scheduler: Any | None,
+    tally: Tally,
 ) -> Any:
     """An instance of the diffusers pipeline `cls` from `folder`, without its transformers.
 
-    `place` says which device a component is put on, `scheduler` replaces the checkpoint's own. Raises `RunError` naming
-    folder and component for whatever cannot be used.
+    `place` says which device a component is put on, `scheduler` replaces the checkpoint's own, `tally` counts the bytes
+    of each component when it is there. Raises `RunError` naming folder and component for whatever cannot be used.
     """
     index = read_index(folder, cls)
+    sizes = {name: size(folder, name, entry) for name, entry in index.components.items() if name not in OURS}
+    tally.expect(sum(sizes.values()))
     accepted = inspect.signature(cls).parameters
     components: dict[str, Any] = {**index.settings, **dict.fromkeys(OURS)}
     for name, entry in index.components.items():
@@ -54,6 +58,7 @@ def load_pipeline(
         elif name not in OURS:
             kind = vae_dtype if name == "vae" else dtype
             components[name] = load_component(folder, name, entry, device=place(name), dtype=kind)
+            tally.add(sizes[name])
     pipeline = cls(**{name: value for name, value in components.items() if name in accepted})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -86,31 +91,44 @@ def read_index(folder: Path, cls: type) -> Index:
     return Index({key: value for key, value in pairs.items() if value[0]}, settings)
 
 
+def size(folder: Path, name: str, entry: tuple[str, str]) -> int:
+    """Bytes of the component's weights; 0 for one that has none."""
+    has = issubclass(known_class(folder, name, entry), torch.nn.Module)
+    return Checkpoint(folder / name, STEMS[entry[0]]).size if has else 0
+
+
 def load_component(folder: Path, name: str, entry: tuple[str, str], *, device: torch.device, dtype: torch.dtype) -> Any:
-    """One component by its library's own `from_pretrained`, safetensors only."""
-    library, class_name = entry
-    if library not in LIBRARIES:
-        raise RunError(f"{folder / 'model_index.json'}: {name} comes from {library!r}; only {LIBRARIES} are loaded")
-    cls = component_class(library, class_name)
-    if cls is None:
-        raise RunError(f"{folder / 'model_index.json'}: {name}: the installed {library} has no component {class_name}")
+    """One component by its library's own `from_pretrained`, safetensors only, straight to its device."""
+    library = entry[0]
+    cls = known_class(folder, name, entry)
     if not issubclass(cls, torch.nn.Module):
         with readable(folder / name), quiet_libraries():
             return load_processor(cls, folder / name) if is_processor(cls) else cls.from_pretrained(folder / name)
     checkpoint = Checkpoint(folder / name, STEMS[library])
-    _ = checkpoint.files  # damaged files are named here, by us
+    _ = checkpoint.headers  # damaged files are named here, by us
     dtype_argument = "torch_dtype" if library == "diffusers" else "dtype"
     with readable(folder / name), quiet_libraries():
         module, info = cls.from_pretrained(
             folder / name,
             use_safetensors=True,
             output_loading_info=True,
+            device_map={"": device},
             ignore_mismatched_sizes=True,  # refused below, by name
             **{dtype_argument: dtype},
         )
     refuse_incomplete(folder / name, info)
-    move(module.eval().requires_grad_(False), device)
-    return module
+    return module.eval().requires_grad_(False)
+
+
+def known_class(folder: Path, name: str, entry: tuple[str, str]) -> Any:
+    """The component's class. Raises `RunError` for one that is not loaded."""
+    library, class_name = entry
+    if library not in LIBRARIES:
+        raise RunError(f"{folder / 'model_index.json'}: {name} comes from {library!r}; only {LIBRARIES} are loaded")
+    cls = component_class(library, class_name)
+    if cls is None:
+        raise RunError(f"{folder / 'model_index.json'}: {name}: the installed {library} has no component {class_name}")
+    return cls
 
 
 def component_class(library: str, name: str) -> Any:

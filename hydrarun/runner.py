@@ -50,6 +50,7 @@ class Runner:
         backends(config)  # refuses what this machine lacks before weights are read
         self.built = build(config, self.progress)
         self.load_s = time.perf_counter() - start
+        self.read_bytes = self.built.read_bytes
 
     def generate(self, **sampling: Any) -> list[Picture]:
         """Draw with the loaded model; keywords are fields of `sampling` and replace the configuration's.
@@ -153,7 +154,12 @@ class Runner:
         """Seconds so far; `total_s` is loading and everything since `start`."""
         phases = {f"{name}_s": timings.phases.get(name, 0.0) for name in ("encode", "denoise", "decode")}
         total = self.load_s + time.perf_counter() - start
-        return {"load_s": self.load_s, **phases, "steps_s": timings.steps, "total_s": total}
+        return {"load_s": self.load_s, **self.read(), **phases, "steps_s": timings.steps, "total_s": total}
+
+    def read(self) -> dict[str, float | None]:
+        """What was read of weights for this run, in bytes."""
+        rate = self.read_bytes / self.built.read_s if self.read_bytes else None
+        return {"read_bytes": self.read_bytes, "read_bytes_per_s": rate}
 
     def results(self, timings: Timings, start: float) -> dict[str, Any]:
         """What was measured so far, by its keys in run.json."""
