@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hydrarun import worker
 from hydrarun.cache.base import Cache
 from hydrarun.components import load_module, load_pipeline, quiet_libraries
 from hydrarun.errors import UsageError
@@ -24,6 +25,7 @@ from hydrarun.memory.modulation import ModulationOffload, ModulationTables
 from hydrarun.memory.pool import Pool
 from hydrarun.memory.quantize import NoQuantization
 from hydrarun.memory.safetensors_files import check_folder, fingerprint
+from hydrarun.memory.verify import verify
 from hydrarun.parallel.degrees import world_size
 from hydrarun.parallel.hsdp import shard_encoder, shard_transformer
 from hydrarun.parallel.mesh import Mesh
@@ -77,6 +79,8 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     source = resolve(model)
     check_folder_fit(config, source.folder)
     check_folder(source.folder)
+    if config["verify"] and worker.place().local_rank == 0:  # one rank of each machine; where it fails, all end
+        verify(source.folder, progress)
     make_cache(config["cache"], source.folder)  # for what is wrong with it
 
     vae_dtype = DTYPES.get(config["vae"]["dtype"], dtype)

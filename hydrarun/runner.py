@@ -182,6 +182,7 @@ class Runner:
                 "revision": built.source.revision,
                 "fingerprint": fingerprint(built.source.folder),
             },
+            "verified": self.config["verify"],
             "device": str(built.parts.device),
             "dtype": str(built.parts.dtype).removeprefix("torch."),
             "attention": built.attention.name,
