@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import threading
+from concurrent.futures import wait
 from pathlib import Path
 
+import accelerate
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 from hydrarun.errors import RunError
-from hydrarun.memory import reading
+from hydrarun.memory import loading, reading
 from hydrarun.memory.loading import source_names
+from hydrarun.memory.pool import Pool
 from hydrarun.memory.safetensors_files import fingerprint
 from hydrarun.models.qwen_image import QwenImageTransformer
 from hydrarun.parallel.mesh import Axis
+from hydrarun.progress import Progress
 
 FILE = "diffusion_pytorch_model.safetensors"
 
@@ -130,6 +137,100 @@ def test_a_rank_names_the_shape_of_the_whole_tensor(folder, layer, columns):
     message = rf"'{name}' has shape \[47, {columns}\], config.json asks for \[48, {columns}\]"
     with pytest.raises(RunError, match=message):
         load(folder, axis=Axis(None, 1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("axis", [None, Axis(None, 1, 2)])
+def test_pieces_of_a_file_that_come_one_after_the_other_are_the_whole(saved, monkeypatch, dtype, axis):
+    """Those that are not read to where they belong come by a few rows: other dtypes, shares of columns."""
+    whole = dict(load(saved[1], dtype, axis=axis).named_parameters())
+    monkeypatch.setattr(reading, "CHUNK", 1000)
+    for name, parameter in load(saved[1], dtype, axis=axis).named_parameters():
+        assert torch.equal(parameter, whole[name]), name
+
+
+def test_large_weights_in_memory_of_their_own(saved, monkeypatch):
+    """As other tensors are: their values, and contiguous."""
+    plain = dict(load(saved[1]).named_parameters())
+    monkeypatch.setattr(reading, "LARGE", 1)
+    for name, parameter in load(saved[1]).named_parameters():
+        assert torch.equal(parameter, plain[name]), name
+        assert parameter.is_contiguous()
+
+
+def test_onto_a_device(saved, fake):
+    """Also in another dtype: the numbers that the host has."""
+    for dtype in (torch.float32, torch.bfloat16):
+        plain = dict(load(saved[1], dtype).named_parameters())
+        there = tiny.load_transformer(QwenImageTransformer, saved[1], dtype, device=torch.device("fake"))
+        for name, parameter in there.named_parameters():
+            assert (parameter.device.type, parameter.dtype) == ("fake", dtype)
+            assert torch.equal(parameter.cpu(), plain[name]), name
+
+
+def test_what_libraries_change_meanwhile_changes_nothing(saved):
+    """Theirs build modules with another default dtype, and with parameters that go to the meta device."""
+    plain = dict(load(saved[1], torch.bfloat16).named_parameters())
+    go_on = threading.Event()
+    with Progress(quiet=True).reading("loading") as tally, Pool() as pool:
+        for _ in range(pool.executor._max_workers):
+            pool.start(go_on.wait)
+        options = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "note": print}
+        ours = loading.load_transformer(QwenImageTransformer, saved[1], pool=pool, tally=tally, **options)
+        assert all(parameter.is_meta for parameter in ours.parameters())
+        torch.set_default_dtype(torch.float16)
+        try:
+            with accelerate.init_empty_weights():
+                go_on.set()
+                wait(pool.jobs)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for name, parameter in ours.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter, plain[name]), name
+
+
+def test_bytes_are_told(saved):
+    """Those of the tensors, by threads, add up."""
+    with Progress(quiet=True).reading("loading") as tally, Pool() as pool:
+        options = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "note": print}
+        loading.load_transformer(QwenImageTransformer, saved[1], pool=pool, tally=tally, **options)
+    assert tally.done == tally.expected == sum(parameter.nbytes for parameter in saved[0].parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "F4"}, "has the dtype F4, which cannot be read"),
+        ({"dtype": "F16"}, "takes 96 bytes, its header gives it 0 to 192"),
+        ({"data_offsets": [-4, 188]}, "takes 192 bytes, its header gives it -4 to 188"),
+    ],
+)
+def test_a_header_that_does_not_fit(folder, change, message):
+    edit(folder, lambda tensors: None)  # the first tensor begins at 0
+    data = (folder / FILE).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    first = min(header, key=lambda name: header[name].get("data_offsets", [1])[0])
+    header[first] |= change
+    text = json.dumps(header).encode()
+    (folder / FILE).write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+    with pytest.raises(RunError, match=re.escape(f"{FILE}: {first!r} {message}")):
+        load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_that_becomes_shorter_while_it_is_read(folder, monkeypatch, dtype):
+    plan = loading.plan
+
+    def cut(*arguments):
+        placements = plan(*arguments)
+        os.truncate(folder / FILE, 100_000)
+        return placements
+
+    monkeypatch.setattr(loading, "plan", cut)
+    with pytest.raises(RunError, match=rf"{FILE}: '[\w.]+' cannot be read: the file has become shorter"):
+        load(folder, dtype)
 
 
 def test_missing_tensor(folder):
