@@ -74,8 +74,9 @@ class Tally:
         return time.perf_counter() - self.start
 
     def __str__(self) -> str:
+        seconds = self.seconds
         of = f" of {decimal(self.expected)}" if self.done < self.expected else ""
-        return f"{decimal(self.done)}{of} in {self.seconds:.2f} s, {decimal(int(self.done / self.seconds))}/s"
+        return f"{decimal(self.done)}{of} in {seconds:.2f} s, {decimal(int(self.done / seconds))}/s"
 
 
 class Progress:
@@ -153,7 +154,7 @@ class Progress:
 
         def show(tally: Tally) -> None:
             nonlocal shown
-            if tally.seconds >= shown + BETWEEN_LINES:
+            if tally.seconds >= shown + BETWEEN_LINES and tally.done < tally.expected:
                 shown = tally.seconds
                 self.note(f"{name} {tally}")
 

@@ -55,6 +55,7 @@ def test_hash_changes_with_what_may_change_the_pixels(other):
         changed("model", facts={}),
         changed("model", judge="scenes"),
         {**CONFIG, "report": {"metrics": ["psnr"]}},
+        {**CONFIG, "verify": True},
     ],
 )
 def test_hash_ignores_what_cannot_reach_the_pixels(other):

@@ -20,7 +20,8 @@ class Pool:
     """
 
     def __init__(self) -> None:
-        self.executor = ThreadPoolExecutor(min(MOST, worker.threads(worker.place().local_size)))
+        self.threads = min(MOST, worker.threads(worker.place().local_size))
+        self.executor = ThreadPoolExecutor(self.threads)
         self.jobs: list[Future[Any]] = []
 
     def start(self, job: Callable[..., Any], *arguments: Any) -> Future[Any]:

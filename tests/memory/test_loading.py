@@ -173,7 +173,7 @@ def test_what_libraries_change_meanwhile_changes_nothing(saved):
     plain = dict(load(saved[1], torch.bfloat16).named_parameters())
     go_on = threading.Event()
     with Progress(quiet=True).reading("loading") as tally, Pool() as pool:
-        for _ in range(pool.executor._max_workers):
+        for _ in range(pool.threads):
             pool.start(go_on.wait)
         options = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "note": print}
         ours = loading.load_transformer(QwenImageTransformer, saved[1], pool=pool, tally=tally, **options)

@@ -54,4 +54,4 @@ def test_a_rank_has_its_share_of_the_cores(monkeypatch, ranks, threads):
         else:
             monkeypatch.setenv(name, str(value))
     assert worker.place().local_size == (ranks or 1)
-    assert Pool().executor._max_workers == threads
+    assert Pool().threads == threads
