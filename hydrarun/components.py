@@ -48,17 +48,17 @@ def load_pipeline(
     of each component when it is there. Raises `RunError` naming folder and component for whatever cannot be used.
     """
     index = read_index(folder, cls)
-    sizes = {name: size(folder, name, entry) for name, entry in index.components.items() if name not in OURS}
-    tally.expect(sum(sizes.values()))
     accepted = inspect.signature(cls).parameters
     components: dict[str, Any] = {**index.settings, **dict.fromkeys(OURS)}
-    for name, entry in index.components.items():
-        if name == "scheduler" and scheduler is not None:
-            components[name] = scheduler
-        elif name not in OURS:
-            kind = vae_dtype if name == "vae" else dtype
-            components[name] = load_component(folder, name, entry, device=place(name), dtype=kind)
-            tally.add(sizes[name])
+    if scheduler is not None:
+        components["scheduler"] = scheduler
+    entries = {name: entry for name, entry in index.components.items() if name not in components}
+    sizes = {name: size(folder, name, entry) for name, entry in entries.items()}
+    tally.expect(sum(sizes.values()))
+    for name, entry in entries.items():
+        kind = vae_dtype if name == "vae" else dtype
+        components[name] = load_component(folder, name, entry, device=place(name), dtype=kind)
+        tally.add(sizes[name])
     pipeline = cls(**{name: value for name, value in components.items() if name in accepted})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

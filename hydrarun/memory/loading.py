@@ -55,9 +55,10 @@ def load_transformer(
     With `axis`, only this rank's share of the weights is held (`hydrarun.parallel.tensor`). The weights of
     modules of the classes `left` are checked like all, but not read: they stay on the meta device. `loaded` is called
     in a thread with the name of each parameter once it is in its place, and may replace it. `tally` counts bytes.
-    Raises `RunError` naming file and tensor for whatever is missing, not used, wrongly shaped or unreadable, and
-    `UsageError` for more ranks than can share the weights.
+    Raises `RunError` naming file and tensor for whatever is missing, not used or wrongly shaped (what cannot be read,
+    leaving the pool raises), and `UsageError` for more ranks than can share the weights.
     """
+    device = torch.empty(0, device=device).device  # "cuda" is another one in another thread
     arguments = read_config(cls, folder / "config.json", note)
     with torch.device("meta"):
         transformer = cls(**arguments).eval().requires_grad_(False)
