@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hydrarun.errors import RunError
-from hydrarun.memory.moving import HOST
+from hydrarun.memory.moving import HOST, move
 from hydrarun.memory.safetensors_files import Checkpoint
 from hydrarun.processors import load_processor
 from hydrarun.progress import Tally
@@ -98,7 +98,7 @@ def size(folder: Path, name: str, entry: tuple[str, str]) -> int:
 
 
 def load_component(folder: Path, name: str, entry: tuple[str, str], *, device: torch.device, dtype: torch.dtype) -> Any:
-    """One component by its library's own `from_pretrained`, safetensors only, straight to its device."""
+    """One component by its library's own `from_pretrained`, safetensors only; a text encoder straight to its device."""
     library = entry[0]
     cls = known_class(folder, name, entry)
     if not issubclass(cls, torch.nn.Module):
@@ -106,18 +106,21 @@ def load_component(folder: Path, name: str, entry: tuple[str, str], *, device: t
             return load_processor(cls, folder / name) if is_processor(cls) else cls.from_pretrained(folder / name)
     checkpoint = Checkpoint(folder / name, STEMS[library])
     _ = checkpoint.headers  # damaged files are named here, by us
+    # diffusers has it too, but then fails at a missing tensor without a name; its part is the VAE, which is small
+    to_device = {"device_map": {"": device}} if library == "transformers" else {}
     dtype_argument = "torch_dtype" if library == "diffusers" else "dtype"
     with readable(folder / name), quiet_libraries():
         module, info = cls.from_pretrained(
             folder / name,
             use_safetensors=True,
             output_loading_info=True,
-            device_map={"": device},
             ignore_mismatched_sizes=True,  # refused below, by name
             **{dtype_argument: dtype},
+            **to_device,
         )
     refuse_incomplete(folder / name, info)
-    return module.eval().requires_grad_(False)
+    move(module.eval().requires_grad_(False), device)
+    return module
 
 
 def known_class(folder: Path, name: str, entry: tuple[str, str]) -> Any:
