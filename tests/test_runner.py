@@ -80,6 +80,12 @@ def test_run_json_says_what_happened(tiny_folder, tmp_path):
         assert (tmp_path / output["path"]).is_file()
 
 
+def test_a_run_with_the_weights_of_an_earlier_one_has_read_nothing(tiny_folder):
+    runner = tiny.runner(tiny_folder)
+    runner.read_bytes = 0  # as a rank says before its next job
+    assert runner.read() == {"read_bytes": 0, "read_bytes_per_s": None}
+
+
 @pytest.mark.parametrize(
     ("components", "order"),
     [
