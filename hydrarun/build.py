@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hydrarun import worker
 from hydrarun.cache.base import Cache
 from hydrarun.components import load_module, load_pipeline, quiet_libraries
 from hydrarun.errors import UsageError
@@ -20,8 +21,10 @@ from hydrarun.memory.device import count
 from hydrarun.memory.hub import Source, resolve
 from hydrarun.memory.loading import load_transformer
 from hydrarun.memory.modulation import ModulationOffload, ModulationTables
+from hydrarun.memory.pool import Pool
 from hydrarun.memory.quantize import NoQuantization
 from hydrarun.memory.safetensors_files import check_folder, fingerprint
+from hydrarun.memory.verify import verify
 from hydrarun.parallel.degrees import world_size
 from hydrarun.parallel.hsdp import shard_encoder, shard_transformer
 from hydrarun.parallel.mesh import Mesh
@@ -44,6 +47,9 @@ class Built:
     source: Source
     attention: AttentionBackend
     quantization: NoQuantization
+    #: of weights, by this process, and the seconds that it took
+    read_bytes: int
+    read_s: float
 
 
 def build(config: dict[str, Any], progress: Progress) -> Built:
@@ -72,29 +78,45 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     source = resolve(model)
     check_folder_fit(config, source.folder)
     check_folder(source.folder)
+    if config["verify"] and worker.place().local_rank == 0:  # one rank of each machine; where it fails, all end
+        verify(source.folder, progress)
     make_cache(config["cache"], source.folder)  # for what is wrong with it
 
     vae_dtype = DTYPES.get(config["vae"]["dtype"], dtype)
     place = partial(offload.place, device=device)
-    with progress.phase("loading weights"):
-        pipeline = load_pipeline(
-            pipeline_class, source.folder, place=place, dtype=dtype, vae_dtype=vae_dtype, scheduler=scheduler
+    with progress.reading("loading weights") as tally, Pool() as pool:
+
+        def fill_transformers() -> dict[str, Transformer]:
+            return {
+                name: load_transformer(
+                    transformer_class,
+                    source.folder / name,
+                    device=place(name),
+                    dtype=dtype,
+                    note=progress.note,
+                    pool=pool,
+                    tally=tally,
+                    axis=mesh["tensor"] if mesh else None,
+                    left=offload.left,
+                    loaded=quantization.loaded,
+                )
+                for name in NAMES[: model["experts"]]
+            }
+
+        transformers = {} if quantization.changes else fill_transformers()
+        pipeline = load_pipeline(  # meanwhile
+            pipeline_class,
+            source.folder,
+            place=place,
+            dtype=dtype,
+            vae_dtype=vae_dtype,
+            scheduler=scheduler,
+            tally=tally,
         )
         for name, component in pipeline.components.items():
             quantization.component(name, component)
-        transformers = {
-            name: load_transformer(
-                transformer_class,
-                source.folder / name,
-                device=place(name),
-                dtype=dtype,
-                note=progress.note,
-                axis=mesh["tensor"] if mesh else None,
-                left=offload.left,
-                loaded=quantization.loaded,
-            )
-            for name in NAMES[: model["experts"]]
-        }
+        transformers = transformers or fill_transformers()
+    read_s = tally.seconds
     if said := quantization.summary():
         progress.note(said)
     tables = {
@@ -123,7 +145,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     experts = Experts(transformers, boundary(pipeline))
     shared = {"mesh": mesh, "offload": offload, "tables": tables}
     parts = Parts(experts, pipeline, guidance, model["patch_size"], device, dtype, progress, **shared)
-    return Built(parts, stages, source, attention, quantization)
+    return Built(parts, stages, source, attention, quantization, tally.done, read_s)
 
 
 def arrange_vae(vae: Any, settings: dict[str, Any], mesh: Mesh | None) -> None:

@@ -21,6 +21,7 @@ from hydrarun.errors import RunError
 from hydrarun.memory.moving import HOST, move
 from hydrarun.memory.safetensors_files import Checkpoint
 from hydrarun.processors import load_processor
+from hydrarun.progress import Tally
 
 #: components that we load ourselves
 OURS = ("transformer", "transformer_2")
@@ -39,21 +40,25 @@ def load_pipeline(
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     scheduler: Any | None,
+    tally: Tally,
 ) -> Any:
     """An instance of the diffusers pipeline `cls` from `folder`, without its transformers.
 
-    `place` says which device a component is put on, `scheduler` replaces the checkpoint's own. Raises `RunError` naming
-    folder and component for whatever cannot be used.
+    `place` says which device a component is put on, `scheduler` replaces the checkpoint's own, `tally` counts the bytes
+    of each component when it is there. Raises `RunError` naming folder and component for whatever cannot be used.
     """
     index = read_index(folder, cls)
     accepted = inspect.signature(cls).parameters
     components: dict[str, Any] = {**index.settings, **dict.fromkeys(OURS)}
-    for name, entry in index.components.items():
-        if name == "scheduler" and scheduler is not None:
-            components[name] = scheduler
-        elif name not in OURS:
-            kind = vae_dtype if name == "vae" else dtype
-            components[name] = load_component(folder, name, entry, device=place(name), dtype=kind)
+    if scheduler is not None:
+        components["scheduler"] = scheduler
+    entries = {name: entry for name, entry in index.components.items() if name not in components}
+    sizes = {name: size(folder, name, entry) for name, entry in entries.items()}
+    tally.expect(sum(sizes.values()))
+    for name, entry in entries.items():
+        kind = vae_dtype if name == "vae" else dtype
+        components[name] = load_component(folder, name, entry, device=place(name), dtype=kind)
+        tally.add(sizes[name])
     pipeline = cls(**{name: value for name, value in components.items() if name in accepted})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -86,19 +91,23 @@ def read_index(folder: Path, cls: type) -> Index:
     return Index({key: value for key, value in pairs.items() if value[0]}, settings)
 
 
+def size(folder: Path, name: str, entry: tuple[str, str]) -> int:
+    """Bytes of the component's weights; 0 for one that has none."""
+    has = issubclass(known_class(folder, name, entry), torch.nn.Module)
+    return Checkpoint(folder / name, STEMS[entry[0]]).size if has else 0
+
+
 def load_component(folder: Path, name: str, entry: tuple[str, str], *, device: torch.device, dtype: torch.dtype) -> Any:
-    """One component by its library's own `from_pretrained`, safetensors only."""
-    library, class_name = entry
-    if library not in LIBRARIES:
-        raise RunError(f"{folder / 'model_index.json'}: {name} comes from {library!r}; only {LIBRARIES} are loaded")
-    cls = component_class(library, class_name)
-    if cls is None:
-        raise RunError(f"{folder / 'model_index.json'}: {name}: the installed {library} has no component {class_name}")
+    """One component by its library's own `from_pretrained`, safetensors only; a text encoder straight to its device."""
+    library = entry[0]
+    cls = known_class(folder, name, entry)
     if not issubclass(cls, torch.nn.Module):
         with readable(folder / name), quiet_libraries():
             return load_processor(cls, folder / name) if is_processor(cls) else cls.from_pretrained(folder / name)
     checkpoint = Checkpoint(folder / name, STEMS[library])
-    _ = checkpoint.files  # damaged files are named here, by us
+    _ = checkpoint.headers  # damaged files are named here, by us
+    # diffusers has it too, but then fails at a missing tensor without a name; its part is the VAE, which is small
+    to_device = {"device_map": {"": device}} if library == "transformers" else {}
     dtype_argument = "torch_dtype" if library == "diffusers" else "dtype"
     with readable(folder / name), quiet_libraries():
         module, info = cls.from_pretrained(
@@ -107,10 +116,22 @@ def load_component(folder: Path, name: str, entry: tuple[str, str], *, device: t
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
             **{dtype_argument: dtype},
+            **to_device,
         )
     refuse_incomplete(folder / name, info)
     move(module.eval().requires_grad_(False), device)
     return module
+
+
+def known_class(folder: Path, name: str, entry: tuple[str, str]) -> Any:
+    """The component's class. Raises `RunError` for one that is not loaded."""
+    library, class_name = entry
+    if library not in LIBRARIES:
+        raise RunError(f"{folder / 'model_index.json'}: {name} comes from {library!r}; only {LIBRARIES} are loaded")
+    cls = component_class(library, class_name)
+    if cls is None:
+        raise RunError(f"{folder / 'model_index.json'}: {name}: the installed {library} has no component {class_name}")
+    return cls
 
 
 def component_class(library: str, name: str) -> Any:

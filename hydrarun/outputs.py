@@ -35,8 +35,8 @@ class OutputWriter:
     def __init__(self, run_dir: Path, config: dict[str, Any], facts: dict[str, Any], metadata: bool):
         """`config`: the resolved configuration; `metadata`: whether each file carries its recipe.
 
-        `facts`: what the run really used: weights {path, revision, fingerprint}, inputs [{path, sha256, width,
-        height}], device, dtype, attention, compile, versions, hardware.
+        `facts`: what the run really used: weights {path, revision, fingerprint}, verified, inputs [{path, sha256,
+        width, height}], device, dtype, attention, compile, versions, hardware.
         """
         self.run_dir = run_dir
         self.config = as_recorded(config)

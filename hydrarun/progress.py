@@ -6,6 +6,7 @@ Everything goes to stderr, so that stdout stays free for results.
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -38,6 +42,43 @@ TIMINGS = {
 MEASURES = {"psnr": ("PSNR", 1, " dB"), "ssim": ("SSIM", 4, "")}
 
 
+#: seconds between lines about bytes in a log
+BETWEEN_LINES = 10.0
+
+
+class Tally:
+    """Bytes that are to be read, those that have been, and since when; told by any thread."""
+
+    def __init__(self, show: Callable[[Tally], None]) -> None:
+        """`show` is called with the tally after each change, by one thread at a time."""
+        self.show = show
+        self.lock = threading.Lock()
+        self.start = time.perf_counter()
+        self.expected = self.done = 0
+
+    def expect(self, count: int) -> None:
+        """So many more are to be read."""
+        with self.lock:
+            self.expected += count
+            self.show(self)
+
+    def add(self, count: int) -> None:
+        """So many more have been read."""
+        with self.lock:
+            self.done += count
+            self.show(self)
+
+    @property
+    def seconds(self) -> float:
+        """Since it was made."""
+        return time.perf_counter() - self.start
+
+    def __str__(self) -> str:
+        seconds = self.seconds
+        of = f" of {decimal(self.expected)}" if self.done < self.expected else ""
+        return f"{decimal(self.done)}{of} in {seconds:.2f} s, {decimal(int(self.done / seconds))}/s"
+
+
 class Progress:
     """Tells the user where a run is. One phase at a time."""
 
@@ -50,6 +91,12 @@ class Progress:
         """Show the phase `name` while the block runs; call what it yields once per finished step of `total`."""
         with (self._bar if self.console.is_terminal else self._lines)(name, total) as advance:
             yield advance
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[Tally]:
+        """Show the phase `name`, which reads files, while the block runs; it yields what to tell the bytes to."""
+        with (self._reading_bar if self.console.is_terminal else self._reading_lines)(name) as tally:
+            yield tally
 
     def note(self, text: str) -> None:
         """Print a line that the user must see: a choice made for them, a warning."""
@@ -94,12 +141,36 @@ class Progress:
         yield advance
         self.note(f"{name}: {time.perf_counter() - start:.2f} s")
 
+    @contextmanager
+    def _reading_bar(self, name: str) -> Iterator[Tally]:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with Bars(*columns, TimeElapsedColumn(), console=self.console, transient=True) as bars:
+            task = bars.add_task(name, total=None)
+            yield Tally(lambda tally: bars.update(task, total=tally.expected, completed=tally.done))
+
+    @contextmanager
+    def _reading_lines(self, name: str) -> Iterator[Tally]:
+        shown = 0.0
+
+        def show(tally: Tally) -> None:
+            nonlocal shown
+            if tally.seconds >= shown + BETWEEN_LINES and tally.done < tally.expected:
+                shown = tally.seconds
+                self.note(f"{name} {tally}")
+
+        self.note(f"{name} ...")
+        tally = Tally(show)
+        yield tally
+        self.note(f"{name}: {tally}")
+
 
 def _rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     timings, memory = record["timings"], record["memory"]
     for key, label in TIMINGS.items():
         if timings.get(key) is not None:
             yield label, f"{timings[key]:.2f} s"
+    if timings.get("read_bytes"):
+        yield "weights read", f"{decimal(timings['read_bytes'])}, {decimal(int(timings['read_bytes_per_s']))}/s"
     steps = timings.get("steps_s") or []
     # the first step pays for warming up (and compiling): the two figures are never mixed
     if steps:

@@ -32,10 +32,12 @@ def config_hash(config: dict[str, Any]) -> str:
 def asked(config: dict[str, Any]) -> dict[str, Any]:
     """What of a configuration reaches the pixels.
 
-    Not `output` and `report` (what is written and measured beside them), nor the model's `facts` (published figures)
-    and `judge`. Paths in the home folder count as `~`, so that a redacted configuration is the same as its original.
+    Not `output`, `report`, `verify` and `plan` (what is written, measured, checked and foreseen beside them), nor the model's `facts`
+    (published figures) and `judge`. Paths in the home folder count as `~`, so that a redacted configuration is the same
+    as its original.
     """
-    kept = {key: value for key, value in redact(config).items() if key not in ("output", "report", "plan")}
+    unseen = ("output", "report", "verify", "plan")
+    kept = {key: value for key, value in redact(config).items() if key not in unseen}
     model = {key: value for key, value in kept.get("model", {}).items() if key not in ("facts", "judge")}
     return {**kept, "model": model}
 

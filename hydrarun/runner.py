@@ -55,6 +55,7 @@ class Runner:
         except torch.OutOfMemoryError as error:
             raise out_of_memory(config, "loading", choose_device(config["device"], Progress(quiet=True))) from error
         self.load_s = time.perf_counter() - start
+        self.read_bytes = self.built.read_bytes
 
     def generate(self, **sampling: Any) -> list[Picture]:
         """Draw with the loaded model; keywords are fields of `sampling` and replace the configuration's.
@@ -161,7 +162,12 @@ class Runner:
         """Seconds so far; `total_s` is loading and everything since `start`."""
         phases = {f"{name}_s": timings.phases.get(name, 0.0) for name in ("encode", "denoise", "decode")}
         total = self.load_s + time.perf_counter() - start
-        return {"load_s": self.load_s, **phases, "steps_s": timings.steps, "total_s": total}
+        return {"load_s": self.load_s, **self.read(), **phases, "steps_s": timings.steps, "total_s": total}
+
+    def read(self) -> dict[str, float | None]:
+        """What was read of weights for this run, in bytes."""
+        rate = self.read_bytes / self.built.read_s if self.read_bytes else None
+        return {"read_bytes": self.read_bytes, "read_bytes_per_s": rate}
 
     def results(self, timings: Timings, start: float) -> dict[str, Any]:
         """What was measured so far, by its keys in run.json."""
@@ -184,6 +190,7 @@ class Runner:
                 "revision": built.source.revision,
                 "fingerprint": fingerprint(built.source.folder),
             },
+            "verified": self.config["verify"],
             "device": str(built.parts.device),
             "dtype": str(built.parts.dtype).removeprefix("torch."),
             "attention": built.attention.name,

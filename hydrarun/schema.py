@@ -143,6 +143,7 @@ class Config:
     report: Report = field(default_factory=Report)
     device: str = "auto"
     dtype: str = "auto"
+    verify: bool = False
 
 
 def register() -> None:

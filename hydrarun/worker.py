@@ -39,7 +39,18 @@ IDLE = timedelta(days=365)
 CONNECT = timedelta(minutes=2)
 
 #: what a runner is built from; jobs that agree in these share one
-BUILT_FROM = ("model", "parallel", "attention", "offload", "compile", "quantization", "vae", "device", "dtype")
+BUILT_FROM = (
+    "model",
+    "parallel",
+    "attention",
+    "offload",
+    "compile",
+    "quantization",
+    "vae",
+    "device",
+    "dtype",
+    "verify",
+)
 
 PR_SET_PDEATHSIG = 1
 
@@ -59,7 +70,9 @@ def launched() -> bool:
 
 
 def place() -> Place:
-    """This rank's place, from its environment."""
+    """This rank's place, from its environment; of a process that is no rank: alone."""
+    if not launched():
+        return Place(0, 1, 0, 1)
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     return Place(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
@@ -114,7 +127,7 @@ class Session:
         from hydrarun.progress import Progress
 
         if self.runner and build_key(config) == self.key:
-            self.runner.load_s = 0.0  # nothing is loaded for this job
+            self.runner.load_s, self.runner.read_bytes = 0.0, 0  # nothing is loaded for this job
         else:
             self.close()
             progress = Progress(quiet=quiet or self.place.rank > 0)

@@ -24,7 +24,7 @@ class FakeRunner:
     def __init__(self, config, progress):
         self.config = config
         self.device = config["device"]
-        self.load_s = 1.0
+        self.load_s, self.read_bytes = 1.0, 5
         self.jobs = 0
 
     def run(self, output_dir: Path) -> dict:
@@ -51,6 +51,7 @@ class FakeRunner:
         self.jobs += 1
         asked = {"seed": self.config["sampling"]["seed"], "device": self.device}
         done = {"pids": pids, "total": total.item(), "jobs": self.jobs, "load_s": self.load_s}
+        done["read_bytes"] = self.read_bytes
         here = {"threads": torch.get_num_threads(), "allowed": targets.allowed_by_user()}
         return {**asked, **done, **here}
 

@@ -12,6 +12,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from hydrarun import components
 from hydrarun.components import quiet_libraries
 from hydrarun.errors import RunError
 
@@ -100,3 +101,16 @@ def test_libraries_that_bring_others_along_are_quiet_only_while_they_are_loaded(
         assert not any(logger.isEnabledFor(logging.WARNING) for logger in loggers)
         assert all(logger.isEnabledFor(logging.ERROR) for logger in loggers)
     assert [logger.level for logger in loggers] == before
+
+
+def test_text_encoders_go_straight_to_their_device(tiny_folder, fake, monkeypatch):
+    """Nothing is left to move."""
+    seen = []
+    monkeypatch.setattr(
+        components, "move", lambda module, device: seen.extend(p.device.type for p in module.parameters())
+    )
+    entry = ("transformers", "Qwen2_5_VLForConditionalGeneration")
+    device = torch.device("fake")
+    encoder = components.load_component(tiny_folder, "text_encoder", entry, device=device, dtype=torch.bfloat16)
+    assert set(seen) == {"fake"}
+    assert not [name for name, module in encoder.named_modules() if hasattr(module, "_hf_hook")]

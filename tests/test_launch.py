@@ -60,7 +60,7 @@ def test_a_sweep_keeps_its_ranks_survives_a_failure_and_names_it_once(fake, tmp_
     first, second, last = records(tmp_path)
     assert [first[key] for key in ("seed", "device", "total", "jobs", "load_s")] == [7, "cpu", 2.0, 1, 1.0]
     assert (first["threads"], first["allowed"]) == (worker.threads(2), ["my.Own"])
-    assert second == {**first, "jobs": 2, "load_s": 0.0}
+    assert second == {**first, "jobs": 2, "load_s": 0.0, "read_bytes": 0}
     assert not set(last["pids"]) & set(first["pids"])
     assert gone(first["pids"] + last["pids"])
     error = capfd.readouterr().err
@@ -142,7 +142,7 @@ def test_torchrun(tmp_path):
     done = torchrun(tmp_path, *TWO, "-m", prompts, "hydra.sweep.dir=here", "--allow-target", "my.Own")
     first, second = records(tmp_path)
     assert (first["total"], first["jobs"], first["allowed"]) == (2.0, 1, ["my.Own"])
-    assert second == {**first, "jobs": 2, "load_s": 0.0}
+    assert second == {**first, "jobs": 2, "load_s": 0.0, "read_bytes": 0}
     assert done.returncode == 1
     assert done.stderr.count("the sky is green") == 1
     assert not (tmp_path / "here" / "3").exists()

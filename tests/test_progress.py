@@ -1,6 +1,7 @@
 """What the user sees, on a terminal and in a log."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,46 @@ def test_an_error_inside_a_phase_passes_through(make):
     with pytest.raises(ValueError, match="boom"), progress.phase("decode", total=2):
         raise ValueError("boom")
     assert "decode: " not in text.getvalue()
+
+
+def test_reading_in_a_log_tells_bytes_and_their_rate(monkeypatch):
+    """Every ten seconds, and at the end."""
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    progress, text = in_a_log()
+    with progress.reading("loading weights") as tally:
+        tally.expect(10_000_000_000)
+        for now in (104.0, 108.0, 112.0, 116.0, 125.0):  # noqa: B007 - what the clock says
+            tally.add(2_000_000_000)
+    assert text.getvalue().splitlines() == [
+        "loading weights ...",
+        "loading weights 6.0 GB of 10.0 GB in 12.00 s, 500.0 MB/s",
+        "loading weights: 10.0 GB in 25.00 s, 400.0 MB/s",
+    ]
+
+
+def test_reading_on_a_terminal_is_a_bar_of_bytes():
+    progress, text = on_a_terminal()
+    with progress.reading("loading weights") as tally:
+        tally.expect(4_000_000)
+        tally.expect(4_000_000)
+        tally.add(2_000_000)
+        tally.add(6_000_000)
+    assert "8.0/8.0 MB" in text.getvalue()
+    assert text.getvalue().endswith("\x1b[2K")
+
+
+def test_bytes_told_by_many_threads_add_up():
+    progress, _ = in_a_log()
+    with progress.reading("loading weights") as tally, ThreadPoolExecutor(8) as pool:
+        list(pool.map(tally.add, range(2000)))
+    assert tally.done == sum(range(2000))
+
+
+def test_table_shows_what_was_read():
+    progress, text = in_a_log()
+    progress.table({"outputs": [], "timings": {"read_bytes": 41_000_000_000, "read_bytes_per_s": 3.3e9}, "memory": {}})
+    assert " ".join(text.getvalue().split()) == "weights read 41.0 GB, 3.3 GB/s"
 
 
 def test_notes_are_neither_wrapped_nor_read_as_markup():

@@ -56,6 +56,7 @@ def test_hash_changes_with_what_may_change_the_pixels(other):
         changed("model", judge="scenes"),
         {**CONFIG, "plan": {"auto": False, "device": None}},
         {**CONFIG, "report": {"metrics": ["psnr"]}},
+        {**CONFIG, "verify": True},
     ],
 )
 def test_hash_ignores_what_cannot_reach_the_pixels(other):

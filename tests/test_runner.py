@@ -11,8 +11,9 @@ import tiny
 import torch
 
 import hydrarun
-from hydrarun import replay
+from hydrarun import build, replay
 from hydrarun.errors import RunError, UsageError
+from hydrarun.memory.safetensors_files import Header
 from hydrarun.runner import Runner
 
 
@@ -66,13 +67,46 @@ def test_run_json_says_what_happened(tiny_folder, tmp_path):
     assert sum(timings["steps_s"]) <= timings["denoise_s"]
     parts = sum(timings[f"{name}_s"] for name in ("load", "encode", "denoise", "decode"))
     assert 0 < parts <= timings["total_s"]
+    weights = sum(path.stat().st_size - Header.read(path).start for path in tiny_folder.glob("*/*.safetensors"))
+    assert timings["read_bytes"] == weights
+    assert weights / timings["load_s"] < timings["read_bytes_per_s"] < float("inf")
     assert record["memory"]["peak_host_bytes"] > 100e6  # torch alone is more
     assert record["attention"] == "sdpa"
     assert record["dtype"] == "float32"
+    assert record["verified"] is False
     assert len(record["weights"]["fingerprint"]) == 16
     assert [output["seed"] for output in record["outputs"]] == [11, 12]
     for output in record["outputs"]:
         assert (tmp_path / output["path"]).is_file()
+
+
+def test_a_run_with_the_weights_of_an_earlier_one_has_read_nothing(tiny_folder):
+    runner = tiny.runner(tiny_folder)
+    runner.read_bytes = 0  # as a rank says before its next job
+    assert runner.read() == {"read_bytes": 0, "read_bytes_per_s": None}
+
+
+@pytest.mark.parametrize(
+    ("components", "order"),
+    [
+        (None, ["transformer", "others"]),
+        ("[text_encoder]", ["transformer", "others"]),
+        ("[transformer]", ["others", "transformer"]),
+    ],
+)
+def test_what_is_loaded_at_the_same_time(tiny_folder, monkeypatch, components, order):
+    """The transformer is read while the libraries load the others; one that is quantized, after them."""
+    seen = []
+    for name, function in (("transformer", build.load_transformer), ("others", build.load_pipeline)):
+
+        def watched(*arguments, name=name, function=function, **options):
+            seen.append(name)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(build, function.__name__, watched)
+    more = ["quantization=int8_weight_only", f"quantization.components={components}"] if components else []
+    tiny.runner(tiny_folder, *more)
+    assert seen == order
 
 
 def test_the_python_api_draws_what_the_command_draws(tiny_folder, tiny_runner):

@@ -55,6 +55,7 @@ GOOD = {
     "report": {"metrics": [], "noise_floor": [], "twins": "outputs/twins"},
     "device": "auto",
     "dtype": "auto",
+    "verify": False,
 }
 
 

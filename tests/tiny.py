@@ -147,6 +147,17 @@ def runner(folder: Path, *more: str):
     return Runner(config(folder, *more))
 
 
+def load_transformer(cls: type, folder: Path, dtype: torch.dtype = torch.float32, **options):
+    """Ours, whole, on the CPU; `options` are `hydrarun.memory.loading.load_transformer`'s."""
+    from hydrarun.memory.loading import load_transformer
+    from hydrarun.memory.pool import Pool
+    from hydrarun.progress import Progress
+
+    given = {"device": torch.device("cpu"), "dtype": dtype, "note": print, **options}
+    with Progress(quiet=True).reading("loading") as tally, Pool() as pool:
+        return load_transformer(cls, folder, pool=pool, tally=tally, **given)
+
+
 def predict(transformer, latents, timestep, conditioning):
     """One branch's prediction."""
     from hydrarun.cache.base import NoCache, Step

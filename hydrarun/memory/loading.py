@@ -1,39 +1,29 @@
-"""Weights into a transformer: built on the meta device, then every tensor read straight into its place."""
+"""Weights into a transformer: built on the meta device, then every tensor read straight into its place, in threads.
+
+The libraries that build other parts meanwhile change torch's default dtype, and what setting a module's parameter does:
+the threads say every dtype, and change only the transformer's own dictionaries.
+"""
 
 from __future__ import annotations
 
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hydrarun.errors import RunError, nearest
+from hydrarun.memory.pool import Pool
+from hydrarun.memory.reading import Index, Piece, Shape, bytes_of, check, empty, read
 from hydrarun.memory.safetensors_files import Checkpoint
 from hydrarun.parallel.mesh import Axis
 from hydrarun.parallel.tensor import Shared, split
+from hydrarun.progress import Tally
 from hydrarun.transformer import Transformer
-
-Shape = tuple[int, ...]
-Index = tuple[slice, ...]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one of the checkpoint's tensors gives to one of our parameters."""
-
-    source: str
-    #: of the whole tensor
-    shape: Shape
-    #: what is read of it, and where in the parameter that goes; (): all
-    taken: Index = ()
-    put: Index = ()
 
 
 @dataclass(frozen=True)
@@ -53,18 +43,22 @@ def load_transformer(
     device: torch.device,
     dtype: torch.dtype,
     note: Callable[[str], None],
+    pool: Pool,
+    tally: Tally,
     axis: Axis | None = None,
     left: Callable[[Transformer], Iterable[str]] = lambda _: (),
     loaded: Callable[[Transformer, str], None] | None = None,
 ) -> Transformer:
-    """Build `cls` from `folder`'s config.json and fill it from its safetensors files.
+    """Build `cls` from `folder`'s config.json and have `pool` fill it from its safetensors files: it is whole when the
+    pool is done.
 
-    With `axis`, only this rank's share of the weights is read and held (`hydrarun.parallel.tensor`). The weights of
+    With `axis`, only this rank's share of the weights is held (`hydrarun.parallel.tensor`). The weights of
     modules that `left` names are checked like all, but not read: they stay on the meta device. `loaded` is called
-    with the name of each parameter once it is in its place, and may replace it. Raises `RunError`
-    naming file and tensor for whatever is missing, not used, wrongly shaped or unreadable, and `UsageError` for more
-    ranks than can share the weights.
+    in a thread with the name of each parameter once it is in its place, and may replace it. `tally` counts bytes.
+    Raises `RunError` naming file and tensor for whatever is missing, not used or wrongly shaped (what cannot be read,
+    leaving the pool raises), and `UsageError` for more ranks than can share the weights.
     """
+    device = torch.empty(0, device=device).device  # "cuda" is another one in another thread
     arguments = read_config(cls, folder / "config.json", note)
     with torch.device("meta"):
         transformer = cls(**arguments).eval().requires_grad_(False)
@@ -74,16 +68,18 @@ def load_transformer(
     checkpoint = Checkpoint(folder)
     placements = plan(transformer, checkpoint)
     skipped = tuple(f"{name}." for name in left(transformer))
-    with ExitStack() as files:
-        read = Reader(checkpoint, files)
-        for placement in placements:
-            if placement.name.startswith(skipped):
-                continue
-            tensor = fill(placement, read, device, dtype_of(transformer, placement.name, dtype))
-            put(transformer, placement.name, tensor)
-            if loaded is not None:
-                del tensor  # it need not outlive its replacement
-                loaded(transformer, placement.name)
+
+    def place_one(placement: Placement) -> None:
+        kind = dtype_of(transformer, placement.name, dtype)
+        put(transformer, placement.name, fill(placement, checkpoint, device, kind))
+        tally.add(size(placement, checkpoint))
+        if loaded is not None:
+            loaded(transformer, placement.name)
+
+    wanted = [placement for placement in placements if not placement.name.startswith(skipped)]
+    tally.expect(sum(size(placement, checkpoint) for placement in wanted))
+    for placement in wanted:
+        pool.start(place_one, placement)
     return transformer
 
 
@@ -92,12 +88,17 @@ def dtype_of(transformer: Transformer, name: str, dtype: torch.dtype) -> torch.d
     return torch.float32 if set(name.split(".")) & set(transformer.keep_in_float32) else dtype
 
 
-def fill(placement: Placement, read: Reader, device: torch.device, dtype: torch.dtype) -> Tensor:
+def fill(placement: Placement, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The parameter, read from its files."""
-    tensor = torch.empty(placement.shape, dtype=dtype, device=device)
+    tensor = empty(placement.shape, dtype, device)
     for piece in placement.pieces:
-        tensor[piece.put].copy_(read(piece.source, piece.taken))
+        read(checkpoint.headers[piece.source], piece, tensor[piece.put])
     return tensor
+
+
+def size(placement: Placement, checkpoint: Checkpoint) -> int:
+    """Bytes that are read for it."""
+    return sum(bytes_of(checkpoint.headers[piece.source], piece) for piece in placement.pieces)
 
 
 def read_config(cls: type, path: Path, note: Callable[[str], None]) -> dict[str, Any]:
@@ -127,9 +128,10 @@ def plan(transformer: Transformer, checkpoint: Checkpoint) -> list[Placement]:
         source, shape = piece.source, shapes[piece.source]
         if shape != piece.shape:
             raise RunError(
-                f"{checkpoint.files[source]}: {source!r} has shape {list(shape)}, config.json asks for"
+                f"{checkpoint.headers[source].path}: {source!r} has shape {list(shape)}, config.json asks for"
                 f" {list(piece.shape)}"
             )
+        check(checkpoint.headers[source], piece)
     return placements
 
 
@@ -183,8 +185,8 @@ def check_names(checkpoint: Checkpoint, *, missing: set[str], unexpected: set[st
     if unexpected:
         name = min(unexpected)
         raise RunError(
-            f"{checkpoint.files[name]}: {len(unexpected)} tensors have no place in this model, the first is {name!r}."
-            " Does config.json belong to these weights?"
+            f"{checkpoint.headers[name].path}: {len(unexpected)} tensors have no place in this model, the first is"
+            f" {name!r}. Does config.json belong to these weights?"
         )
 
 
@@ -208,25 +210,7 @@ def source_names(name: str, weight_map: Mapping[str, str | tuple[str, ...]]) -> 
     return (name,)
 
 
-class Reader:
-    """Reads tensors, or the indexed part of them, by name; each file is opened (memory-mapped) once."""
-
-    def __init__(self, checkpoint: Checkpoint, files: ExitStack) -> None:
-        self.checkpoint = checkpoint
-        self.files = files
-        self.open: dict[Path, Any] = {}
-
-    def __call__(self, name: str, taken: Index = ()) -> Tensor:
-        path = self.checkpoint.files[name]
-        try:
-            if path not in self.open:
-                self.open[path] = self.files.enter_context(safe_open(path, framework="pt"))
-            return self.open[path].get_slice(name)[taken]
-        except (SafetensorError, OSError) as error:
-            raise RunError(f"{path}: {name!r} cannot be read: {error}") from None
-
-
 def put(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Replace the parameter `name`, which is on the meta device, by `tensor`."""
     owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+    module.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

@@ -8,7 +8,6 @@ the other, and let go.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from hydrarun.cache.base import Step
 from hydrarun.layers.norm import Modulation, by_token
-from hydrarun.memory.loading import Placement, Reader, fill, place, put
+from hydrarun.memory.loading import Placement, fill, place, put
 from hydrarun.memory.offload import NoOffload
 from hydrarun.memory.safetensors_files import Checkpoint
 from hydrarun.parallel.hsdp import whole_around_blocks
@@ -111,9 +110,9 @@ class ModulationTables:
 
     def values(self, place: Place, temb: Tensor) -> Tensor:
         """One table: the weights are on the device for as long as this takes."""
-        with ExitStack() as files:
-            read = Reader(self.checkpoint, files)
-            weights = {name: fill(source, read, self.device, self.dtype) for name, source in place.sources.items()}
+        weights = {
+            name: fill(source, self.checkpoint, self.device, self.dtype) for name, source in place.sources.items()
+        }
         for name, weight in weights.items():
             put(place.modulation, name, weight)
         values = place.modulation.values(temb)

@@ -8,6 +8,7 @@ text encoders. Embeddings, norms, biases and heads are not.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from typing import Any, Literal
 
@@ -40,12 +41,14 @@ class NoQuantization:
     """Weights as they are loaded."""
 
     name = "none"
+    #: whether `loaded` changes modules, which must not be while other threads build some
+    changes = False
 
     def prepare(self, device: torch.device) -> None:
         """Refuse, before weights are read, what cannot be computed on `device`. Raises `UsageError`."""
 
     def loaded(self, transformer: Transformer, name: str) -> None:
-        """The parameter `name` is in its place."""
+        """The parameter `name` is in its place; called by any thread."""
 
     def component(self, name: str, module: Any) -> None:
         """The component `name` of a diffusers pipeline is loaded."""
@@ -74,6 +77,8 @@ class TorchAO(NoQuantization):
         self.name = NAMES[weights, activations]
         self.dynamic = activations != "none"
         self.components = components
+        self.changes = TRANSFORMER in components
+        self.lock = threading.Lock()
         self.config: Any = None
         self.layers = self.odd = self.bytes_before = self.bytes_after = 0
 
@@ -89,7 +94,7 @@ class TorchAO(NoQuantization):
         warnings.filterwarnings("ignore", message=".* does not implement _stable_hash_for_caching")
 
     def loaded(self, transformer: Transformer, name: str) -> None:
-        """Quantize it, if it is such a weight: at no time is more than one of them there in full."""
+        """Quantize it, if it is such a weight: at no time are more of them there in full than there are threads."""
         *path, leaf = name.split(".")
         kept = {*transformer.keep_unquantized, *transformer.keep_in_float32}
         layer = transformer.get_submodule(".".join(path))
@@ -100,7 +105,8 @@ class TorchAO(NoQuantization):
             and not kept & set(path)
             and isinstance(layer, nn.Linear)
         ):
-            self.quantize(layer)
+            with self.lock:
+                self.quantize(layer)
 
     def component(self, name: str, module: Any) -> None:
         """Quantize it, layer by layer, if it is a text encoder."""

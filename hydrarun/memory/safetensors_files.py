@@ -25,6 +25,8 @@ class Header:
 
     path: Path
     tensors: dict[str, dict[str, Any]]
+    #: where in the file the data begins
+    start: int
 
     @classmethod
     def read(cls, path: Path) -> Header:
@@ -47,16 +49,15 @@ class Header:
                 f"{path}: truncated or padded: {size} bytes, its header describes {8 + length + end};"
                 " download or copy the file again"
             )
-        return cls(path, tensors)
+        return cls(path, tensors, 8 + length)
 
     def sample(self) -> bytes:
         """The header and the first bytes of every tensor."""
         content = [json.dumps(self.tensors, sort_keys=True).encode()]
         with self.path.open("rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
             for entry in sorted(self.tensors.values(), key=lambda entry: entry["data_offsets"]):
                 first, end = entry["data_offsets"]
-                file.seek(start + first)
+                file.seek(self.start + first)
                 content.append(file.read(min(SAMPLE_BYTES, end - first)))
         return b"".join(content)
 
@@ -81,10 +82,11 @@ class Checkpoint:
         return f"it holds {', '.join(sorted(path.name for path in self.folder.iterdir())) or 'nothing'}"
 
     @cached_property
-    def files(self) -> dict[str, Path]:
-        """`{tensor: file}`. Raises `RunError` naming file and tensor when index and files disagree."""
+    def headers(self) -> dict[str, Header]:
+        """`{tensor: header of its file}`. Raises `RunError` naming file and tensor when index and files disagree."""
         if not self.index_path.is_file():
-            return dict.fromkeys(Header.read(self.single_path).tensors, self.single_path)
+            header = Header.read(self.single_path)
+            return dict.fromkeys(header.tensors, header)
         try:
             weight_map = json.loads(self.index_path.read_text())["weight_map"]
             names = {tensor: str(name) for tensor, name in weight_map.items()}
@@ -97,13 +99,18 @@ class Checkpoint:
         for tensor, name in names.items():
             if tensor not in shards[name].tensors:
                 raise RunError(f"{self.folder / name}: lacks {tensor!r}, which {self.index_path.name} puts there")
-        return {tensor: self.folder / name for tensor, name in names.items()}
+        return {tensor: shards[name] for tensor, name in names.items()}
 
-    @cached_property
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """`{tensor: shape}` from the headers alone."""
-        headers = {path: Header.read(path) for path in set(self.files.values())}
-        return {tensor: tuple(headers[path].tensors[tensor]["shape"]) for tensor, path in self.files.items()}
+        """`{tensor: shape}`."""
+        return {tensor: tuple(header.tensors[tensor]["shape"]) for tensor, header in self.headers.items()}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        places = (header.tensors[tensor]["data_offsets"] for tensor, header in self.headers.items())
+        return sum(end - first for first, end in places)
 
 
 def check_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hydrarun.memory.device import Copies
-from hydrarun.memory.loading import Reader, dtype_of, fill, place
+from hydrarun.memory.loading import dtype_of, fill, place
 from hydrarun.memory.moving import WaitsOnHost, put, tensors
 from hydrarun.memory.packing import Packed
 from hydrarun.memory.safetensors_files import Checkpoint
@@ -176,7 +176,7 @@ class FromFiles(Turns):
         super().__init__([*transformer.all_blocks()], ahead=1)
         self.device = device
         self.copies = Copies(device)
-        self.read = Reader(Checkpoint(folder), ExitStack())
+        self.checkpoint = Checkpoint(folder)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="blocks")
         self.sources = [
             [
@@ -203,7 +203,7 @@ class FromFiles(Turns):
     def read_block(self, index: int, after: Any) -> Read:
         """The block's weights on the device, whose memory may be in use until `after`."""
         with self.copies.beside(after):
-            weights = [fill(source, self.read, self.device, dtype) for source, dtype in self.sources[index]]
+            weights = [fill(source, self.checkpoint, self.device, dtype) for source, dtype in self.sources[index]]
         return Read(weights, self.copies.copied())
 
     def weights(self, index: int, held: Future[Read]) -> list[Tensor]:

@@ -7,7 +7,6 @@ import pytest
 import tiny
 import torch
 
-from hydrarun.memory.loading import load_transformer
 from hydrarun.models.flux import FluxTransformer
 
 TOLERANCE = 1e-5  # float32, the same operations in another order
@@ -19,10 +18,7 @@ def pair(tmp_path_factory):
     reference = checkpoints.BUILDERS["flux_dev"]().transformer
     folder = tmp_path_factory.mktemp("transformer")
     reference.save_pretrained(folder)
-    device = torch.device("cpu")
-    return reference, load_transformer(
-        FluxTransformer, folder, device=device, dtype=torch.float32, note=lambda text: None
-    )
+    return reference, tiny.load_transformer(FluxTransformer, folder)
 
 
 @torch.no_grad()

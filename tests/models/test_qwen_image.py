@@ -7,7 +7,6 @@ import tiny
 import torch
 
 from hydrarun.errors import UsageError
-from hydrarun.memory.loading import load_transformer
 from hydrarun.models.qwen_image import QwenImageTransformer
 from hydrarun.transformer import Tokens
 
@@ -21,10 +20,7 @@ def pair(tmp_path_factory):
     reference = tiny.transformer(layers=3, heads=5)
     folder = tmp_path_factory.mktemp("transformer")
     reference.save_pretrained(folder)
-    ours = load_transformer(
-        QwenImageTransformer, folder, device=torch.device("cpu"), dtype=torch.float32, note=lambda text: None
-    )
-    return reference, ours
+    return reference, tiny.load_transformer(QwenImageTransformer, folder)
 
 
 def inputs(batch: int, grid: tuple[int, int], text: int, lengths: list[int] | None = None) -> dict:

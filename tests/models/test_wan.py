@@ -8,11 +8,9 @@ import tiny
 import torch
 
 from hydrarun.errors import UsageError
-from hydrarun.memory.loading import load_transformer
 from hydrarun.models.wan import WanTokens, WanTransformer
 
 TOLERANCE = 1e-5  # float32, the same operations in another order
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +28,7 @@ def reference():
 
 @pytest.fixture(scope="module")
 def ours(folder):
-    return load_transformer(WanTransformer, folder, device=CPU, dtype=torch.float32, note=lambda text: None)
+    return tiny.load_transformer(WanTransformer, folder)
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,7 +81,7 @@ def test_declared_token_dimensions_are_token_dimensions(ours):
 
 
 def test_what_the_reference_keeps_in_float32_is_kept(folder, reference):
-    half = load_transformer(WanTransformer, folder, device=CPU, dtype=torch.bfloat16, note=lambda text: None)
+    half = tiny.load_transformer(WanTransformer, folder, torch.bfloat16)
     kept = {name for name, p in half.named_parameters() if p.dtype == torch.float32}
     theirs = type(reference).from_pretrained(folder, torch_dtype=torch.bfloat16)
     count = sum(p.numel() for p in theirs.parameters() if p.dtype == torch.float32)

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from hydrarun.errors import UsageError
 from hydrarun.layers.linear import RowLinear
 from hydrarun.layers.norm import RMSNormAcrossHeads
-from hydrarun.memory.loading import load_transformer
 from hydrarun.models.flux import FluxTransformer
 from hydrarun.models.qwen_image import QwenImageTransformer
 from hydrarun.models.wan import WanTransformer
@@ -48,7 +47,7 @@ PUBLISHED = {
 
 
 def load(cls: type, folder: Path, axis: Axis | None = None) -> Any:
-    return load_transformer(cls, folder, device=torch.device("cpu"), dtype=torch.float32, note=print, axis=axis)
+    return tiny.load_transformer(cls, folder, axis=axis)
 
 
 def on_meta(cls: type, arguments: dict[str, Any], axis: Axis | None = None) -> Any:

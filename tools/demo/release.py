@@ -16,6 +16,7 @@ from transformers import Qwen2Tokenizer
 from demo import vae as auto_encoder
 from demo.common import default_device, log
 from demo.diffusion import load_average
+from hydrarun.memory import verify
 from hydrarun.quality.judge import Accuracy, Verdict, judge, summarize
 from hydrarun.quality.scenes import caption, render, sample_scene
 
@@ -51,6 +52,9 @@ def assemble(work: Path, out: Path) -> None:
         transformer=models.transformer.to(torch.bfloat16),
     )
     pipeline.save_pretrained(out)
+    files = sorted(out.glob("*/*.safetensors"))
+    sums = "".join(f"{verify.sha256(file)}  {file.relative_to(out).as_posix()}\n" for file in files)
+    (out / verify.SUMS).write_text(sums)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     log(f"{out}: {size / 1e6:.2f} MB")
 

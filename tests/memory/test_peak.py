@@ -1,0 +1,30 @@
+"""Weights are in the host's memory once, also while they are loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+#: for each thread what is on its way, and what the allocator keeps of that
+BESIDE = 16 * 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' record of a process")
+def test_no_second_copy_in_the_hosts_memory(tmp_path):
+    """Whether the file has the parameters' dtype, and is read into them, or another one."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, HERE / "peak.py", tmp_path], env=environment, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    assert set(found) == {"BF16", "F32"}
+    for kind, measured in found.items():
+        assert measured["stays"] > 300 * 2**20
+        assert 0.9 * measured["stays"] < measured["peak"] <= 1.1 * measured["stays"] + BESIDE, kind

@@ -1,0 +1,57 @@
+"""Threads beside the caller: what they do is done, and their errors are told."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from hydrarun import worker
+from hydrarun.memory import pool
+from hydrarun.memory.pool import Pool
+
+
+def fail(words: str) -> None:
+    raise ValueError(words)
+
+
+def test_leaving_waits_for_all():
+    done = []
+    with Pool() as threads:
+        for number in range(100):
+            threads.start(done.append, number)
+    assert sorted(done) == list(range(100))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_after_an_error_what_has_not_begun_is_left_undone(monkeypatch, inside):
+    """An error of a job, or of the block beside the jobs."""
+    monkeypatch.setattr(pool, "MOST", 1)
+    begun = []
+
+    def block() -> None:
+        with Pool() as threads:
+            if not inside:
+                threads.start(fail, "first")
+            threads.start(time.sleep, 0.2)
+            threads.start(begun.append, "after it")
+            threads.start(fail, "second")
+            if inside:
+                raise ValueError("first")
+
+    with pytest.raises(ValueError, match="first"):
+        block()
+    assert begun == []
+
+
+@pytest.mark.parametrize(("ranks", "threads"), [(None, 8), (1, 8), (4, 6), (24, 1), (48, 1)])
+def test_a_rank_has_its_share_of_the_cores(monkeypatch, ranks, threads):
+    """Of 24; more than 8 do not help."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(24))
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}.items():
+        if ranks is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, str(value))
+    assert worker.place().local_size == (ranks or 1)
+    assert Pool().threads == threads
