@@ -133,6 +133,8 @@ def arrange_vae(vae: Any, settings: dict[str, Any], mesh: Mesh | None) -> None:
         vae.enable_slicing()
     if settings["tiling"]:
         vae.enable_tiling()
+    if settings["channels_last"]:
+        channels_last(vae)
     if mesh and mesh.vae:
         split_vae(vae, mesh.vae)
 

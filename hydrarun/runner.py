@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from hydrarun import compat
 from hydrarun.build import build, make_cache
@@ -81,6 +82,26 @@ class Runner:
         """The batch that `config` asks for."""
         return make_state(config["sampling"], [image.image for image in given])
 
+    def warm_up(self, given: list[InputImage], timings: Timings) -> None:
+        """Draw what the run will, for `warmup` steps of each transformer, and throw it away.
+
+        What it takes goes to `timings`; nothing else is left of it, not in the generators of random numbers either.
+        """
+        count, parts = self.config["warmup"], self.built.parts
+        if not count:
+            return
+        self.progress.note(f"warming up, {count} steps of each transformer:")
+        own = Timings(parts.device)
+        start = own.now()
+        devices = [] if parts.device.type == "cpu" else [parts.device]
+        parts.warmup = count
+        try:
+            with torch.random.fork_rng(devices, device_type=parts.device.type if devices else None):
+                self.draw(self.state(self.config, given), own)
+        finally:
+            parts.warmup = None
+        timings.warmup, timings.compile = own.now() - start, own.compile
+
     def draw(self, state: State, timings: Timings, cache: dict[str, Any] | None = None) -> State:
         """Run the stages, on this rank's share of the items; the state then has the frames of all of them.
 
@@ -100,7 +121,9 @@ class Runner:
     def follow(self) -> None:
         """Do this rank's part of a run that rank 0 writes."""
         given = self.read_images(self.config)
-        self.draw(self.state(self.config, given), Timings(self.built.parts.device))
+        timings = Timings(self.built.parts.device)
+        self.warm_up(given, timings)
+        self.draw(self.state(self.config, given), timings)
         if self.config["report"]["metrics"]:
             follow(self, given)
 
@@ -124,6 +147,7 @@ class Runner:
         writer = OutputWriter(output_dir, self.config, facts, self.config["output"]["metadata"])
         results: dict[str, Any] = {}
         try:
+            self.warm_up(given, timings)
             drawn = pictures(self.draw(self.state(self.config, given), timings))
             self.save(drawn, writer, self.measured(timings, start))
             results = self.results(timings, start)  # of the run alone, before anything else is drawn
@@ -153,7 +177,8 @@ class Runner:
         """Seconds so far; `total_s` is loading and everything since `start`."""
         phases = {f"{name}_s": timings.phases.get(name, 0.0) for name in ("encode", "denoise", "decode")}
         total = self.load_s + time.perf_counter() - start
-        return {"load_s": self.load_s, **phases, "steps_s": timings.steps, "total_s": total}
+        beside = {"warmup_s": timings.warmup, "compile_s": timings.compile}
+        return {"load_s": self.load_s, **beside, **phases, "steps_s": timings.steps, "total_s": total}
 
     def results(self, timings: Timings, start: float) -> dict[str, Any]:
         """What was measured so far, by its keys in run.json."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hydrarun.errors import RunError
 from hydrarun.fit import vae_factors
@@ -38,6 +38,15 @@ def decode(pipeline: Any, latents: Tensor) -> Tensor:
     if not pixels.isfinite().all():
         raise RunError("the VAE decoded NaN or infinity: try vae.dtype=float32, or check the vae's weights")
     return pixels
+
+
+def channels_last(vae: nn.Module) -> None:
+    """Keep the weights of convolutions with a pixel's channels side by side; what they compute is kept so too."""
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+        elif isinstance(module, nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)
 
 
 def channels(pipeline: Any) -> int:

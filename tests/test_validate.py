@@ -49,9 +49,10 @@ GOOD = {
     "compile": TARGET,
     "quantization": TARGET,
     "offload": TARGET,
-    "vae": {"dtype": None, "slicing": False, "tiling": False},
+    "vae": {"dtype": None, "slicing": False, "tiling": False, "channels_last": False},
     "output": {"format": "png", "fps": None, "metadata": True},
     "report": {"metrics": [], "noise_floor": [], "twins": "outputs/twins"},
+    "warmup": 0,
     "device": "auto",
     "dtype": "auto",
 }
