@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from hydrarun.errors import UsageError
 from hydrarun.transformer import Transformer
@@ -88,7 +89,8 @@ def allow_graphs() -> None:
 
 def keep_graphs(cache_dir: str | None) -> None:
     """Have torch keep what it compiles in `cache_dir`, for later processes too."""
-    if cache_dir is None and CACHE_DIR in os.environ:
+    # torch sets the variable itself once it is imported, to a temporary folder
+    if cache_dir is None and os.environ.get(CACHE_DIR, default_cache_dir()) != default_cache_dir():
         return
     users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "hydrarun", "compile")
     folder = Path(cache_dir or users).expanduser().resolve()

@@ -55,6 +55,8 @@ def test_hash_changes_with_what_may_change_the_pixels(other):
         changed("model", facts={}),
         changed("model", judge="scenes"),
         {**CONFIG, "report": {"metrics": ["psnr"]}},
+        {**CONFIG, "warmup": 2},
+        {**CONFIG, "compile": {"cache_dir": "/elsewhere"}},
     ],
 )
 def test_hash_ignores_what_cannot_reach_the_pixels(other):

@@ -114,6 +114,8 @@ def test_good_values(values):
         ("model__teacache", {**FIT, "coefficients": {"transformer_2": [1.0]}}, "has none for transformer."),
         ("model__teacache", {**FIT, "num_inference_steps": [9, 3]}, "[9, 3] is not [least, most]."),
         ("cache__gate", {"fit": {**FIT, "num_inference_steps": [3]}}, "[3] is not [least, most]."),
+        ("warmup", -1, "-1 is below 0."),
+        ("warmup", 5, "5 is above sampling.num_inference_steps=4"),
         ("device", "tpu", "none of auto, cpu, cuda"),
         ("device", "cuda:", "none of auto"),
         ("device", "cuda:x", "none of auto"),
