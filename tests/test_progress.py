@@ -103,6 +103,7 @@ def test_table_shows_timings_first_and_steady_step_memory_and_whole_file_names()
     assert {"load weights 1.50 s", "warm up 0.75 s", "denoise 2.00 s", "total 4.00 s", "first step 500.0 ms"} <= lines
     assert {"steady step (median) 200.0 ms", "peak host memory 512 MiB"} <= lines
     assert "device memory" not in shown
+    assert "compile" not in shown  # nothing was
     for output in RECORD["outputs"]:
         assert str(Path("outputs/demo") / output["path"]) in shown
 

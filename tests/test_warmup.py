@@ -32,18 +32,25 @@ def test_the_pictures_are_those_of_a_run_without_it(tiny_folder, tiny_runner, tm
 @pytest.mark.parametrize("count", [1, 2])
 def test_both_experts_are_warmed(subject, count, monkeypatch):
     """At their own timesteps of the run's schedule."""
-    runner, times = subject.runner, {}
+    runner = subject.runner
     monkeypatch.setitem(runner.config, "warmup", count)
+    warm = times(runner, lambda: runner.warm_up([], Timings(CPU)))
+    run = times(runner, lambda: runner.draw(runner.state(runner.config, []), Timings(CPU)))
+    assert warm == [seen[:count] for seen in run]
+    assert [len(seen) for seen in warm] == [count, count]
+
+
+def times(runner, work):
+    """The timesteps of each expert's steps in `work()`."""
+    found, hooks = [], []
     for transformer in runner.built.parts.experts:
-        seen = times.setdefault(transformer, [])
-        transformer.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[1].timestep))
-    runner.warm_up([], Timings(CPU))
-    warm = [seen[:] for seen in times.values()]
-    for seen in times.values():
-        seen.clear()
-    runner.draw(runner.state(runner.config, []), Timings(CPU))
-    assert warm == [seen[:count] for seen in times.values()]
-    assert all(len(seen) == count for seen in warm)
+        found.append([])
+        record = lambda module, args, seen=found[-1]: seen.append(args[1].timestep)  # noqa: E731
+        hooks.append(transformer.register_forward_pre_hook(record))
+    work()
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def test_random_numbers_go_on_as_if_there_had_been_none(tiny_runner, monkeypatch):
