@@ -142,7 +142,7 @@ class Transformer(nn.Module):
         return cache.predict(self, inputs, step)
 
     def predict(self, inputs: Inputs, branch: str) -> Tensor:
-        """One branch's prediction, where there is nothing to do on the way: `begin`, all blocks and `finish` at once."""
+        """One branch's prediction, where nothing is to be done on the way: `begin`, all blocks, `finish`."""
         return self.through(*self.arguments(inputs, branch))
 
     def begin(self, inputs: Inputs, branch: str) -> Call:

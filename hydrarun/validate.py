@@ -202,7 +202,10 @@ def _at_least(key: str, value: int | None, least: int) -> Iterator[Problem]:
 def _warmup(count: int, steps: int) -> Iterator[Problem]:
     yield from _at_least("warmup", count, 0)
     if count > max(steps, 0):
-        yield "warmup", f"{count} is above sampling.num_inference_steps={steps}: a warm-up runs steps of the same schedule."
+        yield (
+            "warmup",
+            f"{count} is above sampling.num_inference_steps={steps}, of which it runs the first.",
+        )
 
 
 def _guidance(config: Mapping[str, Any]) -> Iterator[Problem]:

@@ -14,11 +14,11 @@ from hydrarun.vae import channels, decode, encode
 PLAIN = {"slicing": False, "tiling": False, "channels_last": False}
 #: of pixels from -1 to 1: another order of the same sums
 TOLERANCE = 1e-5
-SUBJECTS = pytest.mark.parametrize("subject", ["flux_dev", "qwen_image", "wan22_t2v_a14b", "wan22_ti2v_5b"], indirect=True)
+KINDS = ["flux_dev", "qwen_image", "wan22_t2v_a14b", "wan22_ti2v_5b"]
 
 
 def arranged(subject, frames, **settings):
-    """Pixels of the same latents, of `frames` frames, and the latents of those pixels: as it is, and with `settings`."""
+    """Pixels of the same latents, and the latents of those pixels: of the VAE as it is, and with `settings`."""
     pipeline = copy.copy(subject.pipeline)
     found = []
     for change in (None, {**PLAIN, **settings}):
@@ -33,7 +33,7 @@ def arranged(subject, frames, **settings):
     return *zip(*found, strict=True), pipeline.vae
 
 
-@SUBJECTS
+@pytest.mark.parametrize("subject", KINDS, indirect=True)
 def test_channels_last_is_the_same_up_to_rounding(subject):
     """For each kind of VAE, and every convolution of it is in its own format."""
     (plain, pixels), (want, latents), vae = arranged(subject, 1, channels_last=True)
@@ -46,7 +46,7 @@ def test_channels_last_is_the_same_up_to_rounding(subject):
         assert all(weight.is_contiguous(memory_format=memory_format) for weight in found)
 
 
-@SUBJECTS
+@pytest.mark.parametrize("subject", KINDS, indirect=True)
 def test_one_frame_in_2d_is_the_same_up_to_rounding(subject):
     """Also where it is the first of several: the others go through time as before."""
     for frames in (1, 1 if subject.name == "flux_dev" else 3):

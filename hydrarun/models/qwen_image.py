@@ -107,9 +107,7 @@ class QwenImageTransformer(Transformer):
         **_: Any,
     ) -> dict[str, Any]:
         device = hidden_states.device
-        rope, text_rope = rope_tables(
-            (grid, *image_grids), encoder_hidden_states.shape[1], self.axes_dims_rope, device
-        )
+        rope, text_rope = rope_tables((grid, *image_grids), encoder_hidden_states.shape[1], self.axes_dims_rope, device)
         two_times = self.zero_cond_t and image_latents is not None
         index = token_times(grid, image_grids, device) if two_times else None
         return {"rope": rope, "encoder_rope": text_rope, "temb_index": index}
