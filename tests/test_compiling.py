@@ -14,8 +14,11 @@ from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from hydrarun.compiling import CACHE_DIR, CompileFull, NoCompile, keep_graphs
+from hydrarun.compose import compose
 from hydrarun.errors import UsageError
+from hydrarun.quality.report import options
 from hydrarun.request import make_state
+from hydrarun.runner import Runner
 from hydrarun.timing import Timings
 from hydrarun.transformer import Inputs, Transformer
 
@@ -75,6 +78,19 @@ def test_a_cache_that_looks_between_the_blocks_has_graphs_between_its_looks(trac
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize("subject", ["wan22_t2v_a14b"], indirect=True)
+def test_weights_that_come_and_go_need_no_other_graph(traced, fake):
+    """One graph on the host, one on the device, for two experts, two ways to offload and two runs each."""
+    want = traced.draw().latents
+    for option in ("expert", "model"):
+        config = compose([*traced.overrides(), "compile=full"])
+        runner = Runner({**config, "offload": options("offload")[option], "device": "fake"})
+        for _ in range(2):
+            have = runner.draw(runner.state(config, []), Timings(torch.device("fake"))).latents
+            assert (have.cpu() - want).abs().max() <= TOLERANCE
+    assert counters["stats"]["unique_graphs"] == 2
+
+
 def test_a_later_process_finds_the_graphs():
     """With the real code generator; a reset forgets all that the process holds. Tolerance: the order of sums."""
     want = predict(NoCompile())
@@ -99,7 +115,7 @@ def test_compiling_is_counted_once_and_apart():
     timings = Timings(torch.device("cpu"))
 
     def slow(graph, inputs):
-        time.sleep(0.1)
+        time.sleep(0.3)
         return graph.forward
 
     def inner(x):
@@ -111,8 +127,8 @@ def test_compiling_is_counted_once_and_apart():
         torch.compile(inner, backend=slow)(x)
         time.sleep(0.05)
     before = timings.compile
-    assert before >= 0.1
-    assert 0.05 <= timings.phases["denoise"] < 0.1
+    assert before >= 0.3
+    assert 0.05 <= timings.phases["denoise"] < 0.3
     torch.compile(lambda x: x * 3, backend=slow)(x)
     assert timings.compile == before  # nobody watches any more
 
