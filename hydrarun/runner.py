@@ -90,7 +90,7 @@ class Runner:
         count, parts = self.config["warmup"], self.built.parts
         if not count:
             return
-        self.progress.note(f"warming up, {count} steps of each transformer:")
+        self.progress.note(f"warming up, {count} step{'' if count == 1 else 's'} of each transformer:")
         own = Timings(parts.device)
         start = own.now()
         devices = [] if parts.device.type == "cpu" else [parts.device]
