@@ -34,6 +34,7 @@ from hydrarun.pipeline import Parts, Stage, check_chain
 from hydrarun.progress import Progress
 from hydrarun.targets import instantiate, load_class
 from hydrarun.transformer import Transformer
+from hydrarun.vae import channels_last, one_frame_in_2d
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -150,10 +151,13 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
 
 def arrange_vae(vae: Any, settings: dict[str, Any], mesh: Mesh | None) -> None:
     """How it decodes: `settings` are the section `vae`."""
+    one_frame_in_2d(vae)
     if settings["slicing"]:
         vae.enable_slicing()
     if settings["tiling"]:
         vae.enable_tiling()
+    if settings["channels_last"]:
+        channels_last(vae)
     if mesh and mesh.vae:
         split_vae(vae, mesh.vae)
 

@@ -163,6 +163,8 @@ def configure(config: dict[str, Any], origin: Origin, prompts: Sequence[str]) ->
     }
     check(changed, origin)
     launch.check_size(config["parallel"])
+    if config["warmup"]:
+        raise UsageError("warmup: calibrate measures no times; leave it out")
     if world_size(config["parallel"]) > 1:
         raise UsageError("parallel: calibrate in one process (parallel=none); the result holds for any layout")
     return changed

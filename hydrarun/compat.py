@@ -208,6 +208,21 @@ RULES = (
         "vae.tiling=false",
     ),
     Rule(
+        "compile",
+        lambda config: (
+            uses(config, "compile", "CompileFull")
+            and any(degree(config, name) > 1 for name in ("ring", "ulysses", "tensor", "hsdp"))
+        ),
+        "ranks talk between the layers of a transformer that is to be one graph",
+        "compile=blocks, or parallel.cfg_degree or parallel.data_degree instead",
+    ),
+    Rule(
+        "compile",
+        lambda config: uses(config, "compile", "CompileFull") and uses(config, "cache", "CacheDiT"),
+        "cache-dit runs block by block what is to be one graph",
+        "compile=blocks, or one of cache=teacache, first_block, mask, every_n",
+    ),
+    Rule(
         "quantization",
         lambda config: "transformer" in quantized(config) and degree(config, "tensor") > 1,
         "each rank's share of a row would have a scale of its own, and the picture would depend on the number of ranks",

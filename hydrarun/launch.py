@@ -126,6 +126,8 @@ def close() -> None:
 
 def load(config: dict[str, Any]) -> Runner | Remote:
     """A loaded model: in this process, as this rank of torchrun's, or on ranks started for it."""
+    if config["warmup"]:
+        raise UsageError("warmup: for what the command times; from Python the first call of generate() is one")
     config = fitted(config)
     check_size(config["parallel"])
     if world_size(config["parallel"]) > 1 and not worker.launched():

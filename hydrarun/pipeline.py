@@ -36,6 +36,8 @@ class Parts:
     progress: Progress
     #: what stands between the loop and the transformers' blocks; a runner changes it from request to request
     cache: Cache = field(default_factory=NoCache)
+    #: steps of each transformer that a warm-up runs; None: this is none, and all of the schedule are run
+    warmup: int | None = None
     #: this rank's place among the others; None: there is one process
     mesh: Mesh | None = None
     #: what stands for the modulation weights, by the names of the transformers; empty: they are loaded as all others
@@ -92,7 +94,7 @@ def check_chain(stages: Sequence[Stage]) -> None:
 
 def run_stages(stages: Sequence[Stage], state: State, parts: Parts, timings: Timings) -> None:
     """Run them in order, timing each under its phase. Nothing is differentiated."""
-    with torch.inference_mode():
+    with torch.inference_mode(), timings.watch_compiler():
         for stage in stages:
             with timings.phase(stage.phase):
                 parts.offload.before(stage.uses)

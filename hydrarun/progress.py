@@ -30,6 +30,8 @@ from rich.table import Table
 
 TIMINGS = {
     "load_s": "load weights",
+    "warmup_s": "warm up",
+    "compile_s": "compile",
     "encode_s": "encode prompt",
     "denoise_s": "denoise",
     "decode_s": "decode",
@@ -167,12 +169,12 @@ class Progress:
 def _rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     timings, memory = record["timings"], record["memory"]
     for key, label in TIMINGS.items():
-        if timings.get(key) is not None:
+        if timings.get(key) is not None and (timings[key] or key not in ("warmup_s", "compile_s")):
             yield label, f"{timings[key]:.2f} s"
     if timings.get("read_bytes"):
         yield "weights read", f"{decimal(timings['read_bytes'])}, {decimal(int(timings['read_bytes_per_s']))}/s"
     steps = timings.get("steps_s") or []
-    # the first step pays for warming up (and compiling): the two figures are never mixed
+    # without a warm-up the first step pays for it: the two figures are never mixed
     if steps:
         yield "first step", f"{steps[0] * 1000:.1f} ms"
     if len(steps) > 1:

@@ -32,14 +32,15 @@ def config_hash(config: dict[str, Any]) -> str:
 def asked(config: dict[str, Any]) -> dict[str, Any]:
     """What of a configuration reaches the pixels.
 
-    Not `output`, `report`, `verify` and `plan` (what is written, measured, checked and foreseen beside them), nor the model's `facts`
-    (published figures) and `judge`. Paths in the home folder count as `~`, so that a redacted configuration is the same
-    as its original.
+    Not `output`, `report`, `verify`, `plan` and `warmup` (what is written, measured, checked, foreseen and done beside
+    them), nor the model's `facts` (published figures) and `judge`, nor where compiled graphs are kept. Paths in the
+    home folder count as `~`, so that a redacted configuration is the same as its original.
     """
-    unseen = ("output", "report", "verify", "plan")
+    unseen = ("output", "report", "verify", "plan", "warmup")
     kept = {key: value for key, value in redact(config).items() if key not in unseen}
-    model = {key: value for key, value in kept.get("model", {}).items() if key not in ("facts", "judge")}
-    return {**kept, "model": model}
+    for section, beside in (("model", ("facts", "judge")), ("compile", ("cache_dir",))):
+        kept[section] = {key: value for key, value in kept.get(section, {}).items() if key not in beside}
+    return kept
 
 
 def versions() -> dict[str, str | None]:

@@ -204,7 +204,7 @@ def _value_problems(node: Any, path: str) -> Iterator[str]:
             here = f"{path}.{key}" if path else str(key)
             if not isinstance(key, str) or not KEY.fullmatch(key) or here == "hydra":
                 yield f"'{here}' is not allowed: a recipe chooses options and sets values, it cannot bring code."
-            elif here == "report.twins":
+            elif here in ("report.twins", "compile.cache_dir"):
                 yield f"'{here}' is not allowed: where files are written is for the command line to say."
             elif key in FORBIDDEN_ARGUMENTS:
                 yield f"'{here}' is not allowed: it would run code that comes with a checkpoint."

@@ -100,6 +100,9 @@ def configure(recorded: Recorded, overrides: Sequence[str]) -> dict[str, Any]:
         config = copy.deepcopy(recorded.config)
         _pin(config, recorded.facts)
         config["report"] = asdict(Report())  # a replay compares with the file; and a stranger names no folder here
+        config["warmup"] = 0
+        if isinstance(config.get("compile"), dict) and "cache_dir" in config["compile"]:
+            config["compile"]["cache_dir"] = None
         for override in overrides:
             _apply(config, override)
         config = expand(config)

@@ -87,6 +87,26 @@ class Runner:
         """The batch that `config` asks for."""
         return make_state(config["sampling"], [image.image for image in given])
 
+    def warm_up(self, given: list[InputImage], timings: Timings) -> None:
+        """Draw what the run will, for `warmup` steps of each transformer, and throw it away.
+
+        What it takes goes to `timings`; nothing else is left of it, not in the generators of random numbers either.
+        """
+        count, parts = self.config["warmup"], self.built.parts
+        if not count:
+            return
+        self.progress.note(f"warming up, {count} step{'' if count == 1 else 's'} of each transformer:")
+        own = Timings(parts.device)
+        start = own.now()
+        devices = [] if parts.device.type == "cpu" else [parts.device]
+        parts.warmup = count
+        try:
+            with torch.random.fork_rng(devices, device_type=parts.device.type if devices else None):
+                self.draw(self.state(self.config, given), own)
+        finally:
+            parts.warmup = None
+        timings.warmup, timings.compile = own.now() - start, own.compile
+
     def draw(self, state: State, timings: Timings, cache: dict[str, Any] | None = None) -> State:
         """Run the stages, on this rank's share of the items; the state then has the frames of all of them.
 
@@ -109,7 +129,9 @@ class Runner:
     def follow(self) -> None:
         """Do this rank's part of a run that rank 0 writes."""
         given = self.read_images(self.config)
-        self.draw(self.state(self.config, given), Timings(self.built.parts.device))
+        timings = Timings(self.built.parts.device)
+        self.warm_up(given, timings)
+        self.draw(self.state(self.config, given), timings)
         if self.config["report"]["metrics"]:
             follow(self, given)
 
@@ -133,6 +155,7 @@ class Runner:
         writer = OutputWriter(output_dir, self.config, facts, self.config["output"]["metadata"])
         results: dict[str, Any] = {}
         try:
+            self.warm_up(given, timings)
             drawn = pictures(self.draw(self.state(self.config, given), timings))
             self.save(drawn, writer, self.measured(timings, start))
             results = self.results(timings, start)  # of the run alone, before anything else is drawn
@@ -162,7 +185,8 @@ class Runner:
         """Seconds so far; `total_s` is loading and everything since `start`."""
         phases = {f"{name}_s": timings.phases.get(name, 0.0) for name in ("encode", "denoise", "decode")}
         total = self.load_s + time.perf_counter() - start
-        return {"load_s": self.load_s, **self.read(), **phases, "steps_s": timings.steps, "total_s": total}
+        beside = {**self.read(), "warmup_s": timings.warmup, "compile_s": timings.compile}
+        return {"load_s": self.load_s, **beside, **phases, "steps_s": timings.steps, "total_s": total}
 
     def read(self) -> dict[str, float | None]:
         """What was read of weights for this run, in bytes."""

@@ -93,6 +93,7 @@ class Vae:
     dtype: Optional[str] = None  # noqa: UP045
     slicing: bool = False
     tiling: bool = False
+    channels_last: bool = False
 
 
 @dataclass
@@ -141,6 +142,7 @@ class Config:
     vae: Vae = field(default_factory=Vae)
     output: Output = field(default_factory=Output)
     report: Report = field(default_factory=Report)
+    warmup: int = 0
     device: str = "auto"
     dtype: str = "auto"
     verify: bool = False

@@ -51,6 +51,7 @@ ALLOWED = frozenset(
         "hydrarun.cache.predictors.Taylor",
         "hydrarun.compiling.NoCompile",
         "hydrarun.compiling.CompileBlocks",
+        "hydrarun.compiling.CompileFull",
         "hydrarun.memory.quantize.NoQuantization",
         "hydrarun.memory.quantize.TorchAO",
         "hydrarun.memory.offload.NoOffload",

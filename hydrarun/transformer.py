@@ -7,7 +7,7 @@ pass itself is ours and the same for all, so that what happens around the blocks
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -56,6 +56,10 @@ class Inputs:
     rows: Mapping[str, Tensor] | None = None  # {branch: [B, K], its rows in modulation tables}; None: there are none
 
 
+#: of one branch: latents, timestep, conditioning, positions, rows in modulation tables
+Arguments = tuple[Tensor, Tensor, Mapping[str, Any], Mapping[str, Any], Tensor | None]
+
+
 @dataclass
 class Call:
     """One branch's way through the transformer."""
@@ -90,12 +94,19 @@ class Transformer(nn.Module):
     config: Mapping[str, Any]
 
     def embed(self, *inputs: Any, **conditioning: Any) -> Tokens:
-        """Inputs to tokens: `embed(hidden_states, timestep, **conditioning)`.
+        """Inputs to tokens: `embed(hidden_states, timestep, **conditioning)`, without what `positions` gives.
 
         Latents as the model's reference holds them (packed `[B, S, C]`, or `[B, C, F, H, W]`), timesteps `[B]` (the
         scheduler's own values), and what the model is conditioned on.
         """
         raise NotImplementedError
+
+    def positions(self, *inputs: Any, **conditioning: Any) -> dict[str, Any]:
+        """The fields of `Tokens` that sizes alone decide: `positions(hidden_states, **conditioning)`.
+
+        Rotations and the like are made on the host and kept from call to call; no compiled graph makes them again.
+        """
+        return {}
 
     def make_temb(self, *times: Any, **conditioning: Any) -> Tensor:
         """What `embed` puts into `Tokens.temb`: `make_temb(timestep, dtype, **conditioning)`, `[B, K, D]`.
@@ -130,11 +141,38 @@ class Transformer(nn.Module):
         """
         return cache.predict(self, inputs, step)
 
+    def predict(self, inputs: Inputs, branch: str) -> Tensor:
+        """One branch's prediction, where nothing is to be done on the way: `begin`, all blocks, `finish`."""
+        return self.through(*self.arguments(inputs, branch))
+
     def begin(self, inputs: Inputs, branch: str) -> Call:
         """Inputs to this rank's tokens."""
-        whole = self.embed(inputs.hidden_states, inputs.timestep, **inputs.conditioning[branch])
-        if inputs.rows is not None:
-            whole.temb = inputs.rows[branch]
+        return self.enter(*self.arguments(inputs, branch))
+
+    def arguments(self, inputs: Inputs, branch: str) -> Arguments:
+        """Of the inputs what one branch takes, without its name: equal sizes are one graph to a compiler."""
+        given = inputs.conditioning[branch]
+        rows = None if inputs.rows is None else inputs.rows[branch]
+        return inputs.hidden_states, inputs.timestep, given, self.positions(inputs.hidden_states, **given), rows
+
+    def through(self, *arguments: Any) -> Tensor:
+        """A branch's `Arguments` to its prediction."""
+        call = self.enter(*arguments)
+        self.run(call)
+        return self.finish(call)
+
+    def enter(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        given: Mapping[str, Any],
+        positions: Mapping[str, Any],
+        rows: Tensor | None,
+    ) -> Call:
+        """A branch's `Arguments` to this rank's tokens."""
+        whole = replace(self.embed(latents, timestep, **given), **positions)
+        if rows is not None:
+            whole.temb = rows
         if self.sequence is None:
             return Call(whole, whole, {})
         return Call(whole, self.sequence.shard(whole, self.spread_streams), self.sequence.lengths)

@@ -5,10 +5,13 @@ Latents are `[N, C, F, h, w]` and pixels `[N, 3, F, H, W]` here; for a VAE of st
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from hydrarun.errors import RunError
 from hydrarun.fit import vae_factors
@@ -38,6 +41,36 @@ def decode(pipeline: Any, latents: Tensor) -> Tensor:
     if not pixels.isfinite().all():
         raise RunError("the VAE decoded NaN or infinity: try vae.dtype=float32, or check the vae's weights")
     return pixels
+
+
+def channels_last(vae: nn.Module) -> None:
+    """Keep the weights of convolutions with a pixel's channels side by side; what they compute is kept so too."""
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+        elif isinstance(module, nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)
+
+
+def one_frame_in_2d(vae: nn.Module) -> None:
+    """Have causal convolutions take a frame that nothing comes before as the picture it is.
+
+    Before it they would pad with zeros, so that only their last tap over time counts: the same up to rounding.
+    """
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d) and hasattr(module, "_padding"):  # diffusers' causal ones
+            module.forward = partial(causal_convolution, module, module.forward)
+
+
+def causal_convolution(
+    convolution: Any, plain: Callable[..., Tensor], x: Tensor, cache_x: Tensor | None = None
+) -> Tensor:
+    """`[N, C, F, H, W]` to the same, as `plain` does; `cache_x`: the frames before."""
+    *sides, before, _ = convolution._padding  # as F.pad takes them
+    if cache_x is not None or x.shape[2] > 1 or before != convolution.kernel_size[0] - 1:
+        return plain(x, cache_x)
+    weight, stride = convolution.weight[:, :, -1], convolution.stride[1:]
+    return functional.conv2d(functional.pad(x.squeeze(2), sides), weight, convolution.bias, stride).unsqueeze(2)
 
 
 def channels(pipeline: Any) -> int:

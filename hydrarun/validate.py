@@ -63,6 +63,7 @@ def problems(config: Mapping[str, Any]) -> Iterator[Problem]:
             return
         yield from _taken(config["model"], config["sampling"])
         yield from _sampling(config["sampling"], config["model"]["takes"])
+        yield from _warmup(config["warmup"], config["sampling"]["num_inference_steps"])
         yield from _guidance(config)
         yield from _size(config)
         yield from _input_images(config)
@@ -202,6 +203,15 @@ def _sampling(sampling: Mapping[str, Any], takes: Sequence[str]) -> Iterator[Pro
 def _at_least(key: str, value: int | None, least: int) -> Iterator[Problem]:
     if value is not None and value < least:
         yield key, f"{value} is below {least}."
+
+
+def _warmup(count: int, steps: int) -> Iterator[Problem]:
+    yield from _at_least("warmup", count, 0)
+    if count > max(steps, 0):
+        yield (
+            "warmup",
+            f"{count} is above sampling.num_inference_steps={steps}, of which it runs the first.",
+        )
 
 
 def _guidance(config: Mapping[str, Any]) -> Iterator[Problem]:

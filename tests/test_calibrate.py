@@ -303,6 +303,7 @@ def test_the_first_step_of_each_expert_is_computed(subject, tmp_path):
         (["cache=mask", "cache.budget=0.5", "cache.gate.steps=[0,2]"], "cache.gate.steps: calibrate searches them"),
         (["cache=teacache", "-m"], "calibrate: -m: it takes key=value and no flags; a folder of your own options:"),
         (["cache=teacache", "prompts.txt"], "calibrate: prompts.txt: it takes key=value and no flags"),
+        (["cache=teacache", "warmup=1"], "warmup: calibrate measures no times; leave it out"),
         (["cache=teacache", "parallel=cfg2"], "parallel: calibrate in one process (parallel=none); the result holds"),
         (
             ["cache=teacache", "sampling.hieght=64"],

@@ -44,6 +44,8 @@ BROKEN = {
     "log-sum": ["parallel=ring2", "attention=flex"],
     "other attention kernels": ["parallel=ring2", "report.metrics=[psnr]", "report.noise_floor=[repeat,flex]"],
     "rows take the place of tiles": ["parallel=vae2", "vae.tiling=true"],
+    "talk between the layers": ["compile=full", "parallel=ulysses2"],
+    "block by block": ["compile=full", "cache=dbcache"],
     "a scale of its own": ["quantization=int8_weight_only", "parallel=tp2"],
     "HSDP cannot cut": ["quantization=int8_weight_only", "quantization.components=[text_encoder]", "parallel=hsdp2"],
     "leave float16's range": ["quantization=int8", "dtype=float16"],

@@ -33,7 +33,7 @@ def test_a_model_shows_the_accelerations_that_it_goes_with():
     assert rows["wan22_t2v_a14b"]["offload"] == "all but modulation"  # it has two experts
     assert rows["flux_dev"]["offload"] == "all but expert"
     assert {row["attention"] for row in rows.values()} == {"all"}
-    assert {row["compile"] for row in rows.values()} == {"blocks"}
+    assert {row["compile"] for row in rows.values()} == {"blocks, full"}
     assert {row["quantization"] for row in rows.values()} == {"all"}
 
 

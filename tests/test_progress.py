@@ -13,6 +13,8 @@ RECORD = {
     "outputs": [{"path": f"{index:04d}-{'a-long-slug' * 12}.png"} for index in range(2)],
     "timings": {
         "load_s": 1.5,
+        "warmup_s": 0.75,
+        "compile_s": 0.0,
         "encode_s": 0.25,
         "denoise_s": 2.0,
         "decode_s": 0.125,
@@ -139,9 +141,10 @@ def test_table_shows_timings_first_and_steady_step_memory_and_whole_file_names()
     progress.table(RECORD, Path("outputs/demo"))
     shown = text.getvalue()
     lines = {" ".join(line.split()) for line in shown.splitlines()}
-    assert {"load weights 1.50 s", "denoise 2.00 s", "total 4.00 s", "first step 500.0 ms"} <= lines
+    assert {"load weights 1.50 s", "warm up 0.75 s", "denoise 2.00 s", "total 4.00 s", "first step 500.0 ms"} <= lines
     assert {"steady step (median) 200.0 ms", "peak host memory 512 MiB"} <= lines
     assert "device memory" not in shown
+    assert "compile" not in shown  # nothing was
     for output in RECORD["outputs"]:
         assert str(Path("outputs/demo") / output["path"]) in shown
 

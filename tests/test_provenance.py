@@ -57,6 +57,8 @@ def test_hash_changes_with_what_may_change_the_pixels(other):
         {**CONFIG, "plan": {"auto": False, "device": None}},
         {**CONFIG, "report": {"metrics": ["psnr"]}},
         {**CONFIG, "verify": True},
+        {**CONFIG, "warmup": 2},
+        {**CONFIG, "compile": {"cache_dir": "/elsewhere"}},
     ],
 )
 def test_hash_ignores_what_cannot_reach_the_pixels(other):

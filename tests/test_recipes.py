@@ -66,6 +66,7 @@ HOSTILE = {
     "binary": ("model: {path: !!binary aGVsbG8=}", "not a plain value"),
     "set": ("model: {facts: !!set {a, b}}", "not a plain value"),
     "another folder for twins": ("report: {twins: /elsewhere}", "'report.twins' is not allowed"),
+    "another folder for graphs": ("compile: {cache_dir: /elsewhere}", "'compile.cache_dir' is not allowed"),
     "alias bomb": (
         "a: &a [x,x,x]\n" + "".join(f"{c}: &{c} [{', '.join(4 * ['*' + p])}]\n" for p, c in pairwise("abcdefghi")),
         "line 2: a recipe may not use aliases",

@@ -75,11 +75,7 @@ class Cache:
 
     def predict(self, transformer: Transformer, inputs: Inputs, step: Step) -> dict[str, Tensor]:
         """`{branch: prediction}` of this rank's branches."""
-        predictions = {}
-        for branch in inputs.conditioning:
-            call = transformer.begin(inputs, branch)
-            transformer.run(call)
-            predictions[branch] = transformer.finish(call)
+        predictions = {branch: transformer.predict(inputs, branch) for branch in inputs.conditioning}
         self.note(step, transformer, computed=True)
         return predictions
 

@@ -128,8 +128,14 @@ class FluxTransformer(Transformer):
         image = self.x_embedder(hidden_states)
         text = self.context_embedder(encoder_hidden_states)
         temb = self.make_temb(timestep, image.dtype, pooled_projections=pooled_projections, guidance=guidance)
-        rope, text_rope = rope_tables(grid, text.shape[1], self.axes_dims_rope, image.device)
-        return Tokens(image, text, None, rope, text_rope, temb, grid=grid)
+        return Tokens(image, text, temb=temb, grid=grid)
+
+    def positions(
+        self, hidden_states: Tensor, *, encoder_hidden_states: Tensor, grid: tuple[int, int, int], **_: Any
+    ) -> dict[str, Any]:
+        text_length = encoder_hidden_states.shape[1]
+        rope, text_rope = rope_tables(grid, text_length, self.axes_dims_rope, hidden_states.device)
+        return {"rope": rope, "encoder_rope": text_rope}
 
     def make_temb(
         self,

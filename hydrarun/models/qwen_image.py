@@ -93,10 +93,24 @@ class QwenImageTransformer(Transformer):
             hidden_states = torch.cat([hidden_states, image_latents.to(hidden_states.dtype)], dim=1)
         image = self.img_in(hidden_states)
         text = self.txt_in(self.txt_norm(encoder_hidden_states))
-        index = None if temb.shape[1] == 1 else token_times(grid, image_grids, image.device)
-        rope, text_rope = rope_tables((grid, *image_grids), text.shape[1], self.axes_dims_rope, image.device)
         mask = None if encoder_hidden_states_mask is None else encoder_hidden_states_mask.bool()
-        return Tokens(image, text, mask, rope, text_rope, temb, index, grid)
+        return Tokens(image, text, mask, temb=temb, grid=grid)
+
+    def positions(
+        self,
+        hidden_states: Tensor,
+        *,
+        encoder_hidden_states: Tensor,
+        grid: Grid,
+        image_latents: Tensor | None = None,
+        image_grids: tuple[Grid, ...] = (),
+        **_: Any,
+    ) -> dict[str, Any]:
+        device = hidden_states.device
+        rope, text_rope = rope_tables((grid, *image_grids), encoder_hidden_states.shape[1], self.axes_dims_rope, device)
+        two_times = self.zero_cond_t and image_latents is not None
+        index = token_times(grid, image_grids, device) if two_times else None
+        return {"rope": rope, "encoder_rope": text_rope, "temb_index": index}
 
     def make_temb(
         self, timestep: Tensor, dtype: torch.dtype, *, image_latents: Tensor | None = None, **_: Any

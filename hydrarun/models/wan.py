@@ -203,18 +203,23 @@ class WanTransformer(Transformer):
             hidden_states = torch.cat([first_frame.to(dtype), hidden_states[:, :, 1:]], dim=2)
             times = torch.cat([times, torch.zeros_like(times)], dim=1)
         video = self.patch_embedding(hidden_states)
-        frames, rows, columns = grid = tuple(video.shape[2:])
         temb, projected = self.embed_times(times, dtype)
-        index = None if first_frame is None else first_frame_is_one(frames, rows * columns, video.device)
         return WanTokens(
             hidden_states=video.flatten(2).transpose(1, 2).contiguous(),
             encoder_hidden_states=self.text_embedder(encoder_hidden_states),
-            rope=rope_table(grid, self.head_dim, video.device),
             temb=projected,
-            temb_index=index,
-            grid=grid,
+            grid=tuple(video.shape[2:]),
             head_temb=temb,
         )
+
+    def positions(self, hidden_states: Tensor, *, first_frame: Tensor | None = None, **_: Any) -> dict[str, Any]:
+        sizes = zip(hidden_states.shape[2:], self.patch_size, strict=True)
+        frames, rows, columns = (side // patch for side, patch in sizes)
+        device = hidden_states.device
+        return {
+            "rope": rope_table((frames, rows, columns), self.head_dim, device),
+            "temb_index": None if first_frame is None else first_frame_is_one(frames, rows * columns, device),
+        }
 
     def embed_times(self, times: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Timesteps `[B, K]` to what the head takes, `[B, K, D]`, and the blocks, `[B, K, 6, D]`."""

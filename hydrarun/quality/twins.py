@@ -37,9 +37,9 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def configuration(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The twin's: plain, measured by nothing, and written without loss."""
+    """The twin's: plain, measured by nothing, drawn once, and written without loss."""
     output = {**config["output"], "format": "frames" if is_video(config) else "png", "metadata": True}
-    return {**plain(config), "report": asdict(Report()), "output": output}
+    return {**plain(config), "report": asdict(Report()), "output": output, "warmup": 0}
 
 
 def folder(config: Mapping[str, Any]) -> Path:

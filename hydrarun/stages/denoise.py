@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,8 +49,10 @@ class Denoise(Stage):
         steps = schedule(state.timesteps, parts.experts)
         rows = rows_of_steps(parts.tables, steps, state.timesteps, conditioning)
         parts.cache.start(Schedule(steps), list(conditioning), parts.mesh)
-        with parts.progress.phase("denoising", total=len(steps)) as advance:
-            for timestep, step in zip(state.timesteps, steps, strict=True):
+        run = steps if parts.warmup is None else first_steps(steps, parts.warmup)
+        with parts.progress.phase("denoising", total=len(run)) as advance:
+            for step in run:
+                timestep = state.timesteps[step.index]
                 start = timings.now()
                 prediction = self.predict(state, parts, conditioning, timestep, step, rows.get(step.index))
                 state.latents = scheduler.step(prediction, timestep, state.latents, return_dict=False)[0]
@@ -58,7 +61,7 @@ class Denoise(Stage):
         parts.cache.end()
         if not state.latents.isfinite().all():
             raise RunError(
-                f"the latents are NaN or infinite after {len(steps)} steps: the weights are damaged, or"
+                f"the latents are NaN or infinite after {len(run)} steps: the weights are damaged, or"
                 f" {str(parts.dtype).removeprefix('torch.')} is too narrow for this model; try dtype=float32"
             )
 
@@ -88,6 +91,17 @@ def schedule(timesteps: Tensor, experts: Experts) -> tuple[Step, ...]:
     """Each step with its place, value and expert."""
     values = timesteps.tolist()  # on the host once, not one by one inside the loop
     return tuple(Step(index, value, experts.name_at(value)) for index, value in enumerate(values))
+
+
+def first_steps(steps: Sequence[Step], count: int) -> list[Step]:
+    """The first `count` steps of each expert, or as many as it has."""
+    before = Counter[str]()
+    chosen = []
+    for step in steps:
+        before[step.expert] += 1
+        if before[step.expert] <= count:
+            chosen.append(step)
+    return chosen
 
 
 def for_all(value: Any, count: int) -> Any:

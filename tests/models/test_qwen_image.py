@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -134,7 +136,9 @@ def test_declared_token_dimensions_are_token_dimensions(pair):
     """Every field that declares one has its stream's length there."""
     _, ours = pair
     case = inputs(2, (5, 7), 11, [11, 6])
-    tokens = ours.embed(case["latents"], case["timestep"], **conditioning(case))
+    given = conditioning(case)
+    tokens = ours.embed(case["latents"], case["timestep"], **given)
+    tokens = replace(tokens, **ours.positions(case["latents"], **given))
     lengths = {"hidden_states": 35, "encoder_hidden_states": 11}
     dims = Tokens.token_dims()
     optional = {"temb_index"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import checkpoints
 import pytest
 import tiny
@@ -71,6 +73,7 @@ def test_declared_token_dimensions_are_token_dimensions(ours):
     latents, text = inputs()
     given = {"encoder_hidden_states": text, "first_frame": latents[:, :, :1]}
     tokens = ours.embed(latents, torch.tensor([700.0, 700.0]), **given)
+    tokens = replace(tokens, **ours.positions(latents, **given))
     lengths = {"hidden_states": 45, "encoder_hidden_states": 7}
     absent = {"encoder_rope"}
     for name, (dim, stream) in WanTokens.token_dims().items():

@@ -45,6 +45,7 @@ def test_the_twin_is_the_same_without_cache_and_measuring_and_loss(tmp_path):
     assert twin["output"] == {"metadata": True, "format": "png", "fps": None}
     assert twin["report"] == {"metrics": [], "noise_floor": [], "twins": "outputs/twins"}
     assert twin["sampling"] == CONFIG["sampling"]
+    assert twin["warmup"] == 0
 
 
 def test_the_folder_is_named_by_the_twins_hash_whatever_the_cache_is_and_what_is_measured(config, tmp_path):

@@ -1,0 +1,64 @@
+"""How a VAE computes: memory formats, and one frame without the dimension of time."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hydrarun.build import arrange_vae
+from hydrarun.vae import channels, decode, encode
+
+PLAIN = {"slicing": False, "tiling": False, "channels_last": False}
+#: of pixels from -1 to 1: another order of the same sums
+TOLERANCE = 1e-5
+KINDS = ["flux_dev", "qwen_image", "wan22_t2v_a14b", "wan22_ti2v_5b"]
+
+
+def arranged(subject, frames, **settings):
+    """Pixels of the same latents, and the latents of those pixels: of the VAE as it is, and with `settings`."""
+    pipeline = copy.copy(subject.pipeline)
+    found = []
+    for change in (None, {**PLAIN, **settings}):
+        pipeline.vae = copy.deepcopy(subject.pipeline.vae)
+        pipeline.vae.__dict__.pop("encode", None)  # the tests' own, which remembers
+        if change:
+            arrange_vae(pipeline.vae, change, None)
+        latents = torch.randn(2, channels(pipeline), frames, 4, 6, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            pixels = decode(pipeline, latents)
+            found.append((pixels, encode(pipeline, pixels)))
+    return *zip(*found, strict=True), pipeline.vae
+
+
+@pytest.mark.parametrize("subject", KINDS, indirect=True)
+def test_channels_last_is_the_same_up_to_rounding(subject):
+    """For each kind of VAE, and every convolution of it is in its own format."""
+    (plain, pixels), (want, latents), vae = arranged(subject, 1, channels_last=True)
+    assert plain.std() > 1e-3
+    assert (pixels - plain).abs().max() <= TOLERANCE
+    assert (latents - want).abs().max() <= 10 * TOLERANCE
+    formats = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
+    for kind, memory_format in formats.items():
+        found = [module.weight for module in vae.modules() if isinstance(module, kind)]
+        assert all(weight.is_contiguous(memory_format=memory_format) for weight in found)
+
+
+@pytest.mark.parametrize("subject", KINDS, indirect=True)
+def test_one_frame_in_2d_is_the_same_up_to_rounding(subject):
+    """Also where it is the first of several: the others go through time as before."""
+    for frames in (1, 1 if subject.name == "flux_dev" else 3):
+        (plain, pixels), (want, latents), _ = arranged(subject, frames)
+        assert (pixels - plain).abs().max() <= TOLERANCE
+        assert (latents - want).abs().max() <= 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("subject", ["qwen_image"], indirect=True)
+def test_one_frame_goes_through_no_convolution_over_time(subject, monkeypatch):
+    vae = copy.deepcopy(subject.pipeline.vae)
+    arrange_vae(vae, PLAIN, None)
+    monkeypatch.setattr(nn.Conv3d, "_conv_forward", None)
+    with torch.inference_mode():
+        assert vae.decode(torch.zeros(1, channels(subject.pipeline), 1, 4, 4)).sample.shape[2] == 1
