@@ -277,6 +277,12 @@ RULES = (
         "quantization=none, or offload=layerwise, which keeps them quantized on the host",
     ),
     Rule(
+        "compile",
+        lambda config: offloads(config, "Layerwise", "Disk") and uses(config, "compile", "CompileFull"),
+        "in one graph no block could wait for its turn",
+        "compile=blocks",
+    ),
+    Rule(
         "compile.mode",
         lambda config: offloads(config, "Layerwise", "Disk") and graphed(config),
         "a CUDA graph reads weights where they were when it was recorded, and those of the blocks change places",

@@ -5,8 +5,7 @@ Latents are `[N, C, F, h, w]` and pixels `[N, 3, F, H, W]` here; for a VAE of st
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -59,18 +58,25 @@ def one_frame_in_2d(vae: nn.Module) -> None:
     """
     for module in vae.modules():
         if isinstance(module, nn.Conv3d) and hasattr(module, "_padding"):  # diffusers' causal ones
-            module.forward = partial(causal_convolution, module, module.forward)
+            kind: Any = type(module)
+            module.__class__ = for_pictures_too(kind)  # a function on the module would hold it for ever
 
 
-def causal_convolution(
-    convolution: Any, plain: Callable[..., Tensor], x: Tensor, cache_x: Tensor | None = None
-) -> Tensor:
-    """`[N, C, F, H, W]` to the same, as `plain` does; `cache_x`: the frames before."""
-    *sides, before, _ = convolution._padding  # as F.pad takes them
-    if cache_x is not None or x.shape[2] > 1 or before != convolution.kernel_size[0] - 1:
-        return plain(x, cache_x)
-    weight, stride = convolution.weight[:, :, -1], convolution.stride[1:]
-    return functional.conv2d(functional.pad(x.squeeze(2), sides), weight, convolution.bias, stride).unsqueeze(2)
+@cache
+def for_pictures_too(causal: Any) -> Any:
+    """The class of causal convolutions, for single frames too."""
+
+    class ForPicturesToo(causal):
+        def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+            """`[N, C, F, H, W]` to the same; `cache_x`: the frames before."""
+            *sides, before, _ = self._padding  # as F.pad takes them
+            if cache_x is not None or x.shape[2] > 1 or before != self.kernel_size[0] - 1:
+                return super().forward(x, cache_x)
+            weight, stride = self.weight[:, :, -1], self.stride[1:]
+            padded = functional.pad(x.squeeze(2), sides)
+            return functional.conv2d(padded, weight, self.bias, stride).unsqueeze(2)
+
+    return ForPicturesToo
 
 
 def channels(pipeline: Any) -> int:

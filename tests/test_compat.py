@@ -53,6 +53,7 @@ BROKEN = {
     "multiplied by GPUs only": ["quantization=fp8", "device=cpu"],
     "shares of the weights stay": ["model=wan22_t2v_a14b", "offload=expert", "parallel=hsdp2"],
     "quantized anew each time": ["offload=disk", "quantization=int8_weight_only"],
+    "wait for its turn": ["offload=disk", "compile=full"],
     "change places": ["offload=layerwise", "compile=blocks", "compile.mode=reduce-overhead"],
     "TeaCache has no coefficients": ["model=wan22_ti2v_5b", "cache=teacache", "sampling.prompt=a"],
     "fitted on another model": ["model=qwen_image_2512", "cache=teacache", "sampling.prompt=a"],

@@ -409,11 +409,11 @@ def test_what_is_being_read_is_gone_once_it_is_let_go(tiny_folder, monkeypatch):
 def test_a_file_that_breaks_meanwhile_is_named(tiny_folder, monkeypatch):
     turned = tiny.runner(tiny_folder, "offload=disk")
 
-    def broken(self: Any, name: str, taken: Any = ()) -> Any:
-        raise RunError(f"{name!r} cannot be read")
+    def broken(header: Any, piece: Any, target: Any) -> None:
+        raise RunError(f"{piece.source!r} cannot be read")
 
     with monkeypatch.context() as patched:
-        patched.setattr(loading.Reader, "__call__", broken)
+        patched.setattr(loading, "read", broken)
         with pytest.raises(RunError, match="^'transformer_blocks.0.* cannot be read"):
             tiny.draw(turned)
     assert torch.equal(tiny.draw(turned).latents, tiny.draw(tiny.runner(tiny_folder)).latents)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import parallel_runs
 import pytest
 import torch
@@ -64,6 +66,7 @@ def test_ranks_send_what_the_plan_expects(subject, chosen, pool):
 @pytest.mark.parametrize("subject", ["demo"], indirect=True)
 @pytest.mark.parametrize("words", [["cache=every_n", "cache/predictor=taylor"], ["cache=dbcache_taylorseer"]])
 def test_what_a_cache_keeps_is_planned(subject, words, fake):
+    gc.collect()
     before = fake.memory_allocated()
     drawn = runner(subject, "none", "sampling.num_inference_steps=8", *words)
     config = asked(drawn.config, guided=True) | {"sampling": drawn.config["sampling"]}
