@@ -48,12 +48,20 @@ def make(config: dict[str, Any], origin: Origin | None = None) -> Plan:
     if config["plan"]["device"] is not None and config["device"] == "cpu":
         raise UsageError(f"device=cpu is no {device.name}: leave out plan.device, or device=cpu")
     config = {**config, "device": device.kind, "plan": {"auto": False, "device": None}}
-    check_values(config, origin)
+    check_values(with_images(config), origin)
     ranks = world_size(config["parallel"])
     conflicts = compat.lines(config)
     if conflicts:
         return Plan(config["model"]["name"], device, ranks, conflicts)
     return planned(config, device, ranks)
+
+
+def with_images(config: dict[str, Any]) -> dict[str, Any]:
+    """The same with as many names of images as there must be, if none is given: blank ones are planned for."""
+    least = config["model"]["input_images"][0]
+    if config["input"]["images"] is not None or not least:
+        return config
+    return {**config, "input": {**config["input"], "images": [f"blank{number}.png" for number in range(least)]}}
 
 
 def here(device: str) -> str:

@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     overrides = [word for word in argv if not word.startswith("-")]
     if strays := [word for word in overrides if "=" not in word and not word.startswith("~")]:
         raise UsageError(f"plan: {strays[0]}: neither key=value nor a flag")
+    without_torchao()
     config, origin = compose_raw(literal(overrides))
     if config["plan"]["auto"]:
         raise UsageError("plan=auto is for a run, which then takes the first suggestion; `hydrarun plan` shows all")
@@ -48,6 +49,11 @@ def main(argv: Sequence[str]) -> int:
     else:
         print("\n".join(lines(made)))
     return 2 if made.conflicts else 0 if made.fits else 1
+
+
+def without_torchao() -> None:
+    """In this process it is not installed: a plan does not need it, and the libraries take a second to import it."""
+    sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
 
 
 def with_prompt(config: dict[str, Any]) -> dict[str, Any]:

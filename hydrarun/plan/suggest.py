@@ -47,9 +47,9 @@ def suggestions(
 
 def candidates(config: dict[str, Any], tiling: bool, rehearsed: Rehearsed, device: Device) -> Iterator[Suggestion]:
     """Everything that fits and goes together."""
-    offloads, quantizations = options("offload"), options("quantization")
+    offloads, quantizations = choices(config, "offload", OFFLOADS), choices(config, "quantization", QUANTIZATIONS)
     vae = {**config["vae"], "tiling": tiling}
-    for offload, quantization in itertools.product(OFFLOADS, QUANTIZATIONS):
+    for offload, quantization in itertools.product(offloads, quantizations):
         changes = {"offload": offloads[offload], "quantization": quantizations[quantization], "vae": vae}
         changed = {**config, **changes}
         if any(compat.violations(changed)):
@@ -63,9 +63,16 @@ def candidates(config: dict[str, Any], tiling: bool, rehearsed: Rehearsed, devic
             yield Suggestion(tuple(overrides), changes, lossless, found.peak, found.seconds)
 
 
+def choices(config: dict[str, Any], group: str, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """The options of those names, and what is asked for, if it is none of them."""
+    shipped = options(group)
+    found = {name: shipped[name] for name in names}
+    return found if config[group] in found.values() else found | {"as asked": config[group]}
+
+
 def cost(one: Suggestion, least: float) -> tuple[Any, ...]:
-    """What to sort by: time, in steps of which each counts as the same; then numbers that change; then changes."""
+    """What to sort by: time, in steps within which all is the same; then other numbers; then how much is changed."""
     steps = 0 if not least else round(((one.seconds or 0) / least - 1) / SAME)
-    names = [override.partition("=")[2] for override in one.overrides]
-    place = sum((*OFFLOADS, *QUANTIZATIONS).index(name) for name in names if name in OFFLOADS)
+    chosen = [override.removeprefix("offload=") for override in one.overrides]
+    place = sum(OFFLOADS.index(name) for name in chosen if name in OFFLOADS)
     return steps, not one.lossless, len(one.overrides), place
