@@ -16,8 +16,8 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from hydrarun.compiling import CACHE_DIR, CompileFull, NoCompile, keep_graphs
 from hydrarun.compose import compose
 from hydrarun.errors import UsageError
-from hydrarun.quality.report import options
 from hydrarun.request import make_state
+from hydrarun.resources import options
 from hydrarun.runner import Runner
 from hydrarun.timing import Timings
 from hydrarun.transformer import Inputs, Transformer

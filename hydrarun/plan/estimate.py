@@ -15,6 +15,7 @@ from PIL import Image
 from hydrarun.build import DTYPES, arrange_vae
 from hydrarun.cache.base import Cache
 from hydrarun.components import quiet_libraries
+from hydrarun.errors import UsageError
 from hydrarun.experts import NAMES, Experts, boundary
 from hydrarun.media import images
 from hydrarun.parallel.data import own_items
@@ -111,7 +112,7 @@ def shorten(transformer: Transformer, meter: Meter, kept: int) -> None:
 
 def always_run(cache: Cache) -> int:
     """Blocks that a cache needs besides those that it skips."""
-    return getattr(cache, "always", 0) if isinstance(getattr(cache, "always", 0), int) else 0
+    return getattr(cache, "always", 0)
 
 
 def tables_per_step(transformer: Transformer, state: State) -> int:
@@ -135,6 +136,8 @@ def pretended_ranks(degrees: Degrees) -> Iterator[Mesh | None]:
     if world_size(degrees) == 1:
         yield None
         return
+    if dist.is_initialized():
+        raise UsageError("plan: this process has a process group already: plan in another, by `hydrarun plan …`")
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend `fake`
 
     dist.init_process_group("cpu:fake,meta:fake", rank=0, world_size=world_size(degrees), store=FakeStore())

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,8 +41,6 @@ class Act:
     forwards: int = 1
     #: of denoising: of the activations, what a cache keeps from step to step
     cache: int = 0
-    #: of denoising: steps that compute the blocks, by expert
-    steps: dict[str, int] = field(default_factory=dict)
 
 
 class Rehearsal:
@@ -87,7 +85,7 @@ class Rehearsal:
         work: dict[str, Work] = {}
         for index in sorted({*range(min(count, len(steps))), *second}):
             timestep, before = state.timesteps[index], self.meter.so_far()
-            prediction = stage.predict(state, parts, conditioning, timestep.to(META), steps[index], self.rows(state))
+            prediction = stage.predict(state, parts, conditioning, timestep.to(META), steps[index], rows=None)
             work[steps[index].expert] = self.meter.so_far() - before
             state.latents = parts.pipeline.scheduler.step(prediction, timestep, state.latents, return_dict=False)[0]
         counts, full = Counter(step.expert for step in steps if computes(parts.cache, step)), self.meter.live
@@ -95,14 +93,7 @@ class Rehearsal:
         total = sum((work[expert] * count for expert, count in counts.items()), Work())
         here = math.ceil(len(conditioning) / parts.mesh.degrees["cfg_degree"]) if parts.mesh else len(conditioning)
         forwards = here * counts.total()
-        return Act(stage.phase, stage.uses, 0, total, forwards, full - self.meter.live, dict(counts))
-
-    def rows(self, state: State) -> dict[str, Tensor] | None:
-        """Any rows of the modulation tables, where there are tables."""
-        if not self.parts.tables:
-            return None
-        row = torch.zeros(len(state.latents), 1, dtype=torch.long, device=META)
-        return dict.fromkeys(self.parts.guidance.branches(state), row)
+        return Act(stage.phase, stage.uses, 0, total, forwards, full - self.meter.live)
 
 
 def computes(cache: Any, step: Step) -> bool:
