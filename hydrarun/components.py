@@ -20,6 +20,7 @@ import torch
 from hydrarun.errors import RunError
 from hydrarun.memory.moving import HOST, move
 from hydrarun.memory.safetensors_files import Checkpoint
+from hydrarun.memory.unread import unread
 from hydrarun.processors import load_processor
 from hydrarun.progress import Tally
 
@@ -57,8 +58,7 @@ def load_pipeline(
     tally.expect(sum(sizes.values()))
     for name, entry in entries.items():
         kind = vae_dtype if name == "vae" else dtype
-        components[name] = load_component(folder, name, entry, device=place(name), dtype=kind)
-        tally.add(sizes[name])
+        components[name] = load_component(folder, name, entry, device=place(name), dtype=kind, add=tally.add)
     pipeline = cls(**{name: value for name, value in components.items() if name in accepted})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -97,8 +97,20 @@ def size(folder: Path, name: str, entry: tuple[str, str]) -> int:
     return Checkpoint(folder / name, STEMS[entry[0]]).size if has else 0
 
 
-def load_component(folder: Path, name: str, entry: tuple[str, str], *, device: torch.device, dtype: torch.dtype) -> Any:
-    """One component by its library's own `from_pretrained`, safetensors only; a text encoder straight to its device."""
+def load_component(
+    folder: Path,
+    name: str,
+    entry: tuple[str, str],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    add: Callable[[int], None] = lambda _: None,
+) -> Any:
+    """One component by its library's own `from_pretrained`, safetensors only; `add` is told of the bytes read.
+
+    Text encoders go straight to their device. The VAE, which is small, goes by way of the host: so diffusers tells the
+    name of a tensor that is missing.
+    """
     library = entry[0]
     cls = known_class(folder, name, entry)
     if not issubclass(cls, torch.nn.Module):
@@ -106,18 +118,17 @@ def load_component(folder: Path, name: str, entry: tuple[str, str], *, device: t
             return load_processor(cls, folder / name) if is_processor(cls) else cls.from_pretrained(folder / name)
     checkpoint = Checkpoint(folder / name, STEMS[library])
     _ = checkpoint.headers  # damaged files are named here, by us
-    # diffusers has it too, but then fails at a missing tensor without a name; its part is the VAE, which is small
-    to_device = {"device_map": {"": device}} if library == "transformers" else {}
-    dtype_argument = "torch_dtype" if library == "diffusers" else "dtype"
+    shown = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
     with readable(folder / name), quiet_libraries():
-        module, info = cls.from_pretrained(
-            folder / name,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            **{dtype_argument: dtype},
-            **to_device,
-        )
+        if library == "transformers":
+            config = cls.config_class.from_pretrained(folder / name)
+            weights = unread(checkpoint, dtype, add)
+            module, info = cls.from_pretrained(
+                None, config=config, state_dict=weights, dtype=dtype, device_map={"": device}, **shown
+            )
+        else:
+            module, info = cls.from_pretrained(folder / name, use_safetensors=True, torch_dtype=dtype, **shown)
+            add(checkpoint.size)
     refuse_incomplete(folder / name, info)
     move(module.eval().requires_grad_(False), device)
     return module

@@ -24,7 +24,7 @@ def test_no_second_copy_in_the_hosts_memory(tmp_path):
         [sys.executable, HERE / "peak.py", tmp_path], env=environment, capture_output=True, text=True, check=True
     )
     found = json.loads(done.stdout)
-    assert set(found) == {"BF16", "F32"}
+    assert set(found) == {"BF16", "F32", "encoder BF16", "encoder F32"}
     for kind, measured in found.items():
-        assert measured["stays"] > 300 * 2**20
+        assert measured["stays"] > 150 * 2**20
         assert 0.9 * measured["stays"] < measured["peak"] <= 1.1 * measured["stays"] + BESIDE, kind
