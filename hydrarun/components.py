@@ -188,6 +188,8 @@ def readable(folder: Path) -> Iterator[None]:
     """Turn a library's complaint about a checkpoint into one line that names the folder."""
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError too, and no fault of the checkpoint's
+        raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RunError(f"{folder}: cannot be loaded: {first}") from error

@@ -14,6 +14,10 @@ class RunError(Exception):
     """A run failed for a reason the user can act on (corrupt weights, NaN pictures…). Printed as is; exit code 1."""
 
 
+class OutOfMemoryError(RunError):
+    """A device had no memory left."""
+
+
 def closest(name: str, names: Iterable[str]) -> str | None:
     """The most similar of `names`, whole or by one of its words (`steps`: `num_inference_steps`), or None."""
 

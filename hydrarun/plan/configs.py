@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from hydrarun.components import LIBRARIES, component_class
 from hydrarun.errors import UsageError
 from hydrarun.fit import read
 from hydrarun.memory.hub import local_folder, snapshot
-from hydrarun.resources import folder
+from hydrarun.resources import PACKAGE
 
+#: what was published of checkpoints, one file each
+SHAPES = PACKAGE / "models" / "shapes"
 #: files of a component that say how it is built
 FILES = ("config.json", "scheduler_config.json")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Configs:
     """The JSON of a checkpoint's components."""
 
@@ -31,15 +33,23 @@ class Configs:
     #: where this comes from, for the user
     said: str
 
-    def entry(self, name: str) -> tuple[str, str]:
-        """The library and the class of a component."""
-        library, cls = self.index[name]
-        return library, cls
+    def __post_init__(self) -> None:
+        """The components that there are, by name: what else is in an index are settings."""
+        self.entries = {name: tuple(one) for name, one in self.index.items() if isinstance(one, list) and one[0]}
 
     def cls(self, name: str) -> Any:
-        """The class of a component, imported."""
-        library, cls = self.entry(name)
-        return getattr(importlib.import_module(library), cls)
+        """The class of a component, imported. Raises `UsageError` for one that is not loaded."""
+        library, called = self.entries[name]
+        found = component_class(library, called) if library in LIBRARIES else None
+        if found is None:
+            raise UsageError(f"{self.said}: {name} is of {library}'s class {called}, which is not loaded here")
+        return found
+
+    def config(self, name: str) -> dict[str, Any]:
+        """The config of a component. Raises `UsageError` if it is not there."""
+        if not self.components.get(name):
+            raise UsageError(f"{self.said}: there is no {name}/config.json, which a plan reads, or it is damaged")
+        return self.components[name]
 
 
 def find(model: dict[str, Any]) -> Configs:
@@ -61,9 +71,11 @@ def of_folder(path: Path) -> Configs:
     index = read(path / "model_index.json")
     if not index:
         raise UsageError(f"{path / 'model_index.json'}: not the index of a diffusers pipeline")
-    names = [name for name, value in index.items() if isinstance(value, list) and value[0]]
-    found = {name: read(path / name / file) for name in names for file in FILES if (path / name / file).is_file()}
-    return Configs(path, index, found, str(path))
+    found = Configs(path, index, {}, str(path))
+    found.components = {
+        name: read(path / name / file) for name in found.entries for file in FILES if (path / name / file).is_file()
+    }
+    return found
 
 
 def known(name: str) -> Configs:
@@ -75,7 +87,7 @@ def known(name: str) -> Configs:
 
 def load(name: str) -> dict[str, dict[str, Any]]:
     """`{component: config}` and the `model_index`."""
-    content = yaml.safe_load((folder("hydrarun") / "models" / "shapes" / f"{name}.yaml").read_text())
+    content = yaml.safe_load((SHAPES / f"{name}.yaml").read_text())
     like = content.pop("like", None)
     base = load(like) if like else {}
     return base | {key: base.get(key, {}) | value for key, value in content.items()}

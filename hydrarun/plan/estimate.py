@@ -94,7 +94,7 @@ def structure(
 ) -> Transformer:
     """One transformer on the meta device, of which this rank has its share."""
     known = inspect.signature(cls).parameters
-    arguments = {key: value for key, value in configs.components[name].items() if key in known}
+    arguments = {key: value for key, value in configs.config(name).items() if key in known}
     with torch.device("meta"):
         transformer = cls(**arguments)
     transformer.config = arguments

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hydrarun import targets
-from hydrarun.errors import RunError
+from hydrarun.errors import OutOfMemoryError
 from hydrarun.memory.device import peak_bytes, total_bytes
 from hydrarun.parallel.degrees import world_size
 from hydrarun.plan.devices import Device, gib
@@ -21,15 +21,15 @@ from hydrarun.plan.devices import Device, gib
 PATIENCE = 120
 
 
-def out_of_memory(config: Mapping[str, Any], phase: str, device: torch.device) -> RunError:
+def out_of_memory(config: Mapping[str, Any], phase: str, device: torch.device) -> OutOfMemoryError:
     """What to raise when `device` had no memory left in a phase of this run."""
     total, peak = total_bytes(device), peak_bytes(device)
     first = f"out of memory in {phase}: {device} has {gib(total)}, and at most {gib(peak)} were in use"
     try:
         made = ask(config, Device(str(device), total, "cpu" if device.type == "cpu" else "cuda"))
     except (OSError, ValueError, subprocess.SubprocessError):
-        return RunError(f"{first}; no plan could be made of it. Try offload=model, or a smaller size")
-    return RunError("\n".join([first, *expected(made, phase), *fixes(made)]))
+        return OutOfMemoryError(f"{first}; no plan could be made of it. Try offload=model, or a smaller size")
+    return OutOfMemoryError("\n".join([first, *expected(made, phase), *fixes(made)]))
 
 
 def ask(config: Mapping[str, Any], device: Device) -> dict[str, Any]:

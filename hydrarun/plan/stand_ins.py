@@ -16,28 +16,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from hydrarun.components import component_class, load_component, quiet_libraries
+from hydrarun.components import OURS, load_component, quiet_libraries, read_index
 from hydrarun.memory.moving import HOST
 from hydrarun.plan.configs import Configs
 from hydrarun.plan.meter import META, Meter
 
 #: a token is about so many bytes of text, where there is no tokenizer to ask
 BYTES_PER_TOKEN = 4
-#: components that are ours
-OURS = ("transformer", "transformer_2")
 
 
 def modules(configs: Configs, dtype: torch.dtype, vae_dtype: torch.dtype) -> dict[str, nn.Module]:
     """The text encoders and the VAE on the meta device, by their names in the checkpoint."""
     found = {}
-    for name, value in configs.index.items():
-        if isinstance(value, list) and value[0] and name not in OURS and issubclass(configs.cls(name), nn.Module):
-            cls, config = configs.cls(name), configs.components[name]
+    for name, (library, _) in configs.entries.items():
+        if name not in OURS and issubclass(cls := configs.cls(name), nn.Module):
+            config = configs.config(name)
             with torch.device("meta"), quiet_libraries():
-                if hasattr(cls, "config_class") and value[0] == "transformers":
-                    module = cls(cls.config_class.from_dict(config))
-                else:
-                    module = cls.from_config(config)
+                theirs = library == "transformers"
+                module = cls(cls.config_class.from_dict(config)) if theirs else cls.from_config(config)
             found[name] = cast(module, vae_dtype if name == "vae" else dtype)
     return found
 
@@ -53,6 +49,8 @@ def cast(module: nn.Module, dtype: torch.dtype, kept: Sequence[str] = ()) -> nn.
 
 def pipeline(cls: Any, configs: Configs, made: dict[str, nn.Module], scheduler: Any | None, meter: Meter) -> Any:
     """The diffusers pipeline around the stand-ins; its scheduler is real, and its tokenizers where there are files."""
+    if configs.folder is not None:
+        read_index(configs.folder, cls)  # for what is wrong with it
     components: dict[str, Any] = {}
     for name, value in configs.index.items():
         if name.startswith("_"):
@@ -61,7 +59,7 @@ def pipeline(cls: Any, configs: Configs, made: dict[str, nn.Module], scheduler: 
             components[name] = value
         elif name == "scheduler" and scheduler is not None:
             components[name] = scheduler
-        elif name in OURS or not value[0]:
+        elif name in OURS or name not in configs.entries:
             components[name] = None
         elif name in made:
             components[name] = made[name] if name == "vae" else TextEncoder(made[name], meter)
@@ -74,9 +72,9 @@ def pipeline(cls: Any, configs: Configs, made: dict[str, nn.Module], scheduler: 
 
 def tool(configs: Configs, name: str, made: dict[str, nn.Module]) -> Any:
     """A component without weights: from its files, or what stands for it."""
-    cls = component_class(*configs.entry(name))
+    cls = configs.cls(name)
     if configs.folder is not None:
-        return load_component(configs.folder, name, configs.entry(name), device=HOST, dtype=torch.float32)
+        return load_component(configs.folder, name, configs.entries[name], device=HOST, dtype=torch.float32)
     if name in configs.components:
         return cls.from_config(configs.components[name])
     return Processor(made["text_encoder"].config) if "rocessor" in cls.__name__ else Tokenizer()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from hydrarun.errors import RunError
+from hydrarun.errors import OutOfMemoryError, RunError
 from hydrarun.layers.attention import AttentionBackend
 from hydrarun.media.images import InputImage
 from hydrarun.memory.quantize import NoQuantization
@@ -135,7 +135,7 @@ def unquantized(runner: Runner) -> Iterator[Runner]:
             yield second
         finally:
             second.close()
-    except torch.OutOfMemoryError:
+    except OutOfMemoryError:
         raise RunError(
             "the unquantized weights do not fit beside the quantized ones: draw the twin first, by the same command"
             " with quantization=none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 
 import midsize
 import pytest
@@ -86,6 +87,23 @@ def test_mistakes_are_one_line(capsys, words, message):
     assert code == 2
     assert out.startswith(message)
     assert len(out.splitlines()) == 1
+
+
+def test_a_checkpoint_that_cannot_be_planned_is_named(capsys, demo_folder, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(demo_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))  # no weights are needed
+    assert said(capsys, f"model.path={bare}")[0] == 0
+    assert said(capsys, "model=flux_dev", f"model.path={bare}")[1].startswith(
+        f"{bare}/model_index.json: a checkpoint of"
+    )
+    (bare / "vae" / "config.json").unlink()
+    code, out = said(capsys, f"model.path={bare}")
+    assert (code, out) == (2, f"{bare}: there is no vae/config.json, which a plan reads, or it is damaged")
+    code, out = said(capsys, "model.path=somebody/something")
+    assert code == 2
+    assert out.startswith("model.path=somebody/something: not downloaded, and model demo has no published shapes here")
+    code, out = said(capsys, "model=wan21_t2v_14b", f"model.path={bare}")
+    assert code == 2
 
 
 def test_a_run_takes_the_device_that_is_there():

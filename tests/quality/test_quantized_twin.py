@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from measured import BOTH, CACHED, config, read
 from parallel_runs import degrees
 
-from hydrarun.errors import RunError
+from hydrarun.errors import OutOfMemoryError, RunError
 from hydrarun.quality.metrics import compare
 from hydrarun.runner import Runner
 
@@ -69,7 +68,7 @@ def test_the_noise_floor_is_that_of_the_weights_on_disk(tiny_folder, tmp_path, b
 
 def test_where_both_do_not_fit_the_outputs_stay(tiny_folder, tmp_path, monkeypatch):
     def full(self, *arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise OutOfMemoryError("out of memory in denoise")
 
     monkeypatch.setattr(Runner, "redraw", full)
     with pytest.raises(RunError) as caught:
