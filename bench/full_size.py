@@ -1,4 +1,4 @@
-"""A model of its published size with random weights, and loops over it: diffusers' own, and ours with what speeds it up.
+"""A model at its published size with random weights, and loops over it: diffusers' own, and ours, accelerated.
 
 No checkpoint is read. All rows share one set of weights (bench/shared_weights.py), the noise that they start from and
 the random text. diffusers' loop is its own pipeline, given embedded prompts; ours are the stages of a run between
@@ -225,7 +225,7 @@ class Bench:
             if value is not None
         }
         with quiet_libraries():
-            return theirs(row.runs, row.transformer, asked(row.runs, self.state) | texts, self.device)
+            return theirs(row.runs, row.transformer, asked(row.runs, self.state, **texts), self.device)
 
     def our_loop(self, row: Row) -> Drawn:
         row.runs.cache = instantiate(compose_raw(row.cache)[0]["cache"], "cache") if row.cache else NoCache()

@@ -14,20 +14,30 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from full_size import CASES, REFERENCE, ROWS, Bench
-from measuring import difference, in_turns, keep, machine, ratio
+from full_size import CASES, REFERENCE, ROWS, Bench, Row
+from measuring import Drawn, difference, in_turns, keep, machine, missing, ratio
 
 from hydrarun.build import DTYPES
 from hydrarun.listing import Table, markdown, plain
 from hydrarun.memory.device import synchronize
 from hydrarun.plan.devices import GIB
 
-HEADER = ("row", "ms per step", "min - max", "ratio", "peak GiB", "of the floor", "difference", "skipped / computed")
+HEADER = (
+    "row",
+    "ms per step",
+    "min - max",
+    "ratio",
+    "peak GiB",
+    "floor / measured",
+    "difference",
+    "skipped step",
+)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
@@ -43,36 +53,37 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
     return 2 * side**3 / min(seconds)
 
 
-def measure(bench: Bench, rows: list[str], rounds: int, rate: float) -> tuple[Table, str]:
-    """The table, and what belongs below it: the floor, and rows that could not be run."""
+def measure(bench: Bench, rows: Sequence[str], rounds: int, rate: float) -> tuple[Table, str]:
+    """The table, and what belongs below it: the floor at `rate` operations a second, and why rows are missing."""
     work = bench.work()
     floor = work.flops / rate
     found, reasons = in_turns({name: partial(bench.draw, name) for name in rows}, rounds)
     if REFERENCE not in found:
         raise SystemExit(f"{REFERENCE}: {reasons[REFERENCE]}")
-    seconds = {name: [statistics.mean(one.steps) for one in drawn] for name, drawn in found.items()}
-    lines = []
-    for name, drawn in found.items():
-        row, values = bench.row(name), seconds[name]
-        lines.append(
-            (
-                name,
-                f"{1000 * statistics.median(values):.2f}",
-                f"{1000 * min(values):.2f} - {1000 * max(values):.2f}",
-                f"{ratio(values, seconds[REFERENCE]):.3f}",
-                f"{row.peak / GIB:.1f}" if row.peak else "",
-                f"{floor / statistics.median(values):.0%}",
-                f"{difference(drawn, found[REFERENCE]):.1e}",
-                f"{statistics.median(row.skipped[1:]):.1%}" if row.skipped else "",
-            )
-        )
-    lines += [(name, f"cannot run: {reason}", *[""] * (len(HEADER) - 2)) for name, reason in reasons.items()]
+    lines = [line(name, drawn, found[REFERENCE], bench.row(name), floor) for name, drawn in found.items()]
     spread = found[REFERENCE][0].latents.float().std().item()
     said = (
-        f"Floor: {work.linear_flops / 1e12:.3g} + {work.attention_flops / 1e12:.3g} (attention) TFLOP a step at the"
-        f" measured {rate / 1e12:.4g} TFLOP/s: {1000 * floor:.2f} ms. Latents have a deviation of {spread:.2f}."
+        f"Floor of a step: {work.linear_flops / 1e12:.4g} + {work.attention_flops / 1e12:.4g} (attention) TFLOP at the"
+        f" {rate / 1e12:.4g} TFLOP/s that a matrix product reached: {1000 * floor:.2f} ms. The latents' deviation is"
+        f" {spread:.2f}."
     )
-    return Table(title(bench, rounds), HEADER, lines), said
+    return Table(title(bench, rounds), HEADER, lines), f"{said} {missing(reasons)}".strip()
+
+
+def line(name: str, drawn: Sequence[Drawn], reference: Sequence[Drawn], row: Row, floor: float) -> tuple[str, ...]:
+    """A row of the table. A round's time is the mean of its steps, which a cache makes unequal."""
+    values, theirs = ([statistics.mean(one.steps) for one in each] for each in (drawn, reference))
+    median = statistics.median(values)
+    return (
+        name,
+        f"{1000 * median:.2f}",
+        f"{1000 * min(values):.2f} - {1000 * max(values):.2f}",
+        f"{ratio(values, theirs):.3f}",
+        f"{row.peak / GIB:.2f}" if row.peak else "",
+        f"{floor / median:.0%}",
+        f"{difference(drawn, reference):.1e}",
+        f"{statistics.median(row.skipped[1:]):.1%}" if row.skipped else "",
+    )
 
 
 def title(bench: Bench, rounds: int) -> str:
@@ -106,9 +117,10 @@ def main() -> None:
     rate = matmul_rate(device, dtype, 512 if device.type == "cpu" else 8192)
     rows = list(dict.fromkeys((REFERENCE, *arguments.rows)))
     table, said = measure(bench, rows, arguments.rounds, rate)
-    print(f"\n{plain(table)}\n\n{said} {where}.")
+    said = f"{said} Measured on {where}."
+    print(f"\n{plain(table)}\n\n{said}")
     if arguments.docs:
-        keep(arguments.docs, f"bench/gpu.py: {arguments.model}", f"{markdown(table)}\n\n{said} {where}.")
+        keep(arguments.docs, f"bench/gpu.py: {arguments.model}", f"{markdown(table)}\n\n{said}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hydrarun.errors import UsageError
+from hydrarun.errors import RunError, UsageError
 from hydrarun.media.files import write_atomically
 from hydrarun.memory.device import synchronize
 from hydrarun.provenance import hardware, versions
@@ -54,12 +54,13 @@ def theirs(pipeline: Any, transformer: Any, given: Mapping[str, Any], device: to
     return Drawn([end - start for start, end in itertools.pairwise(moments)], latents)
 
 
-def asked(pipeline: Any, state: State) -> dict[str, Any]:
-    """What diffusers' call takes of a request, by its own names, and the noise that ours starts from."""
+def asked(pipeline: Any, state: State, **texts: Any) -> dict[str, Any]:
+    """A request as diffusers' call takes it, with the noise that ours starts from; what it lacks is left out."""
     accepted = inspect.signature(pipeline.__call__).parameters
-    given = {name: getattr(state, name) for name in PLAIN if name in accepted}
+    given = {name: getattr(state, name) for name in PLAIN} | texts
     generators = [torch.Generator().manual_seed(seed) for seed in state.seeds]
-    return {name: value for name, value in given.items() if value is not None} | {"generator": generators}
+    kept = {name: value for name, value in given.items() if name in accepted and value is not None}
+    return kept | {"generator": generators}
 
 
 def in_turns(
@@ -74,7 +75,7 @@ def in_turns(
             loop()
             results[name] = []
             say(f"warmed up: {name}, {time.perf_counter() - start:.1f} s")
-        except (UsageError, RuntimeError) as error:  # RuntimeError: torch's, out of memory and compilers' among them
+        except (UsageError, RunError, RuntimeError) as error:  # the last are torch's: out of memory, compilers
             reasons[name] = first_line(error)
             say(f"cannot run: {name}: {reasons[name]}")
     for _ in range(rounds):
@@ -86,6 +87,11 @@ def in_turns(
 def first_line(error: Exception) -> str:
     """What an error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def missing(reasons: Mapping[str, str]) -> str:
+    """Why rows are not in a table, in sentences."""
+    return " ".join(f"`{name}` could not run: {reason.rstrip('.')}." for name, reason in reasons.items())
 
 
 def ratio(ours: Sequence[float], others: Sequence[float]) -> float:
