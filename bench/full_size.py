@@ -106,7 +106,7 @@ class Bench:
             "num_inference_steps": steps,
             "width": case.width,
             "height": case.height,
-            "guidance_scale_2": "null",
+            "guidance_scale_2": "null",  # one expert
         }
         overrides = [f"model={case.model}", *(f"sampling.{key}={value}" for key, value in sampling.items())]
         config, _ = compose_raw(overrides)
@@ -119,6 +119,7 @@ class Bench:
         #: those between the text encoder and the VAE
         self.stages = [stage for stage in stages if not {"text_encoder", "vae"} & set(stage.uses)]
         self.state = make_state({**config["sampling"], "prompt": ""})
+        self.generator = torch.Generator().manual_seed(0)
         names = [name for node in self.model["stages"] for name in node.get("returns", ()) if name]
         branches = self.guidance.branches(self.state)
         self.state.conditioning = {branch: {name: self.text(name) for name in names} for branch in branches}
@@ -131,7 +132,7 @@ class Bench:
         config = self.configs.components["transformer"]
         width = next(config[key] for key in WIDTHS[name] if key in config)
         tokens = (self.case.text,) if name == "encoder_hidden_states" else ()
-        return torch.randn(1, *tokens, width).to(self.device, self.dtype)
+        return torch.randn(1, *tokens, width, generator=self.generator).to(self.device, self.dtype)
 
     def parts(self, transformer: Any, device: torch.device) -> Parts:
         """What a run would have built; of the VAE there is only its config."""
