@@ -24,13 +24,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import keep
 
 from hydrarun.cache.base import Cache, NoCache, Schedule, Step
 from hydrarun.cache.calibrate_teacache import fit, record
 from hydrarun.cache.calibration import Draws
 from hydrarun.compose import compose, compose_raw
 from hydrarun.listing import Table, markdown, plain
-from hydrarun.media.files import write_atomically
 from hydrarun.models.qwen_image import QwenImageTransformer
 from hydrarun.progress import Progress
 from hydrarun.quality.judge import held_out_prompts
@@ -236,17 +236,8 @@ def main() -> None:
     for table in tables(arguments):  # each is kept as soon as it is made
         print(f"\n{plain(table)}\n\n{machine()}\n", flush=True)
         if arguments.docs:
-            keep(arguments.docs, table)
-
-
-def keep(page: Path, table: Table) -> None:
-    """Put the table between its own marks."""
-    name = re.sub(r",.*", "", table.title)
-    before, mark, rest = page.read_text(encoding="utf-8").partition(f"<!-- bench/cache.py: {name} -->\n")
-    _, end, after = rest.partition("<!-- end -->\n")
-    if not end:
-        raise SystemExit(f"{page}: has no <!-- bench/cache.py: {name} --> with an <!-- end --> after it")
-    write_atomically(page, f"{before}{mark}{markdown(table)}\n\n{machine()}\n\n{end}{after}".encode())
+            name = re.sub(r",.*", "", table.title)
+            keep(arguments.docs, f"bench/cache.py: {name}", f"{markdown(table)}\n\n{machine()}")
 
 
 if __name__ == "__main__":

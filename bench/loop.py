@@ -1,59 +1,93 @@
-"""Our denoising loop against diffusers' own: same checkpoint, same inputs, one process, alternating.
+"""Our denoising loop against diffusers' own: same checkpoint, same inputs, one process, in turns.
 
     python bench/loop.py                                                           # the shipped demo model
     python bench/loop.py model=flux_dev model.path=FOLDER sampling.prompt="a cat"   # any model option
+    python bench/loop.py --rows plain bfloat16                                     # some of the rows
 
-Both loops are timed from step to step, without their first step, which pays for warming up.
+Rows: ours as the options say (`plain`), compiled, in bfloat16, quantized, offloaded; and diffusers' plain and in
+bfloat16. Ratio and difference are to diffusers' loop in the same dtype. A round's time is the median of its steps.
+Every row holds its own weights: where that is too much, name some.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
-import itertools
-import platform
 import statistics
-import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from measuring import Drawn, asked, difference, in_turns, keep, machine, missing, ratio, theirs
 
+from hydrarun.components import quiet_libraries
 from hydrarun.compose import compose
-from hydrarun.request import PLAIN
+from hydrarun.listing import Table, markdown, plain
 from hydrarun.runner import Runner
 from hydrarun.state import State
 from hydrarun.timing import Timings
 
+REFERENCE, NARROW = "diffusers", "diffusers bfloat16"
+#: our rows, by what they change
+ROWS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "compiled": ("compile=blocks",),
+    "bfloat16": ("dtype=bfloat16",),
+    "int8_weight_only": ("quantization=int8_weight_only",),
+    "offload=text_encoder": ("offload=text_encoder",),
+    "offload=modulation": ("offload=modulation",),
+    "offload=disk": ("offload=disk",),
+    "offload=model": ("offload=model",),
+    "offload=layerwise": ("offload=layerwise",),
+}
+HEADER = ("loop", "ms per step", "min - max", "ratio to diffusers", "difference")
 
-def our_steps(runner: Runner) -> tuple[list[float], State]:
-    """Seconds of each step but the first, and the finished state."""
-    timings = Timings(runner.built.parts.device)
-    state = runner.draw(runner.state(runner.config, runner.read_images(runner.config)), timings)
-    return timings.steps[1:], state
 
+class Loops:
+    """Every row's runner, and diffusers' pipelines by their dtypes; each is made when it is first drawn."""
 
-def their_steps(pipeline: Any, state: State) -> tuple[list[float], torch.Tensor]:
-    """The same of diffusers' loop, and its final latents."""
-    ends: list[float] = []
+    def __init__(self, overrides: Sequence[str]) -> None:
+        self.overrides = overrides
+        self.runners: dict[str, Runner] = {}
+        self.pipelines: dict[torch.dtype, Any] = {}
 
-    def on_step_end(pipe: object, step: int, timestep: object, tensors: dict) -> dict:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        ends.append(time.perf_counter())
-        return tensors
+    def runner(self, name: str) -> Runner:
+        """Raises `UsageError` for what does not go together."""
+        if name not in self.runners:
+            self.runners[name] = Runner(compose([*self.overrides, *ROWS[name]]))
+        return self.runners[name]
 
-    accepted = inspect.signature(pipeline.__call__).parameters
-    given = {name: getattr(state, name) for name in PLAIN}
-    given |= {"prompt": state.prompts, "negative_prompt": state.negative_prompts, "image": state.input_images[:1]}
-    latents = pipeline(
-        **{name: value for name, value in given.items() if name in accepted and value not in (None, [])},
-        generator=[torch.Generator().manual_seed(seed) for seed in state.seeds],
-        callback_on_step_end=on_step_end,
-        output_type="latent",
-    )[0]
-    return [b - a for a, b in itertools.pairwise(ends)], latents
+    def draw(self, name: str) -> Drawn:
+        """Our row of that name, or diffusers' loop beside it."""
+        return self.ours(name) if name in ROWS else self.diffusers("bfloat16" if name == NARROW else "plain")
+
+    def ours(self, name: str) -> Drawn:
+        runner = self.runner(name)
+        timings = Timings(runner.built.parts.device)
+        state = runner.draw(self.state(name), timings)
+        return Drawn(timings.steps, state.latents)
+
+    def state(self, name: str) -> State:
+        runner = self.runner(name)
+        return runner.state(runner.config, runner.read_images(runner.config))
+
+    def diffusers(self, name: str) -> Drawn:
+        """The same request by diffusers' pipeline, in the dtype of our row `name`."""
+        parts, state = self.runner(name).built.parts, self.state(name)
+        if parts.dtype not in self.pipelines:
+            self.pipelines[parts.dtype] = reference(self.runner(name))
+        pipeline = self.pipelines[parts.dtype]
+        texts = {"prompt": state.prompts, "negative_prompt": state.negative_prompts}
+        given = asked(pipeline, state, **texts, image=state.input_images[:1] or None)
+        return theirs(pipeline, pipeline.transformer, given, parts.device)
+
+    def beside(self, name: str) -> str:
+        """diffusers' loop in the row's dtype."""
+        if name not in ROWS:
+            return name
+        same = self.runner(name).built.parts.dtype == self.runner("plain").built.parts.dtype
+        return REFERENCE if same else NARROW
 
 
 def reference(runner: Runner) -> Any:
@@ -61,49 +95,51 @@ def reference(runner: Runner) -> Any:
     parts = runner.built.parts
     ours = {"processor": parts.pipeline.processor} if hasattr(parts.pipeline, "processor") else {}
     kinds = {"default": parts.dtype, "vae": parts.pipeline.vae.dtype}
-    pipeline = type(parts.pipeline).from_pretrained(runner.built.source.folder, torch_dtype=kinds, **ours)
+    with quiet_libraries():
+        pipeline = type(parts.pipeline).from_pretrained(runner.built.source.folder, torch_dtype=kinds, **ours)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(parts.device)
+
+
+def measure(loops: Loops, rows: Sequence[str], rounds: int) -> tuple[Table, str]:
+    """The table, and why rows are missing."""
+    found, reasons = in_turns({name: partial(loops.draw, name) for name in rows}, rounds)
+    if REFERENCE not in found:
+        raise SystemExit(f"{REFERENCE}: {reasons[REFERENCE]}")
+    lines = []
+    for name, drawn in found.items():
+        beside = found[loops.beside(name)]
+        values, others = ([statistics.median(one.steps) for one in each] for each in (drawn, beside))
+        low, high = min(values) * 1000, max(values) * 1000
+        median, share = f"{statistics.median(values) * 1000:.2f}", f"{ratio(values, others):.3f}"
+        lines.append((name, median, f"{low:.2f} - {high:.2f}", share, f"{difference(drawn, beside):.1e}"))
+    runner, state = loops.runner("plain"), loops.state("plain")
+    parts = runner.built.parts
+    title = (
+        f"{runner.config['model']['name']}, {state.width} x {state.height}, branches"
+        f" {', '.join(parts.guidance.branches(state))}, {state.num_inference_steps} steps, {rounds} rounds,"
+        f" {str(parts.dtype).removeprefix('torch.')} on {parts.device}"
+    )
+    return Table(title, HEADER, lines), missing(reasons)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="as for `hydrarun` (default: the shipped demo model)")
-    parser.add_argument("--rounds", type=int, default=7, help="times that each loop runs")
+    parser.add_argument("--rows", choices=ROWS, nargs="+", default=tuple(ROWS))
+    parser.add_argument("--rounds", type=int, default=7, help="times that each loop runs, after one to warm up")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--docs", type=Path, help="a page with the marks <!-- bench/loop.py --> and <!-- end -->")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-
-    runner = Runner(compose(arguments.overrides))
-    parts = runner.built.parts
-    pipeline = reference(runner)
-
-    rounds: dict[str, list[float]] = {"hydrarun": [], "diffusers": []}
-    difference = 0.0
-    for number in range(arguments.rounds + 1):
-        ours, state = our_steps(runner)
-        theirs, latents = their_steps(pipeline, state)
-        difference = max(difference, (latents - state.latents).abs().max().item())
-        if number:  # round 0 warms both up
-            rounds["hydrarun"].append(statistics.median(ours))
-            rounds["diffusers"].append(statistics.median(theirs))
-
-    ratios = [a / b for a, b in zip(rounds["hydrarun"], rounds["diffusers"], strict=True)]
-    table = Table("loop", "ms per step", "min - max of rounds", "ratio to diffusers")
-    for name, values in rounds.items():
-        ratio = f"{statistics.median(ratios):.3f}" if name == "hydrarun" else "1"
-        low, high = min(values) * 1000, max(values) * 1000
-        table.add_row(name, f"{statistics.median(values) * 1000:.2f}", f"{low:.2f} - {high:.2f}", ratio)
-    console = Console()
-    console.print(table)
-    console.print(
-        f"{runner.config['model']['name']}: {arguments.rounds} rounds of {state.num_inference_steps} steps at"
-        f" {state.width} x {state.height}, branches {', '.join(parts.guidance.branches(state))}, {parts.dtype},"
-        f" {parts.device}, {arguments.threads} threads, {platform.machine()}, torch {torch.__version__};"
-        f" largest difference of final latents {difference:.1e}",
-        soft_wrap=True,
-        highlight=False,
-    )
+    loops = Loops(arguments.overrides)
+    where = machine(loops.runner("plain").built.parts.device)
+    narrow = [NARROW] if "bfloat16" in arguments.rows else []
+    table, said = measure(loops, list(dict.fromkeys(("plain", REFERENCE, *arguments.rows, *narrow))), arguments.rounds)
+    below = f"{said} Measured on {where}.".strip()
+    print(f"\n{plain(table)}\n\n{below}")
+    if arguments.docs:
+        keep(arguments.docs, "bench/loop.py", f"{markdown(table)}\n\n{below}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,238 @@
+"""A model at its published size with random weights, and loops over it: diffusers' own, and ours, accelerated.
+
+No checkpoint is read. All rows share one set of weights (bench/shared_weights.py), the noise that they start from and
+the random text. diffusers' loop is its own pipeline, given embedded prompts; ours are the stages of a run between
+encoding and decoding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from measuring import Drawn, asked, theirs
+from shared_weights import SharedTables, diffusers_transformer, own_bytes, quantized, random_transformer, smaller, twin
+from torch import Tensor
+
+from hydrarun.cache.base import NoCache
+from hydrarun.components import quiet_libraries
+from hydrarun.compose import compose_raw
+from hydrarun.errors import UsageError
+from hydrarun.experts import Experts
+from hydrarun.guidance import NEGATIVE, POSITIVE
+from hydrarun.memory.device import peak_bytes
+from hydrarun.pipeline import Parts, Stage, run_stages
+from hydrarun.plan.configs import known
+from hydrarun.plan.estimate import shorten, structure
+from hydrarun.plan.meter import META, Meter, Work
+from hydrarun.plan.rehearse import Rehearsal
+from hydrarun.progress import Progress
+from hydrarun.request import make_state
+from hydrarun.targets import instantiate, load_class
+from hydrarun.timing import Timings
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model option with a size, tokens of text in each branch, and what a reader must know."""
+
+    model: str
+    width: int
+    height: int
+    text: int
+    note: str = ""
+
+
+CASES = {
+    "qwen_image": Case("qwen_image", 1024, 1024, 128),
+    "flux_dev": Case("flux_dev", 1024, 1024, 512),
+    "wan22_480p": Case("wan22_t2v_a14b", 832, 480, 512, ", 81 frames, one of the two experts for all steps"),
+}
+
+#: diffusers' arguments for what our transformers take of a text; and the keys of config.json that say how wide it is
+TEXT = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
+WIDTHS = {
+    "encoder_hidden_states": ("joint_attention_dim", "text_dim"),
+    "pooled_projections": ("pooled_projection_dim",),
+}
+
+REFERENCE, COMPILED = "diffusers", "diffusers compiled"
+CACHE = ("cache=every_n", "cache/predictor=taylor", "cache.gate.last=0")  # half of an even number of steps
+#: our rows and what they add to a plain run
+OURS: dict[str, tuple[str, ...]] = {
+    "hydrarun": (),
+    "+compile": ("compile",),
+    "+tables": ("tables",),
+    "+fp8": ("fp8",),
+    "+compile +fp8": ("compile", "fp8"),
+    "+cache": ("cache",),
+    "+all": ("compile", "tables", "fp8", "cache"),
+}
+ROWS = (REFERENCE, COMPILED, *OURS)
+
+
+@dataclass
+class Row:
+    """A loop that is ready to run, and what was seen of it."""
+
+    transformer: Any
+    #: diffusers' pipeline, or the parts of ours
+    runs: Any
+    #: overrides of the cache
+    cache: tuple[str, ...] = ()
+    #: bytes of its own weights, as if it were alone, and the most that it allocated beside
+    peak: int = 0
+    #: in each round, a skipped step's time in parts of a computed one's
+    skipped: list[float] = field(default_factory=list)
+
+
+class Bench:
+    """All rows of a case; each is built when it is first drawn. `blocks` of each list and `heads`: None for all."""
+
+    def __init__(
+        self,
+        case: Case,
+        steps: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        blocks: int | None = None,
+        heads: int | None = None,
+    ) -> None:
+        self.case, self.device, self.dtype = case, device, dtype
+        sampling = {
+            "num_inference_steps": steps,
+            "width": case.width,
+            "height": case.height,
+            "guidance_scale_2": "null",  # one expert
+        }
+        overrides = [f"model={case.model}", *(f"sampling.{key}={value}" for key, value in sampling.items())]
+        config, _ = compose_raw(overrides)
+        self.model = config["model"]
+        self.configs = smaller(known(self.model["facts"]["shapes"]), blocks, heads)
+        self.cls = load_class(self.model["transformer"], "model.transformer")
+        self.guidance = instantiate(self.model["guidance"], "model.guidance")
+        nodes = enumerate(self.model["stages"])
+        stages: list[Stage] = [instantiate(node, f"model.stages[{index}]") for index, node in nodes]
+        #: those between the text encoder and the VAE
+        self.stages = [stage for stage in stages if not {"text_encoder", "vae"} & set(stage.uses)]
+        self.state = make_state({**config["sampling"], "prompt": ""})
+        self.generator = torch.Generator().manual_seed(0)
+        names = [name for node in self.model["stages"] for name in node.get("returns", ()) if name]
+        branches = self.guidance.branches(self.state)
+        self.state.conditioning = {branch: {name: self.text(name) for name in names} for branch in branches}
+        self.rows: dict[str, Row] = {}
+
+    def text(self, name: str) -> Tensor | None:
+        """Random numbers for what a text encoder would give under that name; None for a mask: nothing is padded."""
+        if name not in WIDTHS:
+            return None
+        config = self.configs.components["transformer"]
+        width = next(config[key] for key in WIDTHS[name] if key in config)
+        tokens = (self.case.text,) if name == "encoder_hidden_states" else ()
+        return torch.randn(1, *tokens, width, generator=self.generator).to(self.device, self.dtype)
+
+    def parts(self, transformer: Any, device: torch.device) -> Parts:
+        """What a run would have built; of the VAE there is only its config."""
+        with torch.device("meta"), quiet_libraries():
+            vae = self.configs.cls("vae").from_config(self.configs.components["vae"])
+        pipeline = SimpleNamespace(scheduler=self.scheduler(), vae=vae)
+        guided = (self.guidance, self.model["patch_size"])
+        return Parts(Experts({"transformer": transformer}), pipeline, *guided, device, self.dtype, Progress(quiet=True))
+
+    def scheduler(self) -> Any:
+        return self.configs.cls("scheduler").from_config(self.configs.components["scheduler"])
+
+    @cached_property
+    def weights(self) -> Any:
+        """Ours, on which all others are made."""
+        return random_transformer(self.cls, self.configs, self.device, self.dtype)
+
+    @cached_property
+    def reference(self) -> Any:
+        """diffusers'."""
+        return diffusers_transformer(self.weights, self.configs, self.device)
+
+    @cached_property
+    def eight_bits(self) -> Any:
+        """Ours, quantized; raises `UsageError` where the device cannot compute with it."""
+        node = compose_raw(["quantization=fp8"])[0]["quantization"]
+        return quantized(self.weights, instantiate(node, "quantization"), self.device)
+
+    def work(self) -> Work:
+        """Of one step with all its branches, counted where there are no numbers."""
+        meter = Meter()
+        transformer = structure(self.cls, self.configs, "transformer", self.dtype, None)
+        meter.leave_out(transformer)
+        shorten(transformer, meter, 2)
+        state = replace(self.state)
+        state.conditioning = {
+            branch: {name: None if value is None else value.to(META) for name, value in texts.items()}
+            for branch, texts in self.state.conditioning.items()
+        }
+        acts = Rehearsal(self.stages, self.parts(transformer, META), meter).rehearse(state)
+        return sum((act.work for act in acts), Work()) * (1 / state.num_inference_steps)
+
+    def row(self, name: str) -> Row:
+        """Raises `UsageError` for what the device or the model cannot do."""
+        if name not in self.rows:
+            self.rows[name] = self.ours(OURS[name]) if name in OURS else self.diffusers(name == COMPILED)
+        return self.rows[name]
+
+    def diffusers(self, compiled: bool) -> Row:
+        """Its pipeline without text encoder and VAE."""
+        transformer = twin(self.reference)
+        if compiled:
+            transformer.compile_repeated_blocks(fullgraph=True)
+        components = {name: None for name, value in self.configs.index.items() if isinstance(value, list)}
+        cls = load_class(self.model["pipeline"], "model.pipeline")
+        with quiet_libraries():
+            pipeline = cls(**components | {"scheduler": self.scheduler(), "transformer": transformer})
+        pipeline.set_progress_bar_config(disable=True)
+        return Row(transformer, pipeline)
+
+    def ours(self, settings: tuple[str, ...]) -> Row:
+        """A run's parts with these accelerations."""
+        transformer = twin(self.eight_bits if "fp8" in settings else self.weights)
+        parts = self.parts(transformer, self.device)
+        if "tables" in settings:
+            tables = SharedTables(transformer, self.dtype)
+            if not tables.places:
+                raise UsageError("this model's blocks have no modulation weights")
+            parts.tables = {"transformer": tables}
+        if "compile" in settings:
+            instantiate(compose_raw(["compile=blocks"])[0]["compile"], "compile").apply(transformer)
+        return Row(transformer, parts, CACHE if "cache" in settings else ())
+
+    def draw(self, name: str) -> Drawn:
+        """One loop; its peak is kept."""
+        row, loop = self.row(name), self.our_loop if name in OURS else self.their_loop
+        if self.device.type == "cpu":
+            return loop(row)
+        module = torch.get_device_module(self.device)
+        before = module.memory_allocated(self.device)
+        module.reset_peak_memory_stats(self.device)
+        drawn = loop(row)
+        row.peak = own_bytes(row.transformer) + peak_bytes(self.device) - before
+        return drawn
+
+    def their_loop(self, row: Row) -> Drawn:
+        texts = {
+            prefix + TEXT[name]: value
+            for branch, prefix in ((POSITIVE, ""), (NEGATIVE, "negative_"))
+            for name, value in self.state.conditioning.get(branch, {}).items()
+            if value is not None
+        }
+        with quiet_libraries():
+            return theirs(row.runs, row.transformer, asked(row.runs, self.state, **texts), self.device)
+
+    def our_loop(self, row: Row) -> Drawn:
+        row.runs.cache = instantiate(compose_raw(row.cache)[0]["cache"], "cache") if row.cache else NoCache()
+        state, timings = replace(self.state), Timings(self.device)
+        run_stages(self.stages, state, row.runs, timings)
+        if row.cache:
+            found = row.runs.cache.results(timings.steps)
+            row.skipped.append(found["skipped_step_s"] / found["computed_step_s"])
+        return Drawn(timings.steps, state.latents)

@@ -1,0 +1,99 @@
+"""Transformers that share one set of random weights, ours and diffusers': so that many rows fit a device together.
+
+Fused weights are kept as ours need them; diffusers' are views of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hydrarun.components import quiet_libraries
+from hydrarun.memory.loading import place, put
+from hydrarun.memory.modulation import ModulationTables, Place, swap
+from hydrarun.memory.quantize import TorchAO, stored_bytes
+from hydrarun.plan.configs import Configs
+from hydrarun.plan.estimate import structure
+from hydrarun.progress import Progress
+from hydrarun.transformer import Transformer
+
+#: the keys of a transformer's config.json that count its blocks
+DEPTHS = ("num_layers", "num_single_layers")
+
+
+def smaller(configs: Configs, blocks: int | None, heads: int | None) -> Configs:
+    """The same with a transformer of so many blocks in each list, and heads; None: as published."""
+    config = configs.components["transformer"]
+    depths = {key: blocks for key in DEPTHS if blocks and key in config}
+    widths = {"num_attention_heads": heads} if heads else {}
+    return replace(configs, components=configs.components | {"transformer": config | depths | widths})
+
+
+def random_transformer(cls: type[Transformer], configs: Configs, device: torch.device, dtype: torch.dtype) -> Any:
+    """Ours, with weights drawn on the device so that values neither grow nor vanish: the variance of a layer's input
+    is that of its output, norms and tables are near one and zero."""
+    transformer = structure(cls, configs, "transformer", dtype, None)
+    torch.manual_seed(0)
+    for name, parameter in list(transformer.named_parameters()):
+        weight = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        if parameter.ndim > 1:
+            weight.normal_(std=1 / math.sqrt(math.prod(parameter.shape[1:])))
+        else:
+            weight.normal_(mean=float(name.endswith("weight")), std=0.02)
+        put(transformer, name, weight)
+    return transformer
+
+
+def diffusers_transformer(transformer: Transformer, configs: Configs, device: torch.device) -> Any:
+    """diffusers' transformer on the weights of ours, by the map that loads its checkpoints."""
+    cls, config = configs.cls("transformer"), configs.components["transformer"]
+    with quiet_libraries():
+        with torch.device("meta"):
+            theirs = cls.from_config(config)
+        small = cls.from_config(config | {key: 0 for key in DEPTHS if key in config})
+    for name, module in small.named_children():
+        if not isinstance(module, nn.ModuleList) and not any(True for _ in module.parameters()):
+            setattr(theirs, name, module.to(device))  # positions: numbers that are no weights
+    for name, parameter in transformer.named_parameters():
+        for piece in place(transformer, name, tuple(parameter.shape)).pieces:
+            put(theirs, piece.source, parameter.data[piece.put])
+    return theirs.eval()
+
+
+def twin(module: Any) -> Any:
+    """A copy that shares all weights, to be compiled, or have tables put in, by itself."""
+    tensors = (*module.parameters(), *module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def quantized(transformer: Transformer, quantization: TorchAO, device: torch.device) -> Transformer:
+    """A twin with weights in 8 bits where they are quantized. Raises `UsageError` where the device cannot."""
+    quantization.prepare(device)
+    changed = twin(transformer)
+    for name, _ in list(changed.named_parameters()):
+        quantization.loaded(changed, name)
+    return changed
+
+
+class SharedTables(ModulationTables):
+    """Modulation tables from weights that are there for other rows, instead of files."""
+
+    def __init__(self, transformer: Transformer, dtype: torch.dtype) -> None:
+        self.transformer = transformer
+        self.dtype = dtype
+        self.progress = Progress(quiet=True)
+        self.places = list(swap(transformer))
+        self.made_of: Tensor | None = None
+
+    def values(self, place: Place, temb: Tensor) -> Tensor:
+        return place.modulation.values(temb)
+
+
+def own_bytes(module: nn.Module) -> int:
+    """What a model's weights and tables take, shared or not."""
+    return sum(stored_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
