@@ -64,6 +64,14 @@ def test_every_shipped_file_is_in_the_wheel(wheel, folder):
         assert sizes[f"hydrarun/{file.relative_to(ROOT).as_posix()}"] == file.stat().st_size
 
 
+def test_the_package_s_own_data_is_in_the_wheel(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    files = [path.relative_to(ROOT).as_posix() for path in (ROOT / "hydrarun").rglob("*.yaml")]
+    assert "hydrarun/plan/devices.yaml" in files
+    assert "hydrarun/models/shapes/qwen_image.yaml" in files
+    assert set(files) <= set(names)
+
+
 def test_the_wheel_holds_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert all(name.startswith(("hydrarun/", "hydrarun-")) for name in names)
