@@ -6,6 +6,9 @@ from hydrarun import listing, recipes
 from hydrarun.errors import UsageError
 
 
+pytestmark = pytest.mark.usefixtures("listed")
+
+
 def test_everything_there_is_to_choose_is_listed(capsys):
     assert listing.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
