@@ -5,7 +5,6 @@ import pytest
 from hydrarun import listing, recipes
 from hydrarun.errors import UsageError
 
-
 pytestmark = pytest.mark.usefixtures("listed")
 
 
