@@ -6,16 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hydrarun import cli, launch
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kept():
-    """The ranks of one command serve the next one too: they take seconds to come up."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "close", lambda: None)
-        yield
-    launch.close()
+from hydrarun import cli
 
 
 @pytest.fixture(scope="module")
