@@ -10,6 +10,7 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdi
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
+import gc
 from pathlib import Path
 
 import fakeacc
@@ -18,6 +19,8 @@ import ranks
 import subjects
 import tiny
 import torch
+
+from hydrarun import listing
 
 torch.set_num_threads(1)  # these models are too small for more
 
@@ -64,12 +67,27 @@ def subject(request, built_subjects, tmp_path_factory) -> subjects.Subject:
     return built_subjects[request.param]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def fake():
     """`torch.fake`, the module of a device that is the host's memory under another name, every byte of it counted."""
     if fakeacc.compiler() is None:
         pytest.skip("the fake accelerator needs a C++ compiler, and there is no `c++` here (CXX names another)")
-    return fakeacc.load()
+    gc.collect()  # before each count of bytes: what is there already, all the libraries, is not looked through again
+    gc.freeze()
+    yield fakeacc.load()
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def models_table() -> listing.Table:
+    """README's table of models, which takes seconds."""
+    return listing.table("models")
+
+
+@pytest.fixture
+def listed(models_table, monkeypatch) -> None:
+    """`hydrarun list` shows that table."""
+    monkeypatch.setattr(listing, "_models", lambda: models_table)
 
 
 @pytest.fixture(scope="session")

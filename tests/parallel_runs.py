@@ -27,11 +27,16 @@ def degrees(**chosen: int) -> dict[str, int]:
     return {**vars(Parallel()), **chosen}
 
 
-def config(name: str, folder: Path, chosen: dict[str, int]) -> dict[str, Any]:
+def config(name: str, folder: Path, chosen: dict[str, int], *more: str) -> dict[str, Any]:
+    return {**composed(name, folder, *more), "parallel": degrees(**chosen)}
+
+
+@cache
+def composed(name: str, folder: Path, *more: str) -> dict[str, Any]:
+    """The configuration of a small run in one process."""
     from hydrarun.compose import compose
 
-    composed = compose(subjects.command(name, folder))
-    return {**composed, "parallel": degrees(**chosen)}
+    return compose([*subjects.command(name, folder), *more])
 
 
 #: what this process' VAEs have encoded, by model
@@ -118,11 +123,9 @@ def draw_tabled(
 
 def draw_offloaded(name: str, folder: Path, chosen: dict[str, int], fields: dict[str, Any]) -> tuple[Any, set[str]]:
     """Latents of the second request with `offload=text_encoder`, and where its weights are afterwards."""
-    from hydrarun.compose import compose
     from hydrarun.request import make_state
 
-    composed = compose([*subjects.command(name, folder), "offload=text_encoder"])
-    runner = Runner({**composed, "parallel": degrees(**chosen)})
+    runner = Runner(config(name, folder, chosen, "offload=text_encoder"))
     state = make_state({**runner.config["sampling"], **fields}, [])
     runner.draw(replace(state), Timings(CPU))
     latents = runner.draw(state, Timings(CPU)).latents.numpy()

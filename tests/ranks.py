@@ -18,12 +18,22 @@ from typing import Any
 
 import torch
 
+#: what takes seconds to import: once, in the process that the ranks are forked from
+PRELOAD = [
+    "cache_dit",
+    "diffusers.pipelines.flux.pipeline_flux",
+    "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus",
+    "diffusers.pipelines.wan.pipeline_wan_i2v",
+    "hydrarun.runner",
+]
+
 
 class Pool:
     """Processes that form a gloo group of as many ranks as a call asks for."""
 
     def __init__(self) -> None:
-        self.context = mp.get_context("spawn")
+        self.context = mp.get_context("forkserver")
+        self.context.set_forkserver_preload(PRELOAD)
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []
         self.folder = Path(tempfile.mkdtemp(prefix="ranks"))

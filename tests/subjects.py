@@ -25,7 +25,17 @@ from hydrarun.runner import Runner
 from hydrarun.validate import cfg_scale, is_video
 
 MODELS = sorted(file.stem for file in (resources.folder("conf") / "model").glob("*.yaml"))
-CONFIGS = {name: compose_raw([f"model={name}"])[0] for name in MODELS}
+
+
+class Configs(dict[str, dict[str, Any]]):
+    """The configuration of each model as it is, composed when it is asked for."""
+
+    def __missing__(self, name: str) -> dict[str, Any]:
+        self[name] = compose_raw([f"model={name}"])[0]
+        return self[name]
+
+
+CONFIGS = Configs()
 
 #: options that are another's but for checkpoint and defaults
 VARIANTS = {"qwen_image_2512", "wan21_t2v_1_3b", "flux_schnell"}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from subjects import remembering
 from transformers import Qwen2VLProcessor
 
 from hydrarun.processors import load_processor
@@ -26,7 +27,9 @@ MATTERS = 0.1  # levels of 255, on average: what counts as another picture
 
 @cache
 def pipeline(name: str) -> Any:
-    return checkpoints.BUILDERS[name]()
+    built = checkpoints.BUILDERS[name]()
+    built.vae.encode = remembering(built.vae.encode)
+    return built
 
 
 def load(name: str, folder: Path) -> Any:

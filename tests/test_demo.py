@@ -42,14 +42,13 @@ def test_it_is_an_ordinary_checkpoint_of_the_family(runner, demo_folder):
     assert (by_path.pixels == by_name.pixels).all()
 
 
-@pytest.mark.parametrize(("guidance", "least"), [(None, 0.9), (1.0, 0.9)])
-def test_it_draws_what_it_is_told(runner, guidance, least):
-    """40 of the 200 held-out prompts (docs/demo-model.md has the figures on all): a floor below them."""
-    prompts = held_out_prompts()[:40]
-    changes = {} if guidance is None else {"true_cfg_scale": guidance}
-    pictures = runner.generate(prompt=prompts, seed=list(range(40)), **changes)
+@pytest.mark.parametrize("changes", [{}, {"true_cfg_scale": 1.0}])
+def test_it_draws_what_it_is_told(runner, changes):
+    """Every tenth of the 200 held-out prompts, at most one of them wrong (docs/demo-model.md: the figures on all)."""
+    prompts = held_out_prompts()[::10]
+    pictures = runner.generate(prompt=prompts, seed=list(range(20)), **changes)
     result = judge_all((picture.pixels, picture.prompt) for picture in pictures)
-    assert result.right >= least, result
+    assert result.right >= 0.95, result
 
 
 def test_another_prompt_is_judged_wrong(runner):

@@ -27,6 +27,6 @@ def test_nothing_is_recorded_that_is_not_shipped():
     assert {file.name for file in FOLDER.glob("*.yaml")} == set(CONTENTS)
 
 
-def test_the_readmes_table_of_models_is_current():
+def test_the_readmes_table_of_models_is_current(listed):
     file, text = load_update().readme()
     assert file.read_text(encoding="utf-8") == text, "run `make golden` and look at the diff"

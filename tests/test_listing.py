@@ -5,6 +5,8 @@ import pytest
 from hydrarun import listing, recipes
 from hydrarun.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures("listed")
+
 
 def test_everything_there_is_to_choose_is_listed(capsys):
     assert listing.main([]) == 0

@@ -181,7 +181,18 @@ def reference(pipeline, state, output_type: str):
     return torch.cat(items) if output_type == "latent" else np.concatenate(items)
 
 
-def reference_item(pipeline, state, index: int, output_type: str):
+def reference_latents_and_pixels(pipeline, state):
+    """Both from one run: the latents are those that the loop ends with."""
+    latents, items = [], []
+    for index in range(len(state.prompts)):
+        steps = []
+        after_step = lambda *step, steps=steps: steps.append(step[-1]["latents"]) or {}  # noqa: E731
+        items.append(reference_item(pipeline, state, index, "np", after_step))
+        latents.append(steps[-1])
+    return torch.cat(latents), np.concatenate(items)
+
+
+def reference_item(pipeline, state, index: int, output_type: str, after_step=None):
     """The same for one item, with those of our fields that this pipeline takes."""
     accepted = inspect.signature(pipeline.__call__).parameters
     guided = max(state.true_cfg_scale or 0, (state.guidance_scale or 0) if "true_cfg_scale" not in accepted else 0) > 1
@@ -193,4 +204,4 @@ def reference_item(pipeline, state, index: int, output_type: str):
         given["image"] = state.input_images if len(state.input_images) > 1 else state.input_images[0]
     known = {name: value for name, value in given.items() if name in accepted and value is not None}
     generator = torch.Generator().manual_seed(state.seeds[index])
-    return pipeline(**known, generator=[generator], output_type=output_type)[0]
+    return pipeline(**known, generator=[generator], output_type=output_type, callback_on_step_end=after_step)[0]

@@ -39,15 +39,6 @@ TWO_EXPERTS = "wan22_t2v_a14b"
 ALIKE = {"residual_diff_threshold": 1.0, "max_continuous_cached_steps": -1}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def young():
-    """What is there already, all the libraries, is not looked through for garbage again and again."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="module")
 def made_deeper() -> dict[str, Any]:
     """Those that some test has asked for."""
