@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 import full_size
 import gpu
+import loop
 import measuring
 from shared_weights import own_bytes, quantized, twin
 
@@ -129,3 +130,15 @@ def test_a_table_goes_between_its_marks(tmp_path):
     assert page.read_text() == "above\n<!-- bench: one -->\nnew\n\n<!-- end -->\nbelow\n"
     with pytest.raises(SystemExit, match="has no <!-- bench: two --> with an <!-- end --> after it"):
         measuring.keep(page, "bench: two", "new")
+
+
+def test_a_loop_is_compared_with_diffusers_in_its_dtype():
+    loops = loop.Loops(["device=cpu", "sampling.num_inference_steps=2"])
+    rows = ("plain", "diffusers", "bfloat16", "offload=model", "diffusers bfloat16")
+    table, said = loop.measure(loops, rows, rounds=1)
+    cells = {row[0]: row for row in table.rows}
+    assert list(cells) == ["plain", "diffusers", "bfloat16", "diffusers bfloat16"]
+    assert float(cells["plain"][4]) < 1e-5
+    assert 1e-5 < float(cells["bfloat16"][4]) < 0.2
+    assert [cells[name][3:] for name in ("diffusers", "diffusers bfloat16")] == [("1.000", "0.0e+00")] * 2
+    assert said.startswith("`offload=model` could not run: offload: on the CPU the host is the device")
