@@ -60,7 +60,8 @@ def runs(monkeypatch) -> list[tuple[str, str, int]]:
         return call
 
     def noting_run(self, call, *blocks):
-        seen.append((now[0].expert, call.branch, now[0].index))
+        branch = getattr(call, "branch", None)  # a plain run goes through without a `begin`
+        seen.append((now[0].expert, branch, now[0].index))
         run(self, call, *blocks)
 
     monkeypatch.setattr(Transformer, "forward", noting_forward)
