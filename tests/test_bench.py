@@ -141,4 +141,4 @@ def test_a_loop_is_compared_with_diffusers_in_its_dtype():
     assert float(cells["plain"][4]) < 1e-5
     assert 1e-5 < float(cells["bfloat16"][4]) < 0.2
     assert [cells[name][3:] for name in ("diffusers", "diffusers bfloat16")] == [("1.000", "0.0e+00")] * 2
-    assert said.startswith("`offload=model` could not run: offload: on the CPU the host is the device")
+    assert said.startswith("`offload=model` could not run: offload: on device=cpu the host is the device")
