@@ -46,6 +46,12 @@ def make_state(sampling: dict[str, Any], input_images: Sequence[Image.Image] = (
     )
 
 
+def sampling_of(state: State) -> dict[str, Any]:
+    """The section `sampling` that asks for this state's items."""
+    items = {"prompt": state.prompts, "negative_prompt": state.negative_prompts, "seed": state.seeds}
+    return {**items, "num_images_per_prompt": None, **{name: getattr(state, name) for name in PLAIN}}
+
+
 def as_list(value: str | list[str]) -> list[str]:
     """A single text is a list of one."""
     return value if isinstance(value, list) else [value]

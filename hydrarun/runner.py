@@ -25,7 +25,7 @@ from hydrarun.plan.exhausted import out_of_memory
 from hydrarun.progress import Progress
 from hydrarun.provenance import hardware, peak_host_bytes, versions
 from hydrarun.quality.measure import backends, follow, measure
-from hydrarun.request import make_state
+from hydrarun.request import make_state, sampling_of
 from hydrarun.state import State
 from hydrarun.timing import Timings
 from hydrarun.validate import check_values, image_paths
@@ -119,7 +119,8 @@ class Runner:
         try:
             run_stages(self.built.stages, own, parts, timings)
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(self.config, timings.running, parts.device) from error
+            asked = {**self.config, "sampling": sampling_of(state)}
+            raise out_of_memory(asked, timings.running, parts.device) from error
         if axis:
             count = len(state.prompts)
             state = replace(own, prompts=state.prompts, negative_prompts=state.negative_prompts, seeds=state.seeds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hydrarun.request import make_state
+from hydrarun.request import make_state, sampling_of
 
 SAMPLING = {
     "prompt": "a",
@@ -46,3 +46,11 @@ def test_negative_prompts_follow_their_prompts():
     assert state.negative_prompts == ["x", "x", "y", "y"]
     assert make_state({**SAMPLING, "prompt": ["a", "b"], "negative_prompt": "z"}).negative_prompts == ["z", "z"]
     assert make_state(SAMPLING).negative_prompts is None
+
+
+def test_items_can_be_asked_for_again():
+    change = {"prompt": ["a", "b"], "num_images_per_prompt": 2, "negative_prompt": "n"}
+    state = make_state({**SAMPLING, **change})
+    assert make_state(sampling_of(state)) == state
+    alone = make_state(SAMPLING)
+    assert make_state(sampling_of(alone)) == alone
