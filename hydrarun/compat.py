@@ -97,6 +97,16 @@ def steps(config: Config) -> int:
     return config["sampling"]["num_inference_steps"]
 
 
+def whole(value: Any) -> int:
+    """A whole number; 0 for anything else, which is refused where it is taken."""
+    return value if isinstance(value, int) else 0
+
+
+def listed(value: Any) -> Sequence[Any]:
+    """A list; an empty one for anything else."""
+    return value if isinstance(value, list) else ()
+
+
 def in_range(value: int, ends: Sequence[int] | None) -> bool:
     """Whether a value lies between two; None: any does."""
     return ends is None or ends[0] <= value <= ends[1]
@@ -129,13 +139,14 @@ RULES = (
     ),
     Rule(
         "cache.gate",
-        lambda config: gate(config).get("first", 0) + gate(config).get("last", 0) >= steps(config),
+        lambda config: whole(gate(config).get("first")) + whole(gate(config).get("last")) >= steps(config),
         "the first and last steps, which are always computed, are all {steps}: there is none to skip",
         "cache.gate.first=1, or more sampling.num_inference_steps",
     ),
     Rule(
         "cache.gate.steps",
-        lambda config: any(step >= 2 * steps(config) - 1 for step in gate(config).get("steps") or ()),  # Heun's count
+        # a scheduler of Heun's kind has twice the steps
+        lambda config: any(whole(step) >= 2 * steps(config) - 1 for step in listed(gate(config).get("steps"))),
         "a step is listed that a run of {steps} does not have",
         "cache=none, or a list of steps below {steps}",
     ),
@@ -154,7 +165,7 @@ RULES = (
     ),
     Rule(
         "cache.max_warmup_steps",
-        lambda config: config["cache"].get("max_warmup_steps", 0) >= steps(config),
+        lambda config: whole(config["cache"].get("max_warmup_steps")) >= steps(config),
         "the warm-up alone takes all {steps} steps: there is none to skip",
         "cache.max_warmup_steps=1, or more sampling.num_inference_steps",
     ),

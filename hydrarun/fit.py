@@ -16,9 +16,15 @@ DEPTHS = ("num_layers", "num_single_layers")
 def check_folder_fit(config: dict[str, Any], folder: Path) -> None:
     """Refuse what the checkpoint in `folder` cannot make or would ignore; says nothing where its JSON does not tell."""
     vae, transformer = (read(folder / name / "config.json") for name in ("vae", "transformer"))
+    check_configs(config, read(folder / "model_index.json"), vae, transformer)
+
+
+def check_configs(
+    config: dict[str, Any], index: Mapping[str, Any], vae: Mapping[str, Any], transformer: Mapping[str, Any]
+) -> None:
+    """The same for a checkpoint with this index and these configs."""
     check_heads(config["parallel"]["tensor_degree"], transformer)
     check_blocks(config["offload"], sum(transformer.get(key) or 0 for key in DEPTHS))
-    index = read(folder / "model_index.json")
     check_experts(config["model"], index)
     check_fitted(config, index)
     check_fit(config["sampling"], vae, transformer, config["model"]["patch_size"])

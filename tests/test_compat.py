@@ -120,3 +120,17 @@ def test_a_device_that_turns_out_to_be_the_cpu_is_refused_before_weights(monkeyp
     config, _ = compose_raw(["model=wan22_t2v_a14b", f"model.path={tmp_path}", "offload=expert"])
     with pytest.raises(UsageError, match=r"nothing to offload to\. Use offload=none"):
         Runner(config)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["cache=every_n", "cache.gate.first=abc"],
+        ["cache=every_n", "cache.gate.last=null"],
+        ["cache=mask", "cache.gate.density=null", "cache.gate.steps=abc"],
+        ["cache=mask", "cache.gate.density=null", "cache.gate.steps=[0,b]"],
+        ["cache=dbcache", "cache.max_warmup_steps=abc"],
+    ],
+)
+def test_rules_leave_wrong_types_to_those_who_take_the_values(words):
+    assert compat.lines(compose_raw(words)[0]) == []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hydrarun import compat, targets
 from hydrarun.compose import Origin
 from hydrarun.errors import UsageError
-from hydrarun.fit import check_experts, check_fitted
+from hydrarun.fit import check_configs
 from hydrarun.parallel.degrees import world_size
 from hydrarun.plan.devices import Device, named
 from hydrarun.validate import check_values
@@ -83,8 +83,7 @@ def planned(config: dict[str, Any], device: Device, ranks: int) -> Plan:
     from hydrarun.plan.suggest import suggestions
 
     configs = find(config["model"])
-    check_experts(config["model"], configs.index)
-    check_fitted(config, configs.index)
+    check_configs(config, configs.index, *(configs.components.get(name, {}) for name in ("vae", "transformer")))
     dtype = DTYPES.get(config["dtype"], DTYPES["bfloat16" if device.kind == "cuda" else "float32"])
     rehearsed = rehearse(config, configs, dtype)
     setting = Setting.of(config)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydrarun import compat
+from hydrarun.errors import UsageError
+from hydrarun.experts import HIGH_NOISE
+from hydrarun.fit import check_blocks
 from hydrarun.plan.devices import Device
 from hydrarun.plan.estimate import Rehearsed
 from hydrarun.plan.plan import Estimate, Setting
@@ -52,7 +55,7 @@ def candidates(config: dict[str, Any], tiling: bool, rehearsed: Rehearsed, devic
     for offload, quantization in itertools.product(offloads, quantizations):
         changes = {"offload": offloads[offload], "quantization": quantizations[quantization], "vae": vae}
         changed = {**config, **changes}
-        if any(compat.violations(changed)):
+        if any(compat.violations(changed)) or not turns(changes["offload"], rehearsed):
             continue
         found = Estimate(rehearsed, Setting.of(changed), device)
         if found.fits:
@@ -61,6 +64,15 @@ def candidates(config: dict[str, Any], tiling: bool, rehearsed: Rehearsed, devic
             overrides += [f"vae.tiling={str(tiling).lower()}"] if vae != config["vae"] else []
             lossless = quantization == "none" and not tiling
             yield Suggestion(tuple(overrides), changes, lossless, found.peak, found.seconds)
+
+
+def turns(offload: dict[str, Any], rehearsed: Rehearsed) -> bool:
+    """Whether the model has as many blocks as an offload with blocks in turn needs."""
+    try:
+        check_blocks(offload, next(len(one.blocks) for one in rehearsed.components if one.name == HIGH_NOISE))
+    except UsageError:
+        return False
+    return True
 
 
 def choices(config: dict[str, Any], group: str, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:

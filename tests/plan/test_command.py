@@ -76,6 +76,10 @@ def test_all_conflicts_come_at_once_with_their_fixes(capsys):
         (["plan.device=h10"], "plan.device=h10: not known here. Did you mean 'h100'? Known: h200, h100, "),
         (["plan.device=h100", "device=cpu"], "device=cpu is no h100: leave out plan.device, or device=cpu"),
         (["plan=auto"], "plan=auto is for a run, which then takes the first suggestion; `hydrarun plan` shows all"),
+        (
+            ["plan.device=h100", "offload=layerwise", "offload.resident_blocks=5"],
+            "offload.resident_blocks=5 offload.prefetch_blocks=1: 5 blocks that stay and 2 in turn leave none of",
+        ),
         (["--jsn"], "plan: --jsn: no such flag; it takes --json"),
         (["a cat"], "plan: a cat: neither key=value nor a flag"),
         (["sampling.hieght=64"], "sampling.hieght (command line): unknown key. Did you mean 'height'?"),
