@@ -41,7 +41,7 @@ from hydrarun.explain import explained
         ("sampling.height=null", "height (command line): null, and model demo has no input image to take it from."),
         ("sampling.guidance_scale=much", "sampling.guidance_scale (command line): 'much' is not a number or null."),
         ("vae.slicing=maybe", "vae.slicing (command line): 'maybe' is not true or false."),
-        ("vae=3", "vae (command line): 3 is not a section with dtype, slicing, tiling."),
+        ("vae=3", "vae (command line): 3 is not a section with dtype, slicing, tiling, channels_last."),
         ("sampling.height=[1,2]", "[1, 2] is not a whole number or null."),
         ("sampling.height=${nope}", "sampling.height (command line): Interpolation key 'nope' not found"),
         ("sampling.height=${no:1}", "sampling.height (command line): Unsupported interpolation type no"),

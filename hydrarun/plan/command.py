@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from hydrarun.compose import compose_raw
@@ -23,6 +25,9 @@ three cheapest settings that fit, as overrides to paste. It reads configs, no we
 has not been downloaded, its published shapes. plan.device names a GPU; without it this machine's is taken.
 The exit code is 0 if the run fits, 1 if it does not, 2 for settings that do not go together."""
 
+#: optional packages of the libraries
+NEVER_CALLED = ("torchao", "scipy")
+
 #: what is drawn where no prompt is given: its length is what counts
 PROMPT = "a photograph of an old lighthouse on a rocky coast at dusk, waves below it, warm light in its windows"
 
@@ -38,11 +43,11 @@ def main(argv: Sequence[str]) -> int:
     overrides = [word for word in argv if not word.startswith("-")]
     if strays := [word for word in overrides if "=" not in word and not word.startswith("~")]:
         raise UsageError(f"plan: {strays[0]}: neither key=value nor a flag")
-    without_torchao()
     config, origin = compose_raw(literal(overrides))
     if config["plan"]["auto"]:
         raise UsageError("plan=auto is for a run, which then takes the first suggestion; `hydrarun plan` shows all")
-    made = make(with_prompt(config), origin)
+    with hurried():
+        made = make(with_prompt(config), origin)
     if "--json" in flags:
         json.dump(as_json(made), sys.stdout, indent=2)
         print()
@@ -51,9 +56,27 @@ def main(argv: Sequence[str]) -> int:
     return 2 if made.conflicts else 0 if made.fits else 1
 
 
-def without_torchao() -> None:
-    """In this process it is not installed: a plan does not need it, and the libraries take a second to import it."""
-    sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
+@contextmanager
+def hurried() -> Iterator[None]:
+    """What the libraries import takes most of a plan's time: less of it.
+
+    Packages that they import if they can, and a plan never calls, count as not installed, and nobody looks for garbage.
+    """
+    hidden = [name for name in NEVER_CALLED if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    except ImportError as error:
+        raise UsageError(
+            f"plan: {error} A plan does without {' and '.join(hidden)}, which this seems to need"
+        ) from None
+    finally:
+        if collects:
+            gc.enable()
+        for name in hidden:
+            del sys.modules[name]
 
 
 def with_prompt(config: dict[str, Any]) -> dict[str, Any]:
