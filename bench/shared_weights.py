@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hydrarun.components import quiet_libraries
+from hydrarun.fit import DEPTHS
 from hydrarun.memory.loading import place, put
 from hydrarun.memory.modulation import ModulationTables, Place, swap
 from hydrarun.memory.quantize import TorchAO, stored_bytes
@@ -21,9 +22,6 @@ from hydrarun.plan.configs import Configs
 from hydrarun.plan.estimate import structure
 from hydrarun.progress import Progress
 from hydrarun.transformer import Transformer
-
-#: the keys of a transformer's config.json that count its blocks
-DEPTHS = ("num_layers", "num_single_layers")
 
 
 def smaller(configs: Configs, blocks: int | None, heads: int | None) -> Configs:

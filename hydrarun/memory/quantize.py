@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,9 @@ NAMES = {
     ("int8", "int8"): "int8",
     ("float8", "float8"): "fp8",
 }
+
+#: bytes that go with each row: a scale in float32 and, of int8, a zero point
+ROW_BYTES = {"int8": 5, "float8": 4}
 
 #: kernels for 8-bit activations need sides of a weight that are multiples of this
 MULTIPLE = 16
@@ -95,16 +99,9 @@ class TorchAO(NoQuantization):
 
     def loaded(self, transformer: Transformer, name: str) -> None:
         """Quantize it, if it is such a weight: at no time are more of them there in full than there are threads."""
-        *path, leaf = name.split(".")
-        kept = {*transformer.keep_unquantized, *transformer.keep_in_float32}
-        layer = transformer.get_submodule(".".join(path))
-        if (
-            TRANSFORMER in self.components
-            and leaf == "weight"
-            and path[0] in transformer.block_lists
-            and not kept & set(path)
-            and isinstance(layer, nn.Linear)
-        ):
+        layer = transformer.get_submodule(name.rpartition(".")[0])
+        inside = name.split(".")[0] in transformer.block_lists
+        if TRANSFORMER in self.components and inside and takes(name, layer, kept_in(transformer)):
             with self.lock:
                 self.quantize(layer)
 
@@ -133,6 +130,16 @@ class TorchAO(NoQuantization):
         size = f"{self.bytes_before / 2**20:,.1f} MiB of weights are now {self.bytes_after / 2**20:,.1f}"
         odd = f"; {self.odd} layers stay as they are: their sides are no multiples of {MULTIPLE}" if self.odd else ""
         return f"quantization={self.name}: {self.layers} linear layers, {size}{odd}"
+
+
+def kept_in(transformer: Transformer) -> Collection[str]:
+    """Names of modules in the blocks that are left alone."""
+    return {*transformer.keep_unquantized, *transformer.keep_in_float32}
+
+
+def takes(name: str, owner: nn.Module, kept: Collection[str] = ()) -> bool:
+    """Whether a parameter of a block or layer, by its name and the module that it is of, gets 8 bits."""
+    return isinstance(owner, nn.Linear) and name.endswith(".weight") and not set(kept) & set(name.split("."))
 
 
 def scheme(name: str, device: torch.device) -> Any:

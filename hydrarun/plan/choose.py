@@ -11,7 +11,7 @@ from hydrarun.compose import Origin
 from hydrarun.errors import UsageError
 from hydrarun.fit import check_configs
 from hydrarun.parallel.degrees import world_size
-from hydrarun.plan.devices import Device, named
+from hydrarun.plan.devices import Device, named, this_machines
 from hydrarun.validate import check_values
 
 if TYPE_CHECKING:
@@ -45,9 +45,7 @@ class Plan:
 def make(config: dict[str, Any], origin: Origin | None = None) -> Plan:
     """The plan of a composed configuration. Raises `UsageError` for values that cannot be."""
     targets.check(config, origin)
-    device = named(config["plan"]["device"], here(config["device"]))
-    if config["plan"]["device"] is not None and config["device"] == "cpu":
-        raise UsageError(f"device=cpu is no {device.name}: leave out plan.device, or device=cpu")
+    device = chosen(config)
     config = {**config, "device": device.kind, "plan": {"auto": False, "device": None}}
     check_values(with_images(config), origin)
     ranks = world_size(config["parallel"])
@@ -65,26 +63,33 @@ def with_images(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "input": {**config["input"], "images": [f"blank{number}.png" for number in range(least)]}}
 
 
-def here(device: str) -> str:
-    """What `device=` comes to on this machine."""
-    if device != "auto":
-        return device
-    import torch
+def chosen(config: dict[str, Any]) -> Device:
+    """What is planned for: a published device, or this machine's. Raises `UsageError` for one that is not there."""
+    name = config["plan"]["device"]
+    if name is not None:
+        if config["device"] == "cpu":
+            raise UsageError(f"device=cpu is no {name}: leave out plan.device, or device=cpu")
+        return named(name)
+    from hydrarun.build import choose_device
+    from hydrarun.progress import Progress
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return this_machines(choose_device(config["device"], Progress(quiet=True)))
 
 
 def planned(config: dict[str, Any], device: Device, ranks: int) -> Plan:
     """A plan of what goes together."""
-    from hydrarun.build import DTYPES
+    import torch
+
+    from hydrarun.build import choose_dtype
     from hydrarun.plan.configs import find
     from hydrarun.plan.estimate import rehearse
     from hydrarun.plan.plan import Estimate, Setting
     from hydrarun.plan.suggest import suggestions
+    from hydrarun.progress import Progress
 
     configs = find(config["model"])
     check_configs(config, configs.index, *(configs.components.get(name, {}) for name in ("vae", "transformer")))
-    dtype = DTYPES.get(config["dtype"], DTYPES["bfloat16" if device.kind == "cuda" else "float32"])
+    dtype = choose_dtype(config["dtype"], torch.device(device.kind), Progress(quiet=True))
     rehearsed = rehearse(config, configs, dtype)
     setting = Setting.of(config)
     found = suggestions(config, rehearsed, device)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from hydrarun.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    import torch
 
 GIB = 2**30
 #: bytes that CUDA and its libraries take for themselves
@@ -46,28 +50,25 @@ def published_one(name: str, values: dict[str, float]) -> Device:
     )
 
 
-def named(name: str | None, here: str) -> Device:
-    """The device of that name; None: what this machine computes on, `here`. Raises `UsageError` for another name."""
-    if name is None:
-        return this_machines(here)
+def named(name: str) -> Device:
+    """The published device of that name. Raises `UsageError` for another one."""
     known = published()
     if name not in known:
         raise UsageError(f"plan.device={name}: not known here.{nearest(name, known)} Known: {', '.join(known)}")
     return known[name]
 
 
-def this_machines(name: str) -> Device:
-    """The device that `device=` names, with what is published of its kind."""
+def this_machines(device: torch.device) -> Device:
+    """A device that is there, with what is published of its kind."""
     import torch
 
     from hydrarun.memory.device import total_bytes
 
-    device = torch.device(name)
     memory = total_bytes(device)
     if device.type == "cpu":
         return Device("this machine's memory", memory, "cpu")
     if device.type != "cuda":
-        return Device(name, memory, "cuda")
+        return Device(device.type, memory, "cuda")
     called = torch.cuda.get_device_name(device)
     like = [known for key, known in published().items() if key in called.lower().replace(" ", "")]
     rates = vars(like[0]) if like else {}

@@ -9,6 +9,7 @@ from typing import Any
 from hydrarun.experts import LOW_NOISE
 from hydrarun.memory.modulation import ModulationOffload
 from hydrarun.memory.offload import DiskOffload, NoOffload, use_of
+from hydrarun.memory.quantize import ROW_BYTES
 from hydrarun.plan.devices import Device
 from hydrarun.plan.estimate import Rehearsed
 from hydrarun.plan.meter import Work
@@ -61,7 +62,8 @@ class Setting:
     def held(self, rehearsed: Rehearsed) -> Held:
         """How they are."""
         rows = rehearsed.table_rows if isinstance(self.offload, ModulationOffload) else None
-        return Held(frozenset(self.quantization.get("components") or ()), rows, self.hsdp_degree)
+        quantized = frozenset(self.quantization.get("components") or ())
+        return Held(quantized, ROW_BYTES.get(self.quantization.get("weights", ""), 0), rows, self.hsdp_degree)
 
 
 class Estimate:

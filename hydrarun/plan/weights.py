@@ -10,6 +10,7 @@ from torch import nn
 
 from hydrarun.layers.norm import Modulation
 from hydrarun.memory.offload import DiskOffload, LayerwiseOffload, NoOffload, use_of
+from hydrarun.memory.quantize import kept_in, takes
 from hydrarun.parallel.hsdp import repeated_layers
 from hydrarun.transformer import Transformer
 
@@ -51,7 +52,7 @@ class Component:
 
 def of_transformer(name: str, transformer: Transformer) -> Component:
     """A transformer, or this rank's share of it."""
-    kept = {*transformer.keep_unquantized, *transformer.keep_in_float32}
+    kept = kept_in(transformer)
     blocks = list(transformer.all_blocks())
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     around = [(n, m, p) for n, m, p in parameters(transformer) if id(p) not in inside]
@@ -85,11 +86,6 @@ def parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, torch.Tensor
                 yield f"{path}.{leaf}", owner, tensor
 
 
-def takes(name: str, owner: nn.Module, kept: Collection[str]) -> bool:
-    """Whether quantization takes a parameter of a block."""
-    return isinstance(owner, nn.Linear) and name.endswith(".weight") and not set(kept) & set(name.split("."))
-
-
 def part(tensors: Iterable[tuple[str, nn.Module, torch.Tensor]], kept: Collection[str] | None) -> Part:
     """The sum; nothing is taken where `kept` is None."""
     total = Part(0)
@@ -111,6 +107,8 @@ class Held:
 
     #: what of `hydrarun.memory.offload.USES` is held in 8 bits
     quantized: frozenset[str] = frozenset()
+    #: bytes that go with each row of it
+    row_bytes: int = 0
     #: rows of modulation tables that stand for modulation weights; None: the weights are there
     table_rows: int | None = None
     #: ranks that share one copy
@@ -120,8 +118,7 @@ class Held:
         """Bytes of a part."""
         size = one.plain
         if use_of(component.name) in self.quantized:
-            # 8 bits for each number, and a scale for each row in the dtype of the weights
-            size += one.taken // component.itemsize - one.taken + one.rows * component.itemsize
+            size += one.taken // component.itemsize - one.taken + one.rows * self.row_bytes
         if self.table_rows is not None:
             size -= one.modulation
         return size

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
-import json
 import threading
 import time
 import weakref
@@ -23,12 +22,11 @@ from subjects import IMAGE, LONG, MODELS, SHORT, VARIANTS
 from torch import nn
 from watched import draw, modules, on_device, runner, size, weights
 
-from hydrarun.compose import compose, compose_raw
-from hydrarun.errors import RunError, UsageError
-from hydrarun.fit import check_folder_fit
+from hydrarun.compose import compose
+from hydrarun.errors import RunError
 from hydrarun.memory import loading, streaming
 from hydrarun.memory.moving import HOST, put
-from hydrarun.memory.offload import DiskOffload, LayerwiseOffload, ModelOffload, NoOffload
+from hydrarun.memory.offload import DiskOffload
 from hydrarun.memory.packing import ALIGNMENT, Packed, packed_bytes, parts
 from hydrarun.memory.streaming import FromHost, Turns, around_blocks
 from hydrarun.runner import Runner
@@ -457,45 +455,3 @@ def test_ranks_have_their_own_shares_in_turn(pool, subject, layout):
 @pytest.mark.parametrize("subject", ["qwen_image", "flux_dev", TWO_EXPERTS], indirect=True)
 def test_a_gpu_draws_what_it_draws_without(deep, option):
     assert torch.equal(draw(runner(deep, "cuda", option)).latents, draw(runner(deep, "cuda")).latents)
-
-
-# --- what is refused -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("asked", "line"),
-    [
-        ({"resident_blocks": -1}, "offload.resident_blocks: -1 is below 0"),
-        ({"prefetch_blocks": 0}, "offload.prefetch_blocks: 0 is below 1"),
-    ],
-)
-def test_numbers_that_cannot_be(asked, line):
-    with pytest.raises(UsageError, match=f"^{line}$"):
-        LayerwiseOffload(**asked)
-
-
-@pytest.mark.parametrize(("resident", "ahead", "depth", "fits"), [(1, 1, 4, True), (2, 1, 4, False), (0, 3, 4, False)])
-def test_blocks_that_would_all_be_there_are_refused_from_json_alone(tmp_path, resident, ahead, depth, fits):
-    (tmp_path / "transformer").mkdir()
-    lists = {"num_layers": depth - 2, "num_single_layers": 2}
-    (tmp_path / "transformer" / "config.json").write_text(json.dumps(lists))
-    asked = ["offload=layerwise", f"offload.resident_blocks={resident}", f"offload.prefetch_blocks={ahead}"]
-    config = compose_raw(["model=flux_dev", *asked])[0]
-    if fits:
-        check_folder_fit(config, tmp_path)
-        return
-    with pytest.raises(UsageError) as caught:
-        check_folder_fit(config, tmp_path)
-    assert str(caught.value) == (
-        f"offload.resident_blocks={resident} offload.prefetch_blocks={ahead}: {resident} blocks that stay and"
-        f" {ahead + 1} in turn leave none of this checkpoint's {depth} to wait: use offload=model, or fewer"
-    )
-
-
-def test_what_offloads_hold_on_the_device():
-    sizes = [3, 5, 2, 4]
-    assert NoOffload().blocks_bytes(sizes) == ModelOffload().blocks_bytes(sizes) == 14
-    assert LayerwiseOffload().blocks_bytes(sizes) == 10
-    assert LayerwiseOffload(resident_blocks=2).blocks_bytes(sizes) == 3 + 5 + 2 * 4
-    assert LayerwiseOffload(prefetch_blocks=2).blocks_bytes(sizes) == 15
-    assert DiskOffload().blocks_bytes(sizes) == 9

@@ -80,6 +80,7 @@ def test_all_conflicts_come_at_once_with_their_fixes(capsys):
             ["plan.device=h100", "offload=layerwise", "offload.resident_blocks=5"],
             "offload.resident_blocks=5 offload.prefetch_blocks=1: 5 blocks that stay and 2 in turn leave none of",
         ),
+        (["device=cuda"], "device=cuda: torch sees 0 CUDA devices here; use device=cpu or device=auto"),
         (["--jsn"], "plan: --jsn: no such flag; it takes --json"),
         (["a cat"], "plan: a cat: neither key=value nor a flag"),
         (["sampling.hieght=64"], "sampling.hieght (command line): unknown key. Did you mean 'height'?"),

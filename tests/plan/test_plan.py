@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import re
+from pathlib import Path
 
 import parallel_runs
 import pytest
@@ -10,14 +12,19 @@ import torch
 from subjects import CONFIGS, MODELS
 from test_memory import FAKE, SAME, asked, measured, runner
 
-from hydrarun.compose import compose_raw
+from hydrarun.compose import compose, compose_raw
+from hydrarun.memory.offload import NoOffload
+from hydrarun.memory.quantize import stored_bytes
 from hydrarun.plan import configs
 from hydrarun.plan.choose import planned
 from hydrarun.plan.devices import published
-from hydrarun.plan.estimate import structure
-from hydrarun.plan.weights import of_transformer
+from hydrarun.plan.estimate import rehearse, structure
+from hydrarun.plan.plan import Setting
+from hydrarun.plan.weights import here, of_transformer
+from hydrarun.runner import Runner
 from hydrarun.targets import load_class
 
+ROOT = Path(__file__).parents[2]
 PUBLISHED = [name for name in MODELS if "shapes" in CONFIGS[name]["model"]["facts"] and name != "demo"]
 
 
@@ -79,3 +86,28 @@ def test_what_a_cache_keeps_is_planned(subject, words, fake):
         transformer = drawn.built.parts.experts.config
         width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
         assert denoise.cache == 2 * 2 * (2 * 2) * width * 4
+
+
+@pytest.mark.parametrize("subject", ["qwen_image", "wan22_t2v_a14b"], indirect=True)
+@pytest.mark.parametrize(
+    ("option", "components"), [("int8_weight_only", "[transformer,text_encoder]"), ("fp8_weight_only", "[transformer]")]
+)
+def test_quantized_weights_take_what_the_plan_expects(subject, option, components):
+    """To the byte."""
+    words = [*subject.overrides(), f"quantization={option}", f"quantization.components={components}"]
+    drawn = Runner(compose(words))
+    rehearsed = rehearse(drawn.config, configs.of_folder(subject.folder), torch.float32)
+    held = Setting.of(drawn.config).held(rehearsed)
+    built = drawn.built.parts
+    modules = {name: value for name, value in built.pipeline.components.items() if isinstance(value, torch.nn.Module)}
+    for name, module in (modules | built.experts.transformers).items():
+        stored = sum(stored_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
+        (component,) = (one for one in rehearsed.components if one.name == name)
+        assert here(component, held, NoOffload()) == stored, name
+
+
+def test_the_devices_that_are_named_are_those_that_are_known():
+    page, option = (ROOT / "docs" / "plan.md").read_text(), (ROOT / "conf" / "plan" / "none.yaml").read_text()
+    for name in published():
+        assert re.search(rf"\b{name}\b", page)
+        assert re.search(rf"\b{name}\b", option)
