@@ -116,3 +116,16 @@ def test_every_phase_takes_what_the_plan_expects(subject, option, fake, larger, 
         assert made.asked is not None
         want = {phase.name: phase.peak for phase in made.asked.phases}
         assert measured(drawn, config, fake, before) == pytest.approx(want, rel=SAME)
+
+
+@pytest.mark.parametrize("subject", ["qwen_image"], indirect=True)
+def test_quantized_weights_are_unpacked_one_at_a_time(subject, fake, larger, tmp_path_factory):
+    chosen = enlarged(subject, larger, tmp_path_factory)
+    gc.collect()
+    before = fake.memory_allocated()
+    drawn = runner(chosen, "none", "quantization=int8_weight_only")
+    config = asked(drawn.config, guided=True)
+    made = planned({**config, "dtype": "float32"}, FAKE, 1)
+    assert made.asked is not None
+    want = {phase.name: phase.peak for phase in made.asked.phases}
+    assert measured(drawn, config, fake, before) == pytest.approx(want, rel=SAME)
