@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 from functools import partial
+from types import SimpleNamespace
 
 import caches
 import pytest
@@ -13,6 +13,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from hydrarun import timing
 from hydrarun.compiling import CACHE_DIR, CompileFull, NoCompile, keep_graphs
 from hydrarun.compose import compose
 from hydrarun.errors import UsageError
@@ -111,26 +112,28 @@ def predict(compiler):
         return toy.predict(Inputs(latents, times, {"positive": {"factor": 2.0}}), "positive")
 
 
-def test_compiling_is_counted_once_and_apart():
+def test_compiling_is_counted_once_and_apart(monkeypatch):
+    """By a clock that goes on by 10 for each graph, of which there are two, and by 1 for running them."""
+    clock = [0.0]
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     timings = Timings(torch.device("cpu"))
 
     def slow(graph, inputs):
-        time.sleep(0.3)
+        clock[0] += 10
         return graph.forward
 
     def inner(x):
+        x = x + 1
         torch._dynamo.graph_break()
-        return x + 1
+        return x + 2
 
     x = torch.zeros(2)
     with timings.watch_compiler(), timings.phase("denoise"):
         torch.compile(inner, backend=slow)(x)
-        time.sleep(0.05)
-    before = timings.compile
-    assert before >= 0.3
-    assert 0.05 <= timings.phases["denoise"] < 0.3
+        clock[0] += 1
+    assert (timings.compile, timings.phases["denoise"]) == (20, 1)
     torch.compile(lambda x: x * 3, backend=slow)(x)
-    assert timings.compile == before  # nobody watches any more
+    assert (timings.compile, clock[0]) == (20, 31)  # nobody watches any more
 
 
 def test_where_graphs_are_kept(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +34,19 @@ def modules(configs: Configs, dtype: torch.dtype, vae_dtype: torch.dtype) -> dic
             with torch.device("meta"), quiet_libraries():
                 theirs = library == "transformers"
                 module = cls(cls.config_class.from_dict(config)) if theirs else cls.from_config(config)
-            found[name] = cast(module, vae_dtype if name == "vae" else dtype)
+            kind = vae_dtype if name == "vae" else dtype
+            found[name] = cast(module, kind, kept_by_library(module, kind))
     return found
 
 
-def cast(module: nn.Module, dtype: torch.dtype, kept: Sequence[str] = ()) -> nn.Module:
+def kept_by_library(module: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Names of modules that their library keeps in float32: some always, others beside float16 alone."""
+    names = ["_keep_in_fp32_modules_strict"] + ["_keep_in_fp32_modules"] * (dtype == torch.float16)
+    return {one for name in names for one in getattr(module, name, None) or ()}
+
+
+def cast(module: nn.Module, dtype: torch.dtype, kept: Collection[str]) -> nn.Module:
     """The module with its parameters in `dtype`, but for those below the names that are `kept` in float32."""
-    kept = kept or getattr(module, "_keep_in_fp32_modules", None) or ()
     for name, parameter in module.named_parameters():
         kind = torch.float32 if set(name.split(".")) & set(kept) else dtype
         parameter.data = torch.empty(parameter.shape, dtype=kind, device=META)
@@ -94,9 +100,7 @@ class TextEncoder:
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Any:
         """Images are in the ids as placeholders; what the encoder does with their pixels before is not counted."""
-        wants = {"output_hidden_states": settings.get("output_hidden_states", False)}
-        if getattr(self.module.config, "is_encoder_decoder", False) or not hasattr(self.module, "lm_head"):
-            wants = {}
+        wants = {name: value for name, value in settings.items() if name == "output_hidden_states"}
         if attention_mask is not None:
             self.meter.answer = bool(attention_mask.all())  # where nothing is padded, encoders do without a mask
             wants["attention_mask"] = attention_mask.to(META)

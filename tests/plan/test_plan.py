@@ -106,6 +106,20 @@ def test_quantized_weights_take_what_the_plan_expects(subject, option, component
         assert here(component, held, NoOffload()) == stored, name
 
 
+@pytest.mark.parametrize("subject", ["flux_dev", "wan22_t2v_a14b"], indirect=True)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_weights_take_what_the_plan_expects(subject, dtype):
+    """To the byte, with what libraries and we keep in float32."""
+    drawn = Runner(compose([*subject.overrides(), f"dtype={dtype}"]))
+    rehearsed = rehearse(drawn.config, configs.of_folder(subject.folder), getattr(torch, dtype))
+    built = drawn.built.parts
+    for name, module in (built.pipeline.components | built.experts.transformers).items():
+        if isinstance(module, torch.nn.Module):
+            (component,) = (one for one in rehearsed.components if one.name == name)
+            stored = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+            assert component.all.plain == stored, name
+
+
 def test_the_devices_that_are_named_are_those_that_are_known():
     page, option = (ROOT / "docs" / "plan.md").read_text(), (ROOT / "conf" / "plan" / "none.yaml").read_text()
     for name in published():
