@@ -118,14 +118,21 @@ def test_every_phase_takes_what_the_plan_expects(subject, option, fake, larger, 
         assert measured(drawn, config, fake, before) == pytest.approx(want, rel=SAME)
 
 
-@pytest.mark.parametrize("subject", ["qwen_image"], indirect=True)
-def test_quantized_weights_are_unpacked_one_at_a_time(subject, fake, larger, tmp_path_factory):
+@pytest.mark.parametrize(
+    ("subject", "words"),
+    [
+        ("qwen_image", ["quantization=int8_weight_only", "dtype=float32"]),  # unpacked one at a time
+        ("wan22_t2v_a14b", ["dtype=bfloat16"]),
+    ],
+    indirect=["subject"],
+)
+def test_it_does_with_other_numbers_too(subject, words, fake, larger, tmp_path_factory):
     chosen = enlarged(subject, larger, tmp_path_factory)
     gc.collect()
     before = fake.memory_allocated()
-    drawn = runner(chosen, "none", "quantization=int8_weight_only")
+    drawn = runner(chosen, "none", *words)
     config = asked(drawn.config, guided=True)
-    made = planned({**config, "dtype": "float32"}, FAKE, 1)
+    made = planned(config, FAKE, 1)
     assert made.asked is not None
     want = {phase.name: phase.peak for phase in made.asked.phases}
     assert measured(drawn, config, fake, before) == pytest.approx(want, rel=SAME)
