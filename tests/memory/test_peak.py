@@ -27,4 +27,5 @@ def test_no_second_copy_in_the_hosts_memory(tmp_path):
     assert set(found) == {"BF16", "F32", "encoder BF16", "encoder F32"}
     for kind, measured in found.items():
         assert measured["stays"] > 150 * 2**20
-        assert 0.9 * measured["stays"] < measured["peak"] <= 1.1 * measured["stays"] + BESIDE, kind
+        # from below: it was measured at all; some of it is memory that the process had let go of before
+        assert 0.7 * measured["stays"] < measured["peak"] <= 1.1 * measured["stays"] + BESIDE, kind
