@@ -17,7 +17,7 @@ from hydrarun.errors import UsageError
 from hydrarun.experts import NAMES, Experts, boundary
 from hydrarun.fit import check_folder_fit
 from hydrarun.layers.attention import AttentionBackend
-from hydrarun.memory.device import count
+from hydrarun.memory.device import count, forget_peak
 from hydrarun.memory.hub import Source, resolve
 from hydrarun.memory.loading import load_transformer
 from hydrarun.memory.modulation import ModulationOffload, ModulationTables
@@ -57,6 +57,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     """Everything that can be refused is refused before the first weight is read."""
     model = config["model"]
     device = choose_device(config["device"], progress)
+    forget_peak(device)
     dtype = choose_dtype(config["dtype"], device, progress)
     attention = instantiate(config["attention"], "attention")
     compiler = instantiate(config["compile"], "compile")

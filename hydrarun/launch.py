@@ -11,12 +11,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydrarun import worker
-from hydrarun.errors import UsageError
+from hydrarun.errors import RunError, UsageError
 from hydrarun.group import FAREWELL, Ranks
 from hydrarun.parallel.degrees import DIMENSIONS, Degrees, problems, product, world_size
 
 if TYPE_CHECKING:
     from hydrarun.runner import Picture, Runner
+
+
+class Local:
+    """This process alone."""
+
+    def __init__(self) -> None:
+        self.session = worker.Session(None)
+
+    def do(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
+        """A job for this process. What is loaded stays for the next one. Raises UsageError and RunError."""
+        try:
+            return self.session.do(action, config, arguments)
+        except BaseException as error:
+            if type(error) is not RunError:  # such a one is raised between stages: what is loaded is as it was
+                self.close()
+            raise
+
+    def close(self) -> None:
+        """Let the model go, and its memory."""
+        self.session.close()
 
 
 class Torchrun:
@@ -82,27 +102,28 @@ def _texts(images: Any) -> Any:
     return [str(image) for image in images] if isinstance(images, (list, tuple)) else str(images)
 
 
-_kept: Ranks | Torchrun | None = None
+_kept: Local | Ranks | Torchrun | None = None
 
 
 def run(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
-    """Draw what `config` asks for into `output_dir`, here or on ranks that stay for the next run; returns run.json.
+    """Draw what `config` asks for into `output_dir`, here or on ranks; what is loaded stays for the next run.
 
-    Raises UsageError and RunError. Whoever calls this calls `close` in the end.
+    Returns run.json. Raises UsageError and RunError. Whoever calls this calls `close` in the end.
     """
-    global _kept
     config = fitted(config)
     check_size(config["parallel"])
-    if world_size(config["parallel"]) == 1:
-        if _kept:
-            close()  # their memory may be needed here
-        from hydrarun.progress import Progress
-        from hydrarun.runner import Runner
+    return place(config).do("run", config, {"output_dir": str(output_dir)})
 
-        return Runner(config, Progress()).run(output_dir)
-    if _kept is None:
-        _kept = Torchrun() if worker.launched() else Ranks()
-    return _kept.do("run", config, {"output_dir": str(output_dir)})
+
+def place(config: dict[str, Any]) -> Local | Ranks | Torchrun:
+    """Where `config` is run: what the last run was in, if that will do."""
+    global _kept
+    kind = Local if world_size(config["parallel"]) == 1 else Torchrun if worker.launched() else Ranks
+    if not isinstance(_kept, kind):
+        if _kept:
+            close()  # its memory may be needed here
+        _kept = kind()
+    return _kept
 
 
 def fitted(config: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import re
 import resource
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,18 @@ def _cpu_name() -> str:
 
 
 def peak_host_bytes() -> int:
-    """Peak resident memory of this process so far."""
+    """Peak resident memory of this process, on Linux since `forget_peak_host_bytes`."""
+    with suppress(OSError):
+        if match := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
+            return int(match[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
+
+
+def forget_peak_host_bytes() -> None:
+    """From here on count the peak anew, where the system can."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def redact(config: dict[str, Any]) -> dict[str, Any]:

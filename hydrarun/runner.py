@@ -16,7 +16,7 @@ from hydrarun.build import build, choose_device, make_cache
 from hydrarun.errors import RunError, UsageError, nearest
 from hydrarun.media import images
 from hydrarun.media.images import InputImage
-from hydrarun.memory.device import peak_bytes
+from hydrarun.memory.device import forget_peak, peak_bytes
 from hydrarun.memory.safetensors_files import fingerprint
 from hydrarun.outputs import OutputWriter
 from hydrarun.parallel.data import all_frames, own_items
@@ -143,6 +143,11 @@ class Runner:
         state = self.draw(self.state(self.config, given), timings, cache)
         return pictures(state), self.results(timings, start)
 
+    def again(self) -> None:
+        """Begin another run with what is loaded: nothing is read for it, and peaks of memory are its own."""
+        self.load_s, self.read_bytes = 0.0, 0
+        forget_peak(self.built.parts.device)
+
     def close(self) -> None:
         """Let the model and its memory go; nothing can be drawn any more."""
         del self.built
@@ -203,7 +208,7 @@ class Runner:
         }
 
     def memory(self) -> dict[str, int]:
-        """Peak bytes of this process, on the host and on its device (0 for the CPU, which is the host)."""
+        """Peak bytes of this process in this run, on the host and on its device (0 for the CPU, which is the host)."""
         return {"peak_host_bytes": peak_host_bytes(), "peak_device_bytes": peak_bytes(self.built.parts.device)}
 
     def facts(self) -> dict[str, Any]:

@@ -96,18 +96,20 @@ def make_runner(config: dict[str, Any], progress: Progress) -> Runner:
 
 
 class Session:
-    """This rank's runner and process group: built for the first job, kept while jobs are built from the same."""
+    """A process's runner, and its group with other ranks: built for a first job, kept while jobs are built alike."""
 
-    def __init__(self, store: Store) -> None:
-        import torch
-
+    def __init__(self, store: Store | None) -> None:
+        """`store`: what the ranks share; None for a process that is alone."""
         self.store = store
         self.place = place()
         self.runner: Runner | None = None
         self.key = ""
         self.device = ""
         self.groups = 0
-        torch.set_num_threads(threads(self.place.local_size))
+        if store:
+            import torch
+
+            torch.set_num_threads(threads(self.place.local_size))
 
     def do(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
         """Do a job; on rank 0 returns its result, which JSON can hold."""
@@ -125,20 +127,27 @@ class Session:
         Raises UsageError and RunError.
         """
         from hydrarun.progress import Progress
+        from hydrarun.provenance import forget_peak_host_bytes
 
+        forget_peak_host_bytes()
         if self.runner and build_key(config) == self.key:
-            self.runner.load_s, self.runner.read_bytes = 0.0, 0  # nothing is loaded for this job
+            self.runner.again()
         else:
             self.close()
             progress = Progress(quiet=quiet or self.place.rank > 0)
-            self.device = own_device(config["device"], self.place)
-            if config["device"] == "auto":
-                progress.note(f"device={self.device.partition(':')[0]} (auto)")
-            self._join()
-            self.runner = make_runner({**config, "device": self.device}, progress)
+            built = self._joined(config, progress) if self.store else config
+            self.runner = make_runner(built, progress)
             self.key = build_key(config)
         self.runner.config = config  # what a record says is what was asked for, on any rank
         return self.runner
+
+    def _joined(self, config: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """`config` for this rank's device, which has a process group with the others."""
+        self.device = own_device(config["device"], self.place)
+        if config["device"] == "auto":
+            progress.note(f"device={self.device.partition(':')[0]} (auto)")
+        self._join()
+        return {**config, "device": self.device}
 
     def _join(self) -> None:
         """Form the process group with the other ranks."""
@@ -166,7 +175,8 @@ class Session:
         self.runner = None
         gc.collect()
         torch.cuda.empty_cache()  # does nothing without CUDA
-        dist.destroy_process_group()
+        if self.store:
+            dist.destroy_process_group()
 
 
 def own_device(name: str, place: Place) -> str:

@@ -23,8 +23,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that this process held on the device so far; 0 for the CPU, which is the host."""
+    """The most that this process held on the device since `forget_peak`; 0 for the CPU, which is the host."""
     return 0 if device.type == "cpu" else torch.get_device_module(device).max_memory_allocated(device)
+
+
+def forget_peak(device: torch.device) -> None:
+    """From here on count anew what is the most."""
+    if device.type != "cpu":
+        torch.get_device_module(device).reset_peak_memory_stats(device)
 
 
 def total_bytes(device: torch.device) -> int:
