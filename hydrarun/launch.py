@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydrarun import worker
 from hydrarun.errors import RunError, UsageError
+from hydrarun.failures import recorded
 from hydrarun.group import FAREWELL, Ranks
 from hydrarun.parallel.degrees import DIMENSIONS, Degrees, problems, product, world_size
 
@@ -53,8 +54,9 @@ class Torchrun:
         self.store.set(f"job/{self.jobs}", job)
         self.jobs += 1
         try:
-            self.session = self.session or worker.Session(self.store)
-            return self.session.do(**json.loads(job))
+            with recorded(config, Path(arguments["output_dir"])) if action == "run" else nullcontext():
+                self.session = self.session or worker.Session(self.store)
+                return self.session.do(**json.loads(job))
         except BaseException as error:
             worker.leave(self.store, 0, error, tell=True)
 

@@ -1,0 +1,64 @@
+"""run.json of a run that failed where the run itself could not write one: refused, not built, or its rank killed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+Stamp = tuple[int, int]
+
+
+@contextmanager
+def recorded(config: dict[str, Any], folder: Path) -> Iterator[None]:
+    """Where the block fails, `folder` gets a run.json that says so; one that the block has written of that stays.
+
+    `config`: plain, perhaps refused. An older run.json is another run's, and does not stay.
+    """
+    before = stamp(folder / "run.json")
+    try:
+        yield
+    except Exception as error:
+        _write(config, folder / "run.json", error, stamp(folder / "run.json") != before)
+        raise
+
+
+def stamp(file: Path) -> Stamp | None:
+    """Another one for every time that the file is written; None: there is no file."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _write(config: dict[str, Any], file: Path, error: Exception, own: bool) -> None:
+    from hydrarun.media.files import write_atomically  # numpy and what else outputs import: only for a failure
+    from hydrarun.outputs import FORMAT
+    from hydrarun.provenance import redact_text
+
+    record = json.loads(file.read_text(encoding="utf-8")) if own else _bare(config)
+    if record.get("status") == "failed":
+        return
+    said = {"type": type(error).__name__, "message": redact_text(str(error))}
+    record = {**record, "format": FORMAT, "status": "failed", "error": said}
+    first = ("format", "status", "error")
+    ordered = {name: record.pop(name) for name in first} | record
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(ordered, ensure_ascii=False, indent=2).encode(errors="surrogatepass"))
+
+
+def _bare(config: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a run that made nothing."""
+    from hydrarun.outputs import as_recorded
+    from hydrarun.provenance import config_hash, redact
+
+    try:
+        kept = as_recorded(config)
+    except TypeError:  # paths that are no texts are what it was refused for
+        kept = redact(config)
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"created": created, "config_hash": config_hash(kept), "outputs": [], "config": kept}
