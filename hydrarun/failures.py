@@ -14,9 +14,10 @@ Stamp = tuple[int, int]
 
 @contextmanager
 def recorded(config: dict[str, Any], folder: Path) -> Iterator[None]:
-    """Where the block fails, `folder` gets a run.json that says so; one that the block has written of that stays.
+    """Where the block fails, `folder` has a run.json that says so: the block's own, or, where it wrote none, a bare one.
 
-    `config`: plain, perhaps refused. An older run.json is another run's, and does not stay.
+    `config`: plain, perhaps refused. An older run.json is another run's, and does not stay. The error is the one that
+    the block raises; what rank 0 wrote may be its consequence.
     """
     before = stamp(folder / "run.json")
     try:
@@ -41,9 +42,9 @@ def _write(config: dict[str, Any], file: Path, error: Exception, own: bool) -> N
     from hydrarun.provenance import redact_text
 
     record = json.loads(file.read_text(encoding="utf-8")) if own else _bare(config)
-    if record.get("status") == "failed":
-        return
     said = {"type": type(error).__name__, "message": redact_text(str(error))}
+    if record.get("status") == "failed" and said["message"].endswith(record["error"]["message"]):
+        return
     record = {**record, "format": FORMAT, "status": "failed", "error": said}
     first = ("format", "status", "error")
     ordered = {name: record.pop(name) for name in first} | record
