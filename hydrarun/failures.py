@@ -14,7 +14,7 @@ Stamp = tuple[int, int]
 
 @contextmanager
 def recorded(config: dict[str, Any], folder: Path) -> Iterator[None]:
-    """Where the block fails, `folder` has a run.json that says so: the block's own, or, where it wrote none, a bare one.
+    """Where the block fails, `folder` has a run.json that says so: the block's own, or a bare one if it wrote none.
 
     `config`: plain, perhaps refused. An older run.json is another run's, and does not stay. The error is the one that
     the block raises; what rank 0 wrote may be its consequence.

@@ -67,7 +67,8 @@ def test_a_sweep_keeps_its_ranks_survives_a_failure_and_names_it_once(fake, tmp_
     assert gone(first["pids"] + last["pids"])
     error = capfd.readouterr().err
     assert error.count("Traceback") == 1
-    closing = '1 of 4 points failed:\n  2 (sampling.prompt="1 ZeroDivisionError"): rank 1: ZeroDivisionError: the sky is green\n'
+    point = '2 (sampling.prompt="1 ZeroDivisionError")'
+    closing = f"1 of 4 points failed:\n  {point}: rank 1: ZeroDivisionError: the sky is green\n"
     assert error.endswith(closing)
     assert error.removesuffix(closing).count("the sky is green") == 1
     assert "\nrank 1: ZeroDivisionError: the sky is green\n" in error

@@ -52,7 +52,7 @@ def run(overrides: list[str], flags: list[str]) -> int:
     words = [*sweep.overrides, *settled(sweep)]
     try:
         cli.hand_over(task, words, flags)
-    except point.PointFailed:
+    except point.PointFailedError:
         pass  # Optuna's sweeper gives up after too many; they have been printed
     finally:
         ended = close(sweep, before)

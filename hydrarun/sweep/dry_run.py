@@ -34,7 +34,7 @@ class Point(NamedTuple):
 
 
 def main(overrides: list[str], flags: list[str]) -> int:
-    """List what quoted overrides would run; 0 if all of it would, else 1. Raises UsageError for what cannot be listed."""
+    """List what quoted overrides would run; 0 if all of it would and fits, else 1. Raises UsageError."""
     if strange := [flag for flag in flags if flag.startswith("-") and flag.partition("=")[0] not in TAKEN]:
         raise UsageError(f"--dry-run: shows what would run, which {strange[0]} does not: leave one of them out")
     sweep = read(overrides, flags)

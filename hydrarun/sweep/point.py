@@ -16,7 +16,7 @@ from hydrarun.sweep.objectives import values
 from hydrarun.sweep.sweep import BASIC
 
 
-class PointFailed(RunError):
+class PointFailedError(RunError):
     """What a sweeper that searches is told of a point that failed; the user has been told the reason."""
 
 
@@ -24,7 +24,7 @@ def run(allowed: Sequence[str], composed: DictConfig) -> Any:
     """Run a point; returns what `report.objectives` names of it: None, a number or a list.
 
     `allowed`: classes that the user allows by `--allow-target`. A failure is printed, and recorded in the point's
-    directory. Raises PointFailed for it where there are objectives.
+    directory. Raises PointFailedError for it where there are objectives.
     """
     for name in allowed:
         targets.allow(name)
@@ -36,7 +36,7 @@ def run(allowed: Sequence[str], composed: DictConfig) -> Any:
     except Exception as error:
         cli.tell(error)
         if objectives:
-            raise PointFailed("the point failed") from None
+            raise PointFailedError("the point failed") from None
         return None
     return values(record, objectives) if objectives else None
 

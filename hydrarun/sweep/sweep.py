@@ -90,8 +90,8 @@ def search_path(flags: Sequence[str]) -> Any:
 
 def named(flags: Sequence[str], *names: str) -> str:
     """The value of a flag; "" without it."""
-    for flag, following in zip(flags, [*flags[1:], ""], strict=True):
+    for place, flag in enumerate(flags):
         name, equals, value = flag.partition("=")
         if name in names:
-            return value if equals else following
+            return value if equals else flags[place + 1]
     return ""
