@@ -14,24 +14,26 @@ TIMINGS = ("load_s", "warmup_s", "compile_s", "encode_s", "denoise_s", "decode_s
 
 
 def timings(point: Point) -> Numbers:
-    """Seconds: those of run.json; the first step, the median of the others; and denoising per picture when it is steady."""
+    """Seconds: those of run.json; the first step, the median of the others; and denoising when it is steady."""
     told = {name: number(point.record, "timings", name) for name in TIMINGS}
     steps = numbers(at(point.record, "timings", "steps_s", kind=list))
     return {
         **told,
         "first_step_s": steps[0] if steps else None,
         "steady_step_s": median(steps[1:]) if steps[1:] else None,
-        "steady_denoise_s": steady_denoise(point, steps),
+        **steady(point, steps),
     }
 
 
-def steady_denoise(point: Point, steps: list[float]) -> float | None:
-    """Seconds of all steps for each output, the first one counted as a usual computed step: it pays for what happens once."""
+def steady(point: Point, steps: list[float]) -> Numbers:
+    """Seconds of all steps, the first one counted as a usual computed step (it pays for what happens once): for each
+    output, and for each step."""
     usual = numbers([number(part, "computed_step_s") for part in caches(point.record)])
     made = sum(output.path is not None for output in point.outputs)
     if point.status != "complete" or not (made and steps and usual):
-        return None
-    return (sum(steps[1:]) + median(usual)) / made
+        return {"steady_denoise_s": None, "mean_step_s": None}
+    whole = sum(steps[1:]) + median(usual)
+    return {"steady_denoise_s": whole / made, "mean_step_s": whole / len(steps)}
 
 
 def speedup(ours: Numbers, reference: Numbers) -> Numbers:
