@@ -30,7 +30,7 @@ SHORT = {
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting that differs between points, its values in the order of the points, and whether it says what is drawn."""
+    """A setting that differs between points. `values`: in the order of the points; `drawn`: it says what is drawn."""
 
     key: str
     values: list[str]

@@ -160,7 +160,7 @@ def said(error: Any) -> str | None:
     return message if kind in (None, "RunError", "UsageError", "OutOfMemoryError") else f"{kind}: {message}"
 
 
-def at(content: Any, *keys: str, kind: type) -> Any:
+def at(content: Any, *keys: str, kind: type | tuple[type, ...]) -> Any:
     """What lies under `keys`, if it is there and of that kind; else None."""
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None
@@ -169,5 +169,5 @@ def at(content: Any, *keys: str, kind: type) -> Any:
 
 def number(content: Any, *keys: str) -> float | None:
     """The finite number under `keys`, or None."""
-    value = at(content, *keys, kind=(int, float))  # type: ignore[arg-type]
+    value = at(content, *keys, kind=(int, float))
     return value if value is not None and math.isfinite(value) else None

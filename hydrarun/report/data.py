@@ -45,8 +45,13 @@ def build(folder: Path, layout: Layout, cells: Mapping[Cell, Shown | str], gain:
 
 
 def axis_entry(axis: Axis) -> Entry:
-    """An axis: its key, its values, and whether they are rows or columns of the grid."""
-    return {"key": axis.key, "values": axis.values, "shown": "rows" if axis.drawn else "columns"}
+    """An axis: its key, a short word for it, its values, and whether they are rows or columns of the grid."""
+    return {
+        "key": axis.key,
+        "label": axis.short,
+        "values": axis.values,
+        "shown": "rows" if axis.drawn else "columns",
+    }
 
 
 def entry(layout: Layout, number: int, cells: Mapping[Cell, Shown | str]) -> Entry:

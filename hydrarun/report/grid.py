@@ -23,9 +23,9 @@ def draw(layout: Layout, cells: Mapping[Cell, Shown | str], gain: int, entries: 
         drawn = [draw_cell(layout, cells, gain, entries, (place, column)) for column in range(len(layout.columns))]
         name = f'<th scope="row">{row_name(layout, row)}</th>'
         rows.append(f"<tr>{name}{''.join(drawn)}</tr>")
-    kind = "single" if len(layout.columns) == 1 else "few" if len(layout.columns) == 2 else "many"
+    kind = "grid single" if len(layout.columns) == 1 else "grid"
     return (
-        f'<table class="grid {kind}"><thead><tr><td></td>{heads}</tr></thead>\n<tbody>\n'
+        f'<table class="{kind}"><thead><tr><td></td>{heads}</tr></thead>\n<tbody>\n'
         + "\n".join(rows)
         + "\n</tbody></table>"
     )
@@ -33,12 +33,13 @@ def draw(layout: Layout, cells: Mapping[Cell, Shown | str], gain: int, entries: 
 
 def head(column: Column, entries: Sequence[Entry]) -> str:
     """A setting and, on average over its points, what it costs and how near it comes."""
+    reference = any(entry["reference"] == entry["name"] for entry in entries)
     means = [
         mean(entries, ("timings", "steady_denoise_s"), lambda value: f"{words.significant(value)} s"),
-        mean(entries, ("speedup", "steady"), words.times),
+        "" if reference else mean(entries, ("speedup", "steady"), words.times),
+        "" if reference else mean(entries, ("difference", "psnr"), lambda value: words.decibels(value, " dB")),
     ]
     told = " · ".join(text for text in means if text)
-    reference = any(entry["reference"] == entry["name"] for entry in entries)
     mark = '<span class="tag">reference</span>' if reference else ""
     return f'<th scope="col"><b>{escape(column.label)}</b>{mark}<small>{told}</small></th>'
 
@@ -83,7 +84,7 @@ def draw_cell(
     name = f"{layout.columns[column].label}, {title_of(row)}"
     file = entry["outputs"][layout.points[number].outputs.index(output)]["path"]
     if found.difference:
-        compared += f' data-difference="{away(found.difference, gain)}"'
+        compared += f' data-difference="{away(found.difference)}"'
     return (
         f'<td><figure id="cell-{place[0]}-{column}" data-name="{escape(name)}"{compared}'
         f' data-point="{escape(entry["name"])}" data-size="{found.size[0]}×{found.size[1]}">'
@@ -119,7 +120,7 @@ def pixelated(found: Shown) -> str:
 def caption(entry: Entry, output: Output, found: Shown) -> str:
     """Speed and quality, as far as they are known."""
     speed = number(entry, "timings", "mean_step_s")
-    factor = number(entry, "speedup", "steady")
+    factor = number(entry, "speedup", "steady") if entry["reference"] != entry["name"] else None
     parts = [f"{words.milliseconds(speed)} ms/step" if speed else "", words.times(factor) if factor else ""]
     return f"<span>{' · '.join(filter(None, parts))}</span><span>{nearness(entry, output, found)}</span>"
 
@@ -134,11 +135,11 @@ def nearness(entry: Entry, output: Output, found: Shown) -> str:
     return " · ".join(parts)
 
 
-def away(apart: Difference, gain: int) -> str:
+def away(apart: Difference) -> str:
     """A difference in words."""
     if apart.largest == 0:
         return "no difference from the reference"
-    return f"from the reference: {words.decibels(apart.psnr, ' dB')}, largest {apart.largest} of 255, amplified ×{gain}"
+    return f"from the reference: {words.decibels(apart.psnr, ' dB')}, largest {apart.largest} of 255"
 
 
 def failed(status: str, error: str) -> str:

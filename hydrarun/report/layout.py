@@ -1,4 +1,4 @@
-"""The grid: a row for each thing drawn, a column for each way to draw it, and the cell that the others are compared to."""
+"""The grid: a row for each thing drawn, a column for each way to draw it, and the cells that others are compared to."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def arrange(points: list[Point], reference: str | None) -> Layout:
 
 
 def columns_of(points: Sequence[Point], found: Sequence[Axis], values: Sequence[Values]) -> list[Column]:
-    """The settings, in the order of their first points. Points that are alike in everything get columns of their own."""
+    """The settings, in the order of their first points. Points alike in everything get columns of their own."""
     drawing = [axis for axis in found if not axis.drawn]
     columns: dict[tuple[str, int], Column] = {}
     alike: Counter[tuple[str, ...]] = Counter()

@@ -1,4 +1,4 @@
-"""What run.json says of a point in numbers, by the names of the table and of report.json. What was not measured is None."""
+"""What run.json says of a point in numbers, by their names in report.json. What was not measured is None."""
 
 from __future__ import annotations
 

@@ -43,17 +43,13 @@ const view = $("view"), stage = $("view-stage"), slider = $("view-slider");
 const cells = [...document.querySelectorAll(".grid figure")];
 let current = 0;
 
-const medium = (cell) => {
-  const copy = (cell.querySelector("video") || cell.querySelector(".picture")).cloneNode();
-  copy.removeAttribute("class");
-  return copy;
-};
-const framed = (content, text) => {
+const framed = (cell) => {
   const figure = document.createElement("figure"), caption = document.createElement("figcaption");
-  caption.textContent = text;
-  figure.append(...content, caption);
+  caption.textContent = cell.dataset.name;
+  figure.append(medium(cell), caption);
   return figure;
 };
+const medium = (cell) => still(cell, cell.querySelector("video") ? "video" : ".picture");
 const still = (cell, kind) => {
   const copy = cell.querySelector(kind).cloneNode();
   copy.removeAttribute("class");
@@ -66,7 +62,8 @@ function show() {
   if (document.querySelector("[name=mode]:checked").disabled) $("mode-side").checked = true;
   const mode = document.querySelector("[name=mode]:checked").value;
   slider.hidden = mode !== "slider";
-  stage.style.setProperty("--shape", cell.dataset.size.replace("×", "/"));
+  const [width, height] = cell.dataset.size.split("×");
+  stage.style.setProperty("--shape", width / height);
   if (mode === "slider") {
     const stack = document.createElement("div");
     stack.className = "stack";
@@ -74,9 +71,9 @@ function show() {
     stage.replaceChildren(stack);
     slide();
   } else if (mode === "difference") {
-    stage.replaceChildren(framed([still(cell, ".difference")], cell.dataset.difference));
+    stage.replaceChildren(still(cell, ".difference"));
   } else {
-    stage.replaceChildren(...[reference, cell].filter(Boolean).map((one) => framed([medium(one)], one.dataset.name)));
+    stage.replaceChildren(...[reference, cell].filter(Boolean).map(framed));
   }
   for (const video of stage.querySelectorAll("video")) video.play();
   $("view-name").textContent = cell.dataset.name;

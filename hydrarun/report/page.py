@@ -94,29 +94,42 @@ def facts(layout: Layout) -> Iterator[str]:
         values = "".join(f"<li>{escape(value)}</li>" for value in axis.values)
         yield f'<div class="axis"><dt>{escape(axis.key)}</dt><dd><ul>{values}</ul></dd></div>'
     points = layout.points
-    machine = [*distinct(points, "hardware", "gpu"), *distinct(points, "hardware", "cpu")]
+    threads = [f"{number} torch threads" for number in distinct(points, "hardware", "torch_threads")]
+    machine = [found for name in ("gpu", "cpu") for found in distinct(points, "hardware", name)]
     versions = [
         f"{name} {', '.join(found)}"
         for name in ("hydrarun", "torch", "diffusers", "cache-dit", "python")
         if (found := distinct(points, "versions", name))
     ]
-    dates = sorted(date[:16].replace("T", " ") for date in distinct(points, "created"))
-    when = f"{dates[0]} to {dates[-1]} UTC" if len(set(dates)) > 1 else f"{dates[0]} UTC" if dates else ""
+    dates = sorted({date[:16].replace("T", " ") for date in distinct(points, "created")})
     listed = {
-        "weights": ", ".join(distinct(points, "weights", "path")),
-        "device": ", ".join([*distinct(points, "device"), *machine]),
-        "numbers": ", ".join(distinct(points, "dtype")),
-        "versions": ", ".join(versions),
-        "drawn": when,
+        "weights": distinct(points, "weights", "path"),
+        "size": sizes(points),
+        "steps": distinct(points, "config", "sampling", "num_inference_steps"),
+        "device": [*distinct(points, "device"), *machine, *threads],
+        "dtype": distinct(points, "dtype"),
+        "versions": versions,
+        "drawn, UTC": [" to ".join([dates[0], dates[-1]] if dates[1:] else dates)] if dates else [],
     }
-    for name, value in listed.items():
-        if value:
-            yield f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>"
+    for name, told in listed.items():
+        if told:
+            yield f"<div><dt>{name}</dt><dd>{escape(', '.join(told))}</dd></div>"
+
+
+def sizes(points: Sequence[Point]) -> list[str]:
+    """The sizes of all outputs, each once."""
+    found = {}
+    for point in points:
+        for output in at(point.record, "outputs", kind=list) or []:
+            width, height, frames = (at(output, name, kind=int) for name in ("width", "height", "frames"))
+            found[f"{width}×{height}" + (f", {frames} frames" if frames else "")] = width and height
+    return [size for size, known in found.items() if known]
 
 
 def distinct(points: Sequence[Point], *keys: str) -> list[str]:
-    """The texts under `keys`, each once."""
-    return list(dict.fromkeys(value for point in points if (value := at(point.record, *keys, kind=str))))
+    """The texts and numbers under `keys`, each once."""
+    values = (at(point.record, *keys, kind=(str, int)) for point in points)
+    return list(dict.fromkeys(str(value) for value in values if value is not None))
 
 
 def prompt(layout: Layout) -> str:
@@ -145,13 +158,16 @@ def notes(layout: Layout, cells: dict[Cell, Shown | str], gain: int) -> Iterator
     shown = [cell for cell in cells.values() if isinstance(cell, Shown)]
     if any(cell.difference for cell in shown):
         yield (
-            f"A difference is |a − b| of the pixels, ×{gain} for the eye, against the reference in the same row; of a video,"
-            " its middle frame. Its PSNR and its largest value are of all pixels, as they are in the files."
+            f"A difference is |a − b| of the pixels, ×{gain} for the eye, against the reference in the same row; of a"
+            " video, its middle frame. PSNR and largest value are of all pixels, as they are in the files."
         )
     elif len(layout.points) > 1:
-        yield "Nothing is compared: no point without cache and quantization has a picture (--reference NAME chooses another)."
+        yield (
+            "Nothing is compared: no picture without cache and quantization in a row with others"
+            " (--reference NAME chooses another reference)."
+        )
     if any(cell.reduced for cell in shown):
-        yield "Shown smaller than they are; a picture in full view links to its file."
+        yield "Shown smaller than they are; the full view links to the file."
     if len(layout.rows) > pictures.most_rows(layout):
         yield (
             f"The first {pictures.most_rows(layout)} of {len(layout.rows)} rows. The others are in report.json, without"
@@ -163,27 +179,25 @@ def draw_plot(entries: Sequence[Entry]) -> str:
     """Speed against quality, and what both are; or why there is no plot."""
     places = data.settings(entries)
     if len(places) < 2:
-        return "<p>Needs at least two settings with times and a PSNR: a reference to compare with, or report.metrics=[psnr].</p>"
-    by_twin = data.measured(entries)
-    marks = [
-        plot.Mark(
-            label,
-            middle,
-            [
-                (one["name"], where)
-                for one in entries
-                if one["setting"] == label and (where := data.place(one, by_twin))
-            ],
+        return (
+            "<p>Needs at least two settings with times and a PSNR: a reference to compare with, or"
+            " report.metrics=[psnr].</p>"
         )
-        for label, middle in places.items()
-    ]
+    by_twin = data.measured(entries)
     against = "its uncached twin" if by_twin else "the reference in the same row, computed from the files"
+    drawn = plot.draw(list(marks(entries, by_twin)), data.floors(entries), "PSNR, dB ↑ nearer")
     return (
-        f"<figure>{plot.draw(marks, data.floors(entries), 'PSNR, dB ↑ nearer')}<figcaption>Across: seconds of denoising for one output,"
-        " the first step counted as a usual one. Up: PSNR of the output against "
-        f"{against}. A mark is a setting, the mean of its points (small dots). The filled ones are the Pareto front: no"
-        " other is as fast and as near.</figcaption></figure>"
+        f"<figure>{drawn}<figcaption>Across: seconds of denoising for one output, the first step counted as a usual"
+        f" one. Up: PSNR of the output against {against}. A mark is a setting, the mean of its points (small dots). The"
+        " filled ones are the Pareto front: no other is as fast and as near.</figcaption></figure>"
     )
+
+
+def marks(entries: Sequence[Entry], by_twin: bool) -> Iterator[plot.Mark]:
+    """The settings of the plot, with their points."""
+    for label, middle in data.settings(entries).items():
+        own = [(one["name"], data.place(one, by_twin)) for one in entries if one["setting"] == label]
+        yield plot.Mark(label, middle, [(name, where) for name, where in own if where])
 
 
 def command(entry: Entry) -> str:

@@ -36,9 +36,9 @@ GAINS = (32, 16, 8, 4, 2, 1)
 
 @dataclass
 class Difference:
-    """Between an output and the reference's: `psnr` in dB, at most 100, and `largest`, of 255, over all pixels and frames.
+    """Between an output and the reference's, over all pixels and frames: `psnr` in dB, at most 100; `largest`, of 255.
 
-    `pixels`: uint8 `[h, w, 3]`, their absolute difference, as small as what is embedded; of a video that of the middle frame.
+    `pixels`: uint8 `[h, w, 3]`, the absolute difference, as small as what is embedded; of a video its middle frame's.
     """
 
     psnr: float
@@ -48,7 +48,7 @@ class Difference:
 
 @dataclass
 class Shown:
-    """A cell. Data URIs: `image`, of a video its middle frame, and `video`; `size` in pixels is that of the original."""
+    """A cell. Data URIs: `image`, of a video its middle frame, and `video`. `size`: the original's width and height."""
 
     image: str
     size: tuple[int, int]
@@ -106,7 +106,7 @@ def fps_of(row: Row, column: int) -> int:
 
 
 def read(file: Path) -> np.ndarray | str:
-    """The pixels of a picture (uint8 `[H, W, 3]`) or video (`[F, H, W, 3]`); or why there are none, without the path."""
+    """The pixels of a picture (uint8 `[H, W, 3]`) or video (`[F, H, W, 3]`); or why there are none."""
     try:
         if file.is_dir():
             return frames.read(file)[0]

@@ -13,7 +13,7 @@ Place = tuple[float, float]  # seconds, dB
 
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 70, 24, 30, 56
-LINE = 19  # between labels, one above the other
+LINE, LETTER = 21, 10.5  # of labels, as high and as wide as they are on a phone
 
 
 @dataclass
@@ -134,10 +134,11 @@ def sign(scales: Scales, mark: Mark, best: bool) -> str:
 
 def labels(scales: Scales, marks: Sequence[Mark]) -> list[str]:
     """The names beside the marks, moved down where they would lie on each other."""
-    taken: list[tuple[float, float, float]] = []
+    places = [(scales.x(mark.place[0]), scales.y(mark.place[1]) + 5) for mark in marks]
+    taken = [(x - 9, x + 9, y) for x, y in places]
     found = []
     for mark in sorted(marks, key=lambda mark: scales.y(mark.place[1])):
-        x, y, wide = scales.x(mark.place[0]), scales.y(mark.place[1]) + 5, 9.0 * len(mark.label)
+        x, y, wide = scales.x(mark.place[0]), scales.y(mark.place[1]) + 5, LETTER * len(mark.label)
         left = x + 12 + wide > WIDTH - RIGHT
         start = x - 12 - wide if left else x + 12
         while any(abs(y - other) < LINE and start < right and start + wide > begin for begin, right, other in taken):

@@ -18,7 +18,7 @@ from hydrarun.text import PATHS_KEY, TEXT_KEYS, literal
 
 
 def command(point: Point) -> str | None:
-    """A line for the shell: the point's overrides, or a replay of its run.json in the report's folder; None: neither."""
+    """A line for the shell: the point's overrides, or a replay of its run.json from the report's folder; or neither."""
     if point.overrides is not None:
         return shlex.join(["hydrarun", *map(again, point.overrides)])
     if point.record:
@@ -28,8 +28,8 @@ def command(point: Point) -> str | None:
 
 @cache
 def again(override: str) -> str:
-    """The word that `hydrarun` reads as Hydra read this one: texts as they are where that is clear, else in quotes."""
-    key, _, value = override.partition("=")
+    """The word that `hydrarun` reads as Hydra read this one: a text as it is where that is clear, else in quotes."""
+    key = override.partition("=")[0]
     if key.lstrip("+") not in (*TEXT_KEYS, PATHS_KEY):
         return redact_text(override)
     try:

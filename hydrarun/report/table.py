@@ -28,6 +28,16 @@ def under(*keys: str) -> Callable[[Entry], float | None]:
     return lambda entry: number(entry, *keys)
 
 
+def chosen(key: str) -> Callable[[Entry], str]:
+    """The value on an axis."""
+    return lambda entry: entry["values"][key]
+
+
+def ended(entry: Entry) -> str:
+    """How the point ended."""
+    return entry["status"] if entry["error"] is None else f"{entry['status']}: {entry['error']}"
+
+
 def happened(*keys: str) -> Callable[[Entry], float | None]:
     """The same where 0 means that there was nothing to measure."""
     return lambda entry: number(entry, *keys) or None
@@ -69,10 +79,10 @@ FIXED = (
 
 def columns(axes: Sequence[Entry], entries: Sequence[Entry]) -> list[Column]:
     """Those in which some point has a value, after the values of the axes and the status."""
-    settings = [Column("", axis["key"], "", lambda entry, key=axis["key"]: entry["values"][key]) for axis in axes]
+    settings = [Column("", axis["label"], "", chosen(axis["key"])) for axis in axes]
     told = [*FIXED, *qualities(entries)]
     filled = [column for column in told if any(column.value(entry) is not None for entry in entries)]
-    return [Column("", "point", "", lambda entry: entry["name"]), *settings, *filled]
+    return [Column("", "point", "", lambda entry: entry["name"]), *settings, Column("", "status", "", ended), *filled]
 
 
 def qualities(entries: Sequence[Entry]) -> Iterator[Column]:
@@ -110,14 +120,15 @@ def head(place: int, column: Column) -> str:
 
 
 def cell(column: Column, entry: Entry) -> str:
-    """One value; nothing where there is none. What was not finished says why in its first column."""
+    """One value; nothing where there is none."""
     value = column.value(entry)
     if column.title == "point":
-        return f'<th scope="row">{escape(entry["name"])}{status(entry)}</th>'
+        return f'<th scope="row">{escape(entry["name"])}</th>'
     if value is None:
         return "<td></td>"
     if isinstance(value, str):
-        return f"<td>{escape(value)}</td>"
+        kind = ' class="bad"' if column.value is ended and entry["error"] else ""
+        return f"<td{kind}>{escape(value)}</td>"
     return f'<td class="number" data-value="{value!r}">{escape(counted(column, entry) or column.write(value))}</td>'
 
 
@@ -127,10 +138,3 @@ def counted(column: Column, entry: Entry) -> str | None:
         return None
     done, every = (number(entry, "work", f"{column.title}_{part}") for part in (column.unit, "all"))
     return f"{done} / {every}"
-
-
-def status(entry: Entry) -> str:
-    """How the point ended, where that is not well."""
-    if entry["status"] == "complete":
-        return ""
-    return f'<p class="bad" title="{escape(entry["error"])}">{escape(entry["status"])}</p>'
