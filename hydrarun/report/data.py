@@ -24,9 +24,10 @@ Entry = dict[str, Any]
 def build(folder: Path, layout: Layout, cells: Mapping[Cell, Shown | str], gain: int) -> Entry:
     """What report.json holds. `folder`: the report's; `gain`: how many times differences are amplified."""
     entries = [entry(layout, number, cells) for number in range(len(layout.points))]
+    by_name = {one["name"]: one for one in entries}
     for one in entries:
-        there = next((other for other in entries if other["name"] == one["reference"]), None)
-        if there and one["status"] == there["status"] == "complete":
+        there = by_name.get(one["reference"])
+        if there and there is not one and one["status"] == there["status"] == "complete":
             one["speedup"] = numbers.speedup(one["timings"], there["timings"])
     front = pareto_labels(entries)
     for one in entries:
@@ -79,7 +80,7 @@ def entry(layout: Layout, number: int, cells: Mapping[Cell, Shown | str]) -> Ent
         "overrides": point.overrides and [repeat.again(word) for word in point.overrides],
         "reference": reference,
         "timings": numbers.timings(point),
-        "speedup": {"steady": None, "total": None},
+        "speedup": None,
         "memory": numbers.memory(point),
         "work": numbers.work(point),
         "quality": numbers.quality(point),

@@ -17,7 +17,8 @@ Entry = dict[str, Any]
 
 def draw(layout: Layout, cells: Mapping[Cell, Shown | str], gain: int, entries: Sequence[Entry]) -> str:
     """The grid in HTML."""
-    heads = "".join(head(column, [entries[point] for point in column.points]) for column in layout.columns)
+    compared = {entry["reference"] for entry in entries if entry["reference"] != entry["name"]}
+    heads = "".join(head(column, [entries[point] for point in column.points], compared) for column in layout.columns)
     rows = []
     for place, row in enumerate(layout.rows[: most_rows(layout)]):
         drawn = [draw_cell(layout, cells, gain, entries, (place, column)) for column in range(len(layout.columns))]
@@ -31,13 +32,13 @@ def draw(layout: Layout, cells: Mapping[Cell, Shown | str], gain: int, entries: 
     )
 
 
-def head(column: Column, entries: Sequence[Entry]) -> str:
-    """A setting and, on average over its points, what it costs and how near it comes."""
-    reference = any(entry["reference"] == entry["name"] for entry in entries)
+def head(column: Column, entries: Sequence[Entry], compared: set[str | None]) -> str:
+    """A setting and, on average over its points, what it costs and how near it comes; `compared`: the references."""
+    reference = any(entry["name"] in compared for entry in entries)
     means = [
         mean(entries, ("timings", "steady_denoise_s"), lambda value: f"{words.significant(value)} s"),
-        "" if reference else mean(entries, ("speedup", "steady"), words.times),
-        "" if reference else mean(entries, ("difference", "psnr"), lambda value: words.decibels(value, " dB")),
+        mean(entries, ("speedup", "steady"), words.times),
+        mean(entries, ("difference", "psnr"), lambda value: words.decibels(value, " dB")),
     ]
     told = " · ".join(text for text in means if text)
     mark = '<span class="tag">reference</span>' if reference else ""
@@ -106,9 +107,9 @@ def media(found: Shown, file: str, name: str, gain: int) -> str:
     if found.difference:
         source, text = difference_uri(found.difference, gain), f"difference from the reference, {name}"
         apart = f'<img class="difference" src="{source}" alt="{escape(text)}"{pixelated(found)}>'
-    link = f'<a href="{quote(file)}" title="full view">{still}{apart}</a>'
     if found.video is None:
-        return link
+        return f'<a href="{quote(file)}" title="full view">{still}{apart}</a>'
+    link = f'<a href="{quote(file)}">{still}{apart}<span>full view</span></a>'
     return f'<video controls loop muted playsinline poster="{found.image}" src="{found.video}"></video>{link}'
 
 
@@ -120,7 +121,7 @@ def pixelated(found: Shown) -> str:
 def caption(entry: Entry, output: Output, found: Shown) -> str:
     """Speed and quality, as far as they are known."""
     speed = number(entry, "timings", "mean_step_s")
-    factor = number(entry, "speedup", "steady") if entry["reference"] != entry["name"] else None
+    factor = number(entry, "speedup", "steady")
     parts = [f"{words.milliseconds(speed)} ms/step" if speed else "", words.times(factor) if factor else ""]
     return f"<span>{' · '.join(filter(None, parts))}</span><span>{nearness(entry, output, found)}</span>"
 

@@ -67,7 +67,7 @@ function show() {
   if (mode === "slider") {
     const stack = document.createElement("div");
     stack.className = "stack";
-    stack.append(still(cell, ".picture"), still(reference, ".picture"));
+    stack.append(still(cell, ".picture"), still(reference, ".picture"), document.createElement("i"));
     stage.replaceChildren(stack);
     slide();
   } else if (mode === "difference") {
@@ -76,7 +76,7 @@ function show() {
     stage.replaceChildren(...[reference, cell].filter(Boolean).map(framed));
   }
   for (const video of stage.querySelectorAll("video")) video.play();
-  $("view-name").textContent = cell.dataset.name;
+  $("view-name").textContent = (mode === "slider" ? reference.dataset.name + " | " : "") + cell.dataset.name;
   const link = cell.querySelector("a").cloneNode();
   link.textContent = "the file itself, " + cell.dataset.size;
   const told = [...cell.querySelectorAll("figcaption span"), { textContent: cell.dataset.difference || "" }];
@@ -85,7 +85,10 @@ function show() {
   view.querySelector(".command").hidden = !command;
   $("view-command").textContent = command ? command.querySelector("code").textContent : "";
 }
-const slide = () => { stage.querySelector("img + img").style.clipPath = `inset(0 ${100 - slider.value}% 0 0)`; };
+const slide = () => {
+  stage.querySelector("img + img").style.clipPath = `inset(0 ${100 - slider.value}% 0 0)`;
+  stage.querySelector("i").style.left = slider.value + "%";
+};
 const go = (step) => { current = (current + step + cells.length) % cells.length; show(); };
 
 cells.forEach((cell, place) => {

@@ -94,7 +94,7 @@ def facts(layout: Layout) -> Iterator[str]:
         values = "".join(f"<li>{escape(value)}</li>" for value in axis.values)
         yield f'<div class="axis"><dt>{escape(axis.key)}</dt><dd><ul>{values}</ul></dd></div>'
     points = layout.points
-    threads = [f"{number} torch threads" for number in distinct(points, "hardware", "torch_threads")]
+    threads = [words.count(int(one), "torch thread") for one in distinct(points, "hardware", "torch_threads")]
     machine = [found for name in ("gpu", "cpu") for found in distinct(points, "hardware", name)]
     versions = [
         f"{name} {', '.join(found)}"
@@ -161,13 +161,17 @@ def notes(layout: Layout, cells: dict[Cell, Shown | str], gain: int) -> Iterator
             f"A difference is |a − b| of the pixels, ×{gain} for the eye, against the reference in the same row; of a"
             " video, its middle frame. PSNR and largest value are of all pixels, as they are in the files."
         )
-    elif len(layout.points) > 1:
+        yield (
+            "Under a picture: its mean step when it is steady, how many times faster than the reference that is, PSNR and"
+            " SSIM (of the uncached twin where that was measured). Above a column: seconds for one output, and the means."
+        )
+    elif len(layout.columns) > 1:
         yield (
             "Nothing is compared: no picture without cache and quantization in a row with others"
             " (--reference NAME chooses another reference)."
         )
     if any(cell.reduced for cell in shown):
-        yield "Shown smaller than they are; the full view links to the file."
+        yield "Shown are small, compressed copies; numbers are of the files, to which the full view links."
     if len(layout.rows) > pictures.most_rows(layout):
         yield (
             f"The first {pictures.most_rows(layout)} of {len(layout.rows)} rows. The others are in report.json, without"
@@ -204,7 +208,8 @@ def command(entry: Entry) -> str:
     """A point and how to repeat it."""
     if entry["command"] is None:
         return ""
-    values = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in entry["values"].items())
+    told = {key: value for key, value in entry["values"].items() if key != "sampling.prompt"}  # the command has it
+    values = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in told.items())
     return (
         f'<li id="command-{escape(entry["name"])}"><span>{escape(entry["name"])}</span><span>{escape(values)}</span>'
         f'<code>{escape(entry["command"])}</code><button type="button" class="copy">Copy</button></li>'

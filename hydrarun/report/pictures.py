@@ -52,7 +52,7 @@ class Shown:
 
     image: str
     size: tuple[int, int]
-    reduced: bool
+    reduced: bool  # whether what is embedded is less than the original
     video: str | None
     difference: Difference | None
 
@@ -148,7 +148,7 @@ def shown(file: Path, pixels: np.ndarray, fps: int, apart: Difference | None, si
     small = reduce(still, side)
     size = still.shape[1], still.shape[0]
     if pixels.ndim == 3:
-        return Shown(picture_uri(small), size, small.size != size, None, apart)
+        return Shown(picture_uri(small), size, small.size != size or not is_small(small), None, apart)
     if file.is_file() and file.stat().st_size <= SMALL_VIDEO and max(size) <= SIDE:
         return Shown(picture_uri(small), size, False, uri("video/mp4", file.read_bytes()), apart)
     return Shown(picture_uri(small), size, True, video_uri(pixels, fps), apart)
@@ -164,8 +164,13 @@ def reduce(pixels: np.ndarray, side: int) -> Image.Image:
 def picture_uri(image: Image.Image) -> str:
     """WebP, without loss where it is small."""
     data = io.BytesIO()
-    image.save(data, "WEBP", lossless=image.width * image.height <= LOSSLESS, quality=82, method=3)
+    image.save(data, "WEBP", lossless=is_small(image), quality=82, method=3)
     return uri("image/webp", data.getvalue())
+
+
+def is_small(image: Image.Image) -> bool:
+    """Whether it is kept without loss."""
+    return image.width * image.height <= LOSSLESS
 
 
 def video_uri(pixels: np.ndarray, fps: int) -> str | None:

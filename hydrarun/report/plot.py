@@ -133,19 +133,24 @@ def sign(scales: Scales, mark: Mark, best: bool) -> str:
 
 
 def labels(scales: Scales, marks: Sequence[Mark]) -> list[str]:
-    """The names beside the marks, moved down where they would lie on each other."""
+    """The names beside the marks, on the side and in the line where they lie on nothing."""
     places = [(scales.x(mark.place[0]), scales.y(mark.place[1]) + 5) for mark in marks]
     taken = [(x - 9, x + 9, y) for x, y in places]
     found = []
-    for mark in sorted(marks, key=lambda mark: scales.y(mark.place[1])):
-        x, y, wide = scales.x(mark.place[0]), scales.y(mark.place[1]) + 5, LETTER * len(mark.label)
-        left = x + 12 + wide > WIDTH - RIGHT
-        start = x - 12 - wide if left else x + 12
-        while any(abs(y - other) < LINE and start < right and start + wide > begin for begin, right, other in taken):
-            y += LINE
-        taken.append((start, start + wide, y))
-        found.append(words(x - 12 if left else x + 12, y, mark.label, "label end" if left else "label"))
+    for (x, y), mark in sorted(zip(places, marks, strict=True), key=lambda pair: pair[0][1]):
+        wide = LETTER * len(mark.label)
+        spots = [(start, y + LINE * line) for line in range(len(marks) + 1) for start in (x + 12, x - 12 - wide)]
+        free = (spot for spot in spots if LEFT < spot[0] < WIDTH - wide and not covers(taken, *spot, wide))
+        start, line = next(free, spots[0])
+        taken.append((start, start + wide, line))
+        left = start < x
+        found.append(words(x - 12 if left else x + 12, line, mark.label, "label end" if left else "label"))
     return found
+
+
+def covers(taken: Sequence[tuple[float, float, float]], start: float, y: float, wide: float) -> bool:
+    """Whether a label would lie on something."""
+    return any(abs(y - other) < LINE and start < end and start + wide > begin for begin, end, other in taken)
 
 
 def told(place: Place) -> str:

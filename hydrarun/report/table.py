@@ -115,8 +115,8 @@ def draw(axes: Sequence[Entry], entries: Sequence[Entry]) -> str:
 def head(place: int, column: Column) -> str:
     """A column's head: a button that sorts by it."""
     unit = f" <small>{escape(column.unit)}</small>" if column.unit else ""
-    sorted_by = ' aria-sort="ascending"' if place == 0 else ""
-    return f'<th scope="col"{sorted_by}><button type="button">{escape(column.title)}{unit}</button></th>'
+    more = ' aria-sort="ascending"' if place == 0 else ' class="number"' if column.group else ""
+    return f'<th scope="col"{more}><button type="button">{escape(column.title)}{unit}</button></th>'
 
 
 def cell(column: Column, entry: Entry) -> str:
