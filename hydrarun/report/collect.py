@@ -56,6 +56,10 @@ class Point:
         """The configuration, or nothing."""
         return at(self.record, "config", kind=dict) or {}
 
+    def address(self, output: Output) -> str | None:
+        """Where an output's file lies, relative to the report."""
+        return output.path if self.name == "." or output.path is None else f"{self.name}/{output.path}"
+
 
 def collect(folder: Path) -> list[Point]:
     """The points in and below `folder`, by their numbers. Raises UsageError if there are none."""

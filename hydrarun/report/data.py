@@ -29,9 +29,9 @@ def build(folder: Path, layout: Layout, cells: Mapping[Cell, Shown | str], gain:
         there = by_name.get(one["reference"])
         if there and there is not one and one["status"] == there["status"] == "complete":
             one["speedup"] = numbers.speedup(one["timings"], there["timings"])
-    front = pareto_labels(entries)
+    front, by_twin = pareto_labels(entries), measured(entries)
     for one in entries:
-        one["pareto"] = one["setting"] in front if place(one, measured(entries)) else None
+        one["pareto"] = one["setting"] in front if place(one, by_twin) else None
     statuses = [point.status for point in layout.points]
     return {
         "format": FORMAT,
@@ -58,26 +58,14 @@ def axis_entry(axis: Axis) -> Entry:
 def entry(layout: Layout, number: int, cells: Mapping[Cell, Shown | str]) -> Entry:
     """One point."""
     point = layout.points[number]
-    column = layout.column_of(number)
-    apart: dict[int, Difference] = {}
-    reference = None
-    for place, row in enumerate(layout.rows):
-        cell = row.cells.get(column)
-        if cell is None or cell[0] != number:
-            continue
-        other = layout.reference(row, column)
-        reference = reference or (None if other is None else layout.points[row.cells[other][0]].name)
-        shown = cells.get((place, column))
-        if cell[1] and isinstance(shown, Shown) and shown.difference:
-            apart[id(cell[1])] = shown.difference
+    reference, apart = compared(layout, number, cells)
     return {
         "name": point.name,
-        "setting": layout.columns[column].label,
+        "setting": layout.columns[layout.column_of(number)].label,
         "values": layout.values[number],
         "status": point.status,
         "error": point.error,
         "command": repeat.command(point),
-        "overrides": point.overrides and [repeat.again(word) for word in point.overrides],
         "reference": reference,
         "timings": numbers.timings(point),
         "speedup": None,
@@ -86,15 +74,31 @@ def entry(layout: Layout, number: int, cells: Mapping[Cell, Shown | str]) -> Ent
         "quality": numbers.quality(point),
         "difference": summary(list(apart.values())),
         "pareto": None,
-        "outputs": [output_entry(point, output, apart.get(id(output))) for output in point.outputs],
+        "outputs": [output_entry(point, output, apart.get(output.index)) for output in point.outputs],
     }
+
+
+def compared(
+    layout: Layout, number: int, cells: Mapping[Cell, Shown | str]
+) -> tuple[str | None, dict[int, Difference]]:
+    """The point that this one is compared to, and how far from it are its outputs, by their index."""
+    column, names, apart = layout.column_of(number), [], {}
+    for place, row in enumerate(layout.rows):
+        member, output = row.cells.get(column, (None, None))
+        if member != number:
+            continue
+        other = layout.reference(row, column)
+        names += [] if other is None else [layout.points[row.cells[other][0]].name]
+        shown = cells.get((place, column))
+        if output and isinstance(shown, Shown) and shown.difference:
+            apart[output.index] = shown.difference
+    return next(iter(names), None), apart
 
 
 def output_entry(point: Point, output: Output, apart: Difference | None) -> Entry:
     """One picture or video of a point; `path` is relative to the report."""
-    path = output.path if point.name == "." or output.path is None else f"{point.name}/{output.path}"
     told = apart and {"psnr": apart.psnr, "largest": apart.largest}
-    return {**asdict(output), "path": path, "difference": told}
+    return {**asdict(output), "path": point.address(output), "difference": told}
 
 
 def summary(apart: Sequence[Difference]) -> Entry | None:

@@ -76,14 +76,14 @@ def draw_cell(
         return "<td></td>"
     number, output = row.cells[column]
     found, entry = cells.get(place), entries[number]
-    if output is None:
-        return failed(entry["status"], layout.points[number].error or "this point did not draw it")
+    if output is None:  # a complete point has nothing for this row where others draw more
+        return failed(entry["status"], entry["error"]) if entry["error"] else "<td></td>"
     if not isinstance(found, Shown):
         return failed("failed", output.error or found or "")
     reference = layout.reference(row, column)
     compared = "" if reference in (None, column) else f' data-reference="cell-{place[0]}-{reference}"'
     name = f"{layout.columns[column].label}, {title_of(row)}"
-    file = entry["outputs"][layout.points[number].outputs.index(output)]["path"]
+    file = layout.points[number].address(output) or ""
     if found.difference:
         compared += f' data-difference="{away(found.difference)}"'
     return (
