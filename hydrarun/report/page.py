@@ -162,8 +162,8 @@ def notes(layout: Layout, cells: dict[Cell, Shown | str], gain: int) -> Iterator
             " video, its middle frame. PSNR and largest value are of all pixels, as they are in the files."
         )
         yield (
-            "Under a picture: its mean step when steady, how many times faster than the reference, PSNR and SSIM (against"
-            " the uncached twin where that was measured). Above a column: steady seconds for one output, and the means."
+            "Under a picture: its mean step when steady, how many times faster than the reference, PSNR and SSIM"
+            " (against the uncached twin where that was measured). Above a column: steady seconds of one output, means."
         )
     elif len(layout.columns) > 1:
         yield (

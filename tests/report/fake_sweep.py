@@ -116,7 +116,7 @@ def hydra(sweep: Path, name: str, overrides: Sequence[str]) -> Path:
 
 
 def grid(sweep: Path) -> Path:
-    """Two caches by two seeds, four steps: cached pictures are off in a corner of 64 pixels, by 10, and 3 for seed 2."""
+    """Two caches by two seeds, four steps: cached pictures are off in a corner of 64 pixels, by 10 and 3."""
     for number, (cache_name, seed) in enumerate((c, s) for c in ("none", "teacache") for s in (1, 2)):
         off = 0 if cache_name == "none" else {1: 10, 2: 3}[seed]
         skipped = () if cache_name == "none" else (1, 2)
