@@ -36,7 +36,8 @@ class Browser:
     def __init__(self, profile: Path) -> None:
         here, its_out = os.pipe()
         its_in, there = os.pipe()
-        shell = ["sh", "-c", f'exec "$@" 3<&{its_in} 4>&{its_out}', "sh"]
+        # it reads descriptor 3 and writes 4; bash, because other shells know none above 9
+        shell = ["bash", "-c", f'exec "$@" 3<&{its_in} 4>&{its_out}', "bash"]
         self.process = subprocess.Popen(
             [*shell, str(EXECUTABLE), *FLAGS, f"--user-data-dir={profile}", "about:blank"],
             pass_fds=(its_in, its_out),

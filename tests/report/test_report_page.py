@@ -65,7 +65,7 @@ def written(folder: Path, reference: str | None = None) -> tuple[str, dict]:
     return file.read_text(encoding="utf-8"), json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
-def test_one_load_of_nothing_but_itself(tmp_path):
+def test_the_page_needs_nothing_but_itself(tmp_path):
     text, _ = written(fake_sweep.grid(tmp_path))
     found = Page(text)
     assert not re.search(r"https?:", text)
@@ -207,7 +207,6 @@ def test_pictures_and_differences_are_embedded_once(tmp_path):
     images = [given["src"] for tag, given in Page(text).elements if tag == "img"]
     assert len(images) == 4 + 2
     assert len(text) < 100_000
-    assert "amplif" in text or "×32 for the eye" in text
 
 
 def test_a_report_is_quick(tmp_path):
