@@ -24,8 +24,11 @@ Reading = Callable[[Path], "np.ndarray | str"]
 MOST_CELLS = 240
 
 #: longest side in pixels of what is embedded: of pictures, where they are few or many, and of videos
-SIDE, MANY_SIDE, VIDEO_SIDE = 512, 320, 384
-MANY = 100  # cells
+SIDE, MANY_SIDE, VIDEO_SIDE = 512, 384, 384
+MANY = 36  # cells
+
+#: of WebP's 100, for pictures, and for differences, whose noise is as strong as their amplification makes it
+QUALITY, ROUGH = 82, 50
 
 #: pixels up to which a small copy is without loss, and bytes up to which a video is embedded as it is
 LOSSLESS, SMALL_VIDEO = 256 * 256, 2**20
@@ -161,10 +164,10 @@ def reduce(pixels: np.ndarray, side: int) -> Image.Image:
     return image
 
 
-def picture_uri(image: Image.Image) -> str:
+def picture_uri(image: Image.Image, quality: int = QUALITY) -> str:
     """WebP, without loss where it is small."""
     data = io.BytesIO()
-    image.save(data, "WEBP", lossless=is_small(image), quality=82, method=3)
+    image.save(data, "WEBP", lossless=is_small(image), quality=quality, method=2)
     return uri("image/webp", data.getvalue())
 
 
@@ -192,7 +195,7 @@ def gain(cells: Iterable[Shown | str]) -> int:
 def difference_uri(apart: Difference, times: int) -> str:
     """The difference as a picture, amplified."""
     bright = np.minimum(apart.pixels.astype(np.uint16) * times, 255).astype(np.uint8)
-    return picture_uri(Image.fromarray(bright))
+    return picture_uri(Image.fromarray(bright), ROUGH)
 
 
 def uri(kind: str, data: bytes) -> str:
