@@ -92,10 +92,9 @@ def steps(part: dict[str, Any]) -> Iterator[tuple[int, int]]:
 
 
 def caches(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the run says of its cache, or what each of its batches does."""
-    whole = at(record, "cache", kind=dict)
+    """What each batch of the run says of its cache; of a run without batches what itself does."""
     parts = [at(batch, "cache", kind=dict) for batch in at(record, "batches", kind=list) or []]
-    return [part for part in ([whole] if whole else parts) if part]
+    return [part for part in parts or [at(record, "cache", kind=dict)] if part]
 
 
 def quality(point: Point) -> dict[str, Any]:

@@ -118,7 +118,8 @@ def test_the_batches_of_a_run_count_together(tmp_path):
     folder = fake_sweep.add(tmp_path, "0", [], [picture(0)])
     parts = [measured(skipped=()), measured(skipped=(1,))]
     parts[1]["memory"]["peak_host_bytes"] = 5 * 2**30
-    fake_sweep.change(folder, batches=parts, cache=None, memory=None)
+    summed_up = {"blocks": {"run": 42, "all": 48}, "computed_step_s": 0.2, "skipped_step_s": None}
+    fake_sweep.change(folder, batches=parts, cache=summed_up, memory=None)
     (point,) = collect(tmp_path)
     assert numbers.work(point) == {"steps_computed": 7, "steps_all": 8, "blocks_run": 42, "blocks_all": 48}
     assert numbers.memory(point)["peak_host_bytes"] == 5 * 2**30
