@@ -4,7 +4,6 @@ cannot be read says so, and nothing is raised for it."""
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -21,6 +20,8 @@ FORMAT = 1  # of run.json, as this module reads it
 MAX_BYTES = 64 * 2**20  # of one run.json
 
 RECORD, OVERRIDES = "run.json", ".hydra/overrides.yaml"
+
+MOST = 1e300  # of a number that is believed
 
 UNFINISHED = "no run.json: it was killed, or it is still running"
 
@@ -74,7 +75,7 @@ def collect(folder: Path) -> list[Point]:
 def places(folder: Path) -> Iterator[Path]:
     """Every run directory; what lies inside one is not looked at."""
     for place, folders, files in os.walk(folder):
-        if RECORD in files or Path(place, OVERRIDES).is_file():
+        if RECORD in files or os.path.isfile(os.path.join(place, OVERRIDES)):
             folders.clear()
             yield Path(place)
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -138,7 +139,7 @@ def _output(entry: dict[str, Any]) -> Output:
     error = said(entry.get("error"))
     if path is None:
         error = error or "not made"
-    elif Path(path).name != path or path in ("", ".."):
+    elif Path(path).name != path or path in ("", "..") or "\0" in path:
         path, error = None, f"{path!r} is not the name of a file beside {RECORD}"
     quality = at(entry, "quality", kind=dict) or {}
     numbers = {name: value for name in quality if (value := number(quality, name)) is not None}
@@ -172,6 +173,6 @@ def at(content: Any, *keys: str, kind: type | tuple[type, ...]) -> Any:
 
 
 def number(content: Any, *keys: str) -> float | None:
-    """The finite number under `keys`, or None."""
+    """The number under `keys`, or None; infinity and what no float can hold are none."""
     value = at(content, *keys, kind=(int, float))
-    return value if value is not None and math.isfinite(value) else None
+    return value if value is not None and abs(value) < MOST else None

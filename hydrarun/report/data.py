@@ -121,7 +121,7 @@ def place(one: Entry, by_twin: bool) -> tuple[float, float] | None:
         psnr = number(one, "quality", "psnr", "mean")
     else:
         psnr = PSNR_CAP if one["reference"] == one["name"] else number(one, "difference", "psnr")
-    return None if seconds is None or psnr is None else (seconds, psnr)
+    return (seconds, psnr) if seconds and psnr is not None else None
 
 
 def settings(entries: Sequence[Entry]) -> dict[str, tuple[float, float]]:

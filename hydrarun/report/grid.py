@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -108,8 +109,8 @@ def media(found: Shown, file: str, name: str, gain: int) -> str:
         source, text = difference_uri(found.difference, gain), f"difference from the reference, {name}"
         apart = f'<img class="difference" src="{source}" alt="{escape(text)}"{pixelated(found)}>'
     if found.video is None:
-        return f'<a href="{quote(file)}" title="full view">{still}{apart}</a>'
-    link = f'<a href="{quote(file)}">{still}{apart}<span>full view</span></a>'
+        return f'<a href="{quote(os.fsencode(file))}" title="full view">{still}{apart}</a>'
+    link = f'<a href="{quote(os.fsencode(file))}">{still}{apart}<span>full view</span></a>'
     return f'<video controls loop muted playsinline poster="{found.image}" src="{found.video}"></video>{link}'
 
 

@@ -105,7 +105,8 @@ def file_of(layout: Layout, row: Row, column: int) -> Path | None:
 def fps_of(row: Row, column: int) -> int:
     """Frames per second of a cell's video."""
     output = row.cells[column][1]
-    return (output and output.fps) or 16
+    rate = output.fps if output else None
+    return rate if rate and 0 < rate < 1000 else 16
 
 
 def read(file: Path) -> np.ndarray | str:
@@ -120,6 +121,8 @@ def read(file: Path) -> np.ndarray | str:
         return mp4.read(file)[0]
     except UsageError as error:
         return str(error).removeprefix(f"{file}: ")
+    except OSError as error:
+        return error.strerror or "cannot be read"
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray, side: int) -> Difference | None:

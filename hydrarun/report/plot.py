@@ -74,7 +74,7 @@ def draw(marks: Sequence[Mark], floors: Mapping[str, float], quality: str) -> st
     first = pareto([mark.place for mark in marks])
     body = [
         *axes(scales, quality),
-        *(noise_floor(scales, name, psnr) for name, psnr in floors.items()),
+        *noise_floors(scales, floors),
         front(scales, [mark.place for mark, best in zip(marks, first, strict=True) if best]),
         *(dot(scales, mark.label, *point) for mark in marks if len(mark.points) > 1 for point in mark.points),
         *(sign(scales, mark, best) for mark, best in zip(marks, first, strict=True)),
@@ -103,11 +103,17 @@ def axes(scales: Scales, quality: str) -> list[str]:
     return lines
 
 
-def noise_floor(scales: Scales, name: str, psnr: float) -> str:
-    """A dashed line: what lies above it changes less than that does."""
-    y = scales.y(psnr)
-    text = f"noise floor: {name}" + (" (identical)" if psnr >= PSNR_CAP else f" {psnr:.1f} dB")
-    return rule(LEFT, y, WIDTH - RIGHT, y, "floor") + words(WIDTH - RIGHT, y - 5, text, "tick end")
+def noise_floors(scales: Scales, floors: Mapping[str, float]) -> list[str]:
+    """Dashed lines, those of one height together: what lies above one changes less than that does."""
+    heights: dict[float, list[str]] = {}
+    for name, psnr in floors.items():
+        heights.setdefault(min(round(psnr, 1), PSNR_CAP), []).append(name)
+    found = []
+    for psnr, names in heights.items():
+        y = scales.y(psnr)
+        text = f"noise floor: {', '.join(names)}" + (" (identical)" if psnr == PSNR_CAP else f" {psnr:.1f} dB")
+        found += [rule(LEFT, y, WIDTH - RIGHT, y, "floor"), words(LEFT + 4, y + 17, text, "tick")]
+    return found
 
 
 def front(scales: Scales, places: Sequence[Place]) -> str:

@@ -42,6 +42,6 @@ def percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
-def count(number: int, one: str, many: str | None = None) -> str:
+def count(number: int, one: str) -> str:
     """`1 point`, `2 points`."""
-    return f"{number} {one if number == 1 else many or one + 's'}"
+    return f"{number} {one}{'' if number == 1 else 's'}"

@@ -57,7 +57,8 @@ def test_what_became_of_a_point(tmp_path, content, status, error):
 
 def test_values_of_the_wrong_kind_are_as_good_as_missing(tmp_path):
     folder = fake_sweep.add(tmp_path, "0", [], [picture(3)])
-    wrong = {"timings": ["x"], "memory": {"peak_host_bytes": "much"}, "cache": {"steps": 7}, "quality": 1, "config": 4}
+    peaks = {"peak_host_bytes": "much", "peak_device_bytes": 10**400}
+    wrong = {"timings": ["x"], "memory": peaks, "cache": {"steps": 7}, "quality": 1, "config": 4}
     fake_sweep.change(folder, **wrong)
     (point,) = collect(tmp_path)
     assert set(numbers.timings(point).values()) == {None}
@@ -68,7 +69,7 @@ def test_values_of_the_wrong_kind_are_as_good_as_missing(tmp_path):
 
 def test_a_file_beside_the_run_is_named_and_no_other(tmp_path):
     folder = fake_sweep.add(tmp_path, "0", [], [picture(3)])
-    for path in ("../0000.png", "/etc/passwd", "..", ""):
+    for path in ("../0000.png", "/etc/passwd", "..", "", "a\0.mp4"):
         fake_sweep.change(folder, outputs=[{"index": 0, "prompt": "a", "seed": 3, "path": path}])
         (output,) = collect(tmp_path)[0].outputs
         assert output.path is None

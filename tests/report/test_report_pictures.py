@@ -144,3 +144,14 @@ def test_very_many_rows_are_cut_off(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "MOST_CELLS", 2)
     assert set(shown(fake_sweep.grid(tmp_path))) == {(0, 0), (0, 1)}
     assert png.read(next((tmp_path / "1").glob("*.png")))[0].shape == (64, 64, 3)
+
+
+def test_odd_frame_rates_and_names_are_no_reason_to_stop(tmp_path):
+    folder = video_point(tmp_path, "0", [], VIDEO, "v")
+    for rate in (0, -3, 10**9):
+        fake_sweep.change(
+            folder, outputs=[{"index": 0, "prompt": "a", "seed": 0, "path": "v", "frames": 9, "fps": rate}]
+        )
+        assert film(shown(tmp_path)[0, 0].video).shape == VIDEO.shape
+    fake_sweep.change(folder, outputs=[{"index": 0, "prompt": "a", "seed": 0, "path": "v" * 300}])
+    assert shown(tmp_path)[0, 0] == "File name too long"

@@ -62,12 +62,12 @@ def test_identical_pictures_have_a_line_above_all_others():
 
 
 def test_the_noise_floor_is_dashed_and_named():
-    tree = drawn([mark("a", 1.0, 30.0), mark("b", 2.0, 35.0)], {"flex": 48.25, "repeat": 100.0})
+    tree = drawn([mark("a", 1.0, 30.0), mark("b", 2.0, 35.0)], {"flex": 48.25, "repeat": 100.0, "sdpa": 100.0})
     floors = [line for line in tree.iter(f"{SVG}line") if line.get("class") == "floor"]
     assert len(floors) == 2
     texts = [text.text for text in tree.iter(f"{SVG}text")]
     assert "noise floor: flex 48.2 dB" in texts
-    assert "noise floor: repeat (identical)" in texts
+    assert "noise floor: repeat, sdpa (identical)" in texts
     highest = min(float(circle.get("cy")) for circle in tree.iter(f"{SVG}circle"))
     assert all(float(line.get("y1")) < highest for line in floors)
 
