@@ -53,12 +53,15 @@ def find(points: Sequence[Point]) -> tuple[list[Axis], list[Values]]:
         rows.append({key: chosen[key] if key in chosen else configured(point.config, key) for key in keys})
     found = {key: list(dict.fromkeys(row[key] for row in rows)) for key in keys}
     swept = [key for key in keys if len(found[key]) > 1]
-    lasts = [key.rpartition(".")[2] for key in swept]
-    axes = []
-    for key in swept:
-        last = key.rpartition(".")[2]
-        axes.append(Axis(key, found[key], is_drawn(key), SHORT.get(key, last if lasts.count(last) == 1 else key)))
+    axes = [Axis(key, found[key], is_drawn(key), short(key, swept)) for key in swept]
     return axes, [{key: row[key] for key in swept} for row in rows]
+
+
+def short(key: str, among: Sequence[str]) -> str:
+    """A word for a key: its last part, where no other of them ends so."""
+    last = key.rpartition(".")[2]
+    alone = sum(other.rpartition(".")[2] == last for other in among) == 1
+    return SHORT.get(key, last if alone else key)
 
 
 def settings_of(points: Sequence[Point]) -> list[Values]:

@@ -124,10 +124,10 @@ def caption(entry: Entry, output: Output, found: Shown) -> str:
     speed = number(entry, "timings", "mean_step_s")
     factor = number(entry, "speedup", "steady")
     parts = [f"{words.milliseconds(speed)} ms/step" if speed else "", words.times(factor) if factor else ""]
-    return f"<span>{' · '.join(filter(None, parts))}</span><span>{nearness(entry, output, found)}</span>"
+    return f"<span>{' · '.join(filter(None, parts))}</span><span>{nearness(output, found)}</span>"
 
 
-def nearness(entry: Entry, output: Output, found: Shown) -> str:
+def nearness(output: Output, found: Shown) -> str:
     """PSNR and SSIM against the twin where they were measured, else the PSNR against the reference."""
     measured = output.quality or {}
     parts = [words.decibels(measured["psnr"], " dB")] if "psnr" in measured else []
