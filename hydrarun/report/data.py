@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from hydrarun.quality import metrics
 from hydrarun.quality.metrics import PSNR_CAP
 from hydrarun.report import numbers, repeat
 from hydrarun.report.axes import Axis
@@ -97,16 +98,22 @@ def compared(
 
 def output_entry(point: Point, output: Output, apart: Difference | None) -> Entry:
     """One picture or video of a point; `path` is relative to the report."""
-    told = apart and {"psnr": apart.psnr, "largest": apart.largest}
+    told = apart and {"psnr": apart.psnr, "ssim": apart.ssim, "largest": apart.largest}
     return {**asdict(output), "path": point.address(output), "difference": told}
 
 
 def summary(apart: Sequence[Difference]) -> Entry | None:
-    """The differences of a point's outputs: mean PSNR in dB, the largest of 255, and of how many outputs."""
+    """The differences of a point's outputs: PSNR in dB and SSIM as run.json sums them up, the largest of 255; and of
+    how many outputs."""
     if not apart:
         return None
-    mean = sum(one.psnr for one in apart) / len(apart)
-    return {"psnr": mean, "largest": max(one.largest for one in apart), "outputs": len(apart)}
+    alike = [one.ssim for one in apart if one.ssim is not None]
+    return {
+        "psnr": metrics.summary([one.psnr for one in apart]),
+        "ssim": metrics.summary(alike) if alike else None,
+        "largest": max(one.largest for one in apart),
+        "outputs": len(apart),
+    }
 
 
 def measured(entries: Sequence[Entry]) -> bool:
@@ -120,7 +127,7 @@ def place(one: Entry, by_twin: bool) -> tuple[float, float] | None:
     if by_twin:
         psnr = number(one, "quality", "psnr", "mean")
     else:
-        psnr = PSNR_CAP if one["reference"] == one["name"] else number(one, "difference", "psnr")
+        psnr = PSNR_CAP if one["reference"] == one["name"] else number(one, "difference", "psnr", "mean")
     return (seconds, psnr) if seconds and psnr is not None else None
 
 

@@ -39,7 +39,7 @@ def head(column: Column, entries: Sequence[Entry], compared: set[str | None]) ->
     means = [
         mean(entries, ("timings", "steady_denoise_s"), lambda value: f"{words.significant(value)} s"),
         mean(entries, ("speedup", "steady"), words.times),
-        mean(entries, ("difference", "psnr"), lambda value: words.decibels(value, " dB")),
+        mean(entries, ("difference", "psnr", "mean"), lambda value: words.decibels(value, " dB")),
     ]
     told = " · ".join(text for text in means if text)
     mark = '<span class="tag">reference</span>' if reference else ""
@@ -128,12 +128,10 @@ def caption(entry: Entry, output: Output, found: Shown) -> str:
 
 
 def nearness(output: Output, found: Shown) -> str:
-    """PSNR and SSIM against the twin where they were measured, else the PSNR against the reference."""
-    measured = output.quality or {}
-    parts = [words.decibels(measured["psnr"], " dB")] if "psnr" in measured else []
-    parts += [f"SSIM {words.share(measured['ssim'])}"] if "ssim" in measured else []
-    if not parts and found.difference:
-        parts = [words.decibels(found.difference.psnr, " dB")]
+    """PSNR and SSIM against the twin where they were measured, else against the reference."""
+    measured: dict[str, Any] = output.quality or (vars(found.difference) if found.difference else {})
+    parts = [words.decibels(measured["psnr"], " dB")] if measured.get("psnr") is not None else []
+    parts += [f"SSIM {words.share(measured['ssim'])}"] if measured.get("ssim") is not None else []
     return " · ".join(parts)
 
 

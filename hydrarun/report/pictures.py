@@ -15,7 +15,7 @@ from PIL import Image
 
 from hydrarun.errors import UsageError
 from hydrarun.media import frames, png
-from hydrarun.quality.metrics import PSNR_CAP
+from hydrarun.quality.metrics import PSNR_CAP, WINDOW, compare
 from hydrarun.report.layout import Layout, Row
 
 Reading = Callable[[Path], "np.ndarray | str"]
@@ -41,10 +41,12 @@ GAINS = (32, 16, 8, 4, 2, 1)
 class Difference:
     """Between an output and the reference's, over all pixels and frames: `psnr` in dB, at most 100; `largest`, of 255.
 
-    `pixels`: uint8 `[h, w, 3]`, the absolute difference, as small as what is embedded; of a video its middle frame's.
+    `ssim`: of pictures; None for videos, which would take minutes, and for what is smaller than its window. `pixels`:
+    uint8 `[h, w, 3]`, the absolute difference, as small as what is embedded; of a video its middle frame's.
     """
 
     psnr: float
+    ssim: float | None
     largest: int
     pixels: np.ndarray
 
@@ -135,7 +137,9 @@ def difference(ours: np.ndarray, theirs: np.ndarray, side: int) -> Difference | 
     error = sum(mean for _, mean in measured) / len(measured)
     psnr = min(PSNR_CAP, 10 * math.log10(255**2 / error)) if error else PSNR_CAP
     pixels = np.asarray(reduce(distance((middle(ours), middle(theirs))), side))
-    return Difference(psnr, max(most for most, _ in measured), pixels)
+    still = ours.ndim == 3 and min(ours.shape[:2]) >= WINDOW
+    ssim = compare(ours, theirs, ["ssim"])["ssim"] if still else None
+    return Difference(psnr, ssim, max(most for most, _ in measured), pixels)
 
 
 def distance(pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

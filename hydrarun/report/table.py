@@ -72,25 +72,33 @@ FIXED = (
     Column("work", "blocks", "run", of("blocks_run", "blocks_all")),
     Column("peak memory", "host", "GiB", under("memory", "peak_host_bytes"), words.gibibytes),
     Column("peak memory", "device", "GiB", happened("memory", "peak_device_bytes"), words.gibibytes),
-    Column("from the reference", "PSNR", "dB", under("difference", "psnr"), words.decibels),
-    Column("from the reference", "largest", "of 255", under("difference", "largest")),
 )
+
+#: units, and how they are written
+MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {"psnr": ("dB", words.decibels), "ssim": ("", words.share)}
+
+LARGEST = Column("from the reference", "largest", "of 255", under("difference", "largest"))
 
 
 def columns(axes: Sequence[Entry], entries: Sequence[Entry]) -> list[Column]:
     """Those in which some point has a value, after the values of the axes and the status."""
     settings = [Column("", axis["label"], "", chosen(axis["key"])) for axis in axes]
-    told = [*FIXED, *qualities(entries)]
+    told = [*FIXED, *nearness("from the reference", "difference"), LARGEST, *qualities(entries)]
     filled = [column for column in told if any(column.value(entry) is not None for entry in entries)]
     return [Column("", "point", "", lambda entry: entry["name"]), *settings, Column("", "status", "", ended), *filled]
 
 
+def nearness(group: str, key: str) -> Iterator[Column]:
+    """PSNR and SSIM of all outputs of a point, as they stand under `key`."""
+    for name, (unit, write) in MEASURES.items():
+        for kind in ("mean", "p95", "worst"):
+            yield Column(group, f"{name.upper()} {kind}", unit, under(key, name, kind), write)
+
+
 def qualities(entries: Sequence[Entry]) -> Iterator[Column]:
     """What run.json says of the uncached twin, and of the noise floor beside it."""
-    for name, unit, write in (("psnr", "dB", words.decibels), ("ssim", "", words.share)):
-        for kind in ("mean", "p95", "worst"):
-            title = f"{name.upper()} {kind}"
-            yield Column("from the uncached twin", title, unit, under("quality", name, kind), write)
+    yield from nearness("from the uncached twin", "quality")
+    for name, (unit, write) in MEASURES.items():
         floors = [at(entry, "quality", "noise_floor", kind=dict) or {} for entry in entries]
         for floor in dict.fromkeys(key for found in floors for key in found):
             title = f"{name.upper()} {floor}"

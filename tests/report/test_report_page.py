@@ -109,7 +109,10 @@ def test_the_numbers_are_those_of_run_json(tmp_path):
     assert cached["reference"] == "0"
     assert cached["speedup"]["steady"] == pytest.approx((0.3 + 0.2) / (0.15 + 0.2))
     assert cached["speedup"]["total"] == pytest.approx(0.86 / 0.71)  # the reference's second of loading does not count
-    assert cached["difference"] == {"psnr": cached["outputs"][0]["difference"]["psnr"], "largest": 10, "outputs": 1}
+    only = cached["outputs"][0]["difference"]
+    alike = {name: dict.fromkeys(("mean", "p95", "worst"), only[name]) for name in ("psnr", "ssim")}
+    assert cached["difference"] == {**alike, "largest": 10, "outputs": 1}
+    assert 0 < only["ssim"] < 1
     assert cached["command"] == "hydrarun cache=teacache sampling.seed=1"
 
 
@@ -264,5 +267,5 @@ def test_neither_torch_nor_av_is_imported(tmp_path):
         done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=ROOT)
         return done.stdout.splitlines()[-1]
 
-    assert imported(str(tmp_path)) == "['numpy']"
+    assert imported(str(tmp_path)) == "['numpy', 'skimage']"
     assert imported(str(tmp_path), "--reference", "nope") == "[]"

@@ -14,6 +14,7 @@ from fake_sweep import picture
 from PIL import Image
 
 from hydrarun.media import frames, mp4, png
+from hydrarun.quality.metrics import compare
 from hydrarun.report import pictures
 from hydrarun.report.collect import collect
 from hydrarun.report.layout import arrange
@@ -47,19 +48,20 @@ def test_differences_are_numpys():
     assert apart.largest == exact.max()
     assert apart.psnr == pytest.approx(10 * math.log10(255**2 / np.square(exact).mean()), abs=1e-9)
     assert np.array_equal(apart.pixels, exact)
+    assert apart.ssim == compare(*NOISE, ["ssim"])["ssim"]
 
 
 def test_differences_of_videos_are_over_all_frames():
     changed = VIDEO.copy()
     changed[0, 0, 0, 0] ^= 64  # not in the middle frame, which is shown
     apart = pictures.difference(VIDEO, changed, 512)
-    assert (apart.largest, apart.pixels.max(), apart.pixels.shape) == (64, 0, (64, 64, 3))
+    assert (apart.largest, apart.pixels.max(), apart.pixels.shape, apart.ssim) == (64, 0, (64, 64, 3), None)
     assert apart.psnr == pytest.approx(10 * math.log10(255**2 * VIDEO.size / 64**2))
 
 
 def test_identical_pictures_are_at_the_cap_and_other_sizes_are_not_compared():
     same = pictures.difference(NOISE[0], NOISE[0].copy(), 512)
-    assert (same.psnr, same.largest) == (100.0, 0)
+    assert (same.psnr, same.ssim, same.largest) == (100.0, 1.0, 0)
     assert pictures.difference(NOISE[0], NOISE[0][:64], 512) is None
 
 
