@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,18 @@ class Book:
             names[item.index] = file_name(item.index, prompt, seed, digest, self.config["output"]["format"])
         return names
 
-    def done(self, names: Mapping[int, str]) -> dict[int, dict[str, Any]]:
-        """The records of those pictures whose files are there and as they were written, by their places."""
+    def done(self, names: Mapping[int, str], known: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        """The records of those pictures whose files are there and as they were written, by their places.
+
+        Those of `known` are, and are not looked at again.
+        """
         latest = {record["path"]: record for record in self.rows("done")}
         found = {index: latest[name] for index, name in names.items() if name in latest}
-        return {index: record for index, record in found.items() if self.whole(record)}
+        return {index: record for index, record in found.items() if known.get(index) == record or self.whole(record)}
+
+    def begun(self) -> Counter[int]:
+        """How often a batch was begun with, by its first picture."""
+        return Counter(places[0] for places in self.rows("drawing"))
 
     def whole(self, record: Mapping[str, Any]) -> bool:
         """Whether a picture's file is there, as it was written, and measured if that is asked for."""

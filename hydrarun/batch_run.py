@@ -60,6 +60,7 @@ class Todo:
         self.items = batches.items(config)
         self.every = batches.together(self.items, batches.limit(config))
         self.names = self.book().names(self.items)
+        self.known: dict[int, dict[str, Any]] = {}
 
     def book(self) -> Book:
         """The ledger as it is now: a rank may have added to it."""
@@ -67,13 +68,18 @@ class Todo:
 
     def done(self) -> dict[int, dict[str, Any]]:
         """The records of what is there, by their places."""
-        return self.book().done(self.names)
+        self.known = self.book().done(self.names, self.known)
+        return self.known
 
     def left(self, among: Sequence[int]) -> dict[int, list[int]]:
-        """Of these batches, by their numbers, the places of pictures that are not there."""
-        done = self.done()
+        """Of these batches, by their numbers, the places of pictures that are not there.
+
+        What was begun before comes last: if it takes the process down with it, the others are there by then.
+        """
+        done, begun = self.done(), self.book().begun()
         left = {number: [item.index for item in self.every[number] if item.index not in done] for number in among}
-        return {number: places for number, places in left.items() if places}
+        order = sorted(left, key=lambda number: begun[self.every[number][0].index])
+        return {number: left[number] for number in order if left[number]}
 
     def work(self, do: Do) -> None:
         """Draw everything; what failed again as often as `retry` says."""

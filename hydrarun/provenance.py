@@ -112,7 +112,8 @@ def redact(config: dict[str, Any]) -> dict[str, Any]:
     tokens inside any text are cut. `sampling` is kept to the letter: a prompt is the user's own words, and one letter
     less would be another picture.
     """
-    return _map_texts(config, lambda text: _from_home(SECRET_TEXT.sub(REMOVED, text)))
+    home = str(Path.home())
+    return _map_texts(config, lambda text: _from_home(SECRET_TEXT.sub(REMOVED, text), home))
 
 
 def expand(config: dict[str, Any]) -> dict[str, Any]:
@@ -125,8 +126,7 @@ def redact_text(text: str) -> str:
     return SECRET_TEXT.sub(REMOVED, text).replace(str(Path.home()), "~")
 
 
-def _from_home(text: str) -> str:
-    home = str(Path.home())
+def _from_home(text: str, home: str) -> str:
     return "~" + text[len(home) :] if text == home or text.startswith(home + os.sep) else text
 
 

@@ -251,6 +251,14 @@ def test_what_is_gone_or_changed_is_drawn_again_with_its_batch_and_the_same_byte
     assert f"drawn again, because the file is gone or not what was written: {first}, {third}" in capsys.readouterr().err
 
 
+def test_what_took_a_process_down_with_it_is_tried_last(config, tmp_path, monkeypatch):
+    asked = config(*prompts("a", "b", "c"))
+    Book(tmp_path, asked).add("drawing", [0])  # and nothing more was heard of it
+    drawn = failing(monkeypatch, {})
+    launch.run(asked, tmp_path)
+    assert drawn == ["b", "c", "a"]
+
+
 def test_new_lines_are_drawn_and_old_ones_are_there(config, tmp_path, monkeypatch):
     launch.run(config(*prompts("a", "b")), tmp_path)
     drawn = failing(monkeypatch, {})
