@@ -25,6 +25,7 @@ from hydrarun.compose import check, compose_raw, plain, register, split
 from hydrarun.errors import RunError, UsageError
 from hydrarun.explain import explained
 from hydrarun.failures import recorded
+from hydrarun.provenance import config_hash
 from hydrarun.text import literal
 
 DRY_RUN = "--dry-run"
@@ -86,6 +87,10 @@ def dispatch(argv: Sequence[str]) -> int:
         from hydrarun.plan import command
 
         return command.main(line.overrides)
+    if line.verb == "report":
+        from hydrarun.report import command as report
+
+        return report.main(line.overrides)
     if line.verb == "calibrate":
         from hydrarun import calibrate
 
@@ -111,8 +116,10 @@ def run(overrides: list[str], flags: list[str]) -> int:
         from hydrarun.sweep import driver
 
         return driver.run(overrides, flags)
-    if not flags:
-        ranks.check_size(check(*compose_raw(overrides))["parallel"])  # before Hydra makes the output directory
+    if not flags:  # before Hydra makes the output directory
+        config, origin = compose_raw(overrides)
+        ranks.check_size(check(config, origin)["parallel"])
+        overrides = [*overrides, *own_place(config, overrides)]
     if {"-sc", "--shell-completion"} & set(flags):
         return complete(overrides, flags)
     if {"-h", "--help"} & set(flags):
@@ -150,6 +157,16 @@ def hand_over(task: Callable[[DictConfig], Any], overrides: list[str], flags: li
         raise UsageError(f"cannot write the output directory: {error}; choose another: hydra.run.dir=…") from error
 
 
+def own_place(config: dict[str, Any], overrides: list[str]) -> list[str]:
+    """Where a run of `input.prompts` goes if nothing else is said: always to the same place, so that it is resumed."""
+    file = config["input"]["prompts"]
+    if not isinstance(file, str) or any(override.startswith("hydra.run.dir=") for override in overrides):
+        return []
+    path = Path(file).expanduser().resolve()
+    digest = config_hash({**config, "input": {**config["input"], "prompts": str(path)}})
+    return literal([f"hydra.run.dir=outputs/{path.stem}-{digest}"])
+
+
 def show_help(overrides: list[str], flags: list[str]) -> int:
     """Hydra's help page; its lists of options are one line each, however many there are."""
     page = io.StringIO()
@@ -179,7 +196,7 @@ def run_point(composed: DictConfig) -> dict[str, Any]:
         print(f"[{settings.job.num}] {' '.join(settings.overrides.task)}", file=sys.stderr)
     with recorded(plain(composed), folder):
         config, origin = split(composed, settings)
-        check(config, origin)
+        config = check(config, origin)
         for note in origin.notes(config):
             print(note, file=sys.stderr)
         return ranks.run(config, folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -37,29 +36,24 @@ def stamp(file: Path) -> Stamp | None:
 
 
 def _write(config: dict[str, Any], file: Path, error: Exception, own: bool) -> None:
-    from hydrarun.media.files import write_atomically  # numpy and what else outputs import: only for a failure
-    from hydrarun.outputs import FORMAT
-    from hydrarun.provenance import redact_text
+    from hydrarun.outputs import described, write_run  # and numpy, only for a failure
 
     record = json.loads(file.read_text(encoding="utf-8")) if own else _bare(config)
-    said = {"type": type(error).__name__, "message": redact_text(str(error))}
-    if record.get("status") == "failed" and said["message"].endswith(record["error"]["message"]):
+    said = described(error)
+    if record.get("status") == "failed" and record["error"]["message"] in said["message"]:
         return
-    record = {**record, "format": FORMAT, "status": "failed", "error": said}
-    first = ("format", "status", "error")
-    ordered = {name: record.pop(name) for name in first} | record
+    rest = {key: value for key, value in record.items() if key not in ("format", "status", "error")}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(ordered, ensure_ascii=False, indent=2).encode(errors="surrogatepass"))
+    write_run(file.parent, {"status": "failed", "error": said, **rest})
 
 
 def _bare(config: dict[str, Any]) -> dict[str, Any]:
     """What is known of a run that made nothing."""
-    from hydrarun.outputs import as_recorded
+    from hydrarun.outputs import as_recorded, now
     from hydrarun.provenance import config_hash, redact
 
     try:
         kept = as_recorded(config)
     except TypeError:  # paths that are no texts are what it was refused for
         kept = redact(config)
-    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"created": created, "config_hash": config_hash(kept), "outputs": [], "config": kept}
+    return {"created": now(), "config_hash": config_hash(kept), "outputs": [], "config": kept}

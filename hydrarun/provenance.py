@@ -34,10 +34,11 @@ def asked(config: dict[str, Any]) -> dict[str, Any]:
     """What of a configuration reaches the pixels.
 
     Not `output`, `report`, `verify`, `plan` and `warmup` (what is written, measured, checked, foreseen and done beside
-    them), nor the model's `facts` (published figures) and `judge`, nor where compiled graphs are kept. Paths in the
-    home folder count as `~`, so that a redacted configuration is the same as its original.
+    them), nor how many are drawn together and what happens when some fail, nor the model's `facts` (published figures)
+    and `judge`, nor where compiled graphs are kept. Paths in the home folder count as `~`, so that a redacted
+    configuration is the same as its original.
     """
-    unseen = ("output", "report", "verify", "plan", "warmup")
+    unseen = ("output", "report", "verify", "plan", "warmup", "batch_size", "retry", "fail_fast")
     kept = {key: value for key, value in redact(config).items() if key not in unseen}
     for section, beside in (("model", ("facts", "judge")), ("compile", ("cache_dir",))):
         kept[section] = {key: value for key, value in kept.get(section, {}).items() if key not in beside}
@@ -111,7 +112,8 @@ def redact(config: dict[str, Any]) -> dict[str, Any]:
     tokens inside any text are cut. `sampling` is kept to the letter: a prompt is the user's own words, and one letter
     less would be another picture.
     """
-    return _map_texts(config, lambda text: _from_home(SECRET_TEXT.sub(REMOVED, text)))
+    home = str(Path.home())
+    return _map_texts(config, lambda text: _from_home(SECRET_TEXT.sub(REMOVED, text), home))
 
 
 def expand(config: dict[str, Any]) -> dict[str, Any]:
@@ -124,8 +126,7 @@ def redact_text(text: str) -> str:
     return SECRET_TEXT.sub(REMOVED, text).replace(str(Path.home()), "~")
 
 
-def _from_home(text: str) -> str:
-    home = str(Path.home())
+def _from_home(text: str, home: str) -> str:
     return "~" + text[len(home) :] if text == home or text.startswith(home + os.sep) else text
 
 

@@ -52,7 +52,7 @@ def runs(monkeypatch, tmp_path):
             seen.append((self.config, output_dir))
             if error := seen.fail.get(self.config["sampling"]["seed"]):
                 raise error
-            (output_dir / "run.json").write_text('{"status": "complete"}')
+            (output_dir / "run.json").write_text('{"format": 1, "status": "complete", "outputs": []}')
 
     for name, attributes in {"runner": {"Runner": Runner}, "progress": {"Progress": lambda quiet: None}}.items():
         module = types.ModuleType(f"hydrarun.{name}")

@@ -30,7 +30,7 @@ def drawn(monkeypatch, tmp_path):
         seen.append(seed)
         if seed in errors:
             raise errors[seed]
-        record = {"status": "complete", "seed": seed}
+        record = {"format": 1, "status": "complete", "outputs": [], "seed": seed}
         (output_dir / "run.json").write_text(json.dumps(record))
         return record
 
@@ -135,7 +135,7 @@ def test_failed_points_are_recorded_and_named_and_the_sweep_goes_on(drawn, capsy
         "  3 (sampling.seed=7 sampling.height=-8): sampling.height (command line): -8 is below 1.\n"
         "  4 (sampling.seed=8 sampling.height=64): too large\n"
         "  5 (sampling.seed=8 sampling.height=-8): sampling.height (command line): -8 is below 1.\n"
-        "  6 (sampling.seed=9 sampling.height=64): a bug\n"
+        "  6 (sampling.seed=9 sampling.height=64): ZeroDivisionError: a bug\n"
         "  7 (sampling.seed=9 sampling.height=-8): sampling.height (command line): -8 is below 1.\n"
         "  9 (sampling.seed=2 sampling.height=-8): sampling.height (command line): -8 is below 1.\n"
     )

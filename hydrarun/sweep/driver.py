@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import yaml
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from hydrarun import cli, targets
 from hydrarun.errors import UsageError
 from hydrarun.failures import Stamp, stamp
+from hydrarun.report import collect
+from hydrarun.report.collect import Point
 from hydrarun.sweep import order, point
 from hydrarun.sweep.sweep import BASIC, Sweep, read
 from hydrarun.text import escape_interpolation
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A point that has ended: its directory below the sweep's, its own overrides, and its error, if it failed."""
-
-    name: str
-    overrides: list[str]
-    error: dict[str, str] | None
-
-    @property
-    def code(self) -> int:
-        """As `cli.main` returns it for a single run."""
-        return 0 if self.error is None else 2 if self.error["type"] == UsageError.__name__ else 1
-
-    def __str__(self) -> str:
-        own = f" ({' '.join(self.overrides)})" if self.overrides else ""
-        lines = (self.error["message"].strip().splitlines() or [""]) if self.error else [""]
-        return f"{self.name}{own}: {lines[-1 if lines[0].startswith('Traceback') else 0]}"
 
 
 def run(overrides: list[str], flags: list[str]) -> int:
@@ -56,22 +34,43 @@ def run(overrides: list[str], flags: list[str]) -> int:
         pass  # Optuna's sweeper gives up after too many; they have been printed
     finally:
         ended = close(sweep, before)
-    return max([missing(sweep, ended), *(one.code for one in ended)])
+    return max([missing(sweep, ended), *map(code, ended)])
 
 
-def close(sweep: Sweep, before: dict[Path, Stamp | None]) -> list[Ended]:
+def close(sweep: Sweep, before: dict[Path, Stamp | None]) -> list[Point]:
     """What is done when the sweep has ended, however it has: with failed points, or by Ctrl-C too."""
-    ended = [read_point(sweep, file) for file, seen in stamps(sweep.folder).items() if before.get(file) != seen]
-    failed = [one for one in ended if one.error]
+    places = [place for place, seen in stamps(sweep.folder).items() if before.get(place) != seen]
+    ended = sorted((collect.point(sweep.folder, place) for place in places), key=lambda one: collect.natural(one.name))
+    failed = [one for one in ended if code(one)]
     if failed:
         count = len(ended) if sweep.points is None else len(sweep.points)
         print(f"{len(failed)} of {count} point{'' if count == 1 else 's'} failed:", file=sys.stderr)
         for one in failed:
-            print(f"  {one}", file=sys.stderr)
+            print(f"  {named(sweep, one)}: {in_short(one.error or '')}", file=sys.stderr)
     return ended
 
 
-def missing(sweep: Sweep, ended: Sequence[Ended]) -> int:
+def code(point: Point) -> int:
+    """As `cli.main` returns it for a single run."""
+    if point.status == "complete":
+        return 0
+    return 2 if collect.at(point.record, "error", "type", kind=str) == UsageError.__name__ else 1
+
+
+def named(sweep: Sweep, point: Point) -> str:
+    """A point's directory, and what tells it from the others."""
+    swept = order.swept(sweep.overrides)
+    own = [one for one in point.overrides or () if order.key(one) in swept]
+    return f"{point.name} ({' '.join(own)})" if own else point.name
+
+
+def in_short(error: str) -> str:
+    """One line of an error: the first, but of a traceback the last."""
+    lines = error.strip().splitlines() or [""]
+    return lines[-1 if lines[0].startswith("Traceback") else 0]
+
+
+def missing(sweep: Sweep, ended: Sequence[Point]) -> int:
     """1, and a line, if there are points that left no record where this process looks for it; else 0."""
     lost = len(sweep.points or []) - len(ended)
     if lost <= 0 and ended:
@@ -110,20 +109,5 @@ def settled(sweep: Sweep) -> list[str]:
 
 
 def stamps(folder: Path) -> dict[Path, Stamp | None]:
-    """The records of points below the sweep's folder, by their numbers."""
-    files = sorted(folder.rglob("run.json"), key=lambda file: [*map(_by_number, file.relative_to(folder).parts)])
-    return {file: stamp(file) for file in files}
-
-
-def _by_number(part: str) -> tuple[int, str]:
-    return int(part) if re.fullmatch(r"\d+", part) else sys.maxsize, part
-
-
-def read_point(sweep: Sweep, file: Path) -> Ended:
-    """The point that this run.json is of."""
-    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    kept = file.parent / str(sweep.shared.hydra.output_subdir) / "overrides.yaml"
-    overrides = yaml.safe_load(kept.read_text(encoding="utf-8")) if kept.is_file() else []
-    swept = order.swept(sweep.overrides)
-    own = [one for one in overrides if order.key(one) in swept]
-    return Ended(str(file.parent.relative_to(sweep.folder)), own, record.get("error"))
+    """The points' directories, and when their records were written."""
+    return {place: stamp(place / collect.RECORD) for place in collect.places(folder)}
