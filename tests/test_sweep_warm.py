@@ -1,4 +1,4 @@
-"""Sweeps with the real runner: what is loaded is loaded once, in this process, on ranks and under torchrun."""
+"""Sweeps with the real runner: what is loaded is loaded once, in this process and on ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hydrarun import cli, group
+from hydrarun import cli
 from hydrarun.runner import Runner
 
 TESTS = Path(__file__).parent
@@ -59,27 +59,17 @@ def test_nine_points_load_once(monkeypatch, tmp_path):
     assert len(hashes) == 9  # no point draws another's
 
 
-def test_layouts_keep_their_ranks(monkeypatch, alone, tmp_path):
-    groups = []
-    plain = group.Group.__init__
-    monkeypatch.setattr(group.Group, "__init__", lambda self, size: groups.append(size) or plain(self, size))
-    words = [SEEDS, "parallel=cfg2,ulysses2", "sampling.num_inference_steps=3"]
-    assert cli.main(["-m", *SMALL, *words, f"hydra.sweep.dir={tmp_path}"]) == 0
-    assert groups == [2, 2]
-    assert [one["timings"]["load_s"] > 0 for one in records(tmp_path)] == [True, False, True, False]
+def test_two_layouts_of_torchruns_ranks_load_twice_and_draw_the_same(alone, tmp_path):
+    words = ["parallel=cfg2,ulysses2", "sampling.num_inference_steps=3", "sampling.seed=1,-1,2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hydrarun", "-m"]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+    asked = [*command, *SMALL, *words, f"hydra.sweep.dir={tmp_path}"]
+    done = subprocess.run(asked, env=environment, capture_output=True, text=True)
+    made = records(tmp_path)
+    assert [one["status"] for one in made] == ["complete", "failed", "complete"] * 2
+    assert [one["timings"]["load_s"] > 0 for one in made if one["outputs"]] == [True, False, True, False]
     for ours, one in zip(pictures(tmp_path), alone * 2, strict=True):
         assert np.abs(ours - one).max() <= 1
-
-
-def test_torchrun_keeps_its_ranks(alone, tmp_path):
-    words = ["parallel=cfg2", "sampling.num_inference_steps=3", "sampling.seed=1,-1,2", f"hydra.sweep.dir={tmp_path}"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hydrarun"]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "-m", *SMALL, *words], env=environment, capture_output=True, text=True)
+    assert made[1]["error"]["type"] == "UsageError"
+    assert "2 of 6 points failed:\n  1 (parallel=cfg2 sampling.seed=-1): sampling.seed" in done.stderr
     assert done.returncode == 1  # torchrun's own, for any failure
-    assert "1 of 3 points failed:\n  1 (sampling.seed=-1): sampling.seed" in done.stderr
-    first, refused, last = records(tmp_path)
-    assert [first["timings"]["load_s"] > 0, last["timings"]["load_s"]] == [True, 0]
-    assert refused["error"]["type"] == "UsageError"
-    for ours, one in zip(pictures(tmp_path), alone, strict=True):
-        assert np.abs(ours - one).max() <= 1
