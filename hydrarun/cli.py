@@ -106,7 +106,7 @@ def run(overrides: list[str], flags: list[str]) -> int:
 def launch(overrides: list[str], flags: list[str]) -> int:
     """Let Hydra do what the flags say; returns the highest exit code of the runs it made."""
     codes: list[int] = []
-    register()
+    register(overrides)
     decorate = hydra.main(version_base="1.3", config_path=str(resources.folder("conf")), config_name="config")
     try:
         with explained(overrides), _command_line([*overrides, *flags]):

@@ -14,15 +14,16 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # the checkout, when it is not installed
 
-from hydrarun import listing, recipes, resources  # noqa: E402
+from hydrarun import listing, resources  # noqa: E402
 from hydrarun.compose import compose_raw  # noqa: E402
+from hydrarun.recipe import source  # noqa: E402
 
 
 def golden() -> dict[str, str]:
     """File names and their content; a required value that a model leaves open is `???`."""
     models = sorted(file.stem for file in (resources.folder("conf") / "model").glob("*.yaml"))
     cases = {f"model-{name}": f"model={name}" for name in models}
-    cases |= {f"recipe-{name.replace('/', '-')}": f"recipe={name}" for name in recipes.names()}
+    cases |= {f"recipe-{name.replace('/', '-')}": f"recipe={name}" for name in source.names()}
     return {f"{name}.yaml": _yaml(override) for name, override in cases.items()}
 
 

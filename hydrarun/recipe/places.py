@@ -1,0 +1,72 @@
+"""Files that a recipe names: only those in its own folder, by paths that are relative to it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from hydrarun.memory.hub import HUB_ID, PACKAGE
+from hydrarun.recipe.reading import Refused
+
+OWN = "a recipe reads only files in its own folder"
+
+
+def located(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The content with absolute paths of what it names in `folder`, the recipe's own. Raises Refused."""
+    given, model = content.get("input"), content.get("model")
+    if isinstance(given, dict):
+        content = {**content, "input": {key: _input(f"input.{key}", value, folder) for key, value in given.items()}}
+    if isinstance(model, dict) and isinstance(model.get("path"), str):
+        content = {**content, "model": {**model, "path": weights(model["path"], folder)}}
+    return content
+
+
+def inside(key: str, name: str, folder: Path) -> Path:
+    """The absolute path of a file or folder in `folder`. Raises Refused for one that is not, and says why."""
+    path = PurePosixPath(name)
+    _check_printable(key, name)
+    if name.startswith("~"):
+        raise Refused(f"{key}: '{name}' is in a home folder; {OWN}.")
+    if path.is_absolute():
+        raise Refused(f"{key}: '{name}' is an absolute path; {OWN}: write it relative to that.")
+    if ".." in path.parts:
+        raise Refused(f"{key}: '{name}' climbs by '..'; {OWN}.")
+    if not _within(folder / path, folder):
+        raise Refused(f"{key}: '{name}' is a link that leaves the recipe's folder; {OWN}.")
+    return folder / path
+
+
+def weights(path: str, folder: Path) -> str:
+    """`model.path`: weights of the package, a repository of the hub, or a folder beside the recipe, then absolute."""
+    _check_printable("model.path", path)
+    if path.startswith(PACKAGE):
+        return path
+    if HUB_ID.fullmatch(path) and not {".", ".."} & set(path.split("/")) and not (folder / path).exists():
+        if Path(path).exists():
+            raise Refused(
+                f"model.path: '{path}' is a repository of the hub, but the current folder has a folder of that name, which"
+                " would be taken: run it from another folder."
+            )
+        return path
+    own = inside("model.path", path, folder)
+    links = (Path(root, name) for root, folders, files in os.walk(own) for name in (*folders, *files))
+    for link in links:
+        if link.is_symlink() and not _within(link, folder):
+            raise Refused(f"model.path: '{link.relative_to(folder)}' is a link that leaves the recipe's folder; {OWN}.")
+    return str(own)
+
+
+def _check_printable(key: str, name: str) -> None:
+    if not name.isprintable():
+        raise Refused(f"{key}: {name!a} holds control characters.")
+
+
+def _input(key: str, value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_input(key, one, folder) for one in value]
+    return str(inside(key, value, folder)) if isinstance(value, str) else value
+
+
+def _within(path: Path, folder: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
