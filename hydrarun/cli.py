@@ -73,6 +73,10 @@ def dispatch(argv: Sequence[str]) -> int:
         from hydrarun import replay
 
         return replay.main(line.overrides)
+    if line.verb == "recipe":
+        from hydrarun.recipe import command as recipe
+
+        return recipe.main(line.overrides)
     if line.verb == "plan":
         from hydrarun.plan import command
 

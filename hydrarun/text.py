@@ -44,7 +44,7 @@ def escape_interpolation(text: str) -> str:
 
 
 def printable(text: str, most: int = 300) -> str:
-    """Without the control characters by which a stranger's text could rewrite the terminal; at most `most` characters."""
+    """At most `most` characters, without control characters, by which a stranger's text could rewrite the terminal."""
     return "".join(character if character.isprintable() else "?" for character in text[:most])
 
 

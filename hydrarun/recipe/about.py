@@ -18,6 +18,7 @@ from hydrarun.errors import nearest
 from hydrarun.recipe.reading import Refused
 
 FORMAT = 1  # of the evidence; grows when a key changes its meaning
+Status = Literal["unverified", "verified", "broken"]
 METADATA = ("about", "evidence")
 CHANGED = "unverified (changed since it was verified)"
 
@@ -107,7 +108,7 @@ class Evidence:
     """The section that is never typed by hand. `digest`: see `digest`."""
 
     format: int
-    status: Literal["unverified", "verified", "broken"]
+    status: Status
     digest: str
     measured: Optional[Measured] = None  # noqa: UP045
     verified: Optional[Verified] = None  # noqa: UP045

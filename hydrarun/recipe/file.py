@@ -12,7 +12,7 @@ from hydrarun.errors import UsageError
 from hydrarun.media.files import write_atomically
 from hydrarun.recipe import places, vet
 from hydrarun.recipe.about import CHANGED, METADATA, About, Evidence, digest, evidence_of, plain, take
-from hydrarun.recipe.reading import MAX_BYTES, Loader, Refused, parse
+from hydrarun.recipe.reading import MAX_BYTES, Loader, Refused, dump, parse
 from hydrarun.text import printable
 
 MAX_MESSAGE = 1000  # characters; a refusal quotes what it refuses
@@ -76,20 +76,29 @@ def _read(path: Path) -> Recipe:
     return Recipe(path, text, whole, vet.literal_texts(content), about, evidence)
 
 
+def signed(recipe: Recipe, evidence: Evidence) -> dict[str, Any]:
+    """The evidence as data, with the digest of it and of the recipe."""
+    unsigned = yaml.load(section_text({**plain(evidence), "digest": ""}), Loader)
+    return {**unsigned["evidence"], "digest": digest({**recipe.whole, **unsigned})}
+
+
+def section_text(evidence: dict[str, Any]) -> str:
+    """The section as it stands in a file."""
+    return f"{MARK}\n" + dump({"evidence": evidence})
+
+
 def with_evidence(recipe: Recipe, evidence: Evidence) -> str:
-    """The recipe's text with this evidence, whose digest is filled in. Raises UsageError for one that grows too large."""
+    """The recipe's text with this evidence in the place of an older one. Raises UsageError if it grows too large."""
     start, end = _section(recipe.text)
     before, after = recipe.text[:start], recipe.text[end:]
     if start == end and before:  # it had none
         before = before.rstrip("\n") + "\n\n"
-    section = _section_text({**plain(evidence), "digest": ""})
-    whole = {**recipe.whole, **yaml.load(section, Loader)}
-    text = before + _section_text({**plain(evidence), "digest": digest(whole)}) + after
+    text = before + section_text(signed(recipe, evidence)) + after
     if len(text.encode()) > MAX_BYTES:
         count = len(evidence.measured.outputs) if evidence.measured else 0
         raise UsageError(
-            f"recipe {recipe.path}: with the evidence of {count} outputs it would be larger than {MAX_BYTES // 1024} KiB;"
-            " a recipe draws a few, as a sample"
+            f"recipe {recipe.path}: with the evidence of {count} outputs larger than {MAX_BYTES // 1024} KiB; a recipe"
+            " draws a few, as a sample"
         )
     return text
 
@@ -97,10 +106,6 @@ def with_evidence(recipe: Recipe, evidence: Evidence) -> str:
 def write(recipe: Recipe, evidence: Evidence) -> None:
     """Put the evidence into the file. Raises OSError where it cannot be written."""
     write_atomically(recipe.path, with_evidence(recipe, evidence).encode())
-
-
-def _section_text(evidence: dict[str, Any]) -> str:
-    return f"{MARK}\n" + yaml.safe_dump({"evidence": evidence}, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def _section(text: str) -> tuple[int, int]:

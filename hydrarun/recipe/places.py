@@ -45,8 +45,8 @@ def weights(path: str, folder: Path) -> str:
     if HUB_ID.fullmatch(path) and not {".", ".."} & set(path.split("/")) and not (folder / path).exists():
         if Path(path).exists():
             raise Refused(
-                f"model.path: '{path}' is a repository of the hub, but the current folder has a folder of that name, which"
-                " would be taken: run it from another folder."
+                f"model.path: '{path}' is a repository of the hub, but there is a folder of that name here, which would be"
+                " taken: run it from another folder."
             )
         return path
     own = inside("model.path", path, folder)

@@ -62,6 +62,18 @@ Loader.add_implicit_resolver(
 )
 
 
+class Dumper(yaml.SafeDumper):
+    """Writes what `Loader` reads as the same: a text such as `1e3` in quotes."""
+
+
+Dumper.yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
+
+
+def dump(content: dict[str, Any]) -> str:
+    """YAML in the order of the keys, a text in one line."""
+    return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
 def _yaml_problem(error: yaml.YAMLError) -> str:
     """One line from a YAML error: what is wrong, in which line."""
     mark = getattr(error, "problem_mark", None)

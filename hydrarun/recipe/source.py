@@ -51,7 +51,9 @@ def roots() -> list[Path]:
 
 def names() -> list[str]:
     """The recipes that have a name: their paths below a root, without `.yaml`."""
-    return sorted({path.relative_to(root).with_suffix("").as_posix() for root in roots() for path in root.rglob("*.yaml")})
+    return sorted(
+        {path.relative_to(root).with_suffix("").as_posix() for root in roots() for path in root.rglob("*.yaml")}
+    )
 
 
 def file_of(name: str) -> Path:
