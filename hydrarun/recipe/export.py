@@ -105,7 +105,7 @@ def copies(config: Mapping[str, Any], record: Mapping[str, Any], path: Path) -> 
 
 
 def pinned(config: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the recipe must compose to: the run's configuration with what was really used, without places of its machine.
+    """What the recipe must compose to: the run's configuration with what was really used, without its machine's places.
 
     Pixels depend on the kind of device and on the dtype, so both are said.
     """

@@ -45,7 +45,7 @@ def weights(path: str, folder: Path) -> str:
     if HUB_ID.fullmatch(path) and not {".", ".."} & set(path.split("/")) and not (folder / path).exists():
         if Path(path).exists():
             raise Refused(
-                f"model.path: '{path}' is a repository of the hub, but there is a folder of that name here, which would be"
+                f"model.path: '{path}' is a repository of the hub, but a folder of that name is here, which would be"
                 " taken: run it from another folder."
             )
         return path

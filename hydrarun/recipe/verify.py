@@ -67,7 +67,7 @@ def chosen(overrides: Sequence[str], old: Measured | None) -> list[str]:
         key = override.partition("=")[0]
         if key not in ALLOWED:
             raise UsageError(
-                f"{override}: a recipe is verified as it is.{nearest(key, ALLOWED)} What may be said: {', '.join(ALLOWED)}."
+                f"{override}: a recipe is verified as it is.{nearest(key, ALLOWED)} You may say: {', '.join(ALLOWED)}."
             )
     kept = [override for override in overrides if not override.startswith(f"{RUN_DIR}=")]
     if old and old.quality and not any(override.startswith("report.") for override in kept):
@@ -86,8 +86,8 @@ def check_weights(config: dict[str, Any], old: Measured | None) -> None:
     if old and found != old.weights.fingerprint:
         raise RunError(
             f"model.path={config['model']['path']}: the evidence is of other weights: their fingerprint is"
-            f" {printable(old.weights.fingerprint)}, that of these {found}. Name the right ones by model.path=…, or take"
-            " the section `evidence` out of the recipe to begin anew"
+            f" {printable(old.weights.fingerprint)}, that of these {found}. Name the right ones by model.path=…, or"
+            " take the section `evidence` out of the recipe to begin anew"
         )
 
 
