@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import yaml
@@ -27,7 +28,7 @@ class Inexpressible(Exception):  # noqa: N818
 def recipe(wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The `defaults` and values of a recipe that composes to `wanted`. Raises Inexpressible."""
     name = wanted["model"]["name"]
-    if name not in resources.options("model"):
+    if not (resources.folder("conf") / "model" / f"{name}.yaml").is_file():
         raise Inexpressible(f"the model '{name}' is none of the shipped options, and a recipe brings none along.")
     chosen = {"model": name, **{group: nearest(group, wanted, wanted[group]) for group in GROUPS}}
     base = composed(chosen)
@@ -57,6 +58,7 @@ def seen(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**asked(dict(config)), "output": output}
 
 
+@cache
 def defaults() -> dict[str, str]:
     """The option of each group that is taken where none is chosen."""
     listed = yaml.safe_load((resources.folder("conf") / "config.yaml").read_text(encoding="utf-8"))["defaults"]
