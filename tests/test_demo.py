@@ -59,7 +59,7 @@ def test_another_prompt_is_judged_wrong(runner):
     assert judge_all((p.pixels, other) for p, other in zip(pictures, shifted, strict=True)).right == 0
 
 
-@pytest.mark.parametrize(("name", "count"), [("demo/quick", 1), ("demo/grid", 6)])
+@pytest.mark.parametrize(("name", "count"), [("demo/quick", 1), ("demo/grid", 6), ("demo/teacache", 4)])
 def test_shipped_recipes_run_and_draw_what_they_say(name, count, tmp_path):
     """Every picture of a recipe passes the judge: a recipe is what a newcomer runs first."""
     record = Runner(compose([f"recipe={name}", "device=cpu", "dtype=float32"])).run(tmp_path)

@@ -44,8 +44,8 @@ def show_list(words: Sequence[str]) -> int:
     from hydrarun.recipe import catalogue, source
 
     flags = _flags("list", words, "--json")
-    overrides = _settings("list", words)
-    if strange := [one for one in overrides if not one.startswith(f"{source.SEARCHPATH}=")]:
+    overrides = [word for word in words if not word.startswith("-")]
+    if strange := [word for word in overrides if not word.startswith(f"{source.SEARCHPATH}=")]:
         raise UsageError(f"recipe list: {strange[0]}: it takes {source.SEARCHPATH}=[DIR] and --json.")
     source.look_in(overrides)
     if flags:
@@ -65,7 +65,7 @@ def run(words: Sequence[str]) -> int:
 
     flags, (name,) = _flags("run", words, "--yes"), _names("run", words, 1, 1)
     file = str(received(Path(name)))
-    overrides = [quoted(file), *literal(_settings("run", words))]
+    overrides = [quoted(file), *literal(_settings(words))]
     config, origin = compose_raw(overrides)
     check(config, origin)
     for line in described(source.recipe(file), file, config, destination(overrides)):
@@ -122,7 +122,7 @@ def verify(words: Sequence[str]) -> int:
 
     _flags("verify", words)
     (name,) = _names("verify", words, 1, 1)
-    return verify(name, _settings("verify", words))
+    return verify(name, _settings(words))
 
 
 def schema(words: Sequence[str]) -> int:
@@ -162,12 +162,9 @@ def _names(verb: str, words: Sequence[str], least: int, most: int) -> list[str]:
     return names
 
 
-def _settings(verb: str, words: Sequence[str]) -> list[str]:
+def _settings(words: Sequence[str]) -> list[str]:
     """The words that are `key=value`."""
-    settings = [word for word in words if not _is_name(word) and not word.startswith("-")]
-    if verb == "list" and len(settings) < len([word for word in words if not word.startswith("-")]):
-        raise UsageError("recipe list: takes no names.")
-    return settings
+    return [word for word in words if not _is_name(word) and not word.startswith("-")]
 
 
 def _is_name(word: str) -> bool:

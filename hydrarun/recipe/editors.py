@@ -86,10 +86,12 @@ def of_class(kind: Any, path: str) -> Schema:
 def of_group(group: str) -> Schema:
     """A `_target_` node: the arguments of all options, as any value; which go together the run says."""
     properties: Schema = {}
-    for file in sorted((resources.folder("conf") / group).glob("*.yaml")):
+    root = resources.folder("conf") / group
+    for file in sorted(root.rglob("*.yaml")):
+        inner = file.parent.relative_to(root).parts  # the predictor's options are in cache/predictor
         for key, text in sorted(comments(file).items()):
             node = properties
-            *above, name = key.split(".")
+            *above, name = (*inner, *key.split("."))
             for part in above:
                 node = node.setdefault(part, {"type": "object"}).setdefault("properties", {})
             if name not in ("_target_", "defaults") and f"{group}.{key}" not in BARRED:

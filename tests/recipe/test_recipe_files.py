@@ -43,11 +43,11 @@ METADATA = {
     "about with another key": ("about: {descripton: x}", "about.descripton: unknown key. Did you mean 'description'?"),
     "about with a number": ("about: {description: 5}", "about.description: 5 is not text."),
     "about as text": ("about: quick", "about: is not a mapping."),
-    "a status typed by hand": ("evidence: {status: verified}", "evidence is not typed by hand, `hydrarun recipe verify`"),
+    "a status typed by hand": ("evidence: {status: verified}", "evidence is not typed by hand, `hydrarun recipe"),
     "a status that is none": (f"evidence: {{{EVIDENCE.replace('verified', 'perfect')}}}", "'perfect' is not one of"),
     "another format": (f"evidence: {{{EVIDENCE.replace('1', '2')}}}", "evidence.format: 2; this version"),
     "evidence with another key": (f"evidence: {{{EVIDENCE}, measurd: 1}}", "Did you mean 'measured'?"),
-    "half a measurement": (f"evidence: {{{EVIDENCE}, measured: {{date: x}}}}", "evidence.measured.config_hash: is miss"),
+    "half a measurement": (f"evidence: {{{EVIDENCE}, measured: {{date: x}}}}", "evidence.measured.config_hash: is mis"),
     "evidence as bytes": (
         f"evidence: {{{EVIDENCE}, verified: {{date: x, hardware: {{a: !!binary aGk=}}, versions: {{}}, outputs: [], "
         "found: []}}",
@@ -118,7 +118,8 @@ def test_weights_are_the_hubs_the_packages_or_a_folder_beside_it(folder, tiny_fo
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(file_.read_bytes())
     for path in ("weights2", "./weights2", "mine"):  # a link that stays inside
-        content = f"defaults: [override /model: qwen_image]\nmodel: {{path: {path}}}\nsampling: {{prompt: x, width: 64, height: 64}}"
+        size = "sampling: {prompt: x, width: 64, height: 64}"
+        content = f"defaults: [override /model: qwen_image]\nmodel: {{path: {path}}}\n{size}"
         assert Path(compose([write(folder, content)])["model"]["path"]).resolve() == folder / "weights2"
 
 
@@ -173,7 +174,7 @@ def test_the_digest_is_of_all_but_about_and_itself():
     assert digest(content) != digest(json.loads(json.dumps(content).replace("1", "2")))
 
 
-# --- rewriting ---------------------------------------------------------------------------------------------------------
+# --- rewriting -------------------------------------------------------------------------------------------------------
 
 TEXTS = {
     "none yet": ("sampling: {seed: 1}\n", "sampling: {seed: 1}\n\n", ""),
