@@ -1,4 +1,4 @@
-"""What is written from the code: the resolved configuration of every shipped model and recipe, README's table of models,
+"""What is written from the code: the resolved configuration of every model and recipe, README's table of models,
 and the JSON schema of recipes.
 
 A diff shows what a change gives users.
