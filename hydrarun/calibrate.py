@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydrarun import compat, launch, targets
+from hydrarun import prompts as prompt_files
 from hydrarun.compose import Origin, check, compose_raw
 from hydrarun.errors import UsageError
 from hydrarun.parallel.degrees import world_size
 from hydrarun.text import literal
 
 USAGE = """\
-usage: hydrarun calibrate cache=teacache input.prompts=FILE.txt [KEY=VALUE ...]
-       hydrarun calibrate cache=mask cache.budget=0.5 input.prompts=FILE.txt [KEY=VALUE ...]
+usage: hydrarun calibrate cache=teacache input.prompts=FILE [KEY=VALUE ...]
+       hydrarun calibrate cache=mask cache.budget=0.5 input.prompts=FILE [KEY=VALUE ...]
 
 Fits a cache to a model and its settings (model=..., sampling.num_inference_steps=..., ...), and writes it as an option.
   cache=teacache  draws every prompt with all steps computed, and fits the polynomial that tells the change of the
@@ -29,7 +30,7 @@ Fits a cache to a model and its settings (model=..., sampling.num_inference_step
   cache=mask      searches the computed steps, cache.budget (a share of all) of them, with which the prompts' latents
                   are nearest to those of the uncached run: DIR/cache/mask_MODEL.yaml
                   cache.evaluations=200 is the most masks it tries; cache/predictor=taylor is searched with if chosen
-FILE.txt has one prompt per line; empty lines and lines that start with # are left out. Without it sampling.prompt is
+FILE has the prompts: .txt with one per line, or .csv or .jsonl with that field alone. Without it sampling.prompt is
 drawn. hydra.run.dir=DIR says where to write; a search that was stopped goes on there.
 Use the result with: hydrarun --config-dir DIR cache=teacache_MODEL ..."""
 
@@ -135,21 +136,7 @@ def choose_prompts(config: dict[str, Any], origin: Origin) -> list[str]:
         return given if isinstance(given, list) and given else [given]
     if origin("sampling.prompt") == "command line":
         raise UsageError("input.prompts and sampling.prompt are both given: leave one out")
-    return read_prompts(file)
-
-
-def read_prompts(path: str) -> list[str]:
-    """The lines of a file, but for empty ones and those that start with `#`. Raises UsageError."""
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise UsageError(f"input.prompts={path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"input.prompts={path}: not UTF-8 text") from None
-    prompts = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
-    if not prompts:
-        raise UsageError(f"input.prompts={path}: no prompt in it: one per line, and lines that start with # are none")
-    return prompts
+    return prompt_files.texts(file)
 
 
 def configure(config: dict[str, Any], origin: Origin, prompts: Sequence[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
+from typing import Any
 
 import hydra
 import yaml
@@ -23,6 +24,7 @@ from hydrarun import launch as ranks
 from hydrarun.compose import check, compose_raw, register, split
 from hydrarun.errors import RunError, UsageError
 from hydrarun.explain import explained
+from hydrarun.provenance import config_hash
 from hydrarun.text import literal
 
 
@@ -98,8 +100,10 @@ def run(overrides: list[str], flags: list[str]) -> int:
         config, _ = compose_raw(overrides)
         yaml.safe_dump(config, sys.stdout, sort_keys=False, allow_unicode=True, width=1000)
         return 0
-    if not flags:
-        ranks.check_size(check(*compose_raw(overrides))["parallel"])  # before Hydra makes the output directory
+    if not flags:  # before Hydra makes the output directory
+        config, origin = compose_raw(overrides)
+        ranks.check_size(check(config, origin)["parallel"])
+        overrides = [*overrides, *own_place(config, overrides)]
     if {"-sc", "--shell-completion"} & set(flags):
         return complete(overrides, flags)
     if {"-h", "--help"} & set(flags):
@@ -118,6 +122,16 @@ def launch(overrides: list[str], flags: list[str]) -> int:
     except OSError as error:  # of Hydra's own writing; what goes wrong in a run has become its exit code
         raise UsageError(f"cannot write the output directory: {error}; choose another: hydra.run.dir=…") from error
     return max(codes, default=0)
+
+
+def own_place(config: dict[str, Any], overrides: list[str]) -> list[str]:
+    """Where a run of `input.prompts` goes if nothing else is said: always to the same place, so that it is resumed."""
+    file = config["input"]["prompts"]
+    if not isinstance(file, str) or any(override.startswith("hydra.run.dir=") for override in overrides):
+        return []
+    path = Path(file).expanduser().resolve()
+    digest = config_hash({**config, "input": {**config["input"], "prompts": str(path)}})
+    return literal([f"hydra.run.dir=outputs/{path.stem}-{digest}"])
 
 
 def show_help(overrides: list[str], flags: list[str]) -> int:
@@ -147,7 +161,7 @@ def run_point(composed: DictConfig) -> int:
     if settings.mode is RunMode.MULTIRUN:
         print(f"[{settings.job.num}] {' '.join(settings.overrides.task)}", file=sys.stderr)
     config, origin = split(composed, settings)
-    check(config, origin)
+    config = check(config, origin)
     for note in origin.notes(config):
         print(note, file=sys.stderr)
 

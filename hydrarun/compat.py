@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hydrarun.errors import UsageError
+from hydrarun.batches import each, expand
+from hydrarun.errors import refuse
 from hydrarun.quality.report import REPEAT
 from hydrarun.validate import cfg_scale
 
@@ -65,10 +66,8 @@ def guided(config: Config) -> bool:
 
 
 def pictures(config: Config) -> int:
-    """How many the run draws."""
-    prompt, seed = config["sampling"]["prompt"], config["sampling"]["seed"]
-    prompts = len(prompt) if isinstance(prompt, list) else 1
-    return len(seed) if isinstance(seed, list) else prompts * (config["sampling"]["num_images_per_prompt"] or 1)
+    """How many are drawn together."""
+    return config["batch_size"] or len(expand(config["sampling"]))
 
 
 def encodes_one_by_one(config: Config) -> bool:
@@ -192,7 +191,7 @@ RULES = (
         "parallel.data_degree",
         lambda config: degree(config, "data") > pictures(config),
         "there are fewer pictures than ranks to draw them",
-        "parallel.data_degree=1, or more prompts, seeds or sampling.num_images_per_prompt",
+        "parallel.data_degree=1, or more prompts, seeds or sampling.num_images_per_prompt; or a larger batch_size",
     ),
     Rule(
         "parallel.hsdp_degree",
@@ -320,6 +319,5 @@ def lines(config: Config) -> list[str]:
 
 
 def check(config: Config) -> None:
-    """Raise `UsageError` with one line for each broken rule."""
-    if broken := lines(config):
-        raise UsageError("\n".join(broken))
+    """Raise `UsageError` with one line for each broken rule, whatever line of `input.prompts` breaks it."""
+    refuse(text for _, one in each(dict(config)) for text in lines(one))

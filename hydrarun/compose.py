@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,8 @@ import hydra
 from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from hydrarun import compat, resources, schema, targets
-from hydrarun.errors import UsageError
+from hydrarun import batches, compat, resources, schema, targets
+from hydrarun.errors import UsageError, refuse
 from hydrarun.explain import explained, one_option
 from hydrarun.fit import check_folder_fit
 from hydrarun.memory.hub import local_folder
@@ -49,19 +49,46 @@ def split(composed: DictConfig, hydra_node: DictConfig) -> tuple[dict[str, Any],
 
 
 def check(config: dict[str, Any], origin: Origin) -> dict[str, Any]:
-    """The same configuration, if it can be run. Raises UsageError that lists every violation."""
+    """The same configuration, with the lines of `input.prompts` in its place, if it can be run.
+
+    Raises UsageError that lists every violation.
+    """
     targets.check(config, origin)
+    setter = origin("sampling.prompt")
+    if config["input"]["prompts"] is not None and not setter.startswith(("model", "default")):
+        raise UsageError(f"sampling.prompt ({setter}) and input.prompts are both given: leave one out")
+    config = batches.resolved(config)
     check_values(config, origin)
     compat.check(config)
     folder = local_folder(config["model"]["path"], config["model"]["revision"])
     if folder is not None:  # a hub checkpoint is asked when it is here
-        check_folder_fit(config, folder)
-    if paths := image_paths(config):
-        from hydrarun.media import images  # and Pillow only then
-
-        for path in paths:
-            images.read(path)
+        refuse(_of_lines(config, lambda one: check_folder_fit(one, folder)))
+    refuse(_of_lines(config, _Images()))
     return config
+
+
+def _of_lines(config: dict[str, Any], test: Callable[[dict[str, Any]], None]) -> Iterator[str]:
+    """What `test` refuses, with the line of `input.prompts` that asks for it."""
+    for line, one in batches.each(config):
+        try:
+            test(one)
+        except UsageError as error:
+            yield f"line {line[batches.LINE]} of input.prompts: {error}" if line else str(error)
+
+
+class _Images:
+    """Reads the input images, each once."""
+
+    def __init__(self) -> None:
+        self.read: set[str] = set()
+
+    def __call__(self, config: dict[str, Any]) -> None:
+        for path in image_paths(config):
+            if path not in self.read:
+                from hydrarun.media import images  # and Pillow only then
+
+                images.read(path)
+                self.read.add(path)
 
 
 def register(overrides: Sequence[str]) -> None:

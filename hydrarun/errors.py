@@ -14,8 +14,20 @@ class RunError(Exception):
     """A run failed for a reason the user can act on (corrupt weights, NaN pictures…). Printed as is; exit code 1."""
 
 
+#: mistakes that are listed at once; the others are counted
+LISTED = 20
+
+
 class OutOfMemoryError(RunError):
     """A device had no memory left."""
+
+
+def refuse(mistakes: Iterable[str]) -> None:
+    """Raise UsageError if there are any: a line for each different one of the first, and how many more there are."""
+    different = list(dict.fromkeys(mistakes))
+    if different:
+        more = [f"… and {len(different) - LISTED} more"] if len(different) > LISTED else []
+        raise UsageError("\n".join([*different[:LISTED], *more]))
 
 
 def closest(name: str, names: Iterable[str]) -> str | None:

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydrarun import worker
+from hydrarun import batches, worker
 from hydrarun.errors import RunError, UsageError
 from hydrarun.group import FAREWELL, Ranks
 from hydrarun.parallel.degrees import DIMENSIONS, Degrees, problems, product, world_size
@@ -106,12 +106,16 @@ _kept: Local | Ranks | Torchrun | None = None
 
 
 def run(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
-    """Draw what `config` asks for into `output_dir`, here or on ranks; what is loaded stays for the next run.
+    """Draw what `config` (checked) asks for into `output_dir`, here or on ranks; what is loaded stays for the next run.
 
     Returns run.json. Raises UsageError and RunError. Whoever calls this calls `close` in the end.
     """
     config = fitted(config)
     check_size(config["parallel"])
+    if batches.batched(config):
+        from hydrarun import batch_run
+
+        return batch_run.run(config, output_dir, lambda job: place(config).do("batches", config, job))
     return place(config).do("run", config, {"output_dir": str(output_dir)})
 
 
@@ -149,6 +153,8 @@ def load(config: dict[str, Any]) -> Runner | Remote:
     """A loaded model: in this process, as this rank of torchrun's, or on ranks started for it."""
     if config["warmup"]:
         raise UsageError("warmup: for what the command times; from Python the first call of generate() is one")
+    if batches.batched(config):
+        raise UsageError("input.prompts, batch_size: for the command; from Python call generate(prompt=…) for each")
     config = fitted(config)
     check_size(config["parallel"])
     if world_size(config["parallel"]) > 1 and not worker.launched():

@@ -7,9 +7,10 @@ import json
 import re
 import time
 import unicodedata
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,11 +33,19 @@ WHICH = ("prompt", "negative_prompt", "seed", "num_images_per_prompt")
 class OutputWriter:
     """Writes the pictures or videos of one run into its directory, in the order of `save` calls, then run.json."""
 
-    def __init__(self, run_dir: Path, config: dict[str, Any], facts: dict[str, Any], metadata: bool):
+    def __init__(
+        self,
+        run_dir: Path,
+        config: dict[str, Any],
+        facts: dict[str, Any],
+        metadata: bool,
+        places: Sequence[int] | None = None,
+    ):
         """`config`: the resolved configuration; `metadata`: whether each file carries its recipe.
 
         `facts`: what the run really used: weights {path, revision, fingerprint}, verified, inputs [{path, sha256,
-        width, height}], device, dtype, attention, compile, versions, hardware.
+        width, height}], device, dtype, attention, compile, versions, hardware. `places`: of a batch of a larger run,
+        its pictures' places there; each of them is then named by the hash of the configuration that draws it alone.
         """
         self.run_dir = run_dir
         self.config = as_recorded(config)
@@ -44,8 +53,9 @@ class OutputWriter:
             {**facts, "inputs": [{**image, "path": _absolute(image["path"])} for image in facts["inputs"]]}
         )
         self.metadata = metadata
+        self.places = places
         self.config_hash = config_hash(self.config)
-        self.created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.created = now()
         self.outputs: list[dict[str, Any]] = []
         self.drawn = 0
         self.save_s = 0.0
@@ -60,27 +70,32 @@ class OutputWriter:
         black, or all of one colour; and for a video of a size that its format cannot hold.
         """
         start = time.perf_counter()
-        index = self.drawn
+        position = self.drawn
         self.drawn += 1  # a refused picture keeps its place: replay finds the others by theirs
         _refuse_constant(pixels, prompt, seed)
         output, is_video = self.config["output"], pixels.ndim == 4
-        name = f"{index:04d}-{slug(prompt, 'video' if is_video else 'picture')}-{seed}-{self.config_hash}"
+        texts = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
+        index, digest = position, self.config_hash
+        if self.places:
+            index, digest = self.places[position], config_hash(alone(self.config, texts))
         record = {
             "index": index,
-            "path": name + SUFFIXES[output["format"]],
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-            "seed": seed,
+            "path": file_name(index, prompt, seed, digest, output["format"]),
+            **texts,
             "pixels_sha256": pixels_sha256(pixels),
             "width": pixels.shape[-2],
             "height": pixels.shape[-3],
         }
         if is_video:
             record |= {"frames": len(pixels), "fps": output["fps"]}
-        record |= self._write(pixels, record, timings)
+        record |= self._write(pixels, record, Place(position, digest), timings)
         self.outputs.append(record)
         self.save_s += time.perf_counter() - start
         return record
+
+    def skip(self) -> None:
+        """Leave the next picture as it is: it was written before."""
+        self.drawn += 1
 
     def finish(self, measured: dict[str, Any]) -> dict[str, Any]:
         """Write run.json and return it.
@@ -91,63 +106,88 @@ class OutputWriter:
 
     def fail(self, error: BaseException, measured: dict[str, Any]) -> dict[str, Any]:
         """Write run.json for a run that broke off: what was already made stays and is listed."""
-        message = redact_text(str(error))
-        return self._write_run(
-            {"status": "failed", "error": {"type": type(error).__name__, "message": message}}, measured
-        )
+        return self._write_run({"status": "failed", "error": described(error)}, measured)
 
     def _write_run(self, status: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
-        record = {
-            "format": FORMAT,
-            **status,
-            "created": self.created,
-            "config_hash": self.config_hash,
-            "outputs": self.outputs,
-            **measured,
-            "timings": {**measured["timings"], "save_s": self.save_s},
-            **self.facts,
-            "config": self.config,
-        }
-        write_atomically(self.run_dir / "run.json", json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n")
-        return record
+        measured = {**measured, "timings": {**measured["timings"], "save_s": self.save_s}}
+        begun = {"created": self.created, "config_hash": self.config_hash, "outputs": self.outputs}
+        return write_run(self.run_dir, {**status, **begun, **measured, **self.facts, "config": self.config})
 
-    def _write(self, pixels: np.ndarray, record: dict[str, Any], timings: dict[str, Any]) -> dict[str, str]:
+    def _write(
+        self, pixels: np.ndarray, record: dict[str, Any], place: Place, timings: dict[str, Any]
+    ) -> dict[str, str]:
         """Write one picture or video; what its record says of the file: `sha256`, or nothing of a folder."""
         path, output = self.run_dir / record["path"], self.config["output"]
         if output["format"] == "frames":
             own = ({"frame": number, "frame_sha256": pixels_sha256(frame)} for number, frame in enumerate(pixels))
-            frames.write(path, pixels, [self._text(record, timings, extra) for extra in own])
+            frames.write(path, pixels, [self._text(record, place, timings, extra) for extra in own])
             return {}
-        text = self._text(record, timings, {})
+        text = self._text(record, place, timings, {})
         data = png.encode(pixels, text) if output["format"] == "png" else mp4.encode(pixels, output["fps"], text)
         write_atomically(path, data)
         return {"sha256": hashlib.sha256(data).hexdigest()}
 
-    def _text(self, record: dict[str, Any], timings: dict[str, Any], extra: dict[str, Any]) -> dict[str, str]:
+    def _text(
+        self, record: dict[str, Any], place: Place, timings: dict[str, Any], extra: dict[str, Any]
+    ) -> dict[str, str]:
         """The two texts inside a file, by keyword; `extra` is what the recipe says of one frame alone."""
         if not self.metadata:
             return {}
-        recipe = {**self._recipe(record, timings), **extra}
+        recipe = {**self._recipe(record, place, timings), **extra}
         return {
             "parameters": parameters(self.config, self.facts, record),
             png.CHUNK: json.dumps(recipe, ensure_ascii=False),
         }
 
-    def _recipe(self, record: dict[str, Any], timings: dict[str, Any]) -> dict[str, Any]:
+    def _recipe(self, record: dict[str, Any], place: Place, timings: dict[str, Any]) -> dict[str, Any]:
         sampling = self.config["sampling"]
-        alone = {key: record[key] for key in ("prompt", "negative_prompt", "seed")} | {"num_images_per_prompt": 1}
         return {
             "format": FORMAT,
-            "config": {**self.config, "sampling": {**sampling, **alone}},
+            "config": alone(self.config, {key: record[key] for key in ("prompt", "negative_prompt", "seed")}),
             # A picture drawn alone equals the one drawn in its batch only to rounding (other matrix shapes), so
             # replay redraws the batch.
-            "batch": {"index": record["index"], "sampling": {key: sampling.get(key) for key in WHICH}},
-            "config_hash": self.config_hash,
+            "batch": {"index": place.position, "sampling": {key: sampling.get(key) for key in WHICH}},
+            "config_hash": place.config_hash,
             "pixels_sha256": record["pixels_sha256"],
             "created": self.created,
             "timings": timings,
             **self.facts,
         }
+
+
+class Place(NamedTuple):
+    """Where a picture stands in its batch, and the hash that names it."""
+
+    position: int
+    config_hash: str
+
+
+def alone(config: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that draws one picture of a run; `texts`: its prompt, negative prompt and seed."""
+    return {**config, "sampling": {**config["sampling"], **texts, "num_images_per_prompt": 1}}
+
+
+def file_name(index: int, prompt: str, seed: int, digest: str, output_format: str) -> str:
+    """The name of a picture's or video's file, or of its folder of frames; `digest`: the hash of a configuration."""
+    nameless = "picture" if output_format == "png" else "video"
+    return f"{index:04d}-{slug(prompt, nameless)}-{seed}-{digest}{SUFFIXES[output_format]}"
+
+
+def write_run(run_dir: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write run.json and return what it holds: `record` and its format."""
+    record = {"format": FORMAT, **record}
+    write_atomically(run_dir / "run.json", json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n")
+    return record
+
+
+def described(error: BaseException) -> dict[str, str]:
+    """What run.json says of an error."""
+    return {"type": type(error).__name__, "message": redact_text(str(error))}
+
+
+def now() -> str:
+    """The time as run.json writes it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def parameters(config: dict[str, Any], facts: dict[str, Any], record: dict[str, Any]) -> str:

@@ -34,10 +34,11 @@ def asked(config: dict[str, Any]) -> dict[str, Any]:
     """What of a configuration reaches the pixels.
 
     Not `output`, `report`, `verify`, `plan` and `warmup` (what is written, measured, checked, foreseen and done beside
-    them), nor the model's `facts` (published figures) and `judge`, nor where compiled graphs are kept. Paths in the
-    home folder count as `~`, so that a redacted configuration is the same as its original.
+    them), nor how many are drawn together and what happens when some fail, nor the model's `facts` (published figures)
+    and `judge`, nor where compiled graphs are kept. Paths in the home folder count as `~`, so that a redacted
+    configuration is the same as its original.
     """
-    unseen = ("output", "report", "verify", "plan", "warmup")
+    unseen = ("output", "report", "verify", "plan", "warmup", "batch_size", "retry", "fail_fast")
     kept = {key: value for key, value in redact(config).items() if key not in unseen}
     for section, beside in (("model", ("facts", "judge")), ("compile", ("cache_dir",))):
         kept[section] = {key: value for key, value in kept.get(section, {}).items() if key not in beside}

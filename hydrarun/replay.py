@@ -19,7 +19,7 @@ import numpy as np
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from hydrarun import compat, launch, targets
+from hydrarun import batches, compat, launch, schema, targets
 from hydrarun.compose import compose
 from hydrarun.errors import UsageError, nearest
 from hydrarun.media import frames
@@ -62,11 +62,8 @@ def main(argv: Sequence[str]) -> int:
     for line in describe(config):
         progress.note(printable(line))
 
-    # this imports torch: only now that the configuration is checked
-    from hydrarun.request import make_state
-
     check_frames(recorded, config["output"]["format"])
-    check_places(recorded, len(make_state(config["sampling"]).seeds))
+    check_places(recorded, len(batches.items(config)))
     record = launch.run(config, output_dir)
     same = [compare(picture, record, output_dir) for picture in recorded.pictures]
     for line in differences(recorded.facts, record):
@@ -97,7 +94,7 @@ def configure(recorded: Recorded, overrides: Sequence[str]) -> dict[str, Any]:
     Raises UsageError with all that is wrong.
     """
     try:
-        config = copy.deepcopy(recorded.config)
+        config = schema.filled(copy.deepcopy(recorded.config))
         _pin(config, recorded.facts)
         config["report"] = asdict(Report())  # a replay compares with the file; and a stranger names no folder here
         config["warmup"] = 0
@@ -187,11 +184,7 @@ def describe(config: dict[str, Any]) -> Iterator[str]:
 def compare(picture: Picture, record: dict[str, Any], folder: Path) -> bool:
     """Say how the redrawn picture, listed in `record` and lying in `folder`, compares; whether it is identical."""
     name = printable(picture.name)
-    if picture.index not in range(len(record["outputs"])):
-        raise UsageError(
-            f"{name}: says that it is picture {picture.index} of {len(record['outputs'])} (counted from 0)"
-        )
-    output = record["outputs"][picture.index]
+    output = next(output for output in record["outputs"] if output["index"] == picture.index)
     file, digest = folder / output["path"], output["pixels_sha256"]
     if picture.frame is not None:
         file /= frames.name(picture.frame)

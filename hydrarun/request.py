@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from hydrarun.batches import expand
 from hydrarun.state import State
 
 #: fields of `sampling` that the state holds under the same name
@@ -23,23 +24,11 @@ PLAIN = (
 
 
 def make_state(sampling: dict[str, Any], input_images: Sequence[Image.Image] = ()) -> State:
-    """One item per picture: prompt after prompt, and for each its pictures one after the other; all get the images.
-
-    A whole number as seed: the k-th picture of every prompt gets `seed + k`. A list: one per picture.
-    """
-    prompts = as_list(sampling["prompt"])
-    negatives = sampling["negative_prompt"]
-    seeds = sampling["seed"]
-    if isinstance(seeds, list):
-        count = len(seeds) // len(prompts)
-    else:
-        count = sampling["num_images_per_prompt"] or 1
-        seeds = [seeds + k for _ in prompts for k in range(count)]
-    if negatives is not None and not isinstance(negatives, list):
-        negatives = [negatives] * len(prompts)
+    """One item per picture (`hydrarun.batches.expand`); all get the images."""
+    prompts, negatives, seeds = map(list, zip(*expand(sampling), strict=True))
     return State(
-        prompts=[prompt for prompt in prompts for _ in range(count)],
-        negative_prompts=None if negatives is None else [text for text in negatives for _ in range(count)],
+        prompts=prompts,
+        negative_prompts=None if sampling["negative_prompt"] is None else negatives,
         seeds=seeds,
         input_images=list(input_images),
         **{name: sampling[name] for name in PLAIN},
@@ -50,8 +39,3 @@ def sampling_of(state: State) -> dict[str, Any]:
     """The section `sampling` that asks for this state's items."""
     items = {"prompt": state.prompts, "negative_prompt": state.negative_prompts, "seed": state.seeds}
     return {**items, "num_images_per_prompt": None, **{name: getattr(state, name) for name in PLAIN}}
-
-
-def as_list(value: str | list[str]) -> list[str]:
-    """A single text is a list of one."""
-    return value if isinstance(value, list) else [value]

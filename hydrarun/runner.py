@@ -20,11 +20,12 @@ from hydrarun.memory.device import forget_peak, peak_bytes
 from hydrarun.memory.safetensors_files import fingerprint
 from hydrarun.outputs import OutputWriter
 from hydrarun.parallel.data import all_frames, own_items
-from hydrarun.pipeline import run_stages
+from hydrarun.parallel.mesh import Axis
+from hydrarun.pipeline import Stage, run_stages
 from hydrarun.plan.exhausted import out_of_memory
 from hydrarun.progress import Progress
 from hydrarun.provenance import hardware, peak_host_bytes, versions
-from hydrarun.quality.measure import backends, follow, measure
+from hydrarun.quality.measure import Measured, backends, follow, measure
 from hydrarun.request import make_state, sampling_of
 from hydrarun.state import State
 from hydrarun.timing import Timings
@@ -112,20 +113,45 @@ class Runner:
 
         `cache`: a node that replaces the configuration's.
         """
+        own = self.own(state)
+        self.play(self.built.stages, state, own, timings, cache)
+        return self.whole(state, own)
+
+    def own(self, state: State) -> State:
+        """This rank's share of a request."""
+        axis = self.data_axis()
+        return own_items(state, axis) if axis else state
+
+    def play(
+        self,
+        stages: Sequence[Stage],
+        state: State,
+        own: State,
+        timings: Timings,
+        cache: dict[str, Any] | None = None,
+    ) -> None:
+        """Run these stages on this rank's share of the request `state`."""
         parts = self.built.parts
         parts.cache = make_cache(cache or self.config["cache"], self.built.source.folder)
-        axis = parts.mesh["data"] if parts.mesh else None
-        own = own_items(state, axis) if axis else state
         try:
-            run_stages(self.built.stages, own, parts, timings)
+            run_stages(stages, own, parts, timings)
         except torch.OutOfMemoryError as error:
             asked = {**self.config, "sampling": sampling_of(state)}
             raise out_of_memory(asked, timings.running, parts.device) from error
-        if axis:
-            count = len(state.prompts)
-            state = replace(own, prompts=state.prompts, negative_prompts=state.negative_prompts, seeds=state.seeds)
-            state.frames = all_frames(own.frames, count, axis, parts.device)
-        return state
+
+    def whole(self, state: State, own: State) -> State:
+        """The request `state` with what was drawn of it on every rank; `own`: this rank's share, drawn."""
+        axis = self.data_axis()
+        if not axis:
+            return own
+        whole = replace(own, prompts=state.prompts, negative_prompts=state.negative_prompts, seeds=state.seeds)
+        whole.frames = all_frames(own.frames, len(state.prompts), axis, self.built.parts.device)
+        return whole
+
+    def data_axis(self) -> Axis | None:
+        """This rank's place among those that share the pictures."""
+        mesh = self.built.parts.mesh
+        return mesh["data"] if mesh else None
 
     def follow(self) -> None:
         """Do this rank's part of a run that rank 0 writes."""
@@ -166,7 +192,10 @@ class Runner:
             self.save(drawn, writer, self.measured(timings, start))
             results = self.results(timings, start)  # of the run alone, before anything else is drawn
             if self.config["report"]["metrics"]:
-                results = measure(self, given, drawn, writer, results)
+                measured = measure(self, given, drawn, writer.facts, results)
+                results = with_quality(results, measured)
+                for index, record in enumerate(writer.outputs):
+                    record.update(measured.of_output(index))
         except BaseException as error:  # Ctrl-C and a full disk too: what was made stays, and run.json says so
             writer.fail(error, results or self.results(timings, start))
             raise
@@ -230,6 +259,12 @@ class Runner:
             "versions": versions(),
             "hardware": hardware(str(built.parts.device)),
         }
+
+
+def with_quality(results: dict[str, Any], measured: Measured) -> dict[str, Any]:
+    """`results` with what was measured beside."""
+    timings = {**results["timings"], "quality_s": measured.seconds}
+    return {**results, "timings": timings, "quality": measured.quality}
 
 
 def describe(image: InputImage) -> dict[str, Any]:

@@ -5,6 +5,8 @@ The options in `conf/` fill them; the comment above each YAML field says what it
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -70,7 +72,7 @@ class Input:
     """What is given beside the prompt."""
 
     images: Any = None
-    prompts: Optional[str] = None  # noqa: UP045
+    prompts: Any = None
 
 
 @dataclass
@@ -142,10 +144,27 @@ class Config:
     vae: Vae = field(default_factory=Vae)
     output: Output = field(default_factory=Output)
     report: Report = field(default_factory=Report)
+    batch_size: Optional[int] = None  # noqa: UP045
+    retry: int = 0
+    fail_fast: bool = False
     warmup: int = 0
     device: str = "auto"
     dtype: str = "auto"
     verify: bool = False
+
+
+def filled(config: Any, section: type = Config) -> Any:
+    """A configuration that an older version wrote, with the defaults of the fields that it did not know."""
+    if not isinstance(config, dict):
+        return config
+    hints = typing.get_type_hints(section)
+    for one in dataclasses.fields(section):
+        default: Any = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+        if one.name not in config and default != MISSING:
+            config[one.name] = default if not dataclasses.is_dataclass(default) else dataclasses.asdict(default)  # type: ignore[arg-type]
+        elif dataclasses.is_dataclass(hints[one.name]):
+            config[one.name] = filled(config.get(one.name), hints[one.name])
+    return config
 
 
 def register() -> None:

@@ -12,8 +12,9 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from hydrarun import batches, prompts
 from hydrarun.annotations import describe, fits, show
-from hydrarun.errors import UsageError, nearest
+from hydrarun.errors import nearest, refuse
 from hydrarun.parallel import degrees
 from hydrarun.quality import report
 from hydrarun.schema import MISSING, Config, Fit
@@ -40,37 +41,84 @@ Problem = tuple[str, str]  # the key, and the sentence about it
 
 def check_values(config: Mapping[str, Any], origin: Callable[[str], str] | None = None) -> None:
     """Raise UsageError with one line for each violation; `origin` tells where a key's value came from."""
-    found = list(problems(config))
-    if found:
-        places = [f" ({origin(key)})" if origin else "" for key, _ in found]
-        raise UsageError("\n".join(f"{key}{place}: {text}" for (key, text), place in zip(found, places, strict=True)))
+
+    def place(line: batches.Line | None, key: str) -> str:
+        if line and key.partition(".")[2] in line:
+            return f" (line {line.get(batches.LINE, '?')} of input.prompts)"
+        return f" ({origin(key)})" if origin else ""
+
+    refuse(f"{key}{place(line, key)}: {text}" for line, key, text in _found(config))
 
 
 def problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     """Every violation in a plain, resolved configuration."""
-    shape = [*_structure(config, Config, ""), *_missing(config, "")]
-    yield from shape
-    if not shape:
-        yield from _device(config["device"])
-        yield from _dtype(config["dtype"])
-        yield from ((f"parallel.{key}", text) for key, text in degrees.problems(config["parallel"]))
-        yield from _vae(config["vae"]["dtype"])
-        yield from _plan(config["plan"])
-        broken = list(_model(config["model"]))
-        yield from broken
-        yield from _fit("cache.gate.fit", (config["cache"].get("gate") or {}).get("fit"), config["model"]["experts"])
-        if broken:  # what follows goes by what the model says of itself
-            return
-        yield from _taken(config["model"], config["sampling"])
-        yield from _sampling(config["sampling"], config["model"]["takes"])
-        yield from _warmup(config["warmup"], config["sampling"]["num_inference_steps"])
-        yield from _guidance(config)
-        yield from _size(config)
-        yield from _input_images(config)
-        if config["input"]["prompts"] is not None:
-            yield "input.prompts", "read by `hydrarun calibrate` only; give texts: sampling.prompt='[…]'"
-        yield from _output(config)
-        yield from report.problems(config)
+    return ((key, text) for _, key, text in _found(config))
+
+
+def _found(config: Mapping[str, Any]) -> Iterator[tuple[batches.Line | None, str, str]]:
+    """Every violation; with the line of `input.prompts` that asks for what is wrong, where it is one that does."""
+    shape = list(_shape(config))
+    yield from ((None, *problem) for problem in shape)
+    if shape:
+        return
+    yield from ((None, *problem) for problem in _settings(config))
+    broken = list(_model(config["model"])) or list(_batches(config))
+    yield from ((None, *problem) for problem in broken)
+    if not broken:  # what follows goes by what the model says of itself
+        yield from ((None, *problem) for problem in _output(config))
+        for line, one in batches.each(dict(config)):
+            yield from ((line, *problem) for problem in _request(one))
+
+
+def _shape(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Keys, types, and what is missing; where prompts are listed, there need be no other."""
+    wrong = list(_structure(config, Config, ""))
+    yield from wrong
+    prompted = not wrong and config["input"]["prompts"] is not None
+    yield from (problem for problem in _missing(config, "") if not (prompted and problem[0] == "sampling.prompt"))
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong whatever the model."""
+    yield from _device(config["device"])
+    yield from _dtype(config["dtype"])
+    yield from ((f"parallel.{key}", text) for key, text in degrees.problems(config["parallel"]))
+    yield from _vae(config["vae"]["dtype"])
+    yield from _plan(config["plan"])
+    yield from _fit("cache.gate.fit", (config["cache"].get("gate") or {}).get("fit"), config["model"]["experts"])
+
+
+def _request(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong with what is drawn, and with what is measured of it."""
+    yield from _taken(config["model"], config["sampling"])
+    yield from _sampling(config["sampling"], config["model"]["takes"])
+    yield from _warmup(config["warmup"], config["sampling"]["num_inference_steps"])
+    yield from _guidance(config)
+    yield from _size(config)
+    yield from _input_images(config)
+    yield from report.problems(config)
+
+
+def _batches(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """What makes of a run one of batches."""
+    yield from _at_least("batch_size", config["batch_size"], 1)
+    yield from _at_least("retry", config["retry"], 0)
+    if not batches.batched(config):
+        for name in ("retry", "fail_fast"):
+            if config[name]:
+                yield name, "without input.prompts or batch_size it has no effect: what is drawn is drawn at once."
+    lines = config["input"]["prompts"]
+    if lines is None:
+        return
+    if not (isinstance(lines, list) and lines):
+        yield "input.prompts", f"{show(lines)} is not a file or a list of prompts."
+        return
+    for number, line in enumerate(lines, start=1):
+        own = {name: value for name, value in line.items() if name != batches.LINE} if isinstance(line, dict) else line
+        yield from (("input.prompts", f"number {number}: {text}.") for text in prompts.problems(own))
+    for name in ("seed", "negative_prompt"):
+        if isinstance(config["sampling"][name], list):
+            yield f"sampling.{name}", "lists several: with input.prompts give one for all, or one in each line."
 
 
 def cfg_scale(config: Mapping[str, Any]) -> tuple[str, float | None]:

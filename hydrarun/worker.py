@@ -113,9 +113,13 @@ class Session:
 
     def do(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
         """Do a job; on rank 0 returns its result, which JSON can hold."""
-        runner = self.build(config, quiet=action != "run")
+        runner = self.build(config, quiet=action not in ("run", "batches"))
         if action == "run":
             return runner.run(Path(arguments["output_dir"])) if self.place.rank == 0 else runner.follow()
+        if action == "batches":
+            from hydrarun import batch_draw
+
+            return batch_draw.draw(runner, config, Path(arguments["output_dir"]), arguments["left"])
         if action == "generate":
             drawn = runner.generate(**arguments["sampling"])
             return keep(drawn, Path(arguments["folder"])) if self.place.rank == 0 else None

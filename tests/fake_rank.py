@@ -32,6 +32,9 @@ class FakeRunner:
         (output_dir / "run.json").write_text(json.dumps(record))
         return record
 
+    def again(self) -> None:
+        self.load_s, self.read_bytes = 0.0, 0
+
     def follow(self) -> None:
         self.work(None)
 

@@ -24,6 +24,7 @@ from hydrarun.errors import UsageError
 from hydrarun.listing import first_comment
 from hydrarun.memory.safetensors_files import fingerprint
 from hydrarun.progress import Progress
+from hydrarun.prompts import texts
 
 QUIET = Progress(quiet=True)
 
@@ -176,7 +177,7 @@ def scores(folder: Path) -> dict[tuple[int, ...], float]:
 
 def test_the_mask_is_the_best_of_all(searched, tiny_folder, prompts):
     config, _ = compose_raw([*settings(tiny_folder, *MASK[:2]), "cache/predictor=taylor"])
-    job = calibrate.Job(config, config["cache"], calibrate.read_prompts(str(prompts)), searched, [], 0.57, 200)
+    job = calibrate.Job(config, config["cache"], texts(str(prompts)), searched, [], 0.57, 200)
     twins = Twins(job, Draws(job.config, QUIET))
     exact = {(0, *rest): twins.score((0, *rest)) for rest in itertools.combinations(range(1, 7), 3)}
     assert tuple(steps(searched)) == min(exact, key=exact.__getitem__)
@@ -334,7 +335,7 @@ def test_a_file_without_prompts(tmp_path):
 
 
 def test_prompts_are_read_to_the_letter(prompts):
-    assert calibrate.read_prompts(str(prompts)) == ["a cat", "two dogs, “asleep” = 1"]
+    assert texts(str(prompts)) == ["a cat", "two dogs, “asleep” = 1"]
 
 
 def test_mistakes_are_found_before_torch_is_imported():
@@ -358,7 +359,6 @@ print([name for name in ("torch", "diffusers", "matplotlib") if name in sys.modu
     [
         (["cache=mask", "cache.budget=0.5"], "cache.budget (command line): unknown key."),
         (["cache=mask", "cache.evaluations=5"], "cache.evaluations (command line): unknown key."),
-        (["input.prompts=a.txt"], "input.prompts (command line): read by `hydrarun calibrate` only; give texts: samp"),
     ],
 )
 def test_a_plain_run_knows_nothing_of_calibrations_settings(words, message):
@@ -369,4 +369,4 @@ def test_a_plain_run_knows_nothing_of_calibrations_settings(words, message):
 
 def test_help(capsys):
     assert cli.main(["calibrate", "--help"]) == 0
-    assert capsys.readouterr().out.startswith("usage: hydrarun calibrate cache=teacache input.prompts=FILE.txt")
+    assert capsys.readouterr().out.startswith("usage: hydrarun calibrate cache=teacache input.prompts=FILE")

@@ -45,12 +45,15 @@ def runs(monkeypatch, tmp_path):
         def __init__(self, config, progress):
             self.config = config
 
+        def again(self):
+            pass
+
         def run(self, output_dir):
             seen.append((self.config, output_dir))
             if error := seen.fail.get(self.config["sampling"]["seed"]):
                 raise error
 
-    for name, attributes in {"runner": {"Runner": Runner}, "progress": {"Progress": lambda: None}}.items():
+    for name, attributes in {"runner": {"Runner": Runner}, "progress": {"Progress": lambda quiet: None}}.items():
         module = types.ModuleType(f"hydrarun.{name}")
         vars(module).update(attributes)
         monkeypatch.setitem(sys.modules, f"hydrarun.{name}", module)

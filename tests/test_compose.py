@@ -9,7 +9,7 @@ from hydrarun.text import literal
 def test_the_result_is_plain_data():
     config = compose([])
     assert OmegaConf.to_container(OmegaConf.create(config)) == config
-    assert {type(value) for value in config.values()} == {dict, str, bool, int}
+    assert {type(value) for value in config.values()} == {dict, type(None), str, bool, int}
     assert "hydra" not in config
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from hydrarun.cache.base import NoCache, Schedule
 from hydrarun.cache.calibration import Draws, entry, many, write_option
-from hydrarun.cache.ledger import Ledger
+from hydrarun.cache.scores import Scores
 from hydrarun.cache.search import Found, Steps, search, spread
 from hydrarun.errors import UsageError
 from hydrarun.progress import Progress
@@ -31,7 +31,7 @@ def calibrate(job: Job) -> Path:
     instantiate(node(job, (0,)), "cache")  # here for what is wrong with it
     progress = Progress()
     twins = Twins(job, Draws(job.config, progress))
-    ledger = Ledger(job.folder / "scores.jsonl", identity(job, twins))
+    ledger = Scores(job.folder / "scores.jsonl", identity(job, twins))
     starts = [spread(twins.count, twins.steps, twins.firsts, power) for power in POWERS]
     with progress.phase("searching", total=job.evaluations) as advance:
 

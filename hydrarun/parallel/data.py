@@ -14,20 +14,31 @@ from hydrarun.state import State
 
 
 def own_items(state: State, axis: Axis) -> State:
-    """This rank's part of a batch that is not yet drawn. Noise belongs to the seed, so that pictures stay the same."""
-    counts = shares(len(state.prompts), axis.size)
+    """This rank's part of a batch that is not yet drawn. Noise belongs to the seed, so that pictures stay the same.
+
+    Of a batch with fewer items than ranks (the last of a list) some ranks draw the last item too, so that every rank is
+    there when others wait for it.
+    """
+    counts = shares(drawn(len(state.prompts), axis), axis.size)
     start = sum(counts[: axis.rank])
-    here = slice(start, start + counts[axis.rank])
+    last = len(state.prompts) - 1
+    here = [min(index, last) for index in range(start, start + counts[axis.rank])]
     negatives = state.negative_prompts
     return dataclasses.replace(
         state,
-        prompts=state.prompts[here],
-        negative_prompts=None if negatives is None else negatives[here],
-        seeds=state.seeds[here],
+        prompts=[state.prompts[index] for index in here],
+        negative_prompts=None if negatives is None else [negatives[index] for index in here],
+        seeds=[state.seeds[index] for index in here],
     )
+
+
+def drawn(count: int, axis: Axis) -> int:
+    """How many are drawn for `count` items: at least one on each rank."""
+    return max(count, axis.size)
 
 
 def all_frames(frames: np.ndarray, count: int, axis: Axis, device: torch.device) -> np.ndarray:
     """The frames `[N, F, H, W, 3]` of all `count` items, from each rank's own."""
-    gathered = all_gather(torch.from_numpy(frames).to(device), 0, shares(count, axis.size), axis.group)
-    return gathered.cpu().numpy()
+    counts = shares(drawn(count, axis), axis.size)
+    gathered = all_gather(torch.from_numpy(frames).to(device), 0, counts, axis.group)
+    return gathered.cpu().numpy()[:count]

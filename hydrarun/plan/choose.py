@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hydrarun import compat, targets
+from hydrarun import batches, compat, targets
 from hydrarun.compose import Origin
 from hydrarun.errors import UsageError
 from hydrarun.fit import check_configs
@@ -46,13 +47,26 @@ def make(config: dict[str, Any], origin: Origin | None = None) -> Plan:
     """The plan of a composed configuration. Raises `UsageError` for values that cannot be."""
     targets.check(config, origin)
     device = chosen(config)
-    config = {**config, "device": device.kind, "plan": {"auto": False, "device": None}}
+    config = batches.resolved({**config, "device": device.kind, "plan": {"auto": False, "device": None}})
     check_values(with_images(config), origin)
     ranks = world_size(config["parallel"])
-    conflicts = compat.lines(config)
+    conflicts = list(dict.fromkeys(text for _, one in batches.each(config) for text in compat.lines(one)))
     if conflicts:
         return Plan(config["model"]["name"], device, ranks, conflicts)
-    return planned(config, device, ranks)
+    return planned(largest(config), device, ranks)
+
+
+def largest(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the batch with the most pixels; of a run that is one batch that run itself."""
+    if not batches.batched(config):
+        return config
+    every = batches.together(batches.items(config), batches.limit(config))
+
+    def pixels(batch: Sequence[batches.Item]) -> int:
+        sizes = (batch[0].sampling[name] or 1 for name in ("height", "width", "num_frames"))
+        return len(batch) * math.prod(sizes)
+
+    return batches.configuration(config, max(every, key=pixels))
 
 
 def with_images(config: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from hydrarun.errors import OutOfMemoryError, RunError
 from hydrarun.layers.attention import AttentionBackend
 from hydrarun.media.images import InputImage
 from hydrarun.memory.quantize import NoQuantization
-from hydrarun.outputs import OutputWriter
 from hydrarun.parallel import comm
 from hydrarun.provenance import redact
 from hydrarun.quality import twins
@@ -51,12 +50,9 @@ class Yardstick:
         """The measures of each pair."""
         return [compare(ours.pixels, twin, self.metrics) for ours, twin in zip(drawn, self.twin, strict=True)]
 
-    def block(self, drawn: Sequence[Picture]) -> dict[str, Any]:
-        """The measures of all together."""
-        each = self.each(drawn)
-        block: dict[str, Any] = {
-            name: summary([pair[name] for pair in each]) for name in self.metrics if name in MEASURES
-        }
+    def block(self, drawn: Sequence[Picture], each: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+        """The measures of all together; `each`: those of each pair."""
+        block = summaries(each, self.metrics)
         if "accuracy" in self.metrics:
             shares = {"outputs": [picture.pixels for picture in drawn], "twins": self.twin}
             block["accuracy"] = {name: accuracy(pixels, self.prompts) for name, pixels in shares.items()}
@@ -64,15 +60,36 @@ class Yardstick:
         return block
 
 
+class Measured(NamedTuple):
+    """What run.json says of a run's quality, and of that of each of its outputs."""
+
+    quality: dict[str, Any]
+    seconds: float
+    #: {measure: number}; and by the entries of the noise floor the same
+    each: list[dict[str, float]]
+    floor: dict[str, list[dict[str, float]]]
+
+    def of_output(self, index: int) -> dict[str, Any]:
+        """The keys of the record of one output."""
+        floor = {name: numbers[index] for name, numbers in self.floor.items() if numbers[index]}
+        own = {"quality": self.each[index], "noise_floor": floor}
+        return {key: numbers for key, numbers in own.items() if numbers}
+
+
+def summaries(each: Sequence[Mapping[str, float]], metrics: Sequence[str]) -> dict[str, Any]:
+    """The measures of many pairs by their names: mean, p95 and worst."""
+    return {name: summary([pair[name] for pair in each]) for name in metrics if name in MEASURES}
+
+
 def measure(
-    runner: Runner, given: list[InputImage], ours: list[Picture], writer: OutputWriter, results: dict[str, Any]
-) -> dict[str, Any]:
-    """`results` of a run with `quality` and `timings.quality_s`; the records in `writer` get their own numbers.
+    runner: Runner, given: list[InputImage], ours: list[Picture], facts: Mapping[str, Any], results: dict[str, Any]
+) -> Measured:
+    """Compare what a run drew with its twin. `facts` and `results`: as `OutputWriter` has and takes them.
 
     On rank 0, while the others `follow`. Raises RunError for a twin that cannot be drawn or kept.
     """
     start = time.perf_counter()
-    config, facts = runner.config, {**writer.facts, "quantization": NoQuantization.name}
+    config, facts = runner.config, {**facts, "quantization": NoQuantization.name}
     place, twin, note = twins.folder(config), twins.kept(config, facts), "kept"
     if config == twins.plain(config):
         if twin is None:
@@ -86,14 +103,15 @@ def measure(
     runner.progress.note(f"the uncached twin: {note} in {place}")
 
     yardstick = Yardstick(twin, [picture.prompt for picture in ours], config["report"]["metrics"])
-    quality = {**redact({"twin": str(place)}), **yardstick.block(ours)}
-    if floor := {draw.name: yardstick.block(draw.pictures) for draw in others}:
-        quality["noise_floor"] = floor
-    for record, numbers in zip(writer.outputs, yardstick.each(ours), strict=True):
-        if numbers:
-            record["quality"] = numbers
-    timings = {**results["timings"], "quality_s": time.perf_counter() - start}
-    return {**results, "timings": timings, "quality": quality}
+    each = yardstick.each(ours)
+    quality = {**redact({"twin": str(place)}), **yardstick.block(ours, each)}
+    floor, blocks = {}, {}
+    for draw in others:
+        floor[draw.name] = yardstick.each(draw.pictures)
+        blocks[draw.name] = yardstick.block(draw.pictures, floor[draw.name])
+    if blocks:
+        quality["noise_floor"] = blocks
+    return Measured(quality, time.perf_counter() - start, each, floor)
 
 
 def follow(runner: Runner, given: list[InputImage]) -> None:

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from hydrarun.cache.ledger import Ledger
+from hydrarun.cache.scores import Scores
 from hydrarun.cache.search import moves, search, spread
 from hydrarun.errors import UsageError
 
@@ -78,21 +78,21 @@ def test_no_more_masks_are_scored_than_allowed(limit):
 
 def test_a_ledger_is_continued(tmp_path):
     file = tmp_path / "deep" / "scores.jsonl"
-    ledger = Ledger(file, {"model": "m", "size": (1, 2)})
+    ledger = Scores(file, {"model": "m", "size": (1, 2)})
     ledger.add((0, 2), 0.25)
     ledger.add((0, 1), 1e-7)
-    assert Ledger(file, {"model": "m", "size": (1, 2)}).scores == {(0, 2): 0.25, (0, 1): 1e-7}
+    assert Scores(file, {"model": "m", "size": (1, 2)}).scores == {(0, 2): 0.25, (0, 1): 1e-7}
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3])
 def test_a_torn_last_line_is_dropped(tmp_path, kept):
     file = tmp_path / "scores.jsonl"
-    ledger = Ledger(file, {"model": "m"})
+    ledger = Scores(file, {"model": "m"})
     for step in range(1, 4):
         ledger.add((0, step), step / 8)
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:kept]) + lines[kept][:-3])
-    again = Ledger(file, {"model": "m"})
+    again = Scores(file, {"model": "m"})
     assert len(again.scores) == max(0, kept - 1)
     again.add((0, 6), 0.5)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -103,9 +103,9 @@ def test_a_torn_last_line_is_dropped(tmp_path, kept):
 
 def test_a_ledger_of_another_configuration_is_refused(tmp_path):
     file = tmp_path / "scores.jsonl"
-    Ledger(file, {"model": "m", "steps": 4, "dtype": "float32"})
+    Scores(file, {"model": "m", "steps": 4, "dtype": "float32"})
     with pytest.raises(UsageError, match=r"scores.jsonl: its scores are of another configuration \(dtype, steps\)"):
-        Ledger(file, {"model": "m", "steps": 5, "dtype": "bfloat16"})
+        Scores(file, {"model": "m", "steps": 5, "dtype": "bfloat16"})
 
 
 @pytest.mark.parametrize(("line", "number"), [("nonsense", 1), ("[1]", 1), ("{", 2), ('{"steps": [0]}', 2)])
@@ -113,4 +113,4 @@ def test_a_damaged_line_is_named(tmp_path, line, number):
     file = tmp_path / "scores.jsonl"
     file.write_text(("{}\n" if number == 2 else "") + line + "\n")
     with pytest.raises(UsageError, match=f"line {number} is damaged"):
-        Ledger(file, {})
+        Scores(file, {})

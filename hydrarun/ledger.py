@@ -1,4 +1,4 @@
-"""Scores on disk, one line of JSON each, so that a search that was stopped goes on where it was."""
+"""What was done, one line of JSON for each thing, so that work that was stopped goes on where it was."""
 
 from __future__ import annotations
 
@@ -8,37 +8,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydrarun.cache.search import Steps
 from hydrarun.errors import UsageError
 
 
 class Ledger:
-    """The scores in `file`, by steps. Its first line says what they are scores of."""
+    """The rows in `file`, in order. Its first line says what they are about."""
 
-    def __init__(self, file: Path, identity: Mapping[str, Any]) -> None:
-        """Begins `file`, or continues it: a last line that was cut off is dropped.
+    def __init__(self, file: Path, identity: Mapping[str, Any], rows_of: str) -> None:
+        """Begins `file`, or continues it: a last line that was cut off is dropped. `rows_of` names rows to the user.
 
         Raises `UsageError` for a file of another `identity` (what JSON can hold), and a damaged one.
         """
         self.file = file
-        self.scores: dict[Steps, float] = {}
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = whole_lines(file)
-        if not lines:
+        self.rows = [self._read(number, line) for number, line in enumerate(lines, start=1)][1:]
+        if lines:
+            self._check(self._read(1, lines[0]), json.loads(json.dumps(identity)), rows_of)
+        else:
             self._append(identity)
-            return
-        self._check(self._read(1, lines[0]), json.loads(json.dumps(identity)))
-        for number, line in enumerate(lines[1:], start=2):
-            try:
-                row = self._read(number, line)
-                self.scores[tuple(row["steps"])] = float(row["score"])
-            except (KeyError, TypeError):
-                raise self._damaged(number) from None
 
-    def add(self, steps: Steps, score: float) -> None:
-        """Keep a score; when this returns the disk has it."""
-        self.scores[steps] = score
-        self._append({"steps": steps, "score": score})
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Keep a row; when this returns the disk has it."""
+        self._append(row)
+        self.rows.append(dict(row))
+
+    def damaged(self, row: int) -> UsageError:
+        """What to raise for a row (counted from 0) that cannot be understood."""
+        return self._damaged(row + 2)
 
     def _append(self, row: Mapping[str, Any]) -> None:
         with self.file.open("ab") as file:
@@ -55,11 +52,11 @@ class Ledger:
             raise self._damaged(number)
         return row
 
-    def _check(self, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    def _check(self, theirs: Mapping[str, Any], ours: Mapping[str, Any], rows_of: str) -> None:
         other = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
         if other:
             raise UsageError(
-                f"{self.file}: its scores are of another configuration ({', '.join(other)}); choose another folder:"
+                f"{self.file}: its {rows_of} are of another configuration ({', '.join(other)}); choose another folder:"
                 " hydra.run.dir=…"
             )
 
@@ -75,4 +72,4 @@ def whole_lines(file: Path) -> list[bytes]:
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(file, len(whole))
-    return whole.splitlines()
+    return whole.split(b"\n")[:-1]

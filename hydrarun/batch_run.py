@@ -1,0 +1,156 @@
+"""A run of batches from the driver's side: what is left to do, again after a failure, and run.json at the end.
+
+The ledger says what is there. The same command again goes on from it, whatever ended the last one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydrarun import batches
+from hydrarun.batch_ledger import Book
+from hydrarun.batches import Config
+from hydrarun.errors import RunError, UsageError
+from hydrarun.outputs import now, write_run
+from hydrarun.progress import Progress
+
+LOCK = ".lock"
+
+#: a job for this process or its ranks: to draw what is `left` into `output_dir`
+Do = Callable[[dict[str, Any]], None]
+
+
+def run(config: Config, folder: Path, do: Do) -> dict[str, Any]:
+    """Draw into `folder` what is not there yet; returns run.json.
+
+    Raises RunError if any picture could not be made, after all others are; what `do` raises before it begins with a
+    picture; and UsageError, which would be every picture's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        sweep(folder)
+        todo = Todo(config, folder, Progress())
+        created = now()
+        try:
+            todo.work(do)
+        except BaseException as error:  # Ctrl-C too: run.json says what is there
+            if todo.book().rows("begun"):
+                write_run(folder, todo.book().summary(created, todo.done(), error))
+            raise
+        record = write_run(folder, todo.book().summary(created, todo.done(), None))
+    todo.progress.table(record, folder)
+    if record["status"] == "failed":
+        raise RunError(f"{record['error']['message']}\nThe same command again tries them: {folder}")
+    return record
+
+
+class Todo:
+    """What is left of a run."""
+
+    def __init__(self, config: Config, folder: Path, progress: Progress) -> None:
+        self.config = config
+        self.folder = folder
+        self.progress = progress
+        self.items = batches.items(config)
+        self.every = batches.together(self.items, batches.limit(config))
+        self.names = self.book().names(self.items)
+
+    def book(self) -> Book:
+        """The ledger as it is now: a rank may have added to it."""
+        return Book(self.folder, self.config)
+
+    def done(self) -> dict[int, dict[str, Any]]:
+        """The records of what is there, by their places."""
+        return self.book().done(self.names)
+
+    def left(self, among: Sequence[int]) -> dict[int, list[int]]:
+        """Of these batches, by their numbers, the places of pictures that are not there."""
+        done = self.done()
+        left = {number: [item.index for item in self.every[number] if item.index not in done] for number in among}
+        return {number: places for number, places in left.items() if places}
+
+    def work(self, do: Do) -> None:
+        """Draw everything; what failed again as often as `retry` says."""
+        self.tell()
+        for attempt in range(self.config["retry"] + 1):
+            left = self.left(range(len(self.every)))
+            if not left:
+                return
+            if attempt:
+                self.progress.note(
+                    f"once more, {attempt} of {self.config['retry']}: {sum(map(len, left.values()))} failed"
+                )
+            if not self.through(do, left) and self.config["fail_fast"]:
+                return
+
+    def through(self, do: Do, left: dict[int, list[int]]) -> bool:
+        """Draw these batches, and go on behind one that fails; whether none did."""
+        before = len(self.book().rows("failed"))
+        while left:
+            rows = len(self.book().ledger.rows)
+            try:
+                do({"output_dir": str(self.folder), "left": {str(number): places for number, places in left.items()}})
+                break
+            except (UsageError, OSError):
+                raise
+            except Exception as error:
+                number = self.culprit(rows)
+                if number is None:  # nothing was begun
+                    raise
+                self.failed(number, error, rows)
+                if self.config["fail_fast"]:
+                    break
+                numbers = list(left)
+                left = self.left(numbers[numbers.index(number) + 1 :])
+        return len(self.book().rows("failed")) == before
+
+    def culprit(self, rows: int) -> int | None:
+        """The number of the batch that was drawn last since the ledger had so many rows; None: there was none."""
+        drawing = [row["drawing"] for row in self.book().ledger.rows[rows:] if "drawing" in row]
+        if not drawing:
+            return None
+        return next(number for number, batch in enumerate(self.every) if batch[0].index == drawing[-1][0])
+
+    def failed(self, number: int, error: Exception, rows: int) -> None:
+        """Keep and say that a batch failed, if a rank did not since the ledger had so many rows."""
+        book, places = self.book(), self.left([number]).get(number, [])
+        known = {place for row in book.ledger.rows[rows:] if "failed" in row for place in row["failed"]["indices"]}
+        if new := [place for place in places if place not in known]:
+            book.fail(new, error)
+            said = str(error) if isinstance(error, RunError) else "".join(traceback.format_exception(error)).rstrip()
+            self.progress.note(f"failed: {said}")
+
+    def tell(self) -> None:
+        """Say what is there already."""
+        done, book = self.done(), self.book()
+        if gone := book.broken(self.names, done):
+            self.progress.note(f"drawn again, because the file is gone or not what was written: {', '.join(gone)}")
+        if done:
+            known = f"{len(done)} of {len(self.items)} are there and verified"
+            self.progress.note(f"{known}, {len(self.items) - len(done)} to draw: {self.folder}")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from drawing into the same folder meanwhile. Raises UsageError."""
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"{folder}: another process is drawing into it; wait for it, or hydra.run.dir=…") from None
+        yield
+
+
+def sweep(folder: Path) -> None:
+    """Take away what a process that was killed had half written."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
