@@ -67,7 +67,7 @@ def run(words: Sequence[str]) -> int:
     file = str(received(Path(name)))
     overrides = [quoted(file), *literal(_settings(words))]
     config, origin = compose_raw(overrides)
-    check(config, origin)
+    config = check(config, origin)
     for line in described(source.recipe(file), file, config, destination(overrides)):
         print(line, file=sys.stderr)
     if not flags:
@@ -97,7 +97,7 @@ def received(path: Path) -> Path:
 def destination(overrides: Sequence[str]) -> str:
     """Where the run will write, as far as it is known before."""
     given = [override.partition("=")[2] for override in overrides if override.startswith("hydra.run.dir=")]
-    return given[-1] if given else os.path.join(os.getcwd(), "outputs/DATE/TIME")
+    return given[-1] if given else os.path.join(os.getcwd(), "outputs/…")
 
 
 def agreed() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from hydrarun import compat, targets
 from hydrarun.compose import compose
 from hydrarun.errors import UsageError
 from hydrarun.media.files import write_atomically
+from hydrarun.prompts import LINE
 from hydrarun.provenance import asked, expand
 from hydrarun.recipe import evidence, file, minimal, pixels
 from hydrarun.recipe.about import FORMAT, Evidence
@@ -18,6 +20,7 @@ from hydrarun.recipe.reading import dump, parse
 from hydrarun.recipe.show import drawn, quoted
 from hydrarun.recorded import run_json
 from hydrarun.resources import options
+from hydrarun.schema import filled
 from hydrarun.validate import check_values, image_paths
 
 MAX_IMAGES = 16 * 2**20  # bytes of input images that are copied beside a recipe
@@ -32,8 +35,9 @@ def export(run_dir: Path, path: Path) -> None:
         raise UsageError(f"recipe export: {path}: the name of a recipe ends in .yaml.")
     record = finished(run_dir)
     config = checked(record)
-    images, thumbnail = copies(config, record, path), path.with_suffix(".webp")
-    for target in (path, thumbnail, *images):
+    images, lines = copies(config, record, path), prompts(config, path)
+    thumbnail = path.with_suffix(".webp")
+    for target in (path, thumbnail, *images, *lines):
         if target.exists():
             raise UsageError(
                 f"recipe export: {target} exists; choose another: hydrarun recipe export {run_dir} FILE.yaml"
@@ -43,10 +47,11 @@ def export(run_dir: Path, path: Path) -> None:
         content = minimal.recipe(wanted)
     except minimal.Inexpressible as reason:
         raise UsageError(f"recipe export: {run_dir}: {reason}") from None
-    if images:
-        content["input"] = {"images": [image.name for image in images]}
+    if images or lines:
+        given = {"images": [image.name for image in images], "prompts": next((one.name for one in lines), None)}
+        content["input"] = {key: value for key, value in given.items() if value}
     measured = evidence.measured(record, run_dir, thumbnail.name)
-    beside = {**images, thumbnail: pixels.sample(evidence.drawn(record, run_dir))}
+    beside = {**images, **lines, thumbnail: pixels.sample(evidence.drawn(record, run_dir))}
     recipe = parsed(path, text_of(content, config))
     text = file.with_evidence(recipe, Evidence(FORMAT, "unverified", "", measured))
     put(path, text, beside, wanted)
@@ -75,14 +80,14 @@ def checked(record: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UsageError("recipe export: run.json holds no configuration.")
     config = expand(config)
-    if (config.get("input") or {}).get("prompts") is not None:
-        raise UsageError(
-            "recipe export: the run took its prompts from a file (input.prompts), and a recipe holds them itself: draw"
-            " what you want to show by sampling.prompt=… and export that run."
-        )
+    config = filled(config)
     targets.check(config)
     check_values(config)
     compat.check(config)
+    if any("images" in line for line in config["input"]["prompts"] or ()):
+        raise UsageError(
+            "recipe export: the run's prompts have input images of their own: export a run of one of them."
+        )
     return config
 
 
@@ -104,6 +109,15 @@ def copies(config: Mapping[str, Any], record: Mapping[str, Any], path: Path) -> 
     return found
 
 
+def prompts(config: Mapping[str, Any], path: Path) -> dict[Path, bytes]:
+    """The lines of `input.prompts` as the file that the recipe names; nothing where there are none."""
+    lines = config["input"]["prompts"]
+    if lines is None:
+        return {}
+    own = ({key: value for key, value in line.items() if key != LINE} for line in lines)
+    return {path.with_suffix(".jsonl"): "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in own).encode()}
+
+
 def pinned(config: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
     """What the recipe must compose to: the run's configuration with what was really used, without its machine's places.
 
@@ -115,7 +129,7 @@ def pinned(config: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, An
     elif record["weights"]["revision"]:
         model["revision"] = record["weights"]["revision"]
     used = {"device": record["device"].partition(":")[0], "dtype": record["dtype"]}
-    return {**config, **used, "model": model, "input": {**config["input"], "images": None}}
+    return {**config, **used, "model": model, "input": {"images": None, "prompts": None}}
 
 
 def text_of(content: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -148,8 +162,8 @@ def put(path: Path, text: str, beside: Mapping[Path, bytes], wanted: Mapping[str
 
 
 def differences(composed: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """The sections in which what reaches the pixels is not the same; input images apart, which are copies."""
-    one, other = (asked({**config, "input": {**config["input"], "images": None}}) for config in (composed, wanted))
+    """The sections in which what reaches the pixels is not the same; the input apart, which are copies."""
+    one, other = (asked({**config, "input": None}) for config in (composed, wanted))
     return [key for key in one if one[key] != other.get(key)]
 
 

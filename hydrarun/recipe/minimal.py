@@ -53,9 +53,9 @@ def composed(chosen: Mapping[str, str]) -> dict[str, Any]:
 
 
 def seen(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe repeats: what reaches the pixels, and how files are written."""
+    """What a recipe repeats: what reaches the pixels, if only to rounding, and how files are written."""
     output = {key: config["output"][key] for key in ("format", "fps")}
-    return {**asked(dict(config)), "output": output}
+    return {**asked(dict(config)), "output": output, "batch_size": config["batch_size"]}
 
 
 @cache

@@ -6,6 +6,7 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from hydrarun import prompts
 from hydrarun.memory.hub import HUB_ID, PACKAGE
 from hydrarun.recipe.reading import Refused
 
@@ -16,7 +17,8 @@ def located(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The content with absolute paths of what it names in `folder`, the recipe's own. Raises Refused."""
     given, model = content.get("input"), content.get("model")
     if isinstance(given, dict):
-        content = {**content, "input": {key: _input(f"input.{key}", value, folder) for key, value in given.items()}}
+        own = {key: READERS[key](value, folder) if key in READERS else value for key, value in given.items()}
+        content = {**content, "input": own}
     if isinstance(model, dict) and isinstance(model.get("path"), str):
         content = {**content, "model": {**model, "path": weights(model["path"], folder)}}
     return content
@@ -62,10 +64,27 @@ def _check_printable(key: str, name: str) -> None:
         raise Refused(f"{key}: {name!a} holds control characters.")
 
 
-def _input(key: str, value: Any, folder: Path) -> Any:
+def _images(value: Any, folder: Path) -> Any:
     if isinstance(value, list):
-        return [_input(key, one, folder) for one in value]
-    return str(inside(key, value, folder)) if isinstance(value, str) else value
+        return [_images(one, folder) for one in value]
+    return str(inside("input.images", value, folder)) if isinstance(value, str) else value
+
+
+def _prompts(value: Any, folder: Path) -> str | None:
+    """The file's path; the images that its lines name are in the folder too. Raises UsageError for its mistakes."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise Refused("input.prompts: names a file; a few texts go into sampling.prompt.")
+    path = inside("input.prompts", value, folder)
+    for line in prompts.read(str(path)):
+        for image in line.get("images") or ():
+            if not _within(Path(image), folder):
+                raise Refused(f"{value} line {line[prompts.LINE]}: '{image}' is not in the recipe's folder; {OWN}.")
+    return str(path)
+
+
+READERS = {"images": _images, "prompts": _prompts}
 
 
 def _within(path: Path, folder: Path) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
+from hydrarun import batches
 from hydrarun.memory.hub import local_folder, snapshot
 from hydrarun.recipe.catalogue import machine
 from hydrarun.recipe.file import Recipe
@@ -34,8 +35,8 @@ def described(recipe: Recipe, name: str, config: Mapping[str, Any], folder: str)
     lines += [f"  by {recipe.about.author}"] if recipe.about and recipe.about.author else []
     lines += [f"  model    {config['model']['name']}, {weights(config['model'])}", f"  draws    {drawn(config)}"]
     lines += [f"  sets     {one}" for one in settings(recipe.content)]
-    lines += [f"  reads    {path}" for path in image_paths(config)]
-    lines += [f"  reads    {config['input']['prompts']}"] if config["input"]["prompts"] else []
+    given = recipe.content.get("input", {}).get("prompts")
+    lines += [f"  reads    {path}" for path in (*([given] if given else ()), *images(config))]
     lines += [f"  writes   {folder}", f"  status   {said(recipe)}"]
     return (printable(line) for line in lines)
 
@@ -52,12 +53,15 @@ def weights(model: Mapping[str, Any]) -> str:
     return f"weights {path}{at}, to be DOWNLOADED from the hub{size}"
 
 
+def images(config: Mapping[str, Any]) -> list[str]:
+    """The input images of all items, each once."""
+    each = (image_paths({"input": {"images": item.images}}) for item in batches.items(dict(config)))
+    return list(dict.fromkeys(path for paths in each for path in paths))
+
+
 def drawn(config: Mapping[str, Any]) -> str:
     """How much, and how large."""
-    sampling = config["sampling"]
-    prompts = sampling["prompt"] if isinstance(sampling["prompt"], list) else [sampling["prompt"]]
-    seeds = sampling["seed"]
-    count = len(seeds) if isinstance(seeds, list) else len(prompts) * (sampling["num_images_per_prompt"] or 1)
+    sampling, count = config["sampling"], len(batches.items(dict(config)))
     sized = sampling["width"] is not None and sampling["height"] is not None
     size = f"{sampling['width']}x{sampling['height']}" if sized else "the size of the input image"
     kind, length = ("video", f", {sampling['num_frames']} frames") if is_video(config) else ("picture", "")

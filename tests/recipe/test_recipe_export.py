@@ -230,11 +230,26 @@ def test_a_run_of_which_there_is_no_recipe(change, code, said, run_dir, capsys):
 
 def test_a_hostile_run_json_is_refused(run_dir, capsys):
     config = json.loads((run_dir / "run.json").read_text())["config"]
-    for node, value in (("attention", {"_target_": "os.system"}), ("input", {"images": None, "prompts": "x.txt"})):
-        changed(run_dir, config={**config, node: value})
-        assert cli.main(["recipe", "export", "run", "r.yaml"]) == 2
-        assert ("os.system" if node == "attention" else "a recipe holds them itself") in capsys.readouterr().err
-        assert not Path("r.yaml").exists()
+    changed(run_dir, config={**config, "attention": {"_target_": "os.system"}})
+    assert cli.main(["recipe", "export", "run", "r.yaml"]) == 2
+    assert "'os.system' is not on the list of allowed classes" in capsys.readouterr().err
+    assert not Path("r.yaml").exists()
+
+
+def test_prompts_from_a_file_go_with_it(run_dir, tmp_path, capsys):
+    Path("p.txt").write_text("a red circle\n# not this\n1e3, a [blue] square\n")
+    config = compose(["input.prompts=p.txt", "batch_size=2"])
+    draw(config, tmp_path / "many")
+    assert cli.main(["recipe", "export", "many", "sent/m.yaml"]) == 0
+    assert Path("sent/m.jsonl").read_text() == '{"prompt": "a red circle"}\n{"prompt": "1e3, a [blue] square"}\n'
+    again = compose(["recipe=sent/m.yaml"])
+    assert [line["prompt"] for line in again["input"]["prompts"]] == ["a red circle", "1e3, a [blue] square"]
+    assert again["batch_size"] == 2
+    config["model"]["input_images"] = [0, 1]
+    config["input"]["prompts"][0]["images"] = ["/data/x.png"]
+    draw(config, tmp_path / "edits")
+    assert cli.main(["recipe", "export", "edits", "e.yaml"]) == 2
+    assert "the run's prompts have input images of their own" in capsys.readouterr().err
 
 
 def test_what_would_not_compose_to_the_run_is_not_written(run_dir, monkeypatch, capsys):

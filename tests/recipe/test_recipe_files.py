@@ -17,7 +17,7 @@ from hydrarun.recipe.about import CHANGED, FORMAT, Evidence, digest
 EVIDENCE = f"format: {FORMAT}, status: verified, digest: ''"
 
 # name: (content, words of the refusal); beside the recipe lie in.png, out.png (a link to a file above) and
-# linked (a link to the folder above); weights/ holds a link that leads out
+# linked (a link to the folder above); weights/ holds a link that leads out, lines.jsonl a path that does
 ELSEWHERE = {
     "an image above": ("input: {images: ../secret.png}", "input.images: '../secret.png' climbs by '..'"),
     "an image by a detour": ("input: {images: [in.png, a/../../secret.png]}", "climbs by '..'"),
@@ -27,6 +27,8 @@ ELSEWHERE = {
     "a link": ("input: {images: out.png}", "'out.png' is a link that leaves the recipe's folder"),
     "through a link": ("input: {images: linked/secret.png}", "'linked/secret.png' is a link that leaves"),
     "prompts": ("input: {prompts: ../prompts.txt}", "input.prompts: '../prompts.txt' climbs"),
+    "prompts whose images lie above": ("input: {prompts: lines.jsonl}", "lines.jsonl line 2: "),
+    "prompts by a table": ("input: {prompts: [{prompt: x, images: /etc/x.png}]}", "input.prompts: names a file"),
     "weights above": ("model: {path: ../weights}", "model.path: '../weights' climbs by '..'"),
     "weights that look like the hub's": ("model: {path: ../x}", "climbs by '..'"),
     "weights by an absolute path": ("model: {path: /data/x}", "model.path: '/data/x' is an absolute path"),
@@ -71,6 +73,9 @@ def folder(tmp_path, monkeypatch) -> Path:
     for name in ("secret.png", "received/in.png"):
         Image.new("RGB", (64, 64), "red").save(tmp_path / name)
     (own / "out.png").symlink_to("../secret.png")
+    (own / "lines.jsonl").write_text(
+        '{"prompt": "a", "images": "in.png"}\n{"prompt": "a", "images": "../secret.png"}\n'
+    )
     (own / "linked").symlink_to("..")
     (own / "weights" / "vae").symlink_to("/etc")
     return own
