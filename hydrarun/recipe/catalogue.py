@@ -45,7 +45,7 @@ def entry(name: str) -> Entry:
     return Entry(
         name,
         recipe.status,
-        about.description if about else "",
+        " ".join(about.description.split()) if about else "",
         about.author if about else None,
         recipe.model,
         machine(measured.hardware) if measured else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hydrarun.media.files import write_atomically
 from hydrarun.prompts import LINE
 from hydrarun.provenance import asked, expand
 from hydrarun.recipe import evidence, file, minimal, pixels
-from hydrarun.recipe.about import FORMAT, Evidence
+from hydrarun.recipe.about import FORMAT, Evidence, Measured
 from hydrarun.recipe.reading import dump, parse
 from hydrarun.recipe.show import drawn, quoted
 from hydrarun.recorded import run_json
@@ -35,14 +36,15 @@ def export(run_dir: Path, path: Path) -> None:
         raise UsageError(f"recipe export: {path}: the name of a recipe ends in .yaml.")
     record = finished(run_dir)
     config = checked(record)
-    images, lines = copies(config, record, path), prompts(config, path)
+    measured = evidence.measured(record, run_dir, path.with_suffix(".webp").name)
+    images, lines = copies(config, measured, path), prompts(config, path)
     thumbnail = path.with_suffix(".webp")
     for target in (path, thumbnail, *images, *lines):
         if target.exists():
             raise UsageError(
                 f"recipe export: {target} exists; choose another: hydrarun recipe export {run_dir} FILE.yaml"
             )
-    wanted = pinned(config, record)
+    wanted = pinned(config, measured)
     try:
         content = minimal.recipe(wanted)
     except minimal.Inexpressible as reason:
@@ -50,7 +52,6 @@ def export(run_dir: Path, path: Path) -> None:
     if images or lines:
         given = {"images": [image.name for image in images], "prompts": next((one.name for one in lines), None)}
         content["input"] = {key: value for key, value in given.items() if value}
-    measured = evidence.measured(record, run_dir, thumbnail.name)
     beside = {**images, **lines, thumbnail: pixels.sample(evidence.drawn(record, run_dir))}
     recipe = parsed(path, text_of(content, config))
     text = file.with_evidence(recipe, Evidence(FORMAT, "unverified", "", measured))
@@ -79,8 +80,7 @@ def checked(record: Mapping[str, Any]) -> dict[str, Any]:
     config = record.get("config")
     if not isinstance(config, dict):
         raise UsageError("recipe export: run.json holds no configuration.")
-    config = expand(config)
-    config = filled(config)
+    config = filled(expand(config))
     targets.check(config)
     check_values(config)
     compat.check(config)
@@ -91,15 +91,15 @@ def checked(record: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def copies(config: Mapping[str, Any], record: Mapping[str, Any], path: Path) -> dict[Path, bytes]:
+def copies(config: Mapping[str, Any], measured: Measured, path: Path) -> dict[Path, bytes]:
     """The input images under the names that they get beside the recipe. Raises UsageError for ones that changed."""
     found: dict[Path, bytes] = {}
-    for index, (name, known) in enumerate(zip(image_paths(config), record["inputs"], strict=True)):
+    for index, (name, known) in enumerate(zip(image_paths(config), measured.inputs, strict=False)):
         try:
             data = Path(name).read_bytes()
         except OSError as error:
             raise UsageError(f"recipe export: the input image {name}: {error.strerror}.") from None
-        if hashlib.sha256(data).hexdigest() != known["sha256"]:
+        if hashlib.sha256(data).hexdigest() != known:
             raise UsageError(f"recipe export: the input image {name} was changed since the run.")
         found[path.with_name(f"{path.stem}-input-{index}{Path(name).suffix.lower()}")] = data
     if sum(map(len, found.values())) > MAX_IMAGES:
@@ -118,7 +118,7 @@ def prompts(config: Mapping[str, Any], path: Path) -> dict[Path, bytes]:
     return {path.with_suffix(".jsonl"): "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in own).encode()}
 
 
-def pinned(config: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+def pinned(config: Mapping[str, Any], measured: Measured) -> dict[str, Any]:
     """What the recipe must compose to: the run's configuration with what was really used, without its machine's places.
 
     Pixels depend on the kind of device and on the dtype, so both are said.
@@ -126,9 +126,9 @@ def pinned(config: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, An
     model = {**config["model"]}
     if evidence.is_folder(model["path"]):
         model["path"] = options("model").get(model["name"], {}).get("model", {}).get("path", model["path"])
-    elif record["weights"]["revision"]:
-        model["revision"] = record["weights"]["revision"]
-    used = {"device": record["device"].partition(":")[0], "dtype": record["dtype"]}
+    elif measured.weights.revision:
+        model["revision"] = measured.weights.revision
+    used = {"device": measured.device.partition(":")[0], "dtype": measured.dtype}
     return {**config, **used, "model": model, "input": {"images": None, "prompts": None}}
 
 
@@ -147,17 +147,20 @@ def parsed(path: Path, text: str) -> file.Recipe:
 
 def put(path: Path, text: str, beside: Mapping[Path, bytes], wanted: Mapping[str, Any]) -> None:
     """Write all files, if what the recipe composes to is what is wanted; else none of them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     files = {**beside, path: text.encode()}
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         for target, data in files.items():
             write_atomically(target, data)
         composed = compose([quoted(str(path.absolute()))])
         if found := differences(composed, wanted):
             raise UsageError(f"recipe export: a recipe cannot say this run: {', '.join(found)} would be another.")
-    except BaseException:
+    except BaseException as error:
         for target in files:
-            target.unlink(missing_ok=True)
+            with suppress(OSError):
+                target.unlink()
+        if isinstance(error, OSError):
+            raise UsageError(f"recipe export: {path} cannot be written: {error.strerror}.") from None
         raise
 
 

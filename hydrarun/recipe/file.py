@@ -93,7 +93,12 @@ def with_evidence(recipe: Recipe, evidence: Evidence) -> str:
     before, after = recipe.text[:start], recipe.text[end:]
     if start == end and before:  # it had none
         before = before.rstrip("\n") + "\n\n"
-    text = before + section_text(signed(recipe, evidence)) + after
+    section = signed(recipe, evidence)
+    text = before + section_text(section) + after
+    if not holds(text, {**recipe.whole, "evidence": section}):
+        raise UsageError(
+            f"recipe {recipe.path}: evidence has no place in it; write each of its sections on lines of its own"
+        )
     if len(text.encode()) > MAX_BYTES:
         count = len(evidence.measured.outputs) if evidence.measured else 0
         raise UsageError(
@@ -101,6 +106,14 @@ def with_evidence(recipe: Recipe, evidence: Evidence) -> str:
             " draws a few, as a sample"
         )
     return text
+
+
+def holds(text: str, whole: dict[str, Any]) -> bool:
+    """Whether a text of any length is the YAML of these sections."""
+    try:
+        return bool(yaml.load(text, Loader) == whole)
+    except yaml.YAMLError:
+        return False
 
 
 def write(recipe: Recipe, evidence: Evidence) -> None:

@@ -31,7 +31,7 @@ def described(recipe: Recipe, name: str, config: Mapping[str, Any], folder: str)
 
     `config`: what it composes to here; `folder`: where the outputs go.
     """
-    lines = [f"recipe {name}" + (f": {recipe.about.description}" if recipe.about else "")]
+    lines = [f"recipe {name}" + (f": {' '.join(recipe.about.description.split())}" if recipe.about else "")]
     lines += [f"  by {recipe.about.author}"] if recipe.about and recipe.about.author else []
     lines += [f"  model    {config['model']['name']}, {weights(config['model'])}", f"  draws    {drawn(config)}"]
     lines += [f"  sets     {one}" for one in settings(recipe.content)]

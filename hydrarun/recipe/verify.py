@@ -42,6 +42,7 @@ def verify(name: str, overrides: Sequence[str]) -> int:
     Raises UsageError for a recipe that cannot be run as it is, RunError where its weights are not here or are others.
     """
     recipe, folder = source.recipe(name), run_dir(overrides)
+    file.with_evidence(recipe, Evidence(FORMAT, "unverified", ""))  # one that cannot take any is refused now
     old = recipe.evidence.measured if recipe.evidence and recipe.genuine else None
     config = compose([quoted(name), *chosen(overrides, old)])
     for line in described(recipe, name, config, str(folder)):
@@ -79,9 +80,15 @@ def chosen(overrides: Sequence[str], old: Measured | None) -> list[str]:
 
 
 def check_weights(config: dict[str, Any], old: Measured | None) -> None:
-    """Find the weights, downloading what is missing. Raises RunError if they are not those of the evidence."""
-    from hydrarun.memory.safetensors_files import fingerprint
+    """Find the weights, downloading what is missing. Raises RunError if they are not those of the evidence.
 
+    Raises UsageError, before anything is downloaded, where the device is not there.
+    """
+    from hydrarun.build import choose_device
+    from hydrarun.memory.safetensors_files import fingerprint
+    from hydrarun.progress import Progress
+
+    choose_device(config["device"], Progress(quiet=True))
     found = fingerprint(hub.resolve(config["model"]).folder)
     if old and found != old.weights.fingerprint:
         raise RunError(

@@ -145,6 +145,12 @@ def test_it_goes_beside_the_run_unless_it_is_told_otherwise_and_overwrites_nothi
     assert (run_dir / "recipe.yaml").read_bytes() == before
 
 
+def test_a_place_that_cannot_be_written(run_dir, capsys):
+    Path("file").touch()
+    assert cli.main(["recipe", "export", "run", "file/in/r.yaml"]) == 2
+    assert capsys.readouterr().err == "recipe export: file/in/r.yaml cannot be written: Not a directory.\n"
+
+
 def test_no_secret_and_no_place_of_the_machine_gets_into_it(run_dir, tmp_path, monkeypatch, capsys):
     home = tmp_path / "home" / "ann"
     (home / "weights").mkdir(parents=True)
@@ -216,6 +222,7 @@ def as_a_sweep(run_dir: Path) -> None:
         (lambda run: changed(run, config=None), 2, "run.json holds no configuration"),
         (lambda run: changed(run, timings={}), 1, "its run.json is not a whole one"),
         (lambda run: changed(run, hardware=5), 1, "run.json.hardware: 5 is not a mapping"),
+        (lambda run: changed(run, device=None), 1, "run.json.device: null is not text"),
         (lambda run: next(run.glob("*.png")).unlink(), 2, "No such file"),
     ],
 )  # fmt: skip

@@ -13,6 +13,7 @@ from hydrarun.compose import compose
 from hydrarun.errors import UsageError
 from hydrarun.recipe import catalogue, file, source
 from hydrarun.recipe.about import CHANGED, FORMAT, Evidence, digest
+from hydrarun.recipe.reading import dump, parse
 
 EVIDENCE = f"format: {FORMAT}, status: verified, digest: ''"
 
@@ -168,6 +169,9 @@ def test_what_a_stranger_wrote_cannot_rewrite_the_terminal(folder, capsys, monke
     assert "\x1b" not in shown
     assert "\r" not in shown
     assert "a?[2Jb" in shown
+    write(folder, "about: {description: 'two\n\n  lines'}\n")
+    assert cli.main(["recipe", "run", "received/r.yaml", "--yes"]) == 0
+    assert capsys.readouterr().err.splitlines()[0].endswith("r.yaml: two lines")
     entry = catalogue.Entry("x", "unverified", description="a\x1b[2J")
     assert entry.cells()[1] == "a?[2J"
 
@@ -196,13 +200,11 @@ TEXTS = {
 @pytest.mark.parametrize("name", TEXTS)
 def test_all_but_the_evidence_is_left_byte_for_byte(name, tmp_path):
     text, before, after = TEXTS[name]
-    recipe = file.Recipe(tmp_path / "r.yaml", text, {"a": 1}, {}, None, None)
+    recipe = file.Recipe(tmp_path / "r.yaml", *parse(text.encode()), {}, None, None)
     evidence = Evidence(FORMAT, "unverified", "")
     assert file.with_evidence(recipe, evidence) == before + file.section_text(file.signed(recipe, evidence)) + after
 
 
 def test_texts_that_look_like_numbers_stay_texts(tmp_path):
-    from hydrarun.recipe.reading import dump, parse
-
     for text in ("1e3", "2020-01-01", "0x1F", "yes", "null", "1_000", "a: b", "ü\n b", "\x1b", "- x", "# y", ".5e3"):
         assert parse(dump({"sampling": {"prompt": text}}).encode())[1] == {"sampling": {"prompt": text}}

@@ -209,6 +209,20 @@ def test_other_weights_are_no_verification(tmp_path, monkeypatch, capsys):
     assert recipe().status == "unverified"
 
 
+def test_nothing_is_downloaded_for_a_device_that_is_not_here(monkeypatch, capsys):
+    monkeypatch.setattr(verify.hub, "resolve", lambda model: pytest.fail("it looked for weights"))
+    assert cli.main(["recipe", "verify", "flux_schnell/rtx4090"]) == 2
+    assert "device=cuda" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{sampling: {seed: 1}}", "sampling: {seed: 1}\n..."])
+def test_one_that_cannot_take_evidence_is_refused_before_it_runs(text, runs, capsys):
+    Path("r.yaml").write_text(text)
+    assert verified() == 2
+    assert "evidence has no place in it; write each of its sections on lines of its own" in capsys.readouterr().err
+    assert not runs
+
+
 def test_evidence_that_outgrows_a_recipe(runs, capsys):
     prompts = [f"a red circle {index}" for index in range(70)]
     Path("r.yaml").write_text(f"sampling: {{prompt: {prompts}}}\n")
