@@ -30,7 +30,7 @@ def run(config: Config, folder: Path, do: Do) -> dict[str, Any]:
     """Draw into `folder` what is not there yet; returns run.json.
 
     Raises RunError if any picture could not be made, after all others are; what `do` raises before it begins with a
-    picture; and UsageError, which would be every picture's.
+    picture; and UsageError of one, which may well be that of others.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -97,13 +97,15 @@ class Todo:
             try:
                 do({"output_dir": str(self.folder), "left": {str(number): places for number, places in left.items()}})
                 break
-            except (UsageError, OSError):
+            except OSError:
                 raise
             except Exception as error:
                 number = self.culprit(rows)
                 if number is None:  # nothing was begun
                     raise
                 self.failed(number, error, rows)
+                if isinstance(error, UsageError):  # the others may well fail alike
+                    raise UsageError(f"{self.place(number)}{error}") from None
                 if self.config["fail_fast"]:
                     break
                 numbers = list(left)
@@ -117,13 +119,19 @@ class Todo:
             return None
         return next(number for number, batch in enumerate(self.every) if batch[0].index == drawing[-1][0])
 
+    def place(self, number: int) -> str:
+        """The line that a batch begins with, to say what is wrong there."""
+        line = self.every[number][0].line
+        return f"line {line} of input.prompts: " if line else ""
+
     def failed(self, number: int, error: Exception, rows: int) -> None:
         """Keep and say that a batch failed, if a rank did not since the ledger had so many rows."""
         book, places = self.book(), self.left([number]).get(number, [])
         known = {place for row in book.ledger.rows[rows:] if "failed" in row for place in row["failed"]["indices"]}
         if new := [place for place in places if place not in known]:
             book.fail(new, error)
-            said = str(error) if isinstance(error, RunError) else "".join(traceback.format_exception(error)).rstrip()
+            foreseen = isinstance(error, (RunError, UsageError))
+            said = str(error) if foreseen else "".join(traceback.format_exception(error)).rstrip()
             self.progress.note(f"failed: {said}")
 
     def tell(self) -> None:

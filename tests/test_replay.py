@@ -298,3 +298,13 @@ def test_other_sizes_and_lost_pixels_are_said(drawn, tmp_path, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert "16x8 then, 16x16 now" in first
     assert "no longer there" in second
+
+
+def test_a_file_of_an_older_version_lacks_what_that_did_not_know(finished, tmp_path, capsys):
+    record = json.loads((finished / "run.json").read_text())
+    for section, name in ((record["config"], "batch_size"), (record["config"]["vae"], "channels_last")):
+        del section[name]
+    del record["config"]["plan"]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert cli.main(["replay", str(tmp_path / "run.json"), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
+    assert capsys.readouterr().out.count("identical pixels") == 2
