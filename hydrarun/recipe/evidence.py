@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hydrarun.errors import RunError
+from hydrarun.outputs import pixels_sha256
 from hydrarun.recipe import pixels
 from hydrarun.recipe.about import Measured, Status, Verdict, take
 from hydrarun.recipe.reading import Refused
-from hydrarun.recorded import read
+from hydrarun.recorded import is_lossy, read
 
 #: dB between fingerprints from which on an output is near; on the demo model bfloat16 for float32 has 64, a seed 15
 NEAR = 30.0
@@ -80,7 +81,10 @@ def drawn(record: Mapping[str, Any], folder: Path) -> np.ndarray:
 
 def _output(output: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     kept = ("index", "prompt", "seed", "pixels_sha256", "width", "height", "frames")
-    found = read(folder / Path(output["path"]).name)[0]
+    path = folder / Path(output["path"]).name
+    found = read(path)[0]
+    if not is_lossy(path) and pixels_sha256(found) != output["pixels_sha256"]:
+        raise RunError(f"{path}: holds other pixels than the run drew")
     return {**{key: output[key] for key in kept if key in output}, "fingerprint": pixels.fingerprint(found)}
 
 

@@ -75,9 +75,7 @@ def nearest(group: str, wanted: Mapping[str, Any], node: Mapping[str, Any]) -> s
         option = listing.option(dict(wanted), group, path)
         option = {**asdict(Parallel()), **option} if group == "parallel" else option
         theirs = leaves(option)
-        if {key: value for key, value in own.items() if key[-1] == TARGET} == {
-            key: value for key, value in theirs.items() if key[-1] == TARGET
-        }:
+        if classes(theirs) == classes(own):
             count = sum(own.get(key) != theirs.get(key) for key in own.keys() | theirs.keys())
             found.append((count, path.stem != usual, path.stem))
     if not found:
@@ -85,6 +83,11 @@ def nearest(group: str, wanted: Mapping[str, Any], node: Mapping[str, Any]) -> s
             f"its {group} is a {node.get(TARGET)}, which is no shipped option's, and a recipe brings no code."
         )
     return min(found)[2]
+
+
+def classes(values: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
+    """The `_target_`s among them."""
+    return {path: value for path, value in values.items() if path[-1:] == (TARGET,)}
 
 
 def leaves(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:

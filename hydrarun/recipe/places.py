@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hydrarun import prompts
+from hydrarun.errors import UsageError
 from hydrarun.memory.hub import HUB_ID, PACKAGE
 from hydrarun.recipe.reading import Refused
 
@@ -27,7 +28,6 @@ def located(content: dict[str, Any], folder: Path) -> dict[str, Any]:
 def inside(key: str, name: str, folder: Path) -> Path:
     """The absolute path of a file or folder in `folder`. Raises Refused for one that is not, and says why."""
     path = PurePosixPath(name)
-    _check_printable(key, name)
     if name.startswith("~"):
         raise Refused(f"{key}: '{name}' is in a home folder; {OWN}.")
     if path.is_absolute():
@@ -41,7 +41,6 @@ def inside(key: str, name: str, folder: Path) -> Path:
 
 def weights(path: str, folder: Path) -> str:
     """`model.path`: weights of the package, a repository of the hub, or a folder beside the recipe, then absolute."""
-    _check_printable("model.path", path)
     if path.startswith(PACKAGE):
         return path
     if HUB_ID.fullmatch(path) and not {".", ".."} & set(path.split("/")) and not (folder / path).exists():
@@ -59,11 +58,6 @@ def weights(path: str, folder: Path) -> str:
     return str(own)
 
 
-def _check_printable(key: str, name: str) -> None:
-    if not name.isprintable():
-        raise Refused(f"{key}: {name!a} holds control characters.")
-
-
 def _images(value: Any, folder: Path) -> Any:
     if isinstance(value, list):
         return [_images(one, folder) for one in value]
@@ -71,13 +65,17 @@ def _images(value: Any, folder: Path) -> Any:
 
 
 def _prompts(value: Any, folder: Path) -> str | None:
-    """The file's path; the images that its lines name are in the folder too. Raises UsageError for its mistakes."""
+    """The file's path; the images that its lines name are in the folder too."""
     if value is None:
         return None
     if not isinstance(value, str):
         raise Refused("input.prompts: names a file; a few texts go into sampling.prompt.")
     path = inside("input.prompts", value, folder)
-    for line in prompts.read(str(path)):
+    try:
+        lines = prompts.read(str(path))
+    except UsageError as error:
+        raise Refused("; ".join(str(error).splitlines())) from None
+    for line in lines:
         for image in line.get("images") or ():
             if not _within(Path(image), folder):
                 raise Refused(f"{value} line {line[prompts.LINE]}: '{image}' is not in the recipe's folder; {OWN}.")

@@ -86,5 +86,7 @@ def _value_problems(node: Any, path: str) -> Iterator[str]:
     elif isinstance(node, str):
         if "${" in node and path not in TEXT_KEYS:
             yield f"{path}: {node!r}: interpolations and resolvers are not allowed, write the value."
+        if not node.isprintable() and path not in TEXT_KEYS:
+            yield f"{path}: {node!a} holds control characters."
     elif not isinstance(node, (int, float, type(None))):
         yield f"{path}: a {type(node).__name__} is not a plain value."

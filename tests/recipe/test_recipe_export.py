@@ -206,6 +206,10 @@ def changed(run_dir: Path, **values) -> None:
     (run_dir / "run.json").write_text(json.dumps({**record, **values}))
 
 
+def repainted(run_dir: Path) -> None:
+    Image.new("RGB", (128, 128), "red").save(next(run_dir.glob("*.png")))
+
+
 def as_a_sweep(run_dir: Path) -> None:
     run_dir.rename("point")
     run_dir.mkdir()
@@ -222,6 +226,7 @@ def as_a_sweep(run_dir: Path) -> None:
         (lambda run: changed(run, config=None), 2, "run.json holds no configuration"),
         (lambda run: changed(run, timings={}), 1, "its run.json is not a whole one"),
         (lambda run: changed(run, hardware=5), 1, "run.json.hardware: 5 is not a mapping"),
+        (repainted, 1, "holds other pixels than the run drew"),
         (lambda run: changed(run, device=None), 1, "run.json.device: null is not text"),
         (lambda run: next(run.glob("*.png")).unlink(), 2, "No such file"),
     ],

@@ -38,6 +38,8 @@ ELSEWHERE = {
     "weights with a link inside": ("model: {path: weights}", "model.path: 'weights/vae' is a link that leaves"),
     "the hub's, and a folder here": ("model: {path: someone/else}", "a folder of that name is here"),
     "control characters": ('input: {images: "a\\e[2J.png"}', "holds control characters"),
+    "control characters in a name": ('model: {name: "\\e[2J"}', "model.name: '\\x1b[2J' holds control characters"),
+    "control characters in a line": ("input: {prompts: odd.jsonl}", "odd.jsonl line 1: ?[2J: unknown field"),
     "control characters in weights": ('model: {path: "package:\\e[2J"}', "holds control characters"),
 }  # fmt: skip
 
@@ -74,6 +76,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     for name in ("secret.png", "received/in.png"):
         Image.new("RGB", (64, 64), "red").save(tmp_path / name)
     (own / "out.png").symlink_to("../secret.png")
+    (own / "odd.jsonl").write_text('{"\\u001b[2J": 1}\n{"prompt": 5}\n')
     (own / "lines.jsonl").write_text(
         '{"prompt": "a", "images": "in.png"}\n{"prompt": "a", "images": "../secret.png"}\n'
     )
