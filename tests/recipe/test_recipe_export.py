@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw
 from PIL import Image
+from undrawn import draw
 
 from hydrarun import cli
 from hydrarun.compose import compose

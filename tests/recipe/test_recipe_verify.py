@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import FINGERPRINT, TIMINGS, draw
+from undrawn import FINGERPRINT, TIMINGS, draw
 
 from hydrarun import cli, launch
 from hydrarun.compose import compose
@@ -231,7 +231,7 @@ def test_evidence_that_outgrows_a_recipe(runs, capsys):
 
 
 def test_the_distance_of_fingerprints(runs):
-    from conftest import noise
+    from undrawn import noise
 
     picture = noise(1)
     assert pixels.psnr(pixels.fingerprint(picture), pixels.fingerprint(picture)) == 100
