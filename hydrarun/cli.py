@@ -83,6 +83,10 @@ def dispatch(argv: Sequence[str]) -> int:
         from hydrarun.plan import command
 
         return command.main(line.overrides)
+    if line.verb == "report":
+        from hydrarun.report import command as report
+
+        return report.main(line.overrides)
     if line.verb == "calibrate":
         from hydrarun import calibrate
 

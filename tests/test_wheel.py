@@ -66,9 +66,11 @@ def test_every_shipped_file_is_in_the_wheel(wheel, folder):
 
 def test_the_package_s_own_data_is_in_the_wheel(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    files = [path.relative_to(ROOT).as_posix() for path in (ROOT / "hydrarun").rglob("*.yaml")]
+    found = (path for kind in ("yaml", "html", "css", "js") for path in (ROOT / "hydrarun").rglob(f"*.{kind}"))
+    files = [path.relative_to(ROOT).as_posix() for path in found]
     assert "hydrarun/plan/devices.yaml" in files
     assert "hydrarun/models/shapes/qwen_image.yaml" in files
+    assert "hydrarun/report/page.js" in files
     assert set(files) <= set(names)
 
 
