@@ -223,9 +223,7 @@ def shipped() -> list[str]:
 
 @pytest.mark.parametrize("name", shipped())
 def test_the_command_in_a_shipped_recipes_head_composes(name):
-    head = [
-        line for line in source.file_of(name).read_text().splitlines() if line.startswith("#   python -m hydrarun")
-    ]
+    head = [line for line in source.file_of(name).read_text().splitlines() if line.startswith("#   python -m hydrarun")]
     assert len(head) == 1
     words = shlex.split(head[0].removeprefix("#"))[3:]
     assert words[0] == f"recipe={name}"
