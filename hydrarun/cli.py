@@ -75,6 +75,10 @@ def dispatch(argv: Sequence[str]) -> int:
         from hydrarun import replay
 
         return replay.main(line.overrides)
+    if line.verb == "recipe":
+        from hydrarun.recipe import command as recipe
+
+        return recipe.main(line.overrides)
     if line.verb == "plan":
         from hydrarun.plan import command
 
@@ -114,7 +118,7 @@ def run(overrides: list[str], flags: list[str]) -> int:
 def launch(overrides: list[str], flags: list[str]) -> int:
     """Let Hydra do what the flags say; returns the highest exit code of the runs it made."""
     codes: list[int] = []
-    register()
+    register(overrides)
     decorate = hydra.main(version_base="1.3", config_path=str(resources.folder("conf")), config_name="config")
     try:
         with explained(overrides), _command_line([*overrides, *flags]):
