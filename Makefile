@@ -24,7 +24,7 @@ test: $(VENV)/installed-test ## lint, check types, run all tests
 test-launchers: $(VENV)/installed-launchers ## run sweeps by Ray, submitit and Optuna, for real, on this machine
 	$(BIN)/python -m pytest tests/launchers
 
-golden: $(VENV)/installed-test ## rewrite tests/golden: the resolved configuration of every model and recipe
+golden: $(VENV)/installed-test ## rewrite what is made from the code: tests/golden, README's table, recipes/schema.json
 	$(BIN)/python tests/golden/update.py
 
 bench: $(VENV)/installed-test ## our denoising loop against diffusers' on the demo model

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from hydrarun.errors import UsageError, nearest
 
-VERBS = ("run", "plan", "replay", "report", "calibrate", "list")
+VERBS = ("run", "plan", "replay", "report", "recipe", "calibrate", "list")
 
 # Hydra's flags, and --dry-run; True for those that take a value. --experimental-rerun is left out: it reads a pickle.
 FLAGS = {

@@ -83,6 +83,10 @@ def dispatch(argv: Sequence[str]) -> int:
         from hydrarun import replay
 
         return replay.main(line.overrides)
+    if line.verb == "recipe":
+        from hydrarun.recipe import command as recipe
+
+        return recipe.main(line.overrides)
     if line.verb == "plan":
         from hydrarun.plan import command
 
@@ -148,7 +152,7 @@ def launch(overrides: list[str], flags: list[str]) -> int:
 
 def hand_over(task: Callable[[DictConfig], Any], overrides: list[str], flags: list[str]) -> None:
     """Have Hydra call `task` with each configuration that it composes, in the output directory it makes for it."""
-    register()
+    register(overrides)
     decorate = hydra.main(version_base="1.3", config_path=str(resources.folder("conf")), config_name="config")
     try:
         with explained(overrides), _command_line([*overrides, *flags]):

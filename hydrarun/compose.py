@@ -10,11 +10,13 @@ import hydra
 from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from hydrarun import batches, compat, recipes, resources, schema, targets
+from hydrarun import batches, compat, resources, schema, targets
 from hydrarun.errors import UsageError, refuse
 from hydrarun.explain import explained, one_option
 from hydrarun.fit import check_folder_fit
 from hydrarun.memory.hub import local_folder
+from hydrarun.recipe import source
+from hydrarun.recipe.vet import groups
 from hydrarun.text import literal
 from hydrarun.validate import cfg_scale, check_values, image_paths
 
@@ -26,7 +28,7 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
 
 def compose_raw(overrides: Sequence[str]) -> tuple[dict[str, Any], Origin]:
     """The resolved configuration of quoted overrides (`hydrarun.text.literal`), unchecked: what is missing is `???`."""
-    register()
+    register(overrides)
     conf = str(resources.folder("conf"))
     with explained(overrides), initialize_config_dir(version_base="1.3", config_dir=conf, job_name="hydrarun"):
         composed = hydra.compose("config", list(overrides), return_hydra_config=True)
@@ -39,7 +41,7 @@ def split(composed: DictConfig, hydra_node: DictConfig) -> tuple[dict[str, Any],
     overrides = tuple(OmegaConf.to_container(hydra_node.overrides.task))
     for override in overrides:
         group, _, option = override.partition("=")
-        if option.startswith("[") and group in recipes.groups():
+        if option.startswith("[") and group in groups():
             raise UsageError(one_option(group, option))
     choices = hydra_node.runtime.choices
     return config, Origin(overrides, choices.get("recipe", "none"), choices.get("model", "none"))
@@ -94,10 +96,11 @@ class _Images:
                 self.read.add(path)
 
 
-def register() -> None:
-    """Make the schema and the recipes known to Hydra."""
+def register(overrides: Sequence[str]) -> None:
+    """Make the schema and the recipes known to Hydra, with those of the collections that the overrides name."""
     schema.register()
-    recipes.register()
+    source.register()
+    source.look_in(overrides)
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class Origin:
         """Who set `key`: "command line", "recipe demo/quick", "model demo" or "default"."""
         if self._on_command_line(key):
             return "command line"
-        if _sets(recipes.load(self.recipe), key):
+        if _sets(source.load(self.recipe), key):
             return f"recipe {self.recipe}"
         return f"model {self.model}" if key.startswith(("model", "sampling")) else "default"
 

@@ -13,9 +13,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from hydrarun import recipes
 from hydrarun.annotations import describe, show
 from hydrarun.errors import UsageError, closest, nearest
+from hydrarun.recipe.vet import groups
 from hydrarun.schema import Config
 
 # What Hydra raises as a plain ValueError for a mistake on the command line (any other ValueError is a bug).
@@ -75,9 +75,9 @@ def _unknown_option(error: MissingConfigException, overrides: Sequence[str]) -> 
 
 
 def _not_an_option(overrides: Sequence[str]) -> str:
-    groups = {"", "recipe", *recipes.groups()}
+    known = {"", "recipe", *groups()}
     for parsed in OverridesParser.create().parse_overrides(list(overrides)):
-        if parsed.key_or_group in groups and not isinstance(parsed.value(), (str, list)):
+        if parsed.key_or_group in known and not isinstance(parsed.value(), (str, list)):
             return f"{parsed.input_line}: not the name of an option; `hydrarun list` shows them."
     return "a group has no name of an option; `hydrarun list` shows them."
 
@@ -131,7 +131,7 @@ def _inner_group(text: str, overrides: Sequence[str]) -> str | None:
     """A group inside another's options (cache/predictor), where Hydra's own words help little."""
     if "appears more than once in the final defaults list" in text:
         given = [override.partition("=") for override in overrides]
-        lists = [(group, options) for group, _, options in given if group in recipes.groups() and options[:1] == "["]
+        lists = [(group, options) for group, _, options in given if group in groups() and options[:1] == "["]
         return one_option(*lists[0]) if lists else None
     if match := re.match(r"Could not override '((\w+)/(\w+))'", text):
         hint = f"`hydrarun list {match[2]}` shows the others"
@@ -162,6 +162,6 @@ def _sweep(text: str) -> str | None:
     if not match:
         return None
     key, _, value = match[1].partition("=")
-    if key in recipes.groups():
+    if key in groups():
         return f"{match[1]}: several options: choose one, or add -m to run them all."
     return f"{match[1]}: several values: add -m to run them all, or write a list, {key}=[{value}]."

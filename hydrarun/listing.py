@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import yaml
 from omegaconf import OmegaConf
 
-from hydrarun import compat, recipes, resources
+from hydrarun import compat, resources
 from hydrarun.compose import compose_raw
 from hydrarun.errors import UsageError, nearest
+from hydrarun.recipe import catalogue
+from hydrarun.recipe.vet import groups
 from hydrarun.validate import cfg_scale
 
 # parallel methods, by their degrees' names
@@ -48,16 +50,22 @@ def main(argv: Sequence[str]) -> int:
     tables = [table(name) for name in [word for word in argv if word not in flags] or names()]
     if flags:
         print("\n\n".join(map(markdown, tables)))
-    elif sys.stdout.isatty():
+    else:
+        show(tables)
+    return 0
+
+
+def show(tables: Sequence[Table]) -> None:
+    """Print them for a terminal, or plainly for pipes and logs."""
+    if sys.stdout.isatty():
         _print_rich(tables)
     else:
         print("\n\n".join(map(plain, tables)))
-    return 0
 
 
 def names() -> list[str]:
     """The tables: models first, recipes last."""
-    return ["models", *(group for group in recipes.groups() if group != "model"), "recipes"]
+    return ["models", *(group for group in groups() if group != "model"), "recipes"]
 
 
 def table(name: str) -> Table:
@@ -65,8 +73,7 @@ def table(name: str) -> Table:
     if name in ("models", "model"):
         return _models()
     if name in ("recipes", "recipe"):
-        rows = [(recipe, first_comment(recipes.file_of(recipe))) for recipe in recipes.names()]
-        return Table("recipes", ("recipe=", "what it is"), rows)
+        return Table("recipes", catalogue.HEADER, [entry.cells() for entry in catalogue.entries()])
     if name not in names():
         raise UsageError(f"list {name}: no such table.{nearest(name, names())} Tables: {', '.join(names())}.")
     files = sorted((resources.folder("conf") / name).glob("*.yaml"))
@@ -171,7 +178,7 @@ def _print_rich(tables: Sequence[Table]) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # a recipe may be called "FLUX.1 [dev]"
     for table in tables:
         shown = RichTable(title=f"\n{table.title}", title_justify="left", title_style="bold", box=None, pad_edge=False)
         for column in table.header:

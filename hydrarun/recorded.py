@@ -103,7 +103,8 @@ def _from_medium(path: Path) -> Recorded:
     return Recorded(run_config, _facts(record), [picture])
 
 
-def _from_run(path: Path) -> Recorded:
+def run_json(path: Path) -> dict[str, Any]:
+    """A run.json of this format, as it is. Raises UsageError for another file."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UsageError(f"{path}: refused, larger than {MAX_JSON_BYTES} bytes")
@@ -115,6 +116,11 @@ def _from_run(path: Path) -> Recorded:
     if not isinstance(record, dict):
         raise UsageError(f"{path}: not the run.json of a run")
     _check_format(path, record)
+    return record
+
+
+def _from_run(path: Path) -> Recorded:
+    record = run_json(path)
     pictures = [_listed(path, output) for output in _get(path, record, "outputs", list)]
     if not pictures:
         raise UsageError(f"{path}: lists no pictures to compare with")

@@ -28,7 +28,7 @@ from hydrarun.progress import Progress
 from hydrarun.provenance import expand
 from hydrarun.recorded import FACTS, Picture, Recorded, is_lossy, load, read
 from hydrarun.schema import Report
-from hydrarun.text import literal
+from hydrarun.text import literal, printable
 from hydrarun.validate import check_values, image_paths
 
 USAGE = """\
@@ -234,8 +234,3 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(child, f"{prefix}[{index}]")
     else:
         yield prefix, value
-
-
-def printable(text: str) -> str:
-    """Without the control characters by which a stranger's text could rewrite the terminal; at most 300 characters."""
-    return "".join(character if character.isprintable() else "?" for character in text[:300])

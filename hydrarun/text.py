@@ -43,6 +43,11 @@ def escape_interpolation(text: str) -> str:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
+def printable(text: str, most: int = 300) -> str:
+    """At most `most` characters, without control characters, by which a stranger's text could rewrite the terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text[:most])
+
+
 def _literal(override: str) -> str:
     try:
         override.encode()

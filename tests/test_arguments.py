@@ -35,7 +35,7 @@ def test_allowed_targets_are_taken_out_for_every_verb():
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["lst"], "lst: no such verb. Did you mean 'list'? Verbs: run, plan, replay, report, calibrate, list"),
+        (["lst"], "lst: no such verb. Did you mean 'list'? Verbs: run, plan, replay, report, recipe, calibrate, list"),
         (["--cgf", "job"], "--cgf: no such flag. Did you mean '--cfg'?"),
         (["--multi"], "--multi: no such flag. Did you mean '--multirun'?"),
         (["--experimental-rerun", "config.pickle"], "--experimental-rerun: no such flag"),

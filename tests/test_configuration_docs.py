@@ -9,6 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from hydrarun import arguments, listing, resources
 from hydrarun.compose import check, compose_raw
+from hydrarun.recipe import source
 from hydrarun.text import literal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,4 +50,10 @@ def test_the_tables_of_groups_are_complete():
 
 
 def test_the_recipe_that_is_shown_is_the_one_that_is_shipped():
-    assert (resources.folder("recipes") / "demo" / "quick.yaml").read_text() in PAGES[0].read_text()
+    shipped = (resources.folder("recipes") / "demo" / "quick.yaml").read_text(encoding="utf-8")
+    assert shipped.partition("\n# written by")[0] in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+
+
+def test_every_shipped_recipe_is_told():
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in text for name in source.names())

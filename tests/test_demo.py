@@ -11,6 +11,7 @@ from diffusers import QwenImagePipeline
 from hydrarun.compose import compose
 from hydrarun.media import png
 from hydrarun.quality.judge import held_out_prompts, judge_all
+from hydrarun.recipe import evidence, source
 from hydrarun.runner import Runner
 
 MAX_BYTES = 10e6
@@ -59,10 +60,12 @@ def test_another_prompt_is_judged_wrong(runner):
     assert judge_all((p.pixels, other) for p, other in zip(pictures, shifted, strict=True)).right == 0
 
 
-@pytest.mark.parametrize(("name", "count"), [("demo/quick", 1), ("demo/grid", 6)])
+@pytest.mark.parametrize(("name", "count"), [("demo/quick", 1), ("demo/grid", 6), ("demo/teacache", 4)])
 def test_shipped_recipes_run_and_draw_what_they_say(name, count, tmp_path):
-    """Every picture of a recipe passes the judge: a recipe is what a newcomer runs first."""
+    """Every picture passes the judge: a recipe is what a newcomer runs first. And it is that of the evidence."""
     record = Runner(compose([f"recipe={name}", "device=cpu", "dtype=float32"])).run(tmp_path)
     pictures = [(png.read(tmp_path / output["path"])[0], output["prompt"]) for output in record["outputs"]]
     assert len(pictures) == count
     assert judge_all(pictures).right == 1
+    found = evidence.compare(source.recipe(name).evidence.measured, evidence.measured(record, tmp_path, None))
+    assert "different" not in {verdict.result for verdict in found.outputs}

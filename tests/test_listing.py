@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from hydrarun import listing, recipes
+from hydrarun import listing
 from hydrarun.errors import UsageError
+from hydrarun.recipe import source
 
 pytestmark = pytest.mark.usefixtures("listed")
 
@@ -13,7 +14,7 @@ def test_everything_there_is_to_choose_is_listed(capsys):
     lines = capsys.readouterr().out.splitlines()
     demo = next(line for line in lines if line.strip().startswith("demo "))
     assert demo.split() == ["demo", "text-to-image", "package:demo", *demo.split()[3:]]
-    for name in ["qwen_image", "sdpa", "blocks", *recipes.names()]:
+    for name in ["qwen_image", "sdpa", "blocks", *source.names()]:
         assert any(line.strip().startswith(f"{name} ") for line in lines), name
     assert any("runs as they are" in line or "run the blocks as they are" in line for line in lines)
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from hydrarun import cli, recipes
+from hydrarun import cli, resources
 from hydrarun.compose import compose, compose_raw
 from hydrarun.errors import UsageError
 from hydrarun.quality.scenes import parse_caption
+from hydrarun.recipe import source
 
 MARKER = "marker-of-executed-code"
 TOUCH = f"touch {MARKER}"
@@ -128,7 +129,7 @@ def test_a_path_must_be_a_file(name, folder):
 def test_a_path_that_climbs_is_vetted_like_any_other(folder):
     """Hydra's own file source would follow it, unvetted, and find conf/../../anywhere."""
     (folder / "evil.yaml").write_text("hydra: {run: {dir: /elsewhere}}")
-    climb = os.path.relpath(folder / "evil.yaml", recipes.resources.folder("conf") / "recipe")
+    climb = os.path.relpath(folder / "evil.yaml", resources.folder("conf") / "recipe")
     with pytest.raises(UsageError, match=r"no such file|'hydra' is not allowed"):
         compose([f"recipe={climb}"])
     with pytest.raises(UsageError, match="'hydra' is not allowed"):
@@ -215,23 +216,21 @@ def test_whose_weights_a_recipe_loads_is_told(folder):
 
 
 def shipped() -> list[str]:
-    names = recipes.names()
+    names = source.names()
     assert len(names) >= 3
     return names
 
 
 @pytest.mark.parametrize("name", shipped())
 def test_the_command_in_a_shipped_recipes_head_composes(name):
-    head = [
-        line for line in recipes.file_of(name).read_text().splitlines() if line.startswith("#   python -m hydrarun")
-    ]
+    head = [line for line in source.file_of(name).read_text().splitlines() if line.startswith("#   python -m hydrarun")]
     assert len(head) == 1
     words = shlex.split(head[0].removeprefix("#"))[3:]
     assert words[0] == f"recipe={name}"
     compose(words)
 
 
-@pytest.mark.parametrize("name", [name for name in recipes.names() if name.startswith("demo/")])
+@pytest.mark.parametrize("name", [name for name in source.names() if name.startswith("demo/")])
 def test_the_demo_model_understands_the_prompts_of_its_recipes(name):
     prompts = compose([f"recipe={name}"])["sampling"]["prompt"]
     for prompt in prompts if isinstance(prompts, list) else [prompts]:

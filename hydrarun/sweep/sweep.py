@@ -72,7 +72,7 @@ def read(overrides: Sequence[str], flags: Sequence[str]) -> Sweep:
     """The sweep of quoted overrides, in the order that loads least, and Hydra's flags. Raises UsageError."""
     version.setbase("1.3")
     setup_globals()
-    register()
+    register(overrides)
     with explained(overrides):
         words = order.ordered(overrides)
         loader = ConfigLoaderImpl(search_path(flags))

@@ -1,4 +1,5 @@
-"""What is written from the code: the resolved configuration of every shipped model and recipe, and README's table.
+"""What is written from the code: the resolved configuration of every model and recipe, README's table of models,
+and the JSON schema of recipes.
 
 A diff shows what a change gives users.
 python tests/golden/update.py        rewrites the files; `make golden` does the same
@@ -14,15 +15,16 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # the checkout, when it is not installed
 
-from hydrarun import listing, recipes, resources  # noqa: E402
+from hydrarun import listing, resources  # noqa: E402
 from hydrarun.compose import compose_raw  # noqa: E402
+from hydrarun.recipe import editors, source  # noqa: E402
 
 
 def golden() -> dict[str, str]:
     """File names and their content; a required value that a model leaves open is `???`."""
     models = sorted(file.stem for file in (resources.folder("conf") / "model").glob("*.yaml"))
     cases = {f"model-{name}": f"model={name}" for name in models}
-    cases |= {f"recipe-{name.replace('/', '-')}": f"recipe={name}" for name in recipes.names()}
+    cases |= {f"recipe-{name.replace('/', '-')}": f"recipe={name}" for name in source.names()}
     return {f"{name}.yaml": _yaml(override) for name, override in cases.items()}
 
 
@@ -50,4 +52,5 @@ if __name__ == "__main__":
         (HERE / name).write_text(text, encoding="utf-8")
     path, text = readme()
     path.write_text(text, encoding="utf-8")
+    (resources.folder("recipes") / "schema.json").write_text(editors.schema_text(), encoding="utf-8")
     print(f"{len(contents)} files in {HERE}")

@@ -1,0 +1,1 @@
+"""Recipes: small YAML files that are shared, run, exported and verified."""

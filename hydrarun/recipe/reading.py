@@ -1,0 +1,81 @@
+"""Plain YAML, and no more than that: what a recipe's text holds."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 64 * 1024
+
+
+class Refused(Exception):  # noqa: N818 - it is no error of the program's
+    """Why a recipe is not taken: one sentence; who catches it puts the recipe's name in front."""
+
+
+def parse(data: bytes) -> tuple[str, dict[str, Any]]:
+    """The text of a recipe's file and its top-level sections. Raises Refused."""
+    if len(data) > MAX_BYTES:
+        raise Refused(f"larger than {MAX_BYTES // 1024} KiB, which no recipe is.")
+    try:
+        text = data.decode()
+        content = yaml.load(text, Loader) if text else {}
+    except UnicodeDecodeError:
+        raise Refused("not UTF-8 text.") from None
+    except RecursionError:
+        raise Refused("nested too deeply.") from None
+    except yaml.YAMLError as error:
+        raise Refused(_yaml_problem(error)) from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise Refused("not a mapping of sections, such as `sampling: {num_inference_steps: 8}`.")
+    return text, content
+
+
+class Loader(yaml.SafeLoader):
+    """Plain YAML: no aliases (a few of them unfold to gigabytes), no repeated keys (the last would win silently)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="a recipe may not use aliases", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"'{key.value}' is set twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+# A date or `1e-3` must come out as what it looks like in the rest of the configuration: text and a float.
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes what `Loader` reads as the same: a text such as `1e3` in quotes."""
+
+
+Dumper.yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
+
+
+def dump(content: dict[str, Any]) -> str:
+    """YAML in the order of the keys, a text in one line."""
+    return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """One line from a YAML error: what is wrong, in which line."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"line {mark.line + 1}: {problem}" if mark else problem
