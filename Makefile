@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 DEMO := outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test golden bench
+.PHONY: help demo test test-launchers golden bench
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/installed ## install into .venv and draw a picture with the embedded model
 	$(BIN)/python -m hydrarun hydra.run.dir=$(DEMO)
@@ -20,6 +20,9 @@ test: $(VENV)/installed-test ## lint, check types, run all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+test-launchers: $(VENV)/installed-launchers ## run sweeps by Ray, submitit and Optuna, for real, on this machine
+	$(BIN)/python -m pytest tests/launchers
 
 golden: $(VENV)/installed-test ## rewrite what is made from the code: tests/golden, README's table, recipes/schema.json
 	$(BIN)/python tests/golden/update.py
@@ -43,4 +46,8 @@ $(VENV)/installed: pyproject.toml constraints.txt $(VENV)/torch
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+
+$(VENV)/installed-launchers: $(VENV)/installed-test
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[ray,slurm,optuna]"
 	@touch $@

@@ -21,11 +21,17 @@ from omegaconf import DictConfig
 
 from hydrarun import __version__, arguments, resources, targets
 from hydrarun import launch as ranks
-from hydrarun.compose import check, compose_raw, register, split
+from hydrarun.compose import check, compose_raw, plain, register, split
 from hydrarun.errors import RunError, UsageError
 from hydrarun.explain import explained
+from hydrarun.failures import recorded
 from hydrarun.provenance import config_hash
 from hydrarun.text import literal
+
+DRY_RUN = "--dry-run"
+
+#: flags with which Hydra runs nothing
+SHOWING = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,15 +57,17 @@ def exit_code(action: Callable[[], int]) -> int:
     """The code that `action` returns, or that of its exception, which is printed."""
     try:
         return action()
-    except UsageError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(error, file=sys.stderr)
+    except Exception as error:
+        return tell(error)
+
+
+def tell(error: Exception) -> int:
+    """Print an exception, with its traceback if nobody foresaw it; returns its exit code."""
+    if not isinstance(error, (UsageError, RunError)):
+        traceback.print_exception(error)
         return 1
-    except Exception:
-        traceback.print_exc()
-        return 1
+    print(error, file=sys.stderr)
+    return 2 if isinstance(error, UsageError) else 1
 
 
 def dispatch(argv: Sequence[str]) -> int:
@@ -104,6 +112,14 @@ def run(overrides: list[str], flags: list[str]) -> int:
         config, _ = compose_raw(overrides)
         yaml.safe_dump(config, sys.stdout, sort_keys=False, allow_unicode=True, width=1000)
         return 0
+    if DRY_RUN in flags:
+        from hydrarun.sweep import dry_run
+
+        return dry_run.main(overrides, [flag for flag in flags if flag != DRY_RUN])
+    if is_sweep(flags):
+        from hydrarun.sweep import driver
+
+        return driver.run(overrides, flags)
     if not flags:  # before Hydra makes the output directory
         config, origin = compose_raw(overrides)
         ranks.check_size(check(config, origin)["parallel"])
@@ -115,17 +131,34 @@ def run(overrides: list[str], flags: list[str]) -> int:
     return launch(overrides, flags)
 
 
+def is_sweep(flags: list[str]) -> bool:
+    """Whether points are run, not shown or completed."""
+    return bool({"-m", "--multirun"} & set(flags)) and not {flag.partition("=")[0] for flag in flags} & SHOWING
+
+
 def launch(overrides: list[str], flags: list[str]) -> int:
-    """Let Hydra do what the flags say; returns the highest exit code of the runs it made."""
-    codes: list[int] = []
+    """Let Hydra do what the flags say; returns the exit code of the run, if it made one."""
+    codes = [0]
+
+    def task(composed: DictConfig) -> None:
+        try:
+            run_point(composed)
+        except Exception as error:
+            codes.append(tell(error))
+
+    hand_over(task, overrides, flags)
+    return codes[-1]
+
+
+def hand_over(task: Callable[[DictConfig], Any], overrides: list[str], flags: list[str]) -> None:
+    """Have Hydra call `task` with each configuration that it composes, in the output directory it makes for it."""
     register(overrides)
     decorate = hydra.main(version_base="1.3", config_path=str(resources.folder("conf")), config_name="config")
     try:
         with explained(overrides), _command_line([*overrides, *flags]):
-            decorate(lambda config: codes.append(exit_code(lambda: run_point(config))))()
+            decorate(task)()
     except OSError as error:  # of Hydra's own writing; what goes wrong in a run has become its exit code
         raise UsageError(f"cannot write the output directory: {error}; choose another: hydra.run.dir=…") from error
-    return max(codes, default=0)
 
 
 def own_place(config: dict[str, Any], overrides: list[str]) -> list[str]:
@@ -159,18 +192,18 @@ def complete(overrides: list[str], flags: list[str]) -> int:
     return 0
 
 
-def run_point(composed: DictConfig) -> int:
-    """One run, or one point of a sweep, in the output directory that Hydra made for it."""
+def run_point(composed: DictConfig) -> dict[str, Any]:
+    """One run, or one point of a sweep, in the output directory that Hydra made for it; returns run.json."""
     settings = HydraConfig.get()
+    folder = Path(settings.runtime.output_dir)
     if settings.mode is RunMode.MULTIRUN:
         print(f"[{settings.job.num}] {' '.join(settings.overrides.task)}", file=sys.stderr)
-    config, origin = split(composed, settings)
-    config = check(config, origin)
-    for note in origin.notes(config):
-        print(note, file=sys.stderr)
-
-    ranks.run(config, Path(settings.runtime.output_dir))
-    return 0
+    with recorded(plain(composed), folder):
+        config, origin = split(composed, settings)
+        config = check(config, origin)
+        for note in origin.notes(config):
+            print(note, file=sys.stderr)
+        return ranks.run(config, folder)
 
 
 @contextmanager

@@ -37,8 +37,7 @@ def compose_raw(overrides: Sequence[str]) -> tuple[dict[str, Any], Origin]:
 
 def split(composed: DictConfig, hydra_node: DictConfig) -> tuple[dict[str, Any], Origin]:
     """The run's own part of what Hydra composed, as plain data, and where its values come from."""
-    own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
-    config = OmegaConf.to_container(own, resolve=True)
+    config = plain(composed)
     overrides = tuple(OmegaConf.to_container(hydra_node.overrides.task))
     for override in overrides:
         group, _, option = override.partition("=")
@@ -46,6 +45,12 @@ def split(composed: DictConfig, hydra_node: DictConfig) -> tuple[dict[str, Any],
             raise UsageError(one_option(group, option))
     choices = hydra_node.runtime.choices
     return config, Origin(overrides, choices.get("recipe", "none"), choices.get("model", "none"))
+
+
+def plain(composed: DictConfig) -> dict[str, Any]:
+    """The run's own part of what Hydra composed, resolved, as plain data."""
+    own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    return OmegaConf.to_container(own, resolve=True)
 
 
 def check(config: dict[str, Any], origin: Origin) -> dict[str, Any]:

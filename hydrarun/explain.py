@@ -21,6 +21,14 @@ from hydrarun.schema import Config
 # What Hydra raises as a plain ValueError for a mistake on the command line (any other ValueError is a bug).
 COMMAND_LINE_MISTAKES = ("Only one of --run", "The --resolve flag", "Expecting one subcommand", "No completion plugin")
 
+#: options that an extra of this package brings
+EXTRAS = {
+    "hydra/launcher/ray": "ray",
+    "hydra/launcher/submitit_local": "slurm",
+    "hydra/launcher/submitit_slurm": "slurm",
+    "hydra/sweeper/optuna": "optuna",
+}
+
 
 @contextmanager
 def explained(overrides: Sequence[str]) -> Iterator[None]:
@@ -53,6 +61,8 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
 
 def _unknown_option(error: MissingConfigException, overrides: Sequence[str]) -> str:
     group, _, option = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
+    if extra := EXTRAS.get(f"{group}/{option}"):
+        return f"{group}={option}: is not installed: pip install 'hydrarun[{extra}]'"
     if not error.options:
         return str(error).splitlines()[0]
     chosen = [override for override in overrides if re.match(rf"\+?{group}=", override)]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import tempfile
-from contextlib import suppress
+import threading
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydrarun import batches, worker
 from hydrarun.errors import RunError, UsageError
-from hydrarun.group import FAREWELL, Ranks
+from hydrarun.failures import recorded
+from hydrarun.group import FAREWELL, GRACE, Ranks
 from hydrarun.parallel.degrees import DIMENSIONS, Degrees, problems, product, world_size
 
 if TYPE_CHECKING:
@@ -46,17 +50,27 @@ class Torchrun:
         self.store = worker.torchrun_store()
         self.session: worker.Session | None = None
         self.jobs = 0
+        signal.signal(signal.SIGTERM, linger)
 
     def do(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
-        """A job for all ranks; returns this rank's result."""
+        """A job for all ranks; returns this rank's result. Of a run that fails there is a record before the end."""
         job = json.dumps({"action": action, "config": config, "arguments": arguments})
         self.store.set(f"job/{self.jobs}", job)
         self.jobs += 1
         try:
-            self.session = self.session or worker.Session(self.store)
-            return self.session.do(**json.loads(job))
+            with recorded(config, Path(arguments["output_dir"])) if action == "run" else nullcontext():
+                return self._own(**json.loads(job))
         except BaseException as error:
             worker.leave(self.store, 0, error, tell=True)
+
+    def _own(self, **job: Any) -> Any:
+        """This rank's part. Raises what failed first, on whichever rank."""
+        try:
+            self.session = self.session or worker.Session(self.store)
+            return self.session.do(**job)
+        except Exception as error:
+            worker.publish(self.store, 0, error)
+            raise worker.failure(self.store)[1] from error
 
     def close(self) -> None:
         """Let the other ranks go."""
@@ -67,6 +81,13 @@ class Torchrun:
             self.session.close()
         with suppress(DistError):  # this process may be the store's host: the others must have read it
             self.store.wait([f"left/{rank}" for rank in range(1, worker.place().size)], timedelta(seconds=FAREWELL))
+
+
+def linger(*_: Any) -> None:
+    """When torchrun ends what is left after a failure, rank 0 gets some time to write down what it was."""
+    end = threading.Timer(GRACE, os._exit, [128 + signal.SIGTERM])
+    end.daemon = True
+    end.start()
 
 
 class Remote:

@@ -113,6 +113,7 @@ class Report:
 
     metrics: list[str] = field(default_factory=list)
     noise_floor: list[str] = field(default_factory=list)
+    objectives: list[str] = field(default_factory=list)
     twins: str = "outputs/twins"
 
 

@@ -29,7 +29,7 @@ class FakeRunner:
 
     def run(self, output_dir: Path) -> dict:
         record = self.work(output_dir)
-        (output_dir / "run.json").write_text(json.dumps(record))
+        (output_dir / "run.json").write_text(json.dumps({"format": 1, "status": "complete", "outputs": [], **record}))
         return record
 
     def again(self) -> None:

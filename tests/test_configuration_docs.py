@@ -13,14 +13,17 @@ from hydrarun.recipe import source
 from hydrarun.text import literal
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "docs" / "configuration.md", resources.folder("conf") / "hydra" / "help" / "hydrarun.yaml"]
+DOCS = [ROOT / "docs" / "configuration.md", ROOT / "docs" / "sweeps.md"]
+PAGES = [*DOCS, resources.folder("conf") / "hydra" / "help" / "hydrarun.yaml"]
 
 
 def commands() -> list[str]:
-    """Lines that start with `hydrarun`, without the synopses."""
+    """Lines that start with `hydrarun`, without the synopses, and those that need an extra (`hydra/…=`)."""
     lines = [line.strip() for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
     found = [
-        line for line in lines if re.match(r"hydrarun($| )", line) and not re.search(r"…|\.\.\.|runs diffusion", line)
+        line
+        for line in lines
+        if re.match(r"hydrarun($| )", line) and not re.search(r"…|\.\.\.|runs diffusion|hydra/", line)
     ]
     assert len(found) >= 8
     return found

@@ -24,7 +24,7 @@ from hydrarun.explain import explained
         ("model=dmeo", "model=dmeo (command line): no such option. Did you mean 'demo'? Options: demo, flux_dev, "),
         ("attention=spda", "Did you mean 'sdpa'? Options: cudnn, flash, flex, sage, sdpa."),
         ("recipe=demo/quik", "recipe=demo/quik: no such recipe. Did you mean 'demo/quick'? Shipped: demo/grid,"),
-        ("hydra/launcher=ray", "hydra/launcher=ray (command line): no such option"),
+        ("hydra/launcher=rya", "hydra/launcher=rya (command line): no such option"),
         ("model=null", "model=null: not the name of an option"),
         ("model=3", "model=3: not the name of an option"),
         ("attention=[sdpa,flash]", "choose one option; to compare several: -m attention=sdpa,flash"),

@@ -57,16 +57,21 @@ def test_a_sweep_keeps_its_ranks_survives_a_failure_and_names_it_once(fake, tmp_
     prompts = '"fine","so so","1 ZeroDivisionError","well"'
     words = [*TWO, "-m", f"sampling.prompt=choice({prompts})", "sampling.seed=7", "hydra.sweep.dir=here"]
     assert cli.main(words) == 1
-    first, second, last = records(tmp_path)
+    first, second, failed, last = records(tmp_path)
+    assert (failed["status"], failed["error"]["type"]) == ("failed", "RunError")
+    assert failed["error"]["message"].endswith("rank 1: ZeroDivisionError: the sky is green")
     assert [first[key] for key in ("seed", "device", "total", "jobs", "load_s")] == [7, "cpu", 2.0, 1, 1.0]
     assert (first["threads"], first["allowed"]) == (worker.threads(2), ["my.Own"])
     assert second == {**first, "jobs": 2, "load_s": 0.0, "read_bytes": 0}
     assert not set(last["pids"]) & set(first["pids"])
     assert gone(first["pids"] + last["pids"])
     error = capfd.readouterr().err
-    assert error.count("the sky is green") == 1
-    assert "\nrank 1: ZeroDivisionError: the sky is green\n" in error
     assert error.count("Traceback") == 1
+    point = '2 (sampling.prompt="1 ZeroDivisionError")'
+    closing = f"1 of 4 points failed:\n  {point}: rank 1: ZeroDivisionError: the sky is green\n"
+    assert error.endswith(closing)
+    assert error.removesuffix(closing).count("the sky is green") == 1
+    assert "\nrank 1: ZeroDivisionError: the sky is green\n" in error
     assert sorted(path.name for path in (tmp_path / "here" / "0").iterdir()) == [".hydra", "pids.json", "run.json"]
 
 
@@ -140,7 +145,8 @@ def test_torchrun(tmp_path):
     """One directory for each point, written once; the ranks are torchrun's, and go with the first that fails."""
     prompts = 'sampling.prompt=choice("fine","so so","1 RunError","never")'
     done = torchrun(tmp_path, *TWO, "-m", prompts, "hydra.sweep.dir=here", "--allow-target", "my.Own")
-    first, second = records(tmp_path)
+    first, second, failed = records(tmp_path)
+    assert failed["error"] == {"type": "RunError", "message": "the sky is green"}
     assert (first["total"], first["jobs"], first["allowed"]) == (2.0, 1, ["my.Own"])
     assert second == {**first, "jobs": 2, "load_s": 0.0, "read_bytes": 0}
     assert done.returncode == 1

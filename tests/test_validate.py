@@ -52,7 +52,7 @@ GOOD = {
     "plan": {"auto": False, "device": None},
     "vae": {"dtype": None, "slicing": False, "tiling": False, "channels_last": False},
     "output": {"format": "png", "fps": None, "metadata": True},
-    "report": {"metrics": [], "noise_floor": [], "twins": "outputs/twins"},
+    "report": {"metrics": [], "noise_floor": [], "objectives": [], "twins": "outputs/twins"},
     "batch_size": None,
     "retry": 0,
     "fail_fast": False,

@@ -11,6 +11,9 @@ from hydrarun.errors import nearest
 
 METRICS = ("psnr", "ssim", "accuracy")
 
+#: numbers of every run, beside the metrics, that a sweeper can search by
+MEASURED = ("total_s", "denoise_s", "steady_step_s", "peak_host_bytes", "peak_device_bytes")
+
 #: of the noise floor: the plain run once more; its other entries are options of `attention`
 REPEAT = "repeat"
 
@@ -38,6 +41,7 @@ def problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     if "accuracy" in names:
         yield from _judged(config)
     yield from _noise_floor(config)
+    yield from _objectives(report)
     if not report["twins"]:
         yield "report.twins", "names no folder: report.twins=outputs/twins"
 
@@ -82,3 +86,11 @@ def _noise_floor(config: Mapping[str, Any]) -> Iterator[Problem]:
     for name in names:
         if attention.get(name) == config["attention"]:
             yield "report.noise_floor", f"{name!r} is the run's own attention: {REPEAT} draws with that again."
+
+
+def _objectives(report: Mapping[str, Any]) -> Iterator[Problem]:
+    names, metrics = report["objectives"], report["metrics"]
+    yield from _names("report.objectives", names, (*MEASURED, *METRICS))
+    for name in names:
+        if name in METRICS and name not in metrics:
+            yield "report.objectives", f"{name!r} is not measured: report.metrics=[{','.join([*metrics, name])}]"

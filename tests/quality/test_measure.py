@@ -175,7 +175,8 @@ def test_accuracy_of_outputs_and_twins_is_the_judges(tmp_path):
         ),
         (
             ["report.metircs=[psnr]"],
-            "report.metircs (command line): unknown key. Did you mean 'metrics'? Known: metrics, noise_floor, twins.",
+            "report.metircs (command line): unknown key. Did you mean 'metrics'? Known: metrics, noise_floor, "
+            "objectives, twins.",
         ),
     ],
 )
@@ -190,11 +191,17 @@ def test_a_replay_measures_only_when_asked(run, runner, tmp_path):
     run(*CACHED, BOTH, "report.noise_floor=[repeat]")
     file = replay.load(tmp_path / "run" / "run.json")
     assert file.config["report"]["metrics"] == ["psnr", "ssim"]
-    assert replay.configure(file, [])["report"] == {"metrics": [], "noise_floor": [], "twins": "outputs/twins"}
+    assert replay.configure(file, [])["report"] == {
+        "metrics": [],
+        "noise_floor": [],
+        "objectives": [],
+        "twins": "outputs/twins",
+    }
     asked = ["report.metrics=[ssim]", "report.noise_floor=[repeat]", f"report.twins={tmp_path}"]
     assert replay.configure(file, asked)["report"] == {
         "metrics": ["ssim"],
         "noise_floor": ["repeat"],
+        "objectives": [],
         "twins": str(tmp_path),
     }
 

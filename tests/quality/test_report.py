@@ -17,7 +17,7 @@ def found(*, prompt="a red circle", size=(64, 64), judged="scenes", **changes) -
         "model": {"name": "m", "judge": judged},
         "sampling": {"prompt": prompt, "height": size[0], "width": size[1]},
         "attention": SDPA,
-        "report": {"metrics": [], "noise_floor": [], "twins": "outputs/twins", **changes},
+        "report": {"metrics": [], "noise_floor": [], "objectives": [], "twins": "outputs/twins", **changes},
     }
     return list(report.problems(config))
 

@@ -43,7 +43,7 @@ def test_the_twin_is_the_same_without_cache_and_measuring_and_loss(tmp_path):
     twin = twins.configuration(configuration(tmp_path, output={"metadata": False, "format": "png", "fps": None}))
     assert twin["cache"] == {"_target_": "hydrarun.cache.base.NoCache"}
     assert twin["output"] == {"metadata": True, "format": "png", "fps": None}
-    assert twin["report"] == {"metrics": [], "noise_floor": [], "twins": "outputs/twins"}
+    assert twin["report"] == {"metrics": [], "noise_floor": [], "objectives": [], "twins": "outputs/twins"}
     assert twin["sampling"] == CONFIG["sampling"]
     assert twin["warmup"] == 0
 

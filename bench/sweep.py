@@ -1,0 +1,66 @@
+"""What a point of a warm sweep takes beyond a bare `runner.generate` of the same picture, in one process, in turns.
+
+    python bench/sweep.py                                      # the shipped demo model, 64 x 64
+    python bench/sweep.py sampling.num_inference_steps=8 --rounds 9
+
+A sweep of one point and one of three, both with the weights loaded already: their difference is two points, with what
+Hydra composes, checks, run.json and the files. It prints each and what of it is the picture itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+
+import torch
+from measuring import machine
+
+from hydrarun import cli, launch
+from hydrarun.compose import compose
+from hydrarun.runner import Runner
+
+DEFAULT = ("device=cpu", "sampling.height=64", "sampling.width=64")
+
+
+def swept(overrides: Sequence[str], points: int) -> float:
+    """Seconds of a sweep over so many seeds, by what is loaded."""
+    seeds = f"sampling.seed={','.join(map(str, range(points)))}"
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silence, redirect_stderr(silence):
+        start = time.perf_counter()
+        code = cli.run([*overrides, seeds, f"hydra.sweep.dir={folder}"], ["-m"])
+        seconds = time.perf_counter() - start
+    if code:
+        raise SystemExit(f"a point failed: python -m hydrarun -m {' '.join(overrides)} {seeds}")
+    return seconds
+
+
+def generated(runner: Runner) -> float:
+    """Seconds of the same picture, without a sweep."""
+    start = time.perf_counter()
+    runner.generate(seed=1)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="as for `hydrarun`, without values to sweep over")
+    parser.add_argument("--rounds", type=int, default=7, help="times that each is measured, after one to warm up")
+    arguments = parser.parse_args()
+    overrides = [*DEFAULT, *arguments.overrides]
+    runner = Runner(compose(overrides))
+    rounds = [(generated(runner), swept(overrides, 1), swept(overrides, 3)) for _ in range(arguments.rounds + 1)][1:]
+    launch.close()
+    bare = statistics.median(bare for bare, _, _ in rounds)
+    point = statistics.median((three - one) / 2 for _, one, three in rounds)
+    print(f"runner.generate           {bare * 1000:7.0f} ms")
+    print(f"an added point of a sweep {point * 1000:7.0f} ms: {(point - bare) * 1000:.0f} ms more")
+    print(machine(torch.device("cpu")))
+
+
+if __name__ == "__main__":
+    main()

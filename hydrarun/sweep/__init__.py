@@ -1,0 +1,1 @@
+"""Many runs from one command line: their order, what they would take, what failed, and where they run."""
