@@ -10,9 +10,9 @@ from hydrarun.errors import UsageError, nearest
 
 VERBS = ("run", "plan", "replay", "report", "recipe", "calibrate", "list")
 
-# Hydra's flags, and --dry-run; True for those that take a value. --experimental-rerun is left out: it reads a pickle.
+# Hydra's flags and two of ours; True for those that take a value. --experimental-rerun is left out: it reads a pickle.
 FLAGS = {
-    "--dry-run": False,
+    **dict.fromkeys(("--dry-run", "--fail-fast"), False),
     **dict.fromkeys(("--help", "-h", "--hydra-help", "--version", "--resolve"), False),
     **dict.fromkeys(("--multirun", "-m", "--run", "-r", "--shell-completion", "-sc", "--info", "-i"), False),
     **dict.fromkeys(("--cfg", "-c", "--package", "-p"), True),

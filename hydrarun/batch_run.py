@@ -37,17 +37,24 @@ def run(config: Config, folder: Path, do: Do) -> dict[str, Any]:
         sweep(folder)
         todo = Todo(config, folder, Progress())
         created = now()
-        try:
+        with told(todo, created):
             todo.work(do)
-        except BaseException as error:  # Ctrl-C too: run.json says what is there
-            if todo.book().rows("begun"):
-                write_run(folder, todo.book().summary(created, todo.done(), error))
-            raise
         record = write_run(folder, todo.book().summary(created, todo.done(), None))
     todo.progress.table(record, folder)
     if record["status"] == "failed":
         raise RunError(f"{record['error']['message']}\nThe same command again tries them: {folder}")
     return record
+
+
+@contextmanager
+def told(todo: Todo, created: str) -> Iterator[None]:
+    """Where the block is left by an exception, Ctrl-C too, run.json says what is there."""
+    try:
+        yield
+    except BaseException as error:
+        if todo.book().rows("begun"):
+            write_run(todo.folder, todo.book().summary(created, todo.done(), error))
+        raise
 
 
 class Todo:

@@ -29,6 +29,7 @@ from hydrarun.provenance import config_hash
 from hydrarun.text import literal
 
 DRY_RUN = "--dry-run"
+FAIL_FAST = "--fail-fast"
 
 #: flags with which Hydra runs nothing
 SHOWING = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
@@ -116,10 +117,12 @@ def run(overrides: list[str], flags: list[str]) -> int:
         from hydrarun.sweep import dry_run
 
         return dry_run.main(overrides, [flag for flag in flags if flag != DRY_RUN])
+    fail_fast, flags = FAIL_FAST in flags, [flag for flag in flags if flag != FAIL_FAST]
     if is_sweep(flags):
         from hydrarun.sweep import driver
 
-        return driver.run(overrides, flags)
+        return driver.run(overrides, flags, fail_fast)
+    overrides = [*overrides, "fail_fast=true"] if fail_fast else overrides
     if not flags:  # before Hydra makes the output directory
         config, origin = compose_raw(overrides)
         ranks.check_size(check(config, origin)["parallel"])

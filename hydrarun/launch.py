@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import threading
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +58,7 @@ class Torchrun:
         self.store.set(f"job/{self.jobs}", job)
         self.jobs += 1
         try:
-            with recorded(config, Path(arguments["output_dir"])) if action == "run" else nullcontext():
+            with kept(action, config, arguments):
                 return self._own(**json.loads(job))
         except BaseException as error:
             worker.leave(self.store, 0, error, tell=True)
@@ -81,6 +81,19 @@ class Torchrun:
             self.session.close()
         with suppress(DistError):  # this process may be the store's host: the others must have read it
             self.store.wait([f"left/{rank}" for rank in range(1, worker.place().size)], timedelta(seconds=FAREWELL))
+
+
+def kept(action: str, config: dict[str, Any], arguments: dict[str, Any]) -> AbstractContextManager[None]:
+    """What keeps a record of a job that fails, where a failure is the end of this process."""
+    if action == "run":
+        return recorded(config, Path(arguments["output_dir"]))
+    if action == "batches":
+        from hydrarun import batch_run
+        from hydrarun.outputs import now
+        from hydrarun.progress import Progress
+
+        return batch_run.told(batch_run.Todo(config, Path(arguments["output_dir"]), Progress()), now())
+    return nullcontext()
 
 
 def linger(*_: Any) -> None:

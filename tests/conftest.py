@@ -24,6 +24,9 @@ from hydrarun import listing
 
 torch.set_num_threads(1)  # these models are too small for more
 
+gc.collect()  # all the libraries: what is there already is not looked through again at each collection
+gc.freeze()
+
 
 @pytest.fixture(scope="session")
 def tiny_pipeline():
@@ -72,10 +75,14 @@ def fake():
     """`torch.fake`, the module of a device that is the host's memory under another name, every byte of it counted."""
     if fakeacc.compiler() is None:
         pytest.skip("the fake accelerator needs a C++ compiler, and there is no `c++` here (CXX names another)")
-    gc.collect()  # before each count of bytes: what is there already, all the libraries, is not looked through again
+    # so that what is there already is not looked through before each count of bytes; afterwards what the tests left
+    # behind can go
+    gc.collect()
     gc.freeze()
     yield fakeacc.load()
     gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

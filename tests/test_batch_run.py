@@ -293,7 +293,7 @@ def test_the_command_goes_to_the_same_place_again(tiny_folder, tmp_path, monkeyp
     assert len(files(place)) == 2
     assert cli.main(words) == 0
     assert "2 of 2 are there and verified, 0 to draw" in capsys.readouterr().err
-    assert cli.main([*words, "sampling.num_inference_steps=3"]) == 0  # another place
+    assert cli.main([*words, "sampling.num_inference_steps=3", "--fail-fast"]) == 0  # another place
     assert len(list((tmp_path / "outputs").iterdir())) == 2
     assert cli.main(["replay", str(place / "run.json"), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
     assert capsys.readouterr().out.count("identical pixels") == 2

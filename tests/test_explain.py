@@ -23,7 +23,7 @@ from hydrarun.explain import explained
         ("hydra.run.dri=x", "hydra.run.dri (command line): unknown key. Did you mean 'dir'?"),
         ("model=dmeo", "model=dmeo (command line): no such option. Did you mean 'demo'? Options: demo, flux_dev, "),
         ("attention=spda", "Did you mean 'sdpa'? Options: cudnn, flash, flex, sage, sdpa."),
-        ("recipe=demo/quik", "recipe=demo/quik: no such recipe. Did you mean 'demo/quick'? Shipped: demo/grid,"),
+        ("recipe=demo/quik", "recipe=demo/quik: no such recipe. Did you mean 'demo/quick'? Known: demo/grid,"),
         ("hydra/launcher=rya", "hydra/launcher=rya (command line): no such option"),
         ("model=null", "model=null: not the name of an option"),
         ("model=3", "model=3: not the name of an option"),

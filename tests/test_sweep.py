@@ -128,7 +128,24 @@ def test_failed_points_are_recorded_and_named_and_the_sweep_goes_on(drawn, capsy
         "  1 (sampling.seed=8): too large\n"
         "  2 (sampling.seed=9): ZeroDivisionError: a bug\n"
         f"  3 (sampling.seed=-1): {below}\n"
+        f"report: {Path.cwd() / 'here' / 'report.html'}\n"
     )
+
+
+def test_fail_fast_ends_a_sweep_at_its_first_failure(drawn, capsys):
+    words = ["-m", "sampling.seed=1,7,2", "hydra.sweep.dir=here"]
+    assert cli.main([*words, "--fail-fast"]) == 1
+    assert drawn == [1, 7]
+    assert "1 of 3 points failed:\n  1 (sampling.seed=7): no weights\n" in capsys.readouterr().err
+    assert cli.main([*words, "--fail-fast", "hydra/launcher=none_of_ours"]) == 2
+
+
+def test_a_sweep_of_a_file_of_prompts_goes_to_the_same_place_again(drawn, tmp_path):
+    Path("prompts.txt").write_text("a cat\n")
+    words = ["-m", "sampling.seed=1,2", "input.prompts=prompts.txt"]
+    assert [cli.main(words), cli.main(words)] == [0, 0]
+    assert cli.main([*words, "cache=none,every_n"]) == 0
+    assert sorted(len(list(place.glob("*/run.json"))) for place in Path("outputs").iterdir()) == [2, 4]
 
 
 def test_what_the_record_of_a_refused_point_holds(drawn, monkeypatch):
@@ -150,7 +167,7 @@ def test_an_older_record_is_not_the_points(drawn, capsys):
     assert "1 of 1 point failed:" in capsys.readouterr().err
     (Path("here") / "0").rename("here/1")
     assert cli.main(["-m", "sampling.seed=1", "hydra.sweep.dir=here"]) == 0
-    assert capsys.readouterr().err == "[0] sampling.seed=1\n"
+    assert capsys.readouterr().err.startswith("[0] sampling.seed=1\nreport: ")
 
 
 CONFIG = compose([])
@@ -209,13 +226,16 @@ def test_ctrl_c_ends_a_sweep_and_failures_are_still_named(drawn, monkeypatch, ca
     monkeypatch.setattr(launch, "run", interrupted)
     assert cli.main(["-m", "sampling.seed=7,1,2"]) == 130
     assert drawn == [7]
-    assert capsys.readouterr().err.endswith("1 of 3 points failed:\n  0 (sampling.seed=7): no weights\ninterrupted\n")
+    assert "1 of 3 points failed:\n  0 (sampling.seed=7): no weights\nreport: " in (said := capsys.readouterr().err)
+    assert said.endswith("report.html\ninterrupted\n")
 
 
 def test_a_folder_with_any_name(drawn, tmp_path):
     name = "a (1) = 'é"
     assert cli.main(["-m", "sampling.seed=1,2", f"hydra.sweep.dir={name}"]) == 0
-    assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["0", "1", "multirun.yaml"]
+    assert sorted(path.name for path in (tmp_path / name).iterdir()) == [
+        *("0", "1", "multirun.yaml", "report.html", "report.json")
+    ]
 
 
 def test_a_point_can_be_sent_elsewhere():

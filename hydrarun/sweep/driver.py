@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -9,7 +11,7 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from hydrarun import cli, targets
+from hydrarun import batches, cli, report, targets
 from hydrarun.errors import UsageError
 from hydrarun.failures import Stamp, stamp
 from hydrarun.report import collect
@@ -18,23 +20,42 @@ from hydrarun.sweep import order, point
 from hydrarun.sweep.sweep import BASIC, Sweep, read
 from hydrarun.text import escape_interpolation
 
+PLACE = "hydra.sweep.dir"
 
-def run(overrides: list[str], flags: list[str]) -> int:
-    """Run a sweep of quoted overrides; the highest exit code of its points. Raises UsageError."""
-    sweep = read(overrides, flags)
-    for note in order.notes(overrides, sweep.overrides):
+
+def run(overrides: list[str], flags: list[str], fail_fast: bool) -> int:
+    """Run a sweep of quoted overrides; the highest exit code of its points. Raises UsageError.
+
+    `fail_fast`: end at the first point that fails.
+    """
+    words = [*overrides, *own_place(overrides)]
+    sweep = read(words, flags)
+    for note in order.notes(words, sweep.overrides):
         print(note, file=sys.stderr)
-    check(sweep)
+    check(sweep, fail_fast)
     before = stamps(sweep.folder)
-    task = partial(point.run, targets.allowed_by_user())
+    task = partial(point.run, targets.allowed_by_user(), fail_fast)
     words = [*sweep.overrides, *settled(sweep)]
+    words += ["fail_fast=true"] if fail_fast and batches.batched(sweep.shared) else []
+    enough = False
     try:
         cli.hand_over(task, words, flags)
     except point.PointFailedError:
         pass  # Optuna's sweeper gives up after too many; they have been printed
+    except point.Enough:
+        enough = True
     finally:
         ended = close(sweep, before)
-    return max([missing(sweep, ended), *map(code, ended)])
+    return max([0 if enough else missing(sweep, ended), *map(code, ended)])
+
+
+def own_place(overrides: Sequence[str]) -> list[str]:
+    """Where a sweep with `input.prompts` goes if nothing else is said: to the same place again, to be resumed."""
+    keys = {order.key(one) for one in overrides}
+    if "input.prompts" not in keys or PLACE in keys:
+        return []
+    digest = hashlib.sha256(json.dumps(sorted(overrides)).encode(errors="surrogatepass")).hexdigest()[:8]
+    return [f"{PLACE}=outputs/prompts-{digest}-sweep"]
 
 
 def close(sweep: Sweep, before: dict[Path, Stamp | None]) -> list[Point]:
@@ -47,7 +68,18 @@ def close(sweep: Sweep, before: dict[Path, Stamp | None]) -> list[Point]:
         print(f"{len(failed)} of {count} point{'' if count == 1 else 's'} failed:", file=sys.stderr)
         for one in failed:
             print(f"  {named(sweep, one)}: {in_short(one.error or '')}", file=sys.stderr)
+    if ended:
+        tell_of_all(sweep.folder)
     return ended
+
+
+def tell_of_all(folder: Path) -> None:
+    """Write the report. What goes wrong with it is said, and changes nothing about the points."""
+    try:
+        print(f"report: {report.write(folder)}", file=sys.stderr)
+    except Exception as error:
+        print("the report could not be written:", file=sys.stderr)
+        cli.tell(error)
 
 
 def code(point: Point) -> int:
@@ -80,8 +112,13 @@ def missing(sweep: Sweep, ended: Sequence[Point]) -> int:
     return 1
 
 
-def check(sweep: Sweep) -> None:
-    """Raises UsageError for objectives that nobody reads, or that are not as many as the sweeper's directions."""
+def check(sweep: Sweep, fail_fast: bool) -> None:
+    """Raises UsageError for objectives that nobody reads, or that are not as many as the sweeper's directions.
+
+    And for `fail_fast` where points run beside each other.
+    """
+    if fail_fast and sweep.engine("launcher") != BASIC:
+        raise UsageError(f"--fail-fast: hydra/launcher={sweep.engine('launcher')} runs points beside each other")
     objectives, sweeper = list(sweep.shared.report.objectives), sweep.engine("sweeper")
     _ = sweep.points  # refuses what cannot be swept over
     if sweeper == BASIC and objectives:

@@ -20,11 +20,15 @@ class PointFailedError(RunError):
     """What a sweeper that searches is told of a point that failed; the user has been told the reason."""
 
 
-def run(allowed: Sequence[str], composed: DictConfig) -> Any:
+class Enough(BaseException):
+    """The sweep ends with this point, which failed."""
+
+
+def run(allowed: Sequence[str], fail_fast: bool, composed: DictConfig) -> Any:
     """Run a point; returns what `report.objectives` names of it: None, a number or a list.
 
     `allowed`: classes that the user allows by `--allow-target`. A failure is printed, and recorded in the point's
-    directory. Raises PointFailedError for it where there are objectives.
+    directory. Raises Enough for it with `fail_fast`, PointFailedError where there are objectives.
     """
     for name in allowed:
         targets.allow(name)
@@ -35,6 +39,8 @@ def run(allowed: Sequence[str], composed: DictConfig) -> Any:
         record = cli.run_point(composed)
     except Exception as error:
         cli.tell(error)
+        if fail_fast:
+            raise Enough from None
         if objectives:
             raise PointFailedError("the point failed") from None
         return None
