@@ -159,7 +159,7 @@ class Transformer(nn.Module):
     def through(self, *arguments: Any, without: tuple[int, ...] = ()) -> Tensor:
         """A branch's `Arguments` to its prediction, without these blocks."""
         call = self.enter(*arguments)
-        self.run(call, without=without)
+        self.run(call, 0, None, without)
         return self.finish(call)
 
     def enter(
