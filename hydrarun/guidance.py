@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -71,7 +71,7 @@ class SkipLayerGuidance(ClassifierFreeGuidance):
     def __init__(
         self,
         scale: Scale = "true_cfg_scale",
-        layers: Sequence[int] | None = None,
+        layers: list[int] | None = None,
         layers_scale: float = 2.8,
         start: float = 0.01,
         stop: float = 0.2,
