@@ -1,4 +1,4 @@
-"""Stable Diffusion 3.5 (https://arxiv.org/abs/2403.03206): dual-stream blocks, in the first of which images attend twice.
+"""Stable Diffusion 3.5 (https://arxiv.org/abs/2403.03206): dual-stream blocks; in Medium's first, images attend twice.
 
 Reference: diffusers' `SD3Transformer2DModel`, whose checkpoints it loads.
 """

@@ -126,7 +126,7 @@ def test_caches_leave_the_third_prediction_alone(pushed):
         have = pushed.draw(cache=cache, **GUIDED).latents
         assert (have - want).abs().max() <= TOLERANCE
         steps = pushed.runner.built.parts.cache.record()["steps"]["transformer"]
-        assert steps == dict.fromkeys(("positive", "negative"), {"computed": [*range(6)], "skipped": []})
+        assert steps == {branch: {"computed": [*range(6)], "skipped": []} for branch in ("positive", "negative")}
 
 
 @pytest.mark.parametrize("subject", ["sd35_medium"], indirect=True)
@@ -147,4 +147,6 @@ def test_ranks_make_the_third_prediction_too(subject, pushed, layout, pool):
 def draw_pushed(name, folder, chosen, fields):
     """On a rank: latents with skip-layer guidance."""
     runner = Runner(parallel_runs.config(name, folder, chosen, *LAYERS))
-    return runner.draw(make_state({**runner.config["sampling"], **fields}), Timings(torch.device("cpu"))).latents.numpy()
+    return runner.draw(
+        make_state({**runner.config["sampling"], **fields}), Timings(torch.device("cpu"))
+    ).latents.numpy()
