@@ -65,6 +65,11 @@ def guided(config: Config) -> bool:
     return name in config["model"]["takes"] and scale is not None and scale > 1
 
 
+def left_out(config: Config) -> Sequence[int]:
+    """Blocks that a third prediction of some steps is made without."""
+    return listed(config["model"]["guidance"].get("layers")) if guided(config) else ()
+
+
 def pictures(config: Config) -> int:
     """How many are drawn together."""
     return config["batch_size"] or len(expand(config["sampling"]))
@@ -174,6 +179,12 @@ RULES = (
         "cache-dit decides for each branch by itself: ranks with the other branch would not be there to lend their"
         " weights",
         "parallel.cfg_degree=1, or one of cache=teacache, first_block, mask, every_n",
+    ),
+    Rule(
+        "model.guidance.layers",
+        lambda config: bool(left_out(config)) and degree(config, "hsdp") > 1 and degree(config, "cfg") > 1,
+        "ranks that predict the negative prompt make one forward less, and would not be there to lend their weights",
+        "parallel.cfg_degree=1, or model.guidance.layers=null",
     ),
     Rule(
         "parallel.cfg_degree",

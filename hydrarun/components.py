@@ -54,6 +54,10 @@ def load_pipeline(
     if scheduler is not None:
         components["scheduler"] = scheduler
     entries = {name: entry for name, entry in index.components.items() if name not in components}
+    needed = [name for name, parameter in accepted.items() if parameter.default is parameter.empty]
+    for name in needed:
+        if name not in OURS and (components | entries).get(name) is None:
+            raise RunError(f"{folder / 'model_index.json'}: {name} is missing, and {cls.__name__} needs it")
     sizes = {name: size(folder, name, entry) for name, entry in entries.items()}
     tally.expect(sum(sizes.values()))
     for name, entry in entries.items():

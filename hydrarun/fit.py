@@ -24,7 +24,9 @@ def check_configs(
 ) -> None:
     """The same for a checkpoint with this index and these configs."""
     check_heads(config["parallel"]["tensor_degree"], transformer)
-    check_blocks(config["offload"], sum(transformer.get(key) or 0 for key in DEPTHS))
+    depth = sum(transformer.get(key) or 0 for key in DEPTHS)
+    check_blocks(config["offload"], depth)
+    check_layers(config["model"]["guidance"].get("layers"), depth)
     check_experts(config["model"], index)
     check_fitted(config, index)
     check_fit(config["sampling"], vae, transformer, config["model"]["patch_size"])
@@ -41,6 +43,12 @@ def check_fit(sampling: Mapping[str, Any], vae: Mapping[str, Any], transformer: 
         if side and value is not None and value % (side * patch):
             raise UsageError(
                 f"sampling.{key}={value}: this checkpoint needs a {nearest_multiples(key, value, side * patch)}"
+            )
+        places = transformer.get("pos_embed_max_size")
+        if side and value is not None and places and value > side * patch * places:
+            raise UsageError(
+                f"sampling.{key}={value}: this checkpoint has places for {places} tokens to a side;"
+                f" sampling.{key}={side * patch * places} at most"
             )
     count = sampling["num_frames"]
     if frames and count is not None and (count - 1) % frames:
@@ -96,6 +104,16 @@ def check_blocks(offload: Mapping[str, Any], depth: int) -> None:
         raise UsageError(
             f"offload.resident_blocks={resident} offload.prefetch_blocks={ahead}: {resident} blocks that stay and"
             f" {ahead + 1} in turn leave none of this checkpoint's {depth} to wait: use offload=model, or fewer"
+        )
+
+
+def check_layers(layers: Any, depth: int) -> None:
+    """Raises `UsageError` for blocks to be left out that are not there. A depth of 0 is unknown."""
+    wrong = [layer for layer in layers if layer not in range(depth)] if isinstance(layers, list) else []
+    if depth and wrong:
+        raise UsageError(
+            f"model.guidance.layers={layers}: this checkpoint has no block {wrong[0]};"
+            f" its {depth} blocks are 0 to {depth - 1}"
         )
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from hydrarun.state import State
 
 POSITIVE, NEGATIVE = "positive", "negative"
+#: the prompt's prediction with some blocks left out
+FEWER_BLOCKS = "fewer_blocks"
 Scale = Literal["true_cfg_scale", "guidance_scale", "guidance_scale_2"]
 
 
@@ -25,6 +27,7 @@ class ClassifierFreeGuidance:
     def __init__(
         self, scale: Scale = "true_cfg_scale", scale_2: Scale | None = None, rescale_norm: bool = False
     ) -> None:
+        self.layers: tuple[int, ...] = ()  # the blocks that FEWER_BLOCKS is predicted without
         self.scale = scale
         self.scale_2 = scale_2
         self.rescale_norm = rescale_norm
@@ -35,6 +38,10 @@ class ClassifierFreeGuidance:
         As in the reference, the first expert's scale decides for both.
         """
         return (POSITIVE, NEGATIVE) if self.scale_for(state, low_noise=False) > 1 else (POSITIVE,)
+
+    def branches_at(self, state: State, index: int) -> tuple[str, ...]:
+        """The predictions of the step `index`: every step's branches, and FEWER_BLOCKS where it is asked for."""
+        return self.branches(state)
 
     def scale_for(self, state: State, low_noise: bool) -> float:
         """The scale of a step."""
@@ -51,3 +58,39 @@ class ClassifierFreeGuidance:
         if not self.rescale_norm:
             return guided
         return guided * (torch.norm(positive, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True))
+
+
+class SkipLayerGuidance(ClassifierFreeGuidance):
+    """Also guides away from what the model predicts without some of its blocks (skip-layer guidance).
+
+    `layers` are the blocks left out, counted from 0 (null: it is off), `layers_scale` how far it guides. It is in force
+    where classifier-free guidance is on, in the steps between the fractions `start` and `stop` of the schedule. The
+    third prediction comes from where the positive one does; caches leave it alone.
+    """
+
+    def __init__(
+        self,
+        scale: Scale = "true_cfg_scale",
+        layers: list[int] | None = None,
+        layers_scale: float = 2.8,
+        start: float = 0.01,
+        stop: float = 0.2,
+    ) -> None:
+        super().__init__(scale)
+        self.layers = tuple(layers or ())
+        self.layers_scale = layers_scale
+        self.start = start
+        self.stop = stop
+
+    def branches_at(self, state: State, index: int) -> tuple[str, ...]:
+        branches = self.branches(state)
+        steps = state.num_inference_steps
+        if not self.layers or NEGATIVE not in branches or not self.start * steps < index < self.stop * steps:
+            return branches
+        return POSITIVE, FEWER_BLOCKS, NEGATIVE  # next to the positive one: two ranks share them as they share two
+
+    def combine(self, predictions: Mapping[str, Tensor], scale: float) -> Tensor:
+        guided = super().combine(predictions, scale)
+        if FEWER_BLOCKS not in predictions:
+            return guided
+        return guided + self.layers_scale * (predictions[POSITIVE] - predictions[FEWER_BLOCKS])

@@ -54,6 +54,7 @@ class Inputs:
     timestep: Tensor  # [B], the scheduler's own values
     conditioning: Mapping[str, Mapping[str, Any]]  # {branch: what else `embed` takes for it}
     rows: Mapping[str, Tensor] | None = None  # {branch: [B, K], its rows in modulation tables}; None: there are none
+    without: tuple[int, ...] = ()  # blocks that are left out, where no cache looks between them
 
 
 #: of one branch: latents, timestep, conditioning, positions, rows in modulation tables
@@ -143,7 +144,7 @@ class Transformer(nn.Module):
 
     def predict(self, inputs: Inputs, branch: str) -> Tensor:
         """One branch's prediction, where nothing is to be done on the way: `begin`, all blocks, `finish`."""
-        return self.through(*self.arguments(inputs, branch))
+        return self.through(*self.arguments(inputs, branch), without=inputs.without)
 
     def begin(self, inputs: Inputs, branch: str) -> Call:
         """Inputs to this rank's tokens."""
@@ -155,10 +156,10 @@ class Transformer(nn.Module):
         rows = None if inputs.rows is None else inputs.rows[branch]
         return inputs.hidden_states, inputs.timestep, given, self.positions(inputs.hidden_states, **given), rows
 
-    def through(self, *arguments: Any) -> Tensor:
-        """A branch's `Arguments` to its prediction."""
+    def through(self, *arguments: Any, without: tuple[int, ...] = ()) -> Tensor:
+        """A branch's `Arguments` to its prediction, without these blocks."""
         call = self.enter(*arguments)
-        self.run(call)
+        self.run(call, 0, None, without)
         return self.finish(call)
 
     def enter(
@@ -177,14 +178,15 @@ class Transformer(nn.Module):
             return Call(whole, whole, {})
         return Call(whole, self.sequence.shard(whole, self.spread_streams), self.sequence.lengths)
 
-    def run(self, call: Call, start: int = 0, stop: int | None = None) -> None:
-        """Run the blocks from `start` up to `stop`."""
+    def run(self, call: Call, start: int = 0, stop: int | None = None, without: tuple[int, ...] = ()) -> None:
+        """Run the blocks from `start` up to `stop`, without some."""
         self.resume(call)
         tokens = call.tokens
-        for block in islice(self.all_blocks(), start, stop):
-            tokens.hidden_states, tokens.encoder_hidden_states = block(
-                tokens.hidden_states, tokens.encoder_hidden_states, tokens
-            )
+        for index, block in islice(enumerate(self.all_blocks()), start, stop):
+            if index not in without:
+                tokens.hidden_states, tokens.encoder_hidden_states = block(
+                    tokens.hidden_states, tokens.encoder_hidden_states, tokens
+                )
 
     def finish(self, call: Call) -> Tensor:
         """The tokens behind the last block to the prediction."""

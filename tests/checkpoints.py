@@ -21,6 +21,8 @@ from diffusers import (
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
@@ -30,6 +32,7 @@ from tokenizers import pre_tokenizers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     Qwen2VLImageProcessorPil,
     Qwen2VLProcessor,
@@ -163,7 +166,7 @@ def _flux_transformer(guidance_embeds: bool) -> FluxTransformer2DModel:
     return tiny.randomise(model, std=0.15)
 
 
-def _flux_vae() -> AutoencoderKL:
+def _flux_vae(scaling_factor: float = 0.3611, shift_factor: float = 0.1159) -> AutoencoderKL:
     """Halves the size twice: sizes must be multiples of 8."""
     torch.manual_seed(0)
     return AutoencoderKL(
@@ -173,27 +176,27 @@ def _flux_vae() -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
         use_quant_conv=False,
         use_post_quant_conv=False,
     ).eval()
 
 
-def _clip() -> CLIPTextModel:
+def _clip(cls: type = CLIPTextModel, width: int = TEXT_WIDTH) -> Any:
     torch.manual_seed(0)
     config = CLIPTextConfig(
         vocab_size=520,
-        hidden_size=TEXT_WIDTH,
+        hidden_size=width,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        projection_dim=TEXT_WIDTH,
+        projection_dim=width,
         bos_token_id=0,
         pad_token_id=1,
         eos_token_id=1,
     )
-    return CLIPTextModel(config).eval()
+    return cls(config).eval()
 
 
 def _clip_tokenizer() -> CLIPTokenizer:
@@ -203,16 +206,58 @@ def _clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
 
 
-def _t5(encoder: type, config: type) -> Any:
+def _t5(encoder: type, config: type, width: int = TEXT_WIDTH) -> Any:
     """T5 for FLUX.1, UMT5 (with positions of its own in every layer) for Wan."""
     torch.manual_seed(0)
-    sizes = {"d_model": TEXT_WIDTH, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 80}
+    sizes = {"d_model": width, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 80}
     return encoder(config(**sizes, num_decoder_layers=0)).eval()
 
 
 def _t5_tokenizer() -> T5Tokenizer:
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in LETTERS)]
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
+
+
+def sd35_medium() -> StableDiffusion3Pipeline:
+    return _sd35(dual_attention_layers=(0,))
+
+
+def sd35_large() -> StableDiffusion3Pipeline:
+    return _sd35(dual_attention_layers=())
+
+
+def _sd35(dual_attention_layers: tuple[int, ...]) -> StableDiffusion3Pipeline:
+    """The encoders' widths differ, so that no two can be taken for each other; CLIP's together are less than T5's."""
+    one, other, t5 = 16, 24, 48
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,  # of all kinds, where one attends twice: the last has no text behind it
+        attention_head_dim=16,
+        num_attention_heads=3,
+        joint_attention_dim=t5,
+        caption_projection_dim=48,
+        pooled_projection_dim=one + other,
+        sample_size=16,
+        pos_embed_max_size=12,
+        dual_attention_layers=dual_attention_layers,
+        qk_norm="rms_norm",
+    )
+    return _quiet(
+        StableDiffusion3Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=_flux_vae(scaling_factor=1.5305, shift_factor=0.0609),
+            text_encoder=_clip(CLIPTextModelWithProjection, one),
+            tokenizer=_clip_tokenizer(),
+            text_encoder_2=_clip(CLIPTextModelWithProjection, other),
+            tokenizer_2=_clip_tokenizer(),
+            text_encoder_3=_t5(T5EncoderModel, T5Config, t5),
+            tokenizer_3=_t5_tokenizer(),
+            transformer=tiny.randomise(transformer, std=0.12),
+        )
+    )
 
 
 def wan21_t2v() -> WanPipeline:
@@ -290,6 +335,8 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "qwen_image_edit_plus": qwen_image_edit_plus,
     "flux_dev": flux_dev,
     "flux_schnell": flux_schnell,
+    "sd35_large": sd35_large,
+    "sd35_medium": sd35_medium,
     "wan21_t2v_14b": wan21_t2v,
     "wan21_t2v_1_3b": wan21_t2v,
     "wan22_t2v_a14b": wan22_t2v_a14b,

@@ -38,7 +38,7 @@ class Configs(dict[str, dict[str, Any]]):
 CONFIGS = Configs()
 
 #: options that are another's but for checkpoint and defaults
-VARIANTS = {"qwen_image_2512", "wan21_t2v_1_3b", "flux_schnell"}
+VARIANTS = {"qwen_image_2512", "wan21_t2v_1_3b", "flux_schnell", "sd35_large"}
 
 #: the file for `input.images`, beside a subject's folder
 IMAGE = "input.png"

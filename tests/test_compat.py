@@ -68,6 +68,13 @@ BROKEN = {
     ],
     "made for 8 steps and more": ["cache=mask", "sampling.num_inference_steps=7"],
     "warm-up alone takes all": ["cache=dbcache", "sampling.num_inference_steps=8", "cache.max_warmup_steps=8"],
+    "one forward less": [
+        "model=sd35_medium",
+        "sampling.prompt=a",
+        "model.guidance.layers=[7,8,9]",
+        "parallel.hsdp_degree=2",
+        "parallel.cfg_degree=2",
+    ],
     "decides for each branch by itself": ["cache=dbcache", "parallel.hsdp_degree=2", "parallel.cfg_degree=2"],
 }
 

@@ -24,6 +24,15 @@ def folder(tiny_folder, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_folder, tmp_path / "checkpoint"))
 
 
+@pytest.mark.parametrize("entry", [None, [None, None]])
+def test_a_missing_component(folder, entry):
+    """Some checkpoints are published without one of their text encoders."""
+    path = folder / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "text_encoder": entry}))
+    with pytest.raises(RunError, match=r"json: text_encoder is missing, and QwenImagePipeline needs it$"):
+        tiny.runner(folder)
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_missing_tensor_is_an_error_not_random_numbers(folder, name):
     path = folder / name / WEIGHTS[name]

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from hydrarun.errors import UsageError
-from hydrarun.fit import check_fit, check_guidance_scale, vae_factors
+from hydrarun.fit import check_fit, check_guidance_scale, check_layers, vae_factors
 
 WAN_LIKE = {"temperal_downsample": [False, True, True]}
 
@@ -55,6 +55,22 @@ def test_the_nearest_values_are_offered(sampling, message):
 @pytest.mark.parametrize("sampling", [{"height": None, "width": None}, {"num_frames": 1}, {"num_frames": 81}])
 def test_what_fits(sampling):
     fit(WAN_LIKE, **sampling)
+
+
+@pytest.mark.parametrize("key", ["height", "width"])
+def test_more_places_than_the_checkpoint_has(key):
+    few = {"pos_embed_max_size": 8}
+    fit({"block_out_channels": [1, 2, 3, 4]}, few, **{key: 128})
+    with pytest.raises(UsageError, match=rf"sampling.{key}=144: .* places for 8 tokens .* sampling.{key}=128 at most$"):
+        fit({"block_out_channels": [1, 2, 3, 4]}, few, **{key: 144})
+
+
+def test_blocks_to_leave_out_that_are_not_there():
+    check_layers([0, 2], 3)
+    check_layers(None, 3)
+    check_layers([7], 0)
+    with pytest.raises(UsageError, match=r"^model.guidance.layers=\[1, 3\]: .* no block 3; its 3 blocks are 0 to 2$"):
+        check_layers([1, 3], 3)
 
 
 def test_json_that_does_not_tell_refuses_nothing():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hydrarun.guidance import ClassifierFreeGuidance
+from hydrarun.guidance import ClassifierFreeGuidance, SkipLayerGuidance
 from hydrarun.state import State
 
 PREDICTIONS = {"positive": torch.tensor([[[3.0, 4.0]]]), "negative": torch.tensor([[[1.0, 4.0]]])}
@@ -50,3 +50,24 @@ def test_rescaling_keeps_the_direction_and_takes_the_positive_norm():
 def test_one_branch_is_itself():
     positive = {"positive": PREDICTIONS["positive"]}
     assert ClassifierFreeGuidance(rescale_norm=True).combine(positive, 1.0) is positive["positive"]
+
+
+def test_a_third_prediction_in_some_steps_of_a_guided_run():
+    """diffusers' pipeline asks for more than the first fraction of the steps, and less than the second."""
+    guidance = SkipLayerGuidance(scale="guidance_scale", layers=[1], start=0.01, stop=0.2)
+    state = request(None, 4.0)
+    state.num_inference_steps = 40
+    third = [index for index in range(40) if "fewer_blocks" in guidance.branches_at(state, index)]
+    assert third == [1, 2, 3, 4, 5, 6, 7]
+    assert guidance.branches_at(state, 1) == ("positive", "fewer_blocks", "negative")
+    assert guidance.branches(state) == guidance.branches_at(state, 0) == ("positive", "negative")
+    state.guidance_scale = 1.0
+    assert guidance.branches_at(state, 1) == ("positive",)
+    state.guidance_scale = 4.0
+    assert SkipLayerGuidance(scale="guidance_scale").branches_at(state, 1) == ("positive", "negative")
+
+
+def test_guiding_away_from_fewer_blocks():
+    fewer = {**PREDICTIONS, "fewer_blocks": torch.tensor([[[2.5, 4.0]]])}
+    assert SkipLayerGuidance(layers=[1], layers_scale=2.0).combine(fewer, 4.0).tolist() == [[[10.0, 4.0]]]
+    assert SkipLayerGuidance(layers=[1], layers_scale=2.0).combine(PREDICTIONS, 4.0).tolist() == [[[9.0, 4.0]]]

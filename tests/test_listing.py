@@ -49,7 +49,7 @@ def test_markdown(capsys):
 
 def test_a_terminal_gets_the_same_cells(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "400")
     listing.main(["recipe", "model"])
     shown = capsys.readouterr().out
     for table in (listing.table("recipes"), listing.table("models")):

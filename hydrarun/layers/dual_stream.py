@@ -7,6 +7,7 @@ checkpoints differ in names only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,22 +22,39 @@ from hydrarun.transformer import Tokens
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
-class Stream(nn.Module):
-    """One stream's share of a block: what happens to its tokens before and after the joint attention."""
+class AttendedTo(nn.Module):
+    """A stream that is attended to, and no more: what its tokens become, nobody asks."""
+
+    #: what its modulation makes: the shift and scale before attention, then what `finish` takes
+    parts: ClassVar[int] = 2
 
     def __init__(self, dim: int, heads: int, head_dim: int) -> None:
         super().__init__()
-        self.modulation = Modulation(dim, parts=6)
+        self.modulation = Modulation(dim, self.parts)
         self.qkv = QKVLinear(dim, heads, head_dim)
         self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
         self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
+
+    def project(self, hidden_states: Tensor, rope: Tensor | None, shift: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        """`[B, S, D]` to query, key and value `[B, S, H, d]`, normed and, where there is a `rope`, rotated."""
+        query, key, value = self.qkv(modulate(hidden_states, shift, scale))
+        query, key = self.norm_q(query), self.norm_k(key)
+        return (query, key, value) if rope is None else (rotate(query, rope), rotate(key, rope), value)
+
+    def finish(self, hidden_states: Tensor, attended: Tensor, gates: Sequence[Tensor]) -> Tensor:
+        """The tokens `[B, S, D]`, to which nothing is added."""
+        return hidden_states
+
+
+class Stream(AttendedTo):
+    """One stream's share of a block: what happens to its tokens before and after the joint attention."""
+
+    parts = 6
+
+    def __init__(self, dim: int, heads: int, head_dim: int) -> None:
+        super().__init__(dim, heads, head_dim)
         self.out = RowLinear(dim, Run(heads, head_dim))
         self.feed_forward = FeedForward(dim)
-
-    def project(self, hidden_states: Tensor, rope: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        """`[B, S, D]` to query, key and value `[B, S, H, d]`, normed and rotated."""
-        query, key, value = self.qkv(modulate(hidden_states, shift, scale))
-        return rotate(self.norm_q(query), rope), rotate(self.norm_k(key), rope), value
 
     def finish(self, hidden_states: Tensor, attended: Tensor, gates: Sequence[Tensor]) -> Tensor:
         """Add the attention's and the feed-forward's output to `[B, S, D]`."""
@@ -49,10 +67,17 @@ class Stream(nn.Module):
 class DualStreamBlock(nn.Module):
     """Text and image tokens with weights of their own, joined in attention."""
 
-    def __init__(self, dim: int, heads: int, head_dim: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int,
+        image: type[Stream] = Stream,
+        text: type[AttendedTo] = Stream,
+    ) -> None:
         super().__init__()
-        self.image = Stream(dim, heads, head_dim)
-        self.text = Stream(dim, heads, head_dim)
+        self.image = image(dim, heads, head_dim)
+        self.text = text(dim, heads, head_dim)
         self.attention = Attention()
 
     def modulated(self, tokens: Tokens) -> Tensor:

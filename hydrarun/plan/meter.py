@@ -6,6 +6,7 @@ Tensors there have shapes and no numbers, so a model of any size runs in a momen
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -189,12 +190,20 @@ def everywhere(index: Tensor | None) -> Tensor | None:
 
 
 class Repeated:
-    """A list of equal blocks of which a few are run, and count as all; of what is alive two show as much as all."""
+    """A list of blocks of which a few of each kind are run, and count as all; of what is alive two show as much as all.
+
+    Of a kind are those whose weights have equal names and shapes.
+    """
 
     def __init__(self, blocks: nn.ModuleList, meter: Meter, kept: int) -> None:
         self.meter = meter
-        self.times = max(1.0, len(blocks) / kept)
-        del blocks[kept:]
+        kinds: dict[Any, list[nn.Module]] = defaultdict(list)
+        for block in blocks:
+            kinds[tuple((name, weight.shape) for name, weight in block.named_parameters())].append(block)
+        self.times = {one: max(1.0, len(alike) / kept) for alike in kinds.values() for one in alike[:kept]}
+        left = [block for block in blocks if block in self.times]
+        del blocks[:]
+        blocks.extend(left)
         for block in blocks:
             block.register_forward_pre_hook(self.before)
             block.register_forward_hook(self.after)
@@ -202,5 +211,5 @@ class Repeated:
     def before(self, *_: Any) -> None:
         self.start = self.meter.so_far()
 
-    def after(self, *_: Any) -> None:
-        self.meter.extra += (self.meter.so_far() - self.start) * (self.times - 1)
+    def after(self, block: nn.Module, *_: Any) -> None:
+        self.meter.extra += (self.meter.so_far() - self.start) * (self.times[block] - 1)

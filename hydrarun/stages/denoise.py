@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from hydrarun.cache.base import Schedule, Step
+from hydrarun.cache.base import NoCache, Schedule, Step
 from hydrarun.errors import RunError
 from hydrarun.experts import LOW_NOISE, Experts
+from hydrarun.guidance import FEWER_BLOCKS, POSITIVE
 from hydrarun.memory.modulation import rows_of_steps
 from hydrarun.parallel.cfg import predict_branches
 from hydrarun.pipeline import Parts, Stage
@@ -79,11 +80,15 @@ class Denoise(Stage):
         latents, times = state.latents.to(parts.dtype), timestep.expand(len(state.latents))
 
         def predict(branches: Sequence[str]) -> dict[str, Tensor]:
-            own = {branch: conditioning[branch] for branch in branches}
-            return transformer(Inputs(latents, times, own, rows), step, parts.cache)
+            own = {branch: conditioning[branch] for branch in branches if branch != FEWER_BLOCKS}
+            found = transformer(Inputs(latents, times, own, rows), step, parts.cache)
+            if FEWER_BLOCKS in branches:
+                again = Inputs(latents, times, {POSITIVE: conditioning[POSITIVE]}, rows, parts.guidance.layers)
+                found[FEWER_BLOCKS] = transformer(again, step, NoCache())[POSITIVE]
+            return {branch: found[branch] for branch in branches}
 
         axis = parts.mesh["cfg"] if parts.mesh else None
-        predictions = predict_branches(list(conditioning), predict, axis, latents)
+        predictions = predict_branches(parts.guidance.branches_at(state, step.index), predict, axis, latents)
         return parts.guidance.combine(predictions, parts.guidance.scale_for(state, low_noise=step.expert == LOW_NOISE))
 
 

@@ -18,8 +18,8 @@ class PrepareTimesteps(Stage):
     """The noise levels of the steps.
 
     `sigmas` says who spaces them: `linear` (evenly from 1 to 1 / steps, shifted by the number of latent tokens where
-    the scheduler asks for it), `scheduler` (its own spacing), or `linear_unless_flow` (linear, but the scheduler's own
-    where it is set to `use_flow_sigmas`).
+    the scheduler asks for it), `scheduler` (its own spacing, shifted where it cannot do without), or
+    `linear_unless_flow` (linear, but the scheduler's own where it is set to `use_flow_sigmas`).
     Reference: diffusers' flow-matching pipelines (`calculate_shift`; Stable Diffusion 3, https://arxiv.org/abs/2403.03206).
     """
 
@@ -37,7 +37,7 @@ class PrepareTimesteps(Stage):
             self.sigmas == "linear_unless_flow" and scheduler.config.get("use_flow_sigmas", False)
         )
         arguments: dict[str, Any] = {"device": parts.device}
-        if "mu" in accepted and self.sigmas != "scheduler":
+        if "mu" in accepted and (self.sigmas != "scheduler" or scheduler.config.get("use_dynamic_shifting", False)):
             arguments["mu"] = shift(scheduler.config, math.prod(state.grid))
         if "sigmas" in accepted and not own:
             steps = state.num_inference_steps

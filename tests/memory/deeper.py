@@ -14,7 +14,7 @@ STEM = "diffusion_pytorch_model.safetensors"
 
 
 def deeper(folder: Path, into: Path) -> Path:
-    """The checkpoint in `folder` with each transformer's blocks twice, the second time with other weights."""
+    """The checkpoint in `folder` with twice the blocks in each list: before them its first, as often, other weights."""
     into.mkdir()
     for part in folder.iterdir():
         if part.name.startswith("transformer"):
@@ -27,17 +27,26 @@ def deeper(folder: Path, into: Path) -> Path:
 
 
 def double_config(old: Path, new: Path) -> dict[str, int]:
-    """Writes it; returns the old depths."""
+    """Writes it; returns the old depths. Of blocks that are listed as another kind the first is one."""
     config = json.loads(old.read_text())
     depths = {key: config[key] for key in DEPTHS if key in config}
-    new.write_text(json.dumps(config | {key: 2 * depth for key, depth in depths.items()}))
+    doubled = {key: 2 * depth for key, depth in depths.items()}
+    if kind := config.get("dual_attention_layers"):
+        depth = depths["num_layers"]
+        doubled["dual_attention_layers"] = [*range(depth), *(index + depth for index in kind)]
+    new.write_text(json.dumps(config | doubled))
     return depths
 
 
 def doubled(weights, depths):
-    """Every tensor, and those of blocks once more under the next indices."""
+    """Every tensor, those of blocks under later indices, and before them those of the first block, each time less."""
     for name, weight in weights.items():
-        yield name, weight
-        if found := re.match(r"((\w*)blocks)\.(\d+)\.(.*)", name):
-            depth = depths["num_single_layers" if found[2].startswith("single") else "num_layers"]
-            yield f"{found[1]}.{int(found[3]) + depth}.{found[4]}", weight * 0.75
+        found = re.match(r"((\w*)blocks)\.(\d+)\.(.*)", name)
+        if not found:
+            yield name, weight
+            continue
+        depth = depths["num_single_layers" if found[2].startswith("single") else "num_layers"]
+        yield f"{found[1]}.{int(found[3]) + depth}.{found[4]}", weight
+        if found[3] == "0":
+            for index in range(depth):
+                yield f"{found[1]}.{index}.{found[4]}", weight * 0.75 ** (index + 1)

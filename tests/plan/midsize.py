@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tiny
 import torch
-from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel
+from diffusers import QwenImageTransformer2DModel, SD3Transformer2DModel, WanTransformer3DModel
 
 WIDE = {"attention_head_dim": 48, "num_attention_heads": 4}
 
@@ -30,7 +30,23 @@ def wan22_t2v_a14b() -> torch.nn.Module:
     )
 
 
-TRANSFORMERS = {"qwen_image": qwen_image, "wan22_t2v_a14b": wan22_t2v_a14b}
+def sd35_medium() -> torch.nn.Module:
+    return SD3Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=6,
+        joint_attention_dim=48,
+        caption_projection_dim=192,
+        pooled_projection_dim=40,
+        sample_size=16,
+        pos_embed_max_size=12,
+        dual_attention_layers=(0, 1, 2),
+        qk_norm="rms_norm",
+        **WIDE,
+    )
+
+
+TRANSFORMERS = {"qwen_image": qwen_image, "sd35_medium": sd35_medium, "wan22_t2v_a14b": wan22_t2v_a14b}
 
 
 def saved(name: str, folder: Path, into: Path) -> Path:

@@ -60,6 +60,17 @@ def test_the_operations_of_a_forward_are_those_of_its_sizes():
     assert attention / 1e12 == pytest.approx(12.4, abs=0.5)
 
 
+def test_blocks_of_another_kind_count_as_many_as_they_are():
+    """Stable Diffusion 3.5 Medium: in 13 of 24 blocks images attend twice, and in the last the text is only read."""
+    config, _ = compose_raw(["model=sd35_medium", "sampling.prompt=a"])
+    made = planned(config, published()["h100"], 1)
+    assert made.asked is not None
+    image, text, dim = 64 * 64, 77 + 256, 1536
+    linear = 2 * dim**2 * (image * (24 * 12 + 13 * 4) + text * (23 * 12 + 3))
+    attention = 4 * dim * (24 * (image + text) ** 2 + 13 * image**2)
+    assert made.asked.phases[1].flops / made.steps / 2 == pytest.approx(linear + attention, rel=2e-3)
+
+
 @pytest.mark.parametrize("subject", ["qwen_image", "wan22_t2v_a14b"], indirect=True)
 @pytest.mark.parametrize("chosen", [{"ulysses_degree": 2}, {"tensor_degree": 2}, {"cfg_degree": 2}])
 def test_ranks_send_what_the_plan_expects(subject, chosen, pool):

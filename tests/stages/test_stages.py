@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -9,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from hydrarun.errors import UsageError
 from hydrarun.request import make_state
-from hydrarun.stages.timesteps import shift
+from hydrarun.stages.timesteps import PrepareTimesteps, shift
 
 
 def test_shift_is_a_line_through_the_schedulers_two_points():
@@ -17,6 +19,17 @@ def test_shift_is_a_line_through_the_schedulers_two_points():
     assert shift(config, 256) == pytest.approx(0.5)
     assert shift(config, 8192) == pytest.approx(0.9)
     assert shift(config, (256 + 8192) // 2) == pytest.approx(0.7)
+
+
+def test_a_schedulers_own_spacing_is_shifted_where_it_cannot_do_without(tiny_runner):
+    """As diffusers' Stable Diffusion 3 pipeline does it."""
+    scheduler, reference = (FlowMatchEulerDiscreteScheduler(**tiny.SCHEDULER) for _ in range(2))
+    state = make_state(tiny_runner.config["sampling"])
+    state.grid = (1, 9, 7)
+    parts = SimpleNamespace(pipeline=SimpleNamespace(scheduler=scheduler), device="cpu")
+    PrepareTimesteps(sigmas="scheduler")(state, parts, None)
+    reference.set_timesteps(4, mu=shift(reference.config, 63))
+    assert torch.equal(state.timesteps, reference.timesteps)
 
 
 def test_a_schedule_that_cannot_be_is_refused(tiny_runner):
