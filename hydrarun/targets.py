@@ -20,6 +20,9 @@ ALLOWED = frozenset(
     {
         "hydrarun.models.qwen_image.QwenImageTransformer",
         "hydrarun.models.flux.FluxTransformer",
+        "hydrarun.models.longcat_image.LongCatImagePipeline",
+        "hydrarun.models.longcat_image.LongCatImageTransformer",
+        "hydrarun.models.ovis_image.OvisImageTransformer",
         "hydrarun.models.wan.WanTransformer",
         "hydrarun.models.wan.EncodeFirstFrame",
         "hydrarun.models.wan.EncodeFirstFrameAsChannels",
@@ -65,6 +68,7 @@ ALLOWED = frozenset(
         "diffusers.QwenImageEditPipeline",
         "diffusers.QwenImageEditPlusPipeline",
         "diffusers.FluxPipeline",
+        "diffusers.OvisImagePipeline",
         "diffusers.WanPipeline",
         "diffusers.WanImageToVideoPipeline",
         "diffusers.FlowMatchEulerDiscreteScheduler",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import checkpoints_chat
 import tiny
 import torch
 from diffusers import (
@@ -164,20 +165,7 @@ def _flux_transformer(guidance_embeds: bool) -> FluxTransformer2DModel:
 
 
 def _flux_vae() -> AutoencoderKL:
-    """Halves the size twice: sizes must be multiples of 8."""
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 16, 16),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
+    return tiny.kl_vae(4)
 
 
 def _clip() -> CLIPTextModel:
@@ -290,6 +278,8 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "qwen_image_edit_plus": qwen_image_edit_plus,
     "flux_dev": flux_dev,
     "flux_schnell": flux_schnell,
+    "longcat_image": checkpoints_chat.longcat_image,
+    "ovis_image": checkpoints_chat.ovis_image,
     "wan21_t2v_14b": wan21_t2v,
     "wan21_t2v_1_3b": wan21_t2v,
     "wan22_t2v_a14b": wan22_t2v_a14b,

@@ -9,6 +9,7 @@ from typing import Any
 import checkpoints
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from subjects import remembering
@@ -34,7 +35,8 @@ def pipeline(name: str) -> Any:
 
 def load(name: str, folder: Path) -> Any:
     """What diffusers loads from a saved pipeline; the processor by our own loader, as theirs needs torchvision."""
-    ours = {"processor": load_processor(Qwen2VLProcessor, folder / "processor")} if "edit" in name else {}
+    processors = [file.parent for file in folder.glob("*processor/processor_config.json")]
+    ours = {found.name: load_processor(Qwen2VLProcessor, found) for found in processors}
     loaded = type(pipeline(name)).from_pretrained(folder, **ours)
     loaded.set_progress_bar_config(disable=True)
     return loaded
@@ -56,7 +58,7 @@ def picture(seed: int) -> Image.Image:
 def draw(pipeline: Any, name: str, prompt: str = PROMPT, seeds: tuple[int, ...] = (0, 1), image: int = 0) -> np.ndarray:
     """A run of two steps: levels 0 to 255 as floats, [N, H, W, 3] or [N, F, H, W, 3] with one entry per seed."""
     copies = "num_videos_per_prompt" if name.startswith("wan") else "num_images_per_prompt"
-    arguments: dict[str, Any] = {copies: len(seeds), **smallest(name)}
+    arguments: dict[str, Any] = {copies: len(seeds), **smallest(name), **tiny.as_written(pipeline)}
     if name in FROM_IMAGES:
         arguments["image"] = picture(image)
     output = pipeline(

@@ -24,14 +24,14 @@ FLOAT16_MAX = torch.finfo(torch.float16).max
 class Stream(nn.Module):
     """One stream's share of a block: what happens to its tokens before and after the joint attention."""
 
-    def __init__(self, dim: int, heads: int, head_dim: int) -> None:
+    def __init__(self, dim: int, heads: int, head_dim: int, gated: bool) -> None:
         super().__init__()
         self.modulation = Modulation(dim, parts=6)
         self.qkv = QKVLinear(dim, heads, head_dim)
         self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
         self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
         self.out = RowLinear(dim, Run(heads, head_dim))
-        self.feed_forward = FeedForward(dim)
+        self.feed_forward = FeedForward(dim, gated=gated)
 
     def project(self, hidden_states: Tensor, rope: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         """`[B, S, D]` to query, key and value `[B, S, H, d]`, normed and rotated."""
@@ -47,12 +47,12 @@ class Stream(nn.Module):
 
 
 class DualStreamBlock(nn.Module):
-    """Text and image tokens with weights of their own, joined in attention."""
+    """Text and image tokens with weights of their own, joined in attention. `gated`: so are the feed-forwards."""
 
-    def __init__(self, dim: int, heads: int, head_dim: int) -> None:
+    def __init__(self, dim: int, heads: int, head_dim: int, gated: bool = False) -> None:
         super().__init__()
-        self.image = Stream(dim, heads, head_dim)
-        self.text = Stream(dim, heads, head_dim)
+        self.image = Stream(dim, heads, head_dim, gated)
+        self.text = Stream(dim, heads, head_dim, gated)
         self.attention = Attention()
 
     def modulated(self, tokens: Tokens) -> Tensor:

@@ -1,0 +1,53 @@
+"""Ovis-Image (https://github.com/AIDC-AI/Ovis-Image): FLUX.1's blocks, 6 and 27 of them, with gated feed-forwards.
+
+Reference: diffusers' `OvisImageTransformer2DModel`, whose checkpoints it loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hydrarun.models.flux import StreamsTransformer, TimeEmbedding
+
+
+class OvisImageTransformer(StreamsTransformer):
+    """Arguments are the checkpoint's transformer/config.json."""
+
+    weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = {
+        **StreamsTransformer.weight_map,
+        "time_embed": "timestep_embedder",
+        "context_embedder.0": "context_embedder_norm",
+        "context_embedder.1": "context_embedder",
+    }
+
+    def __init__(
+        self,
+        patch_size: int = 1,
+        in_channels: int = 64,
+        out_channels: int | None = 64,
+        num_layers: int = 6,
+        num_single_layers: int = 27,
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 2048,
+        axes_dims_rope: Sequence[int] = (16, 56, 56),
+    ) -> None:
+        super().__init__(
+            (num_layers, num_single_layers),
+            (num_attention_heads, attention_head_dim),
+            (in_channels, patch_size * patch_size * (out_channels or in_channels)),
+            joint_attention_dim,
+            axes_dims_rope,
+            gated=True,
+        )
+        self.time_embed = TimeEmbedding(num_attention_heads * attention_head_dim)
+        norm = nn.RMSNorm(joint_attention_dim, eps=1e-6)
+        self.context_embedder = nn.Sequential(norm, self.context_embedder)
+
+    def make_temb(self, timestep: Tensor, dtype: torch.dtype, **_: Any) -> Tensor:
+        """Timesteps `[B]` to `[B, 1, D]`."""
+        return self.time_embed(timestep, dtype)
