@@ -67,7 +67,7 @@ def ovis_image() -> OvisImagePipeline:
         vae=tiny.kl_vae(4),
         text_encoder=_qwen3(),
         tokenizer=tokenizer,
-        transformer=tiny.randomise(OvisImageTransformer2DModel(in_channels=16, out_channels=16, **SIZES), std=0.15),
+        transformer=tiny.randomise(OvisImageTransformer2DModel(in_channels=16, out_channels=16, **SIZES), std=0.11),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hydrarun.models.flux import StreamsTransformer, TimeEmbedding
+from hydrarun.transformer import Tokens
 
 
 class OvisImageTransformer(StreamsTransformer):
@@ -20,8 +21,6 @@ class OvisImageTransformer(StreamsTransformer):
     weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = {
         **StreamsTransformer.weight_map,
         "time_embed": "timestep_embedder",
-        "context_embedder.0": "context_embedder_norm",
-        "context_embedder.1": "context_embedder",
     }
 
     def __init__(
@@ -45,8 +44,11 @@ class OvisImageTransformer(StreamsTransformer):
             gated=True,
         )
         self.time_embed = TimeEmbedding(num_attention_heads * attention_head_dim)
-        norm = nn.RMSNorm(joint_attention_dim, eps=1e-6)
-        self.context_embedder = nn.Sequential(norm, self.context_embedder)
+        self.context_embedder_norm = nn.RMSNorm(joint_attention_dim, eps=1e-6)
+
+    def embed(self, hidden_states: Tensor, timestep: Tensor, *, encoder_hidden_states: Tensor, **others: Any) -> Tokens:
+        normed = self.context_embedder_norm(encoder_hidden_states)
+        return super().embed(hidden_states, timestep, encoder_hidden_states=normed, **others)
 
     def make_temb(self, timestep: Tensor, dtype: torch.dtype, **_: Any) -> Tensor:
         """Timesteps `[B]` to `[B, 1, D]`."""
