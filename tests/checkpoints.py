@@ -279,6 +279,7 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "flux_dev": flux_dev,
     "flux_schnell": flux_schnell,
     "longcat_image": checkpoints_chat.longcat_image,
+    "longcat_image_edit": checkpoints_chat.longcat_image_edit,
     "ovis_image": checkpoints_chat.ovis_image,
     "wan21_t2v_14b": wan21_t2v,
     "wan21_t2v_1_3b": wan21_t2v,

@@ -7,7 +7,9 @@ from typing import Any
 import tiny
 import torch
 from diffusers import (
+    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    LongCatImageEditPipeline,
     LongCatImagePipeline,
     LongCatImageTransformer2DModel,
     OvisImagePipeline,
@@ -19,6 +21,7 @@ from hydrarun.processors import without_videos
 
 #: the scheduler's published settings, as FLUX.1-dev's
 SCHEDULER = {"max_shift": 1.15, "shift": 3.0, "use_dynamic_shifting": True}
+LATENTS = 16  # channels, a number that LongCat's pipelines have in their code
 #: as Qwen3's for one message, with and without thinking
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -38,20 +41,27 @@ SIZES: dict[str, Any] = {
 
 
 def longcat_image() -> LongCatImagePipeline:
+    return _longcat(LongCatImagePipeline, tiny.kl_vae(LATENTS))
+
+
+def longcat_image_edit() -> LongCatImageEditPipeline:
+    """Its VAE halves the size five times: diffusers' pipeline always works on a megapixel."""
+    return _longcat(LongCatImageEditPipeline, tiny.kl_vae(LATENTS, blocks=(4, 4, 4, 8, 8, 8)))
+
+
+def _longcat(cls: type, vae: AutoencoderKL) -> Any:
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens(["<|video_pad|>"], special_tokens=True)  # the processor counts these too
-    torch.manual_seed(0)
-    pipeline = LongCatImagePipeline(
+    transformer = LongCatImageTransformer2DModel(in_channels=4 * LATENTS, pooled_projection_dim=16, **SIZES)
+    pipeline = cls(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
-        vae=tiny.kl_vae(16),  # the pipeline's own number
+        vae=vae,
         text_encoder=tiny.text_encoder(),
         tokenizer=tokenizer,
         text_processor=without_videos(Qwen2VLProcessor)(
             Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56), tokenizer
         ),
-        transformer=tiny.randomise(
-            LongCatImageTransformer2DModel(in_channels=64, pooled_projection_dim=16, **SIZES), std=0.15
-        ),
+        transformer=tiny.randomise(transformer, std=0.15),
     )
     pipeline.register_to_config(text_processor=("transformers", "Qwen2VLProcessor"))  # what published indices say
     pipeline.set_progress_bar_config(disable=True)

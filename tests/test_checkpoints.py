@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from hydrarun.processors import load_processor
 NAMES = sorted({build: name for name, build in checkpoints.BUILDERS.items() if name != "demo"}.values())
 PROMPT = "a red cat on the roof of an old house"
 OTHER = "two ships under the moon, seen from far above"
-FROM_IMAGES = ("qwen_image_edit", "qwen_image_edit_plus", "wan22_i2v_a14b")
+FROM_IMAGES = ("qwen_image_edit", "qwen_image_edit_plus", "longcat_image_edit", "wan22_i2v_a14b")
 NOISE = 1e-2  # levels of 255: what rounding may change
 MATTERS = 0.1  # levels of 255, on average: what counts as another picture
 
@@ -61,13 +62,17 @@ def draw(pipeline: Any, name: str, prompt: str = PROMPT, seeds: tuple[int, ...] 
     arguments: dict[str, Any] = {copies: len(seeds), **smallest(name), **tiny.as_written(pipeline)}
     if name in FROM_IMAGES:
         arguments["image"] = picture(image)
-    output = pipeline(
-        prompt=prompt,
-        num_inference_steps=2,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="np",
-        **arguments,
-    )
+    size = {side: arguments[side] for side in ("height", "width")}
+    if "height" not in inspect.signature(pipeline.__call__).parameters:
+        arguments = {key: value for key, value in arguments.items() if key not in size}
+    with tiny.drawn_at(pipeline, **size):
+        output = pipeline(
+            prompt=prompt,
+            num_inference_steps=2,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="np",
+            **arguments,
+        )
     return 255 * np.asarray(output[0])
 
 

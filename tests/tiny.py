@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from diffusers import QwenImageTransformer2DModel as ReferenceTransformer
@@ -63,13 +65,13 @@ def vae() -> AutoencoderKLQwenImage:
     ).eval()
 
 
-def kl_vae(channels: int) -> AutoencoderKL:
-    """Halves the size twice: sizes must be multiples of 8."""
+def kl_vae(channels: int, blocks: tuple[int, ...] = (8, 16, 16)) -> AutoencoderKL:
+    """Halves the size twice: sizes must be multiples of 8. More `blocks` of so many channels halve it more often."""
     torch.manual_seed(0)
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * len(blocks),
+        up_block_types=("UpDecoderBlock2D",) * len(blocks),
+        block_out_channels=blocks,
         layers_per_block=1,
         latent_channels=channels,
         norm_num_groups=4,
@@ -229,7 +231,19 @@ def reference_item(pipeline, state, index: int, output_type: str):
         given["image"] = state.input_images if len(state.input_images) > 1 else state.input_images[0]
     known = {name: value for name, value in given.items() if name in accepted and value is not None}
     generator = torch.Generator().manual_seed(state.seeds[index])
-    return pipeline(**known, **as_written(pipeline), generator=[generator], output_type=output_type)[0]
+    with drawn_at(pipeline, state.height, state.width):
+        return pipeline(**known, **as_written(pipeline), generator=[generator], output_type=output_type)[0]
+
+
+@contextmanager
+def drawn_at(pipeline, height: int, width: int):
+    """Has a pipeline that takes no size draw at this one, and not at a megapixel in the input image's proportions."""
+    module = inspect.getmodule(type(pipeline))
+    sized = "height" in inspect.signature(pipeline.__call__).parameters
+    with pytest.MonkeyPatch.context() as patch:
+        if not sized:
+            patch.setattr(module, "calculate_dimensions", lambda area, ratio: (width, height))
+        yield
 
 
 def as_written(pipeline) -> dict[str, bool]:
