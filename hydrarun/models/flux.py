@@ -81,8 +81,8 @@ def single_stream_weights() -> dict[str, str | tuple[str, ...]]:
 class StreamsTransformer(Transformer):
     """Dual-stream blocks, then single-stream ones; conditioned on timestep and text.
 
-    The images to edit are more latent tokens, behind those that are predicted. Relatives add what else they are
-    conditioned on by a `make_temb` of their own. `gated`: the feed-forwards are.
+    The images to edit are more latent tokens, behind those that are predicted. Relatives have a `time_embed`, or a
+    `make_temb` of their own for what else they are conditioned on. `gated`: the feed-forwards are.
     """
 
     block_lists = ("blocks", "single_blocks")
@@ -157,6 +157,10 @@ class StreamsTransformer(Transformer):
             hidden_states.device,
         )
         return {"rope": rope, "encoder_rope": text_rope}
+
+    def make_temb(self, *times: Any, **_: Any) -> Tensor:
+        """Timesteps `[B]` and the latents' dtype to `[B, 1, D]`."""
+        return self.time_embed(*times)
 
     def head(self, tokens: Tokens) -> Tensor:
         """`[B, S, D]` to the velocity `[B, S, C]` of the tokens of `grid`, which come first."""

@@ -51,10 +51,6 @@ class LongCatImageTransformer(StreamsTransformer):
         )
         self.time_embed = TimeEmbedding(num_attention_heads * attention_head_dim)
 
-    def make_temb(self, timestep: Tensor, dtype: torch.dtype, **_: Any) -> Tensor:
-        """Timesteps `[B]` to `[B, 1, D]`."""
-        return self.time_embed(timestep, dtype)
-
 
 class EncoderDevice:
     """The pipelines encode prompts on the device of their first component, and the VAE may be elsewhere."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from hydrarun.models.flux import StreamsTransformer, TimeEmbedding
@@ -49,7 +48,3 @@ class OvisImageTransformer(StreamsTransformer):
     def embed(self, hidden_states: Tensor, timestep: Tensor, *, encoder_hidden_states: Tensor, **others: Any) -> Tokens:
         normed = self.context_embedder_norm(encoder_hidden_states)
         return super().embed(hidden_states, timestep, encoder_hidden_states=normed, **others)
-
-    def make_temb(self, timestep: Tensor, dtype: torch.dtype, **_: Any) -> Tensor:
-        """Timesteps `[B]` to `[B, 1, D]`."""
-        return self.time_embed(timestep, dtype)
