@@ -19,7 +19,7 @@ from transformers import Qwen2VLImageProcessorPil, Qwen2VLProcessor, Qwen3Config
 
 from hydrarun.processors import without_videos
 
-#: the scheduler's published settings, as FLUX.1-dev's
+#: as FLUX.1-dev's: shifted by size
 SCHEDULER = {"max_shift": 1.15, "shift": 3.0, "use_dynamic_shifting": True}
 LATENTS = 16  # channels, a number that LongCat's pipelines have in their code
 #: as Qwen3's for one message, with and without thinking
