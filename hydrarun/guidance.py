@@ -21,11 +21,15 @@ class ClassifierFreeGuidance:
 
     `scale` names the field of `sampling` that holds its scale, and `scale_2` the one that the expert for low noise has
     for itself (null there: the same). `rescale_norm` scales each token of the guided prediction to the norm of the
-    positive one, which keeps high scales from burning out; a model's YAML says whether its reference does it.
+    positive one, which keeps high scales from burning out; `down`: only where the guided one's is larger. A model's
+    YAML says whether its reference does it.
     """
 
     def __init__(
-        self, scale: Scale = "true_cfg_scale", scale_2: Scale | None = None, rescale_norm: bool = False
+        self,
+        scale: Scale = "true_cfg_scale",
+        scale_2: Scale | None = None,
+        rescale_norm: bool | Literal["down"] = False,
     ) -> None:
         self.layers: tuple[int, ...] = ()  # the blocks that FEWER_BLOCKS is predicted without
         self.scale = scale
@@ -57,7 +61,8 @@ class ClassifierFreeGuidance:
         guided = negative + scale * (positive - negative)
         if not self.rescale_norm:
             return guided
-        return guided * (torch.norm(positive, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True))
+        ratio = torch.norm(positive, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True)
+        return guided * (ratio.clamp(max=1) if self.rescale_norm == "down" else ratio)
 
 
 class SkipLayerGuidance(ClassifierFreeGuidance):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import checkpoints_chat
 import tiny
 import torch
 from diffusers import (
@@ -166,21 +167,8 @@ def _flux_transformer(guidance_embeds: bool) -> FluxTransformer2DModel:
     return tiny.randomise(model, std=0.15)
 
 
-def _flux_vae(scaling_factor: float = 0.3611, shift_factor: float = 0.1159) -> AutoencoderKL:
-    """Halves the size twice: sizes must be multiples of 8."""
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 16, 16),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=scaling_factor,
-        shift_factor=shift_factor,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
+def _flux_vae(**factors: float) -> AutoencoderKL:
+    return tiny.kl_vae(4, **factors)
 
 
 def _clip(cls: type = CLIPTextModel, width: int = TEXT_WIDTH) -> Any:
@@ -337,6 +325,9 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "flux_schnell": flux_schnell,
     "sd35_large": sd35_large,
     "sd35_medium": sd35_medium,
+    "longcat_image": checkpoints_chat.longcat_image,
+    "longcat_image_edit": checkpoints_chat.longcat_image_edit,
+    "ovis_image": checkpoints_chat.ovis_image,
     "wan21_t2v_14b": wan21_t2v,
     "wan21_t2v_1_3b": wan21_t2v,
     "wan22_t2v_a14b": wan22_t2v_a14b,

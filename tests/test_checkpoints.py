@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import checkpoints
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from subjects import remembering
@@ -20,7 +22,7 @@ from hydrarun.processors import load_processor
 NAMES = sorted({build: name for name, build in checkpoints.BUILDERS.items() if name != "demo"}.values())
 PROMPT = "a red cat on the roof of an old house"
 OTHER = "two ships under the moon, seen from far above"
-FROM_IMAGES = ("qwen_image_edit", "qwen_image_edit_plus", "wan22_i2v_a14b")
+FROM_IMAGES = ("qwen_image_edit", "qwen_image_edit_plus", "longcat_image_edit", "wan22_i2v_a14b")
 NOISE = 1e-2  # levels of 255: what rounding may change
 MATTERS = 0.1  # levels of 255, on average: what counts as another picture
 
@@ -34,7 +36,8 @@ def pipeline(name: str) -> Any:
 
 def load(name: str, folder: Path) -> Any:
     """What diffusers loads from a saved pipeline; the processor by our own loader, as theirs needs torchvision."""
-    ours = {"processor": load_processor(Qwen2VLProcessor, folder / "processor")} if "edit" in name else {}
+    processors = [file.parent for file in folder.glob("*processor/processor_config.json")]
+    ours = {found.name: load_processor(Qwen2VLProcessor, found) for found in processors}
     loaded = type(pipeline(name)).from_pretrained(folder, **ours)
     loaded.set_progress_bar_config(disable=True)
     return loaded
@@ -56,16 +59,20 @@ def picture(seed: int) -> Image.Image:
 def draw(pipeline: Any, name: str, prompt: str = PROMPT, seeds: tuple[int, ...] = (0, 1), image: int = 0) -> np.ndarray:
     """A run of two steps: levels 0 to 255 as floats, [N, H, W, 3] or [N, F, H, W, 3] with one entry per seed."""
     copies = "num_videos_per_prompt" if name.startswith("wan") else "num_images_per_prompt"
-    arguments: dict[str, Any] = {copies: len(seeds), **smallest(name)}
+    arguments: dict[str, Any] = {copies: len(seeds), **smallest(name), **tiny.as_written(pipeline)}
     if name in FROM_IMAGES:
         arguments["image"] = picture(image)
-    output = pipeline(
-        prompt=prompt,
-        num_inference_steps=2,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="np",
-        **arguments,
-    )
+    size = {side: arguments[side] for side in ("height", "width")}
+    if "height" not in inspect.signature(pipeline.__call__).parameters:
+        arguments = {key: value for key, value in arguments.items() if key not in size}
+    with tiny.drawn_at(pipeline, **size):
+        output = pipeline(
+            prompt=prompt,
+            num_inference_steps=2,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="np",
+            **arguments,
+        )
     return 255 * np.asarray(output[0])
 
 

@@ -226,7 +226,7 @@ def test_help_names_verbs_groups_and_examples(capsys):
     for words in (
         "replay FILE",
         "list [models",
-        "model: demo, flux_dev, flux_schnell, qwen_image",
+        "model: demo, flux_dev, flux_schnell, longcat_image",
         "recipe: demo/grid",
         "docs/configuration.md",
     ):

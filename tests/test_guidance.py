@@ -47,6 +47,14 @@ def test_rescaling_keeps_the_direction_and_takes_the_positive_norm():
     assert (have[0, 0, 0] / have[0, 0, 1]).item() == pytest.approx(9 / 4)
 
 
+def test_rescaling_down_leaves_what_is_smaller():
+    guidance = ClassifierFreeGuidance(rescale_norm="down")
+    large = ClassifierFreeGuidance(rescale_norm=True).combine(PREDICTIONS, 4.0)
+    assert guidance.combine(PREDICTIONS, 4.0).equal(large)
+    small = {"positive": torch.tensor([[[3.0, 4.0]]]), "negative": torch.tensor([[[5.0, 4.0]]])}
+    assert guidance.combine(small, 2.0).tolist() == [[[1.0, 4.0]]]
+
+
 def test_one_branch_is_itself():
     positive = {"positive": PREDICTIONS["positive"]}
     assert ClassifierFreeGuidance(rescale_norm=True).combine(positive, 1.0) is positive["positive"]

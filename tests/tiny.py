@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
-from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from diffusers import QwenImageTransformer2DModel as ReferenceTransformer
 from tokenizers import pre_tokenizers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
@@ -60,6 +62,28 @@ def vae() -> AutoencoderKLQwenImage:
         temperal_downsample=[False, True],
         latents_mean=[0.1, -0.2, 0.3, 0.05],
         latents_std=[1.5, 0.8, 1.1, 2.0],
+    ).eval()
+
+
+def kl_vae(
+    channels: int,
+    blocks: tuple[int, ...] = (8, 16, 16),
+    scaling_factor: float = 0.3611,
+    shift_factor: float = 0.1159,
+) -> AutoencoderKL:
+    """Halves the size twice: sizes must be multiples of 8. More `blocks` of so many channels halve it more often."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(blocks),
+        up_block_types=("UpDecoderBlock2D",) * len(blocks),
+        block_out_channels=blocks,
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=4,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
     ).eval()
 
 
@@ -182,17 +206,25 @@ def reference(pipeline, state, output_type: str):
 
 
 def reference_latents_and_pixels(pipeline, state):
-    """Both from one run: the latents are those that the loop ends with."""
-    latents, items = [], []
-    for index in range(len(state.prompts)):
-        steps = []
-        after_step = lambda *step, steps=steps: steps.append(step[-1]["latents"]) or {}  # noqa: E731
-        items.append(reference_item(pipeline, state, index, "np", after_step))
-        latents.append(steps[-1])
+    """Both from one run: the latents are those that the loop ends with, as the scheduler gives them."""
+    latents, items, step = [], [], pipeline.scheduler.step
+    steps = []
+
+    def noting(*args, **kwargs):
+        steps.append(step(*args, **kwargs))
+        return steps[-1]
+
+    pipeline.scheduler.step = noting  # not every pipeline has a callback
+    try:
+        for index in range(len(state.prompts)):
+            items.append(reference_item(pipeline, state, index, "np"))
+            latents.append(steps[-1][0])
+    finally:
+        del pipeline.scheduler.step
     return torch.cat(latents), np.concatenate(items)
 
 
-def reference_item(pipeline, state, index: int, output_type: str, after_step=None):
+def reference_item(pipeline, state, index: int, output_type: str):
     """The same for one item, with those of our fields that this pipeline takes."""
     accepted = inspect.signature(pipeline.__call__).parameters
     guided = max(state.true_cfg_scale or 0, (state.guidance_scale or 0) if "true_cfg_scale" not in accepted else 0) > 1
@@ -204,4 +236,22 @@ def reference_item(pipeline, state, index: int, output_type: str, after_step=Non
         given["image"] = state.input_images if len(state.input_images) > 1 else state.input_images[0]
     known = {name: value for name, value in given.items() if name in accepted and value is not None}
     generator = torch.Generator().manual_seed(state.seeds[index])
-    return pipeline(**known, generator=[generator], output_type=output_type, callback_on_step_end=after_step)[0]
+    with drawn_at(pipeline, state.height, state.width):
+        return pipeline(**known, **as_written(pipeline), generator=[generator], output_type=output_type)[0]
+
+
+@contextmanager
+def drawn_at(pipeline, height: int, width: int):
+    """Has a pipeline that takes no size draw at this one, and not at a megapixel in the input image's proportions."""
+    module = inspect.getmodule(type(pipeline))
+    sized = "height" in inspect.signature(pipeline.__call__).parameters
+    with pytest.MonkeyPatch.context() as patch:
+        if not sized:
+            patch.setattr(module, "calculate_dimensions", lambda area, ratio: (width, height))
+        yield
+
+
+def as_written(pipeline) -> dict[str, bool]:
+    """What keeps a pipeline from rewriting prompts, of those that do."""
+    accepted = inspect.signature(pipeline.__call__).parameters
+    return {name: False for name in ("enable_prompt_rewrite",) if name in accepted}

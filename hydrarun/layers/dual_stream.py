@@ -6,7 +6,7 @@ checkpoints differ in names only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -51,10 +51,10 @@ class Stream(AttendedTo):
 
     parts = 6
 
-    def __init__(self, dim: int, heads: int, head_dim: int) -> None:
+    def __init__(self, dim: int, heads: int, head_dim: int, gated: bool = False) -> None:
         super().__init__(dim, heads, head_dim)
         self.out = RowLinear(dim, Run(heads, head_dim))
-        self.feed_forward = FeedForward(dim)
+        self.feed_forward = FeedForward(dim, gated=gated)
 
     def finish(self, hidden_states: Tensor, attended: Tensor, gates: Sequence[Tensor]) -> Tensor:
         """Add the attention's and the feed-forward's output to `[B, S, D]`."""
@@ -65,15 +65,15 @@ class Stream(AttendedTo):
 
 
 class DualStreamBlock(nn.Module):
-    """Text and image tokens with weights of their own, joined in attention."""
+    """Text and image tokens with weights of their own, joined in attention. `image`, `text`: makers of the streams."""
 
     def __init__(
         self,
         dim: int,
         heads: int,
         head_dim: int,
-        image: type[Stream] = Stream,
-        text: type[AttendedTo] = Stream,
+        image: Callable[[int, int, int], Stream] = Stream,
+        text: Callable[[int, int, int], AttendedTo] = Stream,
     ) -> None:
         super().__init__()
         self.image = image(dim, heads, head_dim)

@@ -69,15 +69,35 @@ class KVLinear(HeadsLinear):
     parts = 2
 
 
-class FeedForward(nn.Module):
-    """Linear, GELU (tanh approximation), linear. `inner`: the width inside, by default the usual fourfold."""
+class UpLinear(ColumnLinear):
+    """Out to the width inside a feed-forward, and through what is not linear there: GELU (tanh approximation).
 
-    def __init__(self, dim: int, inner: int | None = None) -> None:
+    `gated`: two projections instead, whose product of the first and the second's SiLU it is (SwiGLU,
+    https://arxiv.org/abs/2002.05202). Weight rows: all of the first, then the second.
+    """
+
+    def __init__(self, dim: int, inner: int, gated: bool = False) -> None:
+        super().__init__(dim, *[Run(inner)] * (2 if gated else 1))
+        self.gated = gated
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[B, S, D]` to this rank's share of the width inside."""
+        projected = super().forward(hidden_states)
+        if not self.gated:
+            return F.gelu(projected, approximate="tanh")
+        values, gates = projected.chunk(2, dim=-1)
+        return F.silu(gates) * values
+
+
+class FeedForward(nn.Module):
+    """Out, through GELU or a gate, and back in. `inner`: the width inside, by default the usual fourfold."""
+
+    def __init__(self, dim: int, inner: int | None = None, gated: bool = False) -> None:
         super().__init__()
-        width = Run(inner or 4 * dim)
-        self.up = ColumnLinear(dim, width)
-        self.down = RowLinear(dim, width)
+        width = inner or 4 * dim
+        self.up = UpLinear(dim, width, gated)
+        self.down = RowLinear(dim, Run(width))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, S, D]` to `[B, S, D]`."""
-        return self.down(F.gelu(self.up(hidden_states), approximate="tanh"))
+        return self.down(self.up(hidden_states))

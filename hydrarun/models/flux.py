@@ -1,38 +1,46 @@
 """FLUX.1 (https://github.com/black-forest-labs/flux): 19 dual-stream blocks, then 38 with the same weights for both.
 
+And what it shares with its relatives, which differ in what they are conditioned on and in where tokens stand.
 Reference: diffusers' `FluxTransformer2DModel`, whose checkpoints it loads.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddings, CombinedTimestepTextProjEmbeddings
+from diffusers.models.embeddings import (
+    CombinedTimestepGuidanceTextProjEmbeddings,
+    CombinedTimestepTextProjEmbeddings,
+    TimestepEmbedding,
+    Timesteps,
+)
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hydrarun.layers.attention import Attention
-from hydrarun.layers.dual_stream import DualStreamBlock, dual_stream_weights, within_float16
-from hydrarun.layers.linear import ColumnLinear, QKVLinear, RowLinear
+from hydrarun.layers.dual_stream import DualStreamBlock, Stream, dual_stream_weights, within_float16
+from hydrarun.layers.linear import QKVLinear, RowLinear, UpLinear
 from hydrarun.layers.norm import AdaLayerNorm, Modulation, modulate
 from hydrarun.layers.rope import frequencies, grid_frequencies, rotate
 from hydrarun.parallel.tensor import Run
 from hydrarun.transformer import Tokens, Transformer
 
+Grid = tuple[int, int, int]
+
 
 class SingleStreamBlock(nn.Module):
     """The same weights for text and image; attention and feed-forward side by side, into one projection."""
 
-    def __init__(self, dim: int, heads: int, head_dim: int) -> None:
+    def __init__(self, dim: int, heads: int, head_dim: int, gated: bool = False) -> None:
         super().__init__()
         self.modulation = Modulation(dim, parts=3)
         self.qkv = QKVLinear(dim, heads, head_dim)
         self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
         self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
-        self.up = ColumnLinear(dim, Run(4 * dim))
+        self.up = UpLinear(dim, 4 * dim, gated)
         self.out = RowLinear(dim, Run(heads, head_dim), Run(4 * dim))
         self.attention = Attention()
 
@@ -52,8 +60,7 @@ class SingleStreamBlock(nn.Module):
         query, key = rotate(self.norm_q(query), rope), rotate(self.norm_k(key), rope)
         text, image = zip(*(x.split(lengths, dim=1) for x in (query, key, value)), strict=True)
         attended = torch.cat(self.attention({"encoder_hidden_states": text, "hidden_states": image}), dim=1)
-        inner = F.gelu(self.up(normed), approximate="tanh")
-        joint = torch.addcmul(joint, gate, self.out(torch.cat([attended, inner], dim=-1)))
+        joint = torch.addcmul(joint, gate, self.out(torch.cat([attended, self.up(normed)], dim=-1)))
         encoder_hidden_states, hidden_states = within_float16(joint).split(lengths, dim=1)
         return hidden_states, encoder_hidden_states
 
@@ -71,8 +78,12 @@ def single_stream_weights() -> dict[str, str | tuple[str, ...]]:
     }
 
 
-class FluxTransformer(Transformer):
-    """Arguments are the checkpoint's transformer/config.json."""
+class StreamsTransformer(Transformer):
+    """Dual-stream blocks, then single-stream ones; conditioned on timestep and text.
+
+    The images to edit are more latent tokens, behind those that are predicted. Relatives have a `time_embed`, or a
+    `make_temb` of their own for what else they are conditioned on. `gated`: the feed-forwards are.
+    """
 
     block_lists = ("blocks", "single_blocks")
     weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = {
@@ -80,6 +91,105 @@ class FluxTransformer(Transformer):
         **single_stream_weights(),
         "norm_out.modulation.linear": "norm_out.linear",
     }
+    #: whether rows and columns of text tokens are their number in the text; else 0
+    text_is_counted: ClassVar[bool] = True
+    #: whether pictures begin where the text ends, in rows, columns and number; else all at 0
+    pictures_follow_text: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        blocks: tuple[int, int],
+        shape: tuple[int, int],
+        channels: tuple[int, int],
+        text_dim: int,
+        axes_dims_rope: Sequence[int],
+        gated: bool = False,
+    ) -> None:
+        """How many blocks of either kind, `(heads, head_dim)`, channels of the latents' tokens in and out."""
+        super().__init__()
+        heads, head_dim = shape
+        dim = heads * head_dim
+        self.axes_dims_rope = tuple(axes_dims_rope)
+        self.context_embedder = nn.Linear(text_dim, dim)
+        self.x_embedder = nn.Linear(channels[0], dim)
+        stream = partial(Stream, gated=gated)
+        self.blocks = nn.ModuleList(DualStreamBlock(dim, *shape, stream, stream) for _ in range(blocks[0]))
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(dim, *shape, gated) for _ in range(blocks[1]))
+        self.norm_out = AdaLayerNorm(dim)
+        self.proj_out = nn.Linear(dim, channels[1])
+
+    def embed(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        *,
+        encoder_hidden_states: Tensor,
+        grid: Grid,
+        image_latents: Tensor | None = None,
+        image_grids: tuple[Grid, ...] = (),
+        **others: Any,
+    ) -> Tokens:
+        """Packed latents `[B, S, C]`, timesteps `[B]` in 0-1000, text `[B, T, E]`, and what `make_temb` takes.
+
+        `grid` counts the latent tokens: frames, rows, columns. `image_latents` `[B, I, C]` are the packed images to
+        edit, one after the other, and `image_grids` their grids.
+        """
+        temb = self.make_temb(timestep, hidden_states.dtype, **others)
+        if image_latents is not None:
+            hidden_states = torch.cat([hidden_states, image_latents.to(hidden_states.dtype)], dim=1)
+        image, text = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
+        return Tokens(image, text, temb=temb, grid=grid)
+
+    def positions(
+        self,
+        hidden_states: Tensor,
+        *,
+        encoder_hidden_states: Tensor,
+        grid: Grid,
+        image_grids: tuple[Grid, ...] = (),
+        **_: Any,
+    ) -> dict[str, Any]:
+        rope, text_rope = rope_tables(
+            (grid, *image_grids),
+            encoder_hidden_states.shape[1],
+            self.axes_dims_rope,
+            self.text_is_counted,
+            self.pictures_follow_text,
+            hidden_states.device,
+        )
+        return {"rope": rope, "encoder_rope": text_rope}
+
+    def make_temb(self, *times: Any, **_: Any) -> Tensor:
+        """Timesteps `[B]` and the latents' dtype to `[B, 1, D]`."""
+        return self.time_embed(*times)
+
+    def head(self, tokens: Tokens) -> Tensor:
+        """`[B, S, D]` to the velocity `[B, S, C]` of the tokens of `grid`, which come first."""
+        predicted = tokens.hidden_states[:, : math.prod(tokens.grid)]
+        return self.proj_out(self.norm_out(predicted, tokens.temb))
+
+
+class TimeEmbedding(TimestepEmbedding):
+    """Timesteps `[B]` in 0-1000 to `[B, 1, D]`: all that some relatives are conditioned on beside the text."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(in_channels=256, time_embed_dim=dim)
+        self.project = Timesteps(num_channels=256, flip_sin_to_cos=True, downscale_freq_shift=0)
+
+    def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        """In `dtype`."""
+        return super().forward(self.project(as_reference(timestep, dtype)).to(dtype)).unsqueeze(1)
+
+
+def as_reference(timestep: Tensor, dtype: torch.dtype) -> Tensor:
+    """It divides by 1000 and multiplies again, in the latents' `dtype`: in bfloat16 that rounding shows."""
+    return timestep.to(dtype) / 1000 * 1000
+
+
+class FluxTransformer(StreamsTransformer):
+    """Arguments are the checkpoint's transformer/config.json."""
+
+    text_is_counted = False
 
     def __init__(
         self,
@@ -95,47 +205,19 @@ class FluxTransformer(Transformer):
         guidance_embeds: bool = False,
         axes_dims_rope: Sequence[int] = (16, 56, 56),
     ) -> None:
-        super().__init__()
-        dim = num_attention_heads * attention_head_dim
-        self.axes_dims_rope = tuple(axes_dims_rope)
+        super().__init__(
+            (num_layers, num_single_layers),
+            (num_attention_heads, attention_head_dim),
+            (in_channels, patch_size * patch_size * (out_channels or in_channels)),
+            joint_attention_dim,
+            axes_dims_rope,
+        )
         embeddings = (
             CombinedTimestepGuidanceTextProjEmbeddings if guidance_embeds else CombinedTimestepTextProjEmbeddings
         )
-        self.time_text_embed = embeddings(embedding_dim=dim, pooled_projection_dim=pooled_projection_dim)
-        self.context_embedder = nn.Linear(joint_attention_dim, dim)
-        self.x_embedder = nn.Linear(in_channels, dim)
-        shape = (dim, num_attention_heads, attention_head_dim)
-        self.blocks = nn.ModuleList(DualStreamBlock(*shape) for _ in range(num_layers))
-        self.single_blocks = nn.ModuleList(SingleStreamBlock(*shape) for _ in range(num_single_layers))
-        self.norm_out = AdaLayerNorm(dim)
-        self.proj_out = nn.Linear(dim, patch_size * patch_size * (out_channels or in_channels))
-
-    def embed(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        *,
-        encoder_hidden_states: Tensor,
-        pooled_projections: Tensor,
-        guidance: Tensor | None,
-        grid: tuple[int, int, int],
-    ) -> Tokens:
-        """Packed latents `[B, S, C]`, timesteps `[B]` in 0-1000, text `[B, T, E]` and its summary `[B, P]`.
-
-        `guidance` `[B]` is the scale that a guidance-distilled checkpoint takes as input; None for others. `grid`
-        counts the latent tokens: frames, rows, columns.
-        """
-        image = self.x_embedder(hidden_states)
-        text = self.context_embedder(encoder_hidden_states)
-        temb = self.make_temb(timestep, image.dtype, pooled_projections=pooled_projections, guidance=guidance)
-        return Tokens(image, text, temb=temb, grid=grid)
-
-    def positions(
-        self, hidden_states: Tensor, *, encoder_hidden_states: Tensor, grid: tuple[int, int, int], **_: Any
-    ) -> dict[str, Any]:
-        text_length = encoder_hidden_states.shape[1]
-        rope, text_rope = rope_tables(grid, text_length, self.axes_dims_rope, hidden_states.device)
-        return {"rope": rope, "encoder_rope": text_rope}
+        self.time_text_embed = embeddings(
+            embedding_dim=num_attention_heads * attention_head_dim, pooled_projection_dim=pooled_projection_dim
+        )
 
     def make_temb(
         self,
@@ -146,25 +228,40 @@ class FluxTransformer(Transformer):
         guidance: Tensor | None,
         **_: Any,
     ) -> Tensor:
-        """Timesteps `[B]`, the prompts' summaries `[B, P]` and the scale `[B]` to `[B, 1, D]`."""
-        # the reference divides by 1000 and multiplies again, in the latents' dtype: in bfloat16 that rounding shows
-        times = [timestep.to(dtype) / 1000 * 1000]
+        """Timesteps `[B]`, the prompts' summaries `[B, P]` and the scale `[B]` to `[B, 1, D]`.
+
+        The scale is an input of guidance-distilled checkpoints; None for others.
+        """
+        times = [as_reference(timestep, dtype)]
         if guidance is not None:
             times.append(guidance.to(dtype) * 1000)
         return self.time_text_embed(*times, pooled_projections).unsqueeze(1)
 
-    def head(self, tokens: Tokens) -> Tensor:
-        """`[B, S, D]` to the velocity `[B, S, C]`."""
-        return self.proj_out(self.norm_out(tokens.hidden_states, tokens.temb))
-
 
 @lru_cache(maxsize=16)
 def rope_tables(
-    grid: tuple[int, int, int], text_length: int, axes_dims: tuple[int, ...], device: torch.device
+    grids: tuple[Grid, ...],
+    text_length: int,
+    axes_dims: tuple[int, ...],
+    text_is_counted: bool,
+    pictures_follow_text: bool,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Rotations of the latent tokens `[F * H * W, d / 2, 2]`, counted from the corner, and of the text tokens: none."""
-    axes = [
-        frequencies(torch.arange(size), dim, precision=torch.float64) for size, dim in zip(grid, axes_dims, strict=True)
-    ]
-    still = frequencies(torch.zeros(text_length), sum(axes_dims))
-    return grid_frequencies(axes).to(device), still.to(device)
+    """Rotations of the latent tokens `[S, d / 2, 2]` of all pictures and of the text tokens `[T, d / 2, 2]`.
+
+    A token stands at a number, a row and a column: pictures at theirs, counted from the corner, text at number 0 and
+    on the diagonal or in the corner; see `StreamsTransformer`.
+    """
+
+    def angles(places: Sequence[Tensor]) -> list[Tensor]:
+        pairs = zip(places, axes_dims, strict=True)
+        return [frequencies(place, dim, precision=torch.float64) for place, dim in pairs]
+
+    corner = text_length if pictures_follow_text else 0
+    pictures = []
+    for number, (frames, rows, columns) in enumerate(grids, start=int(pictures_follow_text)):
+        places = torch.arange(frames) + number, torch.arange(rows) + corner, torch.arange(columns) + corner
+        pictures.append(grid_frequencies(angles(places)))
+    still = torch.zeros(text_length)
+    diagonal = torch.arange(text_length) if text_is_counted else still
+    return torch.cat(pictures).to(device), torch.cat(angles((still, diagonal, diagonal)), dim=-2).to(device)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,9 @@ from hydrarun.memory.moving import HOST
 from hydrarun.plan.configs import Configs
 from hydrarun.plan.meter import META, Meter
 
-#: a token is about so many bytes of text, where there is no tokenizer to ask
+#: a token is about so many bytes of text, where there is no tokenizer to ask; or one such word
 BYTES_PER_TOKEN = 4
+SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")
 
 
 def modules(configs: Configs, dtype: torch.dtype, vae_dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -138,13 +140,26 @@ class Tokenizer:
         padding: bool | str = False,
         max_length: int | None = None,
         truncation: bool = False,
+        return_tensors: str | None = None,
         **_: Any,
     ) -> Any:
         texts = [text] if isinstance(text, str) else text
-        count = max(math.ceil(len(one.encode()) / BYTES_PER_TOKEN) for one in texts)
+        plain = [SPECIAL_TOKEN.sub(BYTES_PER_TOKEN * "_", one) for one in texts]
+        count = max(math.ceil(len(one.encode()) / BYTES_PER_TOKEN) for one in plain)
         if max_length is not None and (padding == "max_length" or count > max_length):
             count = max_length
+        if isinstance(text, str) and return_tensors is None:  # as tokenizers do
+            return {"input_ids": count * [1]}
         return encoded(len(texts), count)
+
+    def pad(self, texts: Mapping[str, list[list[int]]], max_length: int, **_: Any) -> Any:
+        return encoded(len(texts["input_ids"]), max_length)
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
+        return "".join(message["content"] for message in messages)
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return 1
 
     def tokenize(self, text: str) -> list[str]:
         """None of a text's tokens is one that a textual inversion added."""
@@ -162,12 +177,25 @@ class Processor:
     def __init__(self, config: Any) -> None:
         self.side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
         self.tokenizer = Tokenizer()
+        self.image_processor = ImageProcessor(config.vision_config)
 
     def __call__(self, text: list[str], images: Any = None, **_: Any) -> Any:
         given = images if isinstance(images, list) else [] if images is None else [images]
         tokens = sum(round(image.height / self.side) * round(image.width / self.side) for image in given)
         made = encoded(len(text), tokens + self.tokenizer(text).input_ids.shape[1])
         return made | {"pixel_values": torch.zeros(0), "image_grid_thw": torch.zeros(0)}
+
+
+class ImageProcessor:
+    """The grid of patches of one picture."""
+
+    def __init__(self, config: Any) -> None:
+        self.patch_size, self.merge_size = config.patch_size, config.spatial_merge_size
+
+    def __call__(self, images: Any, **_: Any) -> Any:
+        merged = self.patch_size * self.merge_size
+        sides = [round(side / merged) * self.merge_size for side in (images.height, images.width)]
+        return {"pixel_values": torch.zeros(0), "image_grid_thw": torch.tensor([[1, *sides]])}
 
 
 def encoded(rows: int, columns: int) -> Any:

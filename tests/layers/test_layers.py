@@ -78,9 +78,18 @@ def test_last_norm_has_the_scale_first():
 def test_feed_forward():
     layer = FeedForward(4)
     x = torch.randn(2, 4)
-    assert torch.equal(layer(x), layer.down(F.gelu(layer.up(x), approximate="tanh")))
+    inner = F.gelu(F.linear(x, layer.up.weight, layer.up.bias), approximate="tanh")
+    assert torch.equal(layer(x), layer.down(inner))
     assert layer.up.out_features == 16
     assert FeedForward(4, inner=10).up.out_features == 10
+
+
+def test_gated_feed_forward():
+    """The values' rows come first, then the gates'."""
+    layer = FeedForward(4, inner=3, gated=True)
+    x = torch.randn(2, 4)
+    projected = F.linear(x, layer.up.weight, layer.up.bias)
+    assert torch.equal(layer(x), layer.down(F.silu(projected[:, 3:]) * projected[:, :3]))
 
 
 def test_a_grid_joins_the_angles_of_its_axes():

@@ -168,6 +168,9 @@ ROWS = {
     "qwen_image_edit_plus": (1, 1),  # the images to edit are at timestep 0 in every step
     "flux_dev": (3, 0),  # every prompt's own; one is both prompt and negative prompt
     "sd35_medium": (3, 0),
+    "longcat_image": (1, 0),
+    "longcat_image_edit": (1, 0),
+    "ovis_image": (1, 0),
 }
 
 

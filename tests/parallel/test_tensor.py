@@ -18,6 +18,7 @@ from hydrarun.errors import UsageError
 from hydrarun.layers.linear import RowLinear
 from hydrarun.layers.norm import RMSNormAcrossHeads
 from hydrarun.models.flux import FluxTransformer
+from hydrarun.models.ovis_image import OvisImageTransformer
 from hydrarun.models.qwen_image import QwenImageTransformer
 from hydrarun.models.wan import WanTransformer
 from hydrarun.parallel import comm
@@ -40,6 +41,7 @@ HEADS = {2: 3, 4: 5}
 #: one block of each kind at published widths
 PUBLISHED = {
     "FLUX.1": (FluxTransformer, {"num_layers": 1, "num_single_layers": 1}),
+    "Ovis-Image": (OvisImageTransformer, {"num_layers": 1, "num_single_layers": 1}),
     "Qwen-Image": (QwenImageTransformer, {"num_layers": 1}),
     "Wan 14B": (WanTransformer, {"num_layers": 1}),
     "Wan 5B": (WanTransformer, {"num_layers": 1, "num_attention_heads": 24, "ffn_dim": 14336}),
