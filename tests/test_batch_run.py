@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import ranks
 import tiny
+import torch
 
 from hydrarun import batch_draw, batch_run, cli, group, launch, outputs
 from hydrarun.batch_ledger import Book
@@ -306,6 +307,7 @@ ITEMS = 30
 
 def draw_quietly(config: dict[str, Any], folder: Path) -> None:
     """What a process that is killed does."""
+    torch.set_num_threads(1)  # as here: sums are split by the number of threads
     with Path(os.devnull).open("w") as null, contextlib.redirect_stderr(null):
         launch.run(config, folder)
 
