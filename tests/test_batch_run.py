@@ -274,6 +274,16 @@ def test_a_folder_of_other_settings_is_refused(config, tmp_path):
         launch.run(config(*prompts("a"), words=("sampling.num_inference_steps=3",)), tmp_path)
 
 
+def test_only_what_a_run_had_half_written_is_cleared_away(tmp_path):
+    ours = {".0003-a-cat-7-0123abcd.png.99.tmp", ".0012-a-cat-7-0123abcd.x1y2.tmp", ".run.json.99.tmp"}
+    theirs = {".mine.tmp", ".bashrc", "0003-a-cat-7-0123abcd.png", ".0003.tmp"}
+    for name in ours | theirs:
+        (tmp_path / name).touch()
+    (tmp_path / ".0004-a-cat-7-0123abcd.z9.tmp" / "new").mkdir(parents=True)
+    batch_run.clear_away(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == theirs
+
+
 def test_two_processes_do_not_draw_into_one_folder(config, tmp_path):
     with (
         batch_run.locked(tmp_path),
