@@ -22,6 +22,9 @@ from hydrarun.progress import Progress
 
 LOCK = ".lock"
 
+#: pictures, videos and run.json under their temporary names
+HALF_WRITTEN = (".[0-9][0-9][0-9][0-9]*-*.tmp", ".run.json.*.tmp")
+
 #: a job for this process or its ranks: to draw what is `left` into `output_dir`
 Do = Callable[[dict[str, Any]], None]
 
@@ -34,7 +37,7 @@ def run(config: Config, folder: Path, do: Do) -> dict[str, Any]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        sweep(folder)
+        clear_away(folder)
         todo = Todo(config, folder, Progress())
         created = now()
         with told(todo, created):
@@ -168,10 +171,11 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def sweep(folder: Path) -> None:
-    """Take away what a process that was killed had half written."""
-    for path in folder.glob(".*.tmp"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def clear_away(folder: Path) -> None:
+    """Take away what a process that was killed had half written; in a folder of the user's nothing else."""
+    for pattern in HALF_WRITTEN:
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

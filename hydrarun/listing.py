@@ -178,7 +178,7 @@ def _print_rich(tables: Sequence[Table]) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    console = Console(markup=False, emoji=False)  # a recipe may be called "FLUX.1 [dev]"
+    console = Console(markup=False, emoji=False)  # brackets in a recipe's description are none
     for table in tables:
         shown = RichTable(title=f"\n{table.title}", title_justify="left", title_style="bold", box=None, pad_edge=False)
         for column in table.header:

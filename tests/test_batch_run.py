@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import ranks
 import tiny
+import torch
 
 from hydrarun import batch_draw, batch_run, cli, group, launch, outputs
 from hydrarun.batch_ledger import Book
@@ -273,6 +274,16 @@ def test_a_folder_of_other_settings_is_refused(config, tmp_path):
         launch.run(config(*prompts("a"), words=("sampling.num_inference_steps=3",)), tmp_path)
 
 
+def test_only_what_a_run_had_half_written_is_cleared_away(tmp_path):
+    ours = {".0003-a-cat-7-0123abcd.png.99.tmp", ".0012-a-cat-7-0123abcd.x1y2.tmp", ".run.json.99.tmp"}
+    theirs = {".mine.tmp", ".bashrc", "0003-a-cat-7-0123abcd.png", ".0003.tmp"}
+    for name in ours | theirs:
+        (tmp_path / name).touch()
+    (tmp_path / ".0004-a-cat-7-0123abcd.z9.tmp" / "new").mkdir(parents=True)
+    batch_run.clear_away(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == theirs
+
+
 def test_two_processes_do_not_draw_into_one_folder(config, tmp_path):
     with (
         batch_run.locked(tmp_path),
@@ -306,6 +317,7 @@ ITEMS = 30
 
 def draw_quietly(config: dict[str, Any], folder: Path) -> None:
     """What a process that is killed does."""
+    torch.set_num_threads(1)  # as here: sums are split by the number of threads
     with Path(os.devnull).open("w") as null, contextlib.redirect_stderr(null):
         launch.run(config, folder)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import facts as facts_of_a_run
 import numpy as np
 
 from hydrarun.outputs import OutputWriter
@@ -34,14 +35,8 @@ def draw(config: dict[str, Any], folder: Path, inputs: tuple[dict[str, Any], ...
     }
     facts = {
         "weights": {"path": config["model"]["path"], "revision": None, "fingerprint": FINGERPRINT},
-        "verified": False,
+        **facts_of_a_run.PLAIN,
         "inputs": list(inputs),
-        "device": "cpu",
-        "dtype": "float32",
-        "attention": "sdpa",
-        "scheduler": "FlowMatchEulerDiscreteScheduler",
-        "compile": "NoCompile",
-        "quantization": "none",
         "versions": versions(),
         "hardware": hardware("cpu"),
         **more,

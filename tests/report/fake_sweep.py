@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import facts
 import numpy as np
 import yaml
 
@@ -19,14 +20,7 @@ from hydrarun.text import literal
 SIDE = 64
 FACTS = {
     "weights": {"path": "package:demo", "revision": None, "fingerprint": "0123abcd"},
-    "verified": False,
-    "inputs": [],
-    "device": "cpu",
-    "dtype": "float32",
-    "attention": "sdpa",
-    "scheduler": "FlowMatchEulerDiscreteScheduler",
-    "compile": "NoCompile",
-    "quantization": "none",
+    **facts.PLAIN,
     "versions": {"hydrarun": "0.1.0", "torch": "2.13.0"},
     "hardware": {"cpu": "a cpu", "torch_threads": 1},
 }

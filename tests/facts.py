@@ -1,0 +1,12 @@
+"""What a run on the CPU says of itself, for runs that a test writes without drawing."""
+
+PLAIN = {
+    "verified": False,
+    "inputs": [],
+    "device": "cpu",
+    "dtype": "float32",
+    "attention": "sdpa",
+    "scheduler": "FlowMatchEulerDiscreteScheduler",
+    "compile": "NoCompile",
+    "quantization": "none",
+}
