@@ -21,8 +21,8 @@ class ColumnLinear(Shared, nn.Linear):
 
     shared_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
 
-    def __init__(self, dim: int, *runs: Run) -> None:
-        super().__init__(dim, sum(map(len, runs)))
+    def __init__(self, dim: int, *runs: Run, bias: bool = True) -> None:
+        super().__init__(dim, sum(map(len, runs)), bias=bias)
         self.runs = runs
 
 
@@ -31,8 +31,8 @@ class RowLinear(Shared, nn.Linear):
 
     shared_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
 
-    def __init__(self, dim: int, *runs: Run) -> None:
-        super().__init__(sum(map(len, runs)), dim)
+    def __init__(self, dim: int, *runs: Run, bias: bool = True) -> None:
+        super().__init__(sum(map(len, runs)), dim, bias=bias)
         self.runs = runs
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -40,7 +40,8 @@ class RowLinear(Shared, nn.Linear):
         if self.axis is None:
             return super().forward(hidden_states)
         # the bias last: within one part, a large one would be rounded twice in half precision
-        return all_reduce(F.linear(hidden_states, self.weight), self.axis.group).add_(self.bias)
+        output = all_reduce(F.linear(hidden_states, self.weight), self.axis.group)
+        return output if self.bias is None else output.add_(self.bias)
 
 
 class HeadsLinear(ColumnLinear):
@@ -48,8 +49,8 @@ class HeadsLinear(ColumnLinear):
 
     parts = 1
 
-    def __init__(self, dim: int, heads: int, head_dim: int) -> None:
-        super().__init__(dim, *[Run(heads, head_dim)] * self.parts)
+    def __init__(self, dim: int, heads: int, head_dim: int, bias: bool = True) -> None:
+        super().__init__(dim, *[Run(heads, head_dim)] * self.parts, bias=bias)
         self.head_dim = head_dim
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
@@ -81,3 +82,17 @@ class FeedForward(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, S, D]` to `[B, S, D]`."""
         return self.down(F.gelu(self.up(hidden_states), approximate="tanh"))
+
+
+class GatedFeedForward(nn.Module):
+    """SwiGLU (https://arxiv.org/abs/2002.05202) without biases; `inner`: the width inside."""
+
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.gate_up = ColumnLinear(dim, Run(inner), Run(inner), bias=False)
+        self.down = RowLinear(dim, Run(inner), bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[B, S, D]` to `[B, S, D]`."""
+        gate, up = self.gate_up(hidden_states).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)

@@ -84,7 +84,8 @@ class Denoise(Stage):
 
         axis = parts.mesh["cfg"] if parts.mesh else None
         predictions = predict_branches(list(conditioning), predict, axis, latents)
-        return parts.guidance.combine(predictions, parts.guidance.scale_for(state, low_noise=step.expert == LOW_NOISE))
+        scale = parts.guidance.scale_for(state, step.expert == LOW_NOISE, done=1 - step.timestep / 1000)
+        return parts.guidance.combine(predictions, scale)
 
 
 def schedule(timesteps: Tensor, experts: Experts) -> tuple[Step, ...]:
