@@ -20,7 +20,7 @@ class ClassifierFreeGuidance:
     `scale` names the field of `sampling` that holds its scale, and `scale_2` the one that the expert for low noise has
     for itself (null there: the same). `rescale_norm` scales each token of the guided prediction to the norm of the
     positive one, which keeps high scales from burning out; a model's YAML says whether its reference does it.
-    `off` is the scale that is the positive prediction alone, 1 or, where the reference counts so, 0.
+    `unguided` is the scale that is the positive prediction alone, 1 or, where the reference counts so, 0.
     `cfg_normalization` lets the norm of an item's guided prediction be so many times that of the positive one at most
     (null: any), and `cfg_truncation` ends guidance when that share of the way from noise to picture is done.
     """
@@ -30,38 +30,38 @@ class ClassifierFreeGuidance:
         scale: Scale = "true_cfg_scale",
         scale_2: Scale | None = None,
         rescale_norm: bool = False,
-        off: float = 1.0,
+        unguided: float = 1.0,
         cfg_normalization: float | None = None,
         cfg_truncation: float = 1.0,
     ) -> None:
         self.scale = scale
         self.scale_2 = scale_2
         self.rescale_norm = rescale_norm
-        self.off = off
+        self.unguided = unguided
         self.cfg_normalization = cfg_normalization
         self.cfg_truncation = cfg_truncation
 
     def branches(self, state: State) -> tuple[str, ...]:
-        """The branches of every step, in the order in which the reference computes them; up to `off` one is enough.
+        """The branches of every step, in the order in which the reference computes them; up to `unguided` one is enough.
 
         As in the reference, the first expert's scale decides for both.
         """
-        return (POSITIVE, NEGATIVE) if self.scale_for(state, low_noise=False) > self.off else (POSITIVE,)
+        return (POSITIVE, NEGATIVE) if self.scale_for(state, low_noise=False) > self.unguided else (POSITIVE,)
 
     def scale_for(self, state: State, low_noise: bool, done: float = 0.0) -> float:
         """The scale of a step, before which `done` of the way from noise to picture is, from 0 to 1."""
         if done > self.cfg_truncation:
-            return self.off
+            return self.unguided
         own = getattr(state, self.scale_2) if low_noise and self.scale_2 else None
         return getattr(state, self.scale) if own is None else own
 
     def combine(self, predictions: Mapping[str, Tensor], scale: float) -> Tensor:
         """`{branch: prediction}`, tokens or channels last, to one prediction."""
         positive = predictions[POSITIVE]
-        if NEGATIVE not in predictions or scale == self.off:
+        if NEGATIVE not in predictions or scale == self.unguided:
             return positive
         negative = predictions[NEGATIVE]
-        guided = negative + (scale + 1 - self.off) * (positive - negative)
+        guided = negative + (scale + (1 - self.unguided)) * (positive - negative)
         if self.rescale_norm:
             return guided * (torch.norm(positive, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True))
         if self.cfg_normalization is None:

@@ -129,7 +129,7 @@ def cfg_scale(config: Mapping[str, Any]) -> tuple[str, float | None]:
 
 def cfg_off(config: Mapping[str, Any]) -> float:
     """The scale up to which this model is not guided."""
-    return config["model"]["guidance"].get("off", 1)
+    return config["model"]["guidance"].get("unguided", 1)
 
 
 def is_video(config: Mapping[str, Any]) -> bool:

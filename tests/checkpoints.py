@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import checkpoint_zimage
 import tiny
 import torch
 from diffusers import (
@@ -25,6 +26,7 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
 )
 from tokenizers import pre_tokenizers
 from transformers import (
@@ -215,6 +217,10 @@ def _t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
 
 
+def zimage() -> ZImagePipeline:
+    return checkpoint_zimage.zimage(_flux_vae())
+
+
 def wan21_t2v() -> WanPipeline:
     return _quiet(WanPipeline(**_wan_parts(), transformer=_wan_transformer(16, 16)))
 
@@ -290,6 +296,8 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "qwen_image_edit_plus": qwen_image_edit_plus,
     "flux_dev": flux_dev,
     "flux_schnell": flux_schnell,
+    "zimage": zimage,
+    "zimage_turbo": zimage,
     "wan21_t2v_14b": wan21_t2v,
     "wan21_t2v_1_3b": wan21_t2v,
     "wan22_t2v_a14b": wan22_t2v_a14b,

@@ -43,7 +43,7 @@ class EncodePrompt(Stage):
                 raise UsageError(
                     f"sampling.{parts.guidance.scale}={getattr(state, parts.guidance.scale)} guides away from a"
                     ' negative prompt and there is none: sampling.negative_prompt=" ", or'
-                    f" sampling.{parts.guidance.scale}={parts.guidance.off:g}"
+                    f" sampling.{parts.guidance.scale}={parts.guidance.unguided:g}"
                 )
             unique = list(dict.fromkeys(prompts))
             rows = torch.tensor([unique.index(prompt) for prompt in prompts], device=parts.device)
