@@ -58,6 +58,8 @@ class Shared(nn.Module):
         bounds = [run.share(axis) for run in self.runs]
         for name, dim in self.shared_dims.items():
             parameter = getattr(self, name)
+            if parameter is None:  # a layer without a bias
+                continue
             shape = list(parameter.shape)
             shape[dim] = sum(stop - start for start, stop in bounds)
             setattr(self, name, nn.Parameter(parameter.new_empty(shape), requires_grad=False))
