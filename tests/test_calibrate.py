@@ -118,7 +118,9 @@ def test_it_is_refused_on_anything_else(fitted, tiny_folder, tmp_path, capsys, c
     code, said = drawn(capsys, *words, f"hydra.run.dir={tmp_path / 'out'}", "--config-dir", str(fitted))
     assert code == 2
     assert message in said
-    assert not (tmp_path / "out" / "run.json").exists()
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (record["status"], record["outputs"]) == ("failed", [])
+    assert record["error"]["message"].startswith(message)
 
 
 def test_the_printed_line_draws(tiny_folder, prompts, tmp_path, capsys):

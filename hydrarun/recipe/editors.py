@@ -12,8 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from hydrarun import resources
 from hydrarun.recipe import about
+from hydrarun.recipe.minimal import defaults
 from hydrarun.recipe.vet import groups
 from hydrarun.schema import Config
 
@@ -121,7 +124,9 @@ def described(path: str) -> Schema:
 def descriptions() -> dict[str, str]:
     """The comment of each field of the fixed sections."""
     conf = resources.folder("conf")
-    found = comments(conf / "config.yaml") | comments(conf / "model" / "qwen_image.yaml")
+    default = conf / "model" / f"{defaults()['model']}.yaml"
+    base = yaml.safe_load(default.read_text(encoding="utf-8"))["defaults"][0]  # it says what each field is
+    found = comments(conf / "config.yaml") | comments(default.with_stem(base))
     found |= {f"plan.{key}": text for key, text in comments(conf / "plan" / "none.yaml").items()}
     return found | dict(listed(conf / "sampling" / "default.yaml")) | dict(listed(conf / "parallel" / "none.yaml"))
 

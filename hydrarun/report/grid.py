@@ -35,7 +35,7 @@ def draw(layout: Layout, cells: Mapping[Cell, Shown | str], gain: int, entries: 
 
 def head(column: Column, entries: Sequence[Entry], compared: set[str | None]) -> str:
     """A setting and, on average over its points, what it costs and how near it comes; `compared`: the references."""
-    reference = any(entry["name"] in compared for entry in entries)
+    reference = bool(compared & {entry["name"] for entry in entries})
     means = [
         mean(entries, ("timings", "steady_denoise_s"), lambda value: f"{words.significant(value)} s"),
         mean(entries, ("speedup", "steady"), words.times),

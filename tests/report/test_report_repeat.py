@@ -48,7 +48,7 @@ def swept(tmp_path, monkeypatch):
 
         def keep(config, folder):
             seen[folder.name] = config
-            (folder / "run.json").write_text("{}")
+            (folder / "run.json").write_text('{"format": 1, "status": "complete", "outputs": []}')
 
         monkeypatch.setattr("hydrarun.launch.run", keep)
         assert cli.main([*words, f"hydra.sweep.dir={tmp_path / 'sweep'}", "-m"]) == 0
