@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -42,7 +42,7 @@ class ClassifierFreeGuidance:
         self.cfg_truncation = cfg_truncation
 
     def branches(self, state: State) -> tuple[str, ...]:
-        """The branches of every step, in the order in which the reference computes them; up to `unguided` one is enough.
+        """The branches of a request's steps, as the reference orders them; up to `unguided` one is enough.
 
         As in the reference, the first expert's scale decides for both.
         """
@@ -54,6 +54,10 @@ class ClassifierFreeGuidance:
             return self.unguided
         own = getattr(state, self.scale_2) if low_noise and self.scale_2 else None
         return getattr(state, self.scale) if own is None else own
+
+    def needed(self, branches: Sequence[str], scale: float) -> Sequence[str]:
+        """Of these branches those that a step of this scale goes by."""
+        return [POSITIVE] if scale == self.unguided else branches
 
     def combine(self, predictions: Mapping[str, Tensor], scale: float) -> Tensor:
         """`{branch: prediction}`, tokens or channels last, to one prediction."""

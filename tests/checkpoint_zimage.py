@@ -44,7 +44,7 @@ def transformer() -> ZImageTransformer2DModel:
         axes_dims=[4, 6, 6],
         axes_lens=[600, 32, 32],
     )
-    return tiny.randomise(model, std=0.1)
+    return tiny.randomise(model, std=0.08)
 
 
 def text_encoder() -> Qwen3Model:

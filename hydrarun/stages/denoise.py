@@ -82,9 +82,11 @@ class Denoise(Stage):
             own = {branch: conditioning[branch] for branch in branches}
             return transformer(Inputs(latents, times, own, rows), step, parts.cache)
 
-        axis = parts.mesh["cfg"] if parts.mesh else None
-        predictions = predict_branches(list(conditioning), predict, axis, latents)
         scale = parts.guidance.scale_for(state, step.expert == LOW_NOISE, done=1 - step.timestep / 1000)
+        axis = parts.mesh["cfg"] if parts.mesh else None
+        # a rank that has the other branch would wait meanwhile, and may be needed to lend its weights
+        branches = list(conditioning) if axis else parts.guidance.needed(list(conditioning), scale)
+        predictions = predict_branches(branches, predict, axis, latents)
         return parts.guidance.combine(predictions, scale)
 
 
