@@ -146,6 +146,10 @@ class Tokenizer:
             count = max_length
         return encoded(len(texts), count)
 
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
+        """The texts without what a template puts around them."""
+        return " ".join(message["content"] for message in messages)
+
     def tokenize(self, text: str) -> list[str]:
         """None of a text's tokens is one that a textual inversion added."""
         return []
