@@ -21,7 +21,7 @@ MOVING = ("Expert", "Model", "Layerwise", "Disk", "TextEncoder")
 
 
 class Rule(NamedTuple):
-    """`broken(config)` tells whether the rule is; sentence and fix may name the values `{model}`, `{steps}`, `{off}`."""
+    """`broken(config)` tells whether the rule is; sentence and fix may name `{model}`, `{steps}` and `{off}`."""
 
     group: str
     broken: Callable[[Config], bool]

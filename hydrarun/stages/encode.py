@@ -94,9 +94,7 @@ class EncodePromptWithImages(EncodePrompt):
         refuse_placeholder(prompts, parts.pipeline.processor.image_token)
         resize = parts.pipeline.image_processor.resize
         images = [resize(image, *fit_area(image, self.image_area, 32)) for image in state.input_images]
-        return pad_to_longest(
-            [self.run(parts, prompt=[p], image=images)["encoder_hidden_states"][0] for p in prompts]
-        )
+        return pad_to_longest([self.run(parts, prompt=[p], image=images)["encoder_hidden_states"][0] for p in prompts])
 
 
 def pad_to_longest(embeds: Sequence[Tensor]) -> dict[str, Any]:

@@ -154,7 +154,11 @@ def reference(pipeline, state, **settings) -> torch.Tensor:
 def test_the_cap_on_the_norm_and_the_end_of_guidance_are_the_references(subject, scale):
     """Alone and together, for a scale that the usual count would call 1.5, too; each changes the latents."""
     plain = subject.draw(**FIELDS, guidance_scale=scale).latents
-    for settings in ({"cfg_normalization": 1.0}, {"cfg_truncation": 0.3}, {"cfg_normalization": 1.01, "cfg_truncation": 0.5}):
+    for settings in (
+        {"cfg_normalization": 1.0},
+        {"cfg_truncation": 0.3},
+        {"cfg_normalization": 1.01, "cfg_truncation": 0.5},
+    ):
         runner = settled(subject, *(f"{name}={value}" for name, value in settings.items()))
         state = tiny.draw(runner, height=32, width=32, **FIELDS, guidance_scale=scale)
         assert (state.latents - reference(subject.pipeline, state, **settings)).abs().max() <= LATENTS
@@ -198,5 +202,7 @@ def test_turbo_is_another_checkpoint_with_other_defaults():
     whole, turbo = (CONFIGS[name] for name in ("zimage", "zimage_turbo"))
     same = {key for key in whole["model"] if whole["model"][key] == turbo["model"][key]}
     assert set(whole["model"]) - same == {"name", "path"}
-    changed = {key: turbo["sampling"][key] for key in whole["sampling"] if whole["sampling"][key] != turbo["sampling"][key]}
+    changed = {
+        key: turbo["sampling"][key] for key in whole["sampling"] if whole["sampling"][key] != turbo["sampling"][key]
+    }
     assert changed == {"num_inference_steps": 8, "guidance_scale": 0.0}
