@@ -10,6 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from hydrarun.fit import DEPTHS
 
+#: the config's lengths of lists of blocks, by what the lists' names hold
+LENGTHS = {
+    "single": "num_single_layers",
+    "blocks": "num_layers",
+    "refiner": "n_refiner_layers",
+    "layers": "n_layers",
+}
 STEM = "diffusion_pytorch_model.safetensors"
 
 
@@ -38,6 +45,6 @@ def doubled(weights, depths):
     """Every tensor, and those of blocks once more under the next indices."""
     for name, weight in weights.items():
         yield name, weight
-        if found := re.match(r"((\w*)blocks)\.(\d+)\.(.*)", name):
-            depth = depths["num_single_layers" if found[2].startswith("single") else "num_layers"]
-            yield f"{found[1]}.{int(found[3]) + depth}.{found[4]}", weight * 0.75
+        if found := re.match(r"(\w*blocks|layers|\w*refiner)\.(\d+)\.(.*)", name):
+            depth = depths[next(key for word, key in LENGTHS.items() if word in found[1])]
+            yield f"{found[1]}.{int(found[2]) + depth}.{found[3]}", weight * 0.75
