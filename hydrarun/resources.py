@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +26,10 @@ def options(group: str) -> dict[str, Any]:
     """The shipped options of a group by name, as plain data: ranks have no Hydra to ask."""
     files = sorted((folder("conf") / group).glob("*.yaml"))
     return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
+
+
+@cache
+def defaults() -> dict[str, str]:
+    """The option of each group that is taken where none is chosen."""
+    listed = yaml.safe_load((folder("conf") / "config.yaml").read_text(encoding="utf-8"))["defaults"]
+    return {group: option for entry in listed if isinstance(entry, dict) for group, option in entry.items()}

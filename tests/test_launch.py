@@ -70,7 +70,7 @@ def test_a_sweep_keeps_its_ranks_survives_a_failure_and_names_it_once(fake, tmp_
     point = '2 (sampling.prompt="1 ZeroDivisionError")'
     closing = f"1 of 4 points failed:\n  {point}: rank 1: ZeroDivisionError: the sky is green\n"
     assert f"{closing}report: " in error
-    assert error.removesuffix(closing).count("the sky is green") == 1
+    assert error.partition(closing)[0].count("the sky is green") == 1
     assert "\nrank 1: ZeroDivisionError: the sky is green\n" in error
     assert sorted(path.name for path in (tmp_path / "here" / "0").iterdir()) == [".hydra", "pids.json", "run.json"]
 

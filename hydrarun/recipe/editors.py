@@ -16,7 +16,6 @@ import yaml
 
 from hydrarun import resources
 from hydrarun.recipe import about
-from hydrarun.recipe.minimal import defaults
 from hydrarun.recipe.vet import groups
 from hydrarun.schema import Config
 
@@ -124,7 +123,7 @@ def described(path: str) -> Schema:
 def descriptions() -> dict[str, str]:
     """The comment of each field of the fixed sections."""
     conf = resources.folder("conf")
-    default = conf / "model" / f"{defaults()['model']}.yaml"
+    default = conf / "model" / f"{resources.defaults()['model']}.yaml"
     base = yaml.safe_load(default.read_text(encoding="utf-8"))["defaults"][0]  # it says what each field is
     found = comments(conf / "config.yaml") | comments(default.with_stem(base))
     found |= {f"plan.{key}": text for key, text in comments(conf / "plan" / "none.yaml").items()}

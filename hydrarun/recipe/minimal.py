@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from functools import cache
 from typing import Any
-
-import yaml
 
 from hydrarun import listing, resources
 from hydrarun.compose import compose_raw
@@ -36,7 +33,7 @@ def recipe(wanted: Mapping[str, Any]) -> dict[str, Any]:
     if predictor and predictor[TARGET] != base["cache"].get("predictor", {}).get(TARGET):
         chosen[PREDICTOR] = nearest(PREDICTOR, wanted, predictor)
         base = composed(chosen)
-    usual = defaults()
+    usual = resources.defaults()
     told = {group: option for group, option in chosen.items() if group == "model" or usual.get(group) != option}
     values: dict[str, Any] = {}
     for path, value in differing(seen(base), seen(wanted), ()):
@@ -58,18 +55,11 @@ def seen(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**asked(dict(config)), "output": output, "batch_size": config["batch_size"]}
 
 
-@cache
-def defaults() -> dict[str, str]:
-    """The option of each group that is taken where none is chosen."""
-    listed = yaml.safe_load((resources.folder("conf") / "config.yaml").read_text(encoding="utf-8"))["defaults"]
-    return {group: option for entry in listed if isinstance(entry, dict) for group, option in entry.items()}
-
-
 def nearest(group: str, wanted: Mapping[str, Any], node: Mapping[str, Any]) -> str:
     """The option from which the fewest values differ. Raises Inexpressible if all are of another class."""
     inner = {"predictor"} if group == "cache" else set()
     own = leaves({key: value for key, value in node.items() if key not in inner})
-    usual = defaults().get(group)
+    usual = resources.defaults().get(group)
     found: list[tuple[int, bool, str]] = []
     for path in sorted((resources.folder("conf") / group).glob("*.yaml")):
         option = listing.option(dict(wanted), group, path)
