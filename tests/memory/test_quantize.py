@@ -66,7 +66,10 @@ def in_the_blocks(transformer: Transformer) -> set[str]:
     return {
         name
         for name, weight in weights(transformer).items()
-        if name.split(".")[0] in transformer.block_lists and name.endswith(".weight") and weight.ndim == 2 and "modulation" not in name
+        if name.split(".")[0] in transformer.block_lists
+        and name.endswith(".weight")
+        and weight.ndim == 2
+        and "modulation" not in name
     }
 
 

@@ -11,10 +11,12 @@ import tiny
 import torch
 from subjects import CONFIGS, LONG, SHORT
 
+from hydrarun.compat import check
 from hydrarun.compose import compose
 from hydrarun.errors import UsageError
 from hydrarun.models.zimage import ZImageTransformer
 from hydrarun.runner import Runner
+from hydrarun.stages.encode import pad_to_longest
 
 TOLERANCE = 1e-5  # float32, the same operations in another order
 LATENTS = 1e-4  # of a whole run
@@ -206,3 +208,25 @@ def test_turbo_is_another_checkpoint_with_other_defaults():
         key: turbo["sampling"][key] for key in whole["sampling"] if whole["sampling"][key] != turbo["sampling"][key]
     }
     assert changed == {"num_inference_steps": 8, "guidance_scale": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model=zimage", "sampling.guidance_scale=null"], "sampling.guidance_scale.*: null; 0 turns guidance off"),
+        (["model=zimage", "sampling.negative_prompt=null"], "or sampling.guidance_scale=0 for no guidance"),
+        (["model=zimage_turbo", "parallel=cfg2"], "parallel.cfg_degree=1, or a scale above 0"),
+    ],
+)
+def test_what_users_are_told_counts_from_zero(words, said):
+    with pytest.raises(UsageError, match=said):
+        check(compose([*words, "sampling.prompt=a"]))
+
+
+def test_captions_of_one_length_need_no_mask():
+    """Attention kernels that take none then do."""
+    text = [torch.ones(3, 2), torch.ones(3, 2)]
+    assert pad_to_longest(text)["encoder_hidden_states_mask"] is None
+    found = pad_to_longest([text[0], torch.ones(1, 2)])
+    assert found["encoder_hidden_states"].sum((1, 2)).tolist() == [6.0, 2.0]
+    assert found["encoder_hidden_states_mask"].tolist() == [[True] * 3, [True, False, False]]
