@@ -17,7 +17,7 @@ from hydrarun.compose import compose_raw
 from hydrarun.errors import UsageError, nearest
 from hydrarun.recipe import catalogue
 from hydrarun.recipe.vet import groups
-from hydrarun.validate import cfg_scale
+from hydrarun.validate import cfg_off, cfg_scale
 
 # parallel methods, by their degrees' names
 METHODS = ("data", "cfg", "ring", "ulysses", "tensor", "hsdp", "vae")
@@ -135,8 +135,8 @@ def size(sampling: dict[str, Any]) -> str:
 def method(config: dict[str, Any], name: str) -> str:
     """Whether the model goes with this parallel method as it is (two pictures are drawn), or with guidance on."""
     degrees = {**config["parallel"], f"{name}_degree": 2}
-    scale = cfg_scale(config)[0]
-    for answer, more in (("yes", {}), (f"{scale} > 1", {scale: 2.0})):
+    scale, off = cfg_scale(config)[0], cfg_off(config)
+    for answer, more in (("yes", {}), (f"{scale} > {off:g}", {scale: off + 1})):
         sampling = {**config["sampling"], "num_images_per_prompt": 2, "seed": 0, **more}
         if not any(compat.violations({**config, "parallel": degrees, "sampling": sampling})):
             return answer

@@ -87,9 +87,12 @@ class Denoise(Stage):
                 found[FEWER_BLOCKS] = transformer(again, step, NoCache())[POSITIVE]
             return {branch: found[branch] for branch in branches}
 
+        scale = parts.guidance.scale_for(state, step.expert == LOW_NOISE, done=1 - step.timestep / 1000)
         axis = parts.mesh["cfg"] if parts.mesh else None
-        predictions = predict_branches(parts.guidance.branches_at(state, step.index), predict, axis, latents)
-        return parts.guidance.combine(predictions, parts.guidance.scale_for(state, low_noise=step.expert == LOW_NOISE))
+        branches = parts.guidance.branches_at(state, step.index)
+        if axis is None:  # a rank that has the other branch would wait meanwhile, and may be needed to lend its weights
+            branches = parts.guidance.needed(branches, scale)
+        return parts.guidance.combine(predict_branches(branches, predict, axis, latents), scale)
 
 
 def schedule(timesteps: Tensor, experts: Experts) -> tuple[Step, ...]:

@@ -21,7 +21,7 @@ from hydrarun.memory.modulation import ModulationTables
 from hydrarun.models.flux import FluxTransformer
 from hydrarun.models.qwen_image import QwenImageTransformer
 from hydrarun.runner import Runner
-from hydrarun.validate import cfg_scale
+from hydrarun.validate import cfg_off, cfg_scale
 
 #: a product of many rows adds up in another order than one of a few
 CLOSE = 1e-5
@@ -65,6 +65,11 @@ def asked(subject, **fields) -> dict:
     return {**both, "size": (3, 4), cfg_scale(CONFIGS[subject.name])[0]: 3.0, **fields}
 
 
+def unguided(subject) -> dict[str, float]:
+    config = CONFIGS[subject.name]
+    return {cfg_scale(config)[0]: cfg_off(config)}
+
+
 def same(subject, tabled, **fields) -> None:
     want, found = (one.draw(**asked(subject, **fields)).latents for one in (subject, tabled))
     assert want.abs().max() > 0.1
@@ -84,7 +89,7 @@ def modulations(module: torch.nn.Module) -> list[Modulation]:
 def test_latents_equal_the_plain_run_in_request_after_request(subject, tabled):
     """Guided; one prompt without guidance; more steps."""
     same(subject, tabled)
-    same(subject, tabled, prompt=LONG, negative_prompt=None, seed=5, **{cfg_scale(CONFIGS[subject.name])[0]: 1.0})
+    same(subject, tabled, prompt=LONG, negative_prompt=None, seed=5, **unguided(subject))
     same(subject, tabled, num_inference_steps=STEPS + 1)
 
 
@@ -166,6 +171,7 @@ ROWS = {
     "qwen_image": (1, 0),
     "qwen_image_edit": (1, 0),
     "qwen_image_edit_plus": (1, 1),  # the images to edit are at timestep 0 in every step
+    "zimage": (1, 0),
     "flux_dev": (3, 0),  # every prompt's own; one is both prompt and negative prompt
     "sd35_medium": (3, 0),
     "longcat_image": (1, 0),

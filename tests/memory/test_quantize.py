@@ -23,6 +23,7 @@ from hydrarun.memory.quantize import TorchAO, stored_bytes
 from hydrarun.models.wan import WanTransformer
 from hydrarun.parallel.hsdp import repeated_layers
 from hydrarun.runner import Runner
+from hydrarun.transformer import Transformer
 
 FAMILIES = [name for name in subjects.MODELS if name not in subjects.VARIANTS]
 CPU = torch.device("cpu")
@@ -60,12 +61,15 @@ def is_quantized(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "qdata")
 
 
-def in_the_blocks(transformer: nn.Module) -> set[str]:
+def in_the_blocks(transformer: Transformer) -> set[str]:
     """The weights that 8 bits are for, by names and shapes alone."""
     return {
         name
         for name, weight in weights(transformer).items()
-        if "blocks." in name and name.endswith(".weight") and weight.ndim == 2 and "modulation" not in name
+        if name.split(".")[0] in transformer.block_lists
+        and name.endswith(".weight")
+        and weight.ndim == 2
+        and "modulation" not in name
     }
 
 
