@@ -60,6 +60,7 @@ KINDS = {
     "compile": Kind(1e-5, "the same operations, but for rotations, which are done without complex numbers"),
     "quantization=int8_weight_only": Kind(1e-1, "weights in 8 bits, a scale for each row", lossy=True),
     "quantization=int8": Kind(2e-1, "weights and what they are multiplied with in 8 bits", lossy=True),
+    "quantization=fp8": Kind(2e-1, "on GPUs alone"),
     "quantization=fp8_weight_only": Kind(2e-1, "weights with 3 bits behind the point", lossy=True),
     "cache": Kind(1.0, "steps are skipped; random weights are the worst to foresee", lossy=True),
 }
