@@ -180,14 +180,10 @@ def option(config: dict[str, Any], group: str, file: Path) -> Any:
 
 @cache
 def content(file: Path) -> Any:
-    """What is in an option's file and in those that it begins with."""
+    """What is in an option's file and in those of its group that it begins with."""
     node = yaml.safe_load(file.read_text(encoding="utf-8"))
-    bases = []
-    for entry in node.pop("defaults", []):
-        if isinstance(entry, dict):  # an option of a group inside this one
-            bases += [{inner: content(file.parent / inner / f"{name}.yaml")} for inner, name in entry.items()]
-        elif entry != "_self_":
-            bases.append(content(file.with_stem(entry)))
+    others = [name for name in node.pop("defaults", []) if isinstance(name, str) and name != "_self_"]
+    bases = [yaml.safe_load(file.with_stem(name).read_text(encoding="utf-8")) for name in others]
     return OmegaConf.to_container(OmegaConf.merge(*bases, node))
 
 

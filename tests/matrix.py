@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import caches
 import numpy as np
 import parallel_runs
 import subjects
@@ -93,7 +94,10 @@ class Column:
         sampling = {**config["sampling"], **request(name, self.steps), **scale, "negative_prompt": None, "seed": 0}
         file = resources.folder("conf") / self.group / f"{self.name}.yaml"
         node = listing.option(config, self.group, file)
-        node = {**config["parallel"], **node} if self.group == "parallel" else node
+        if self.group == "parallel":
+            node = {**config["parallel"], **node}
+        if self.group == "cache":
+            node = {**caches.option(self.name, None), **node}  # with its predictor
         device = "cpu" if self.group != "offload" else "fake"  # there must be something to offload to
         return {**config, "dtype": "float32", "device": device, "sampling": sampling, self.group: node}
 
