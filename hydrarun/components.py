@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -227,7 +228,9 @@ def quiet_libraries() -> Iterator[None]:
         library.disable_progress_bar()
         library.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # what they use of torch will be another's one day
+            yield
     finally:
         for library, level in zip(bars, levels, strict=True):
             library.set_verbosity(level)

@@ -20,7 +20,7 @@ CONTEXT = 24
 
 
 def stable_audio(text_encoder: Any, tokenizer: Any, width: int) -> StableAudioPipeline:
-    """8 samples to a latent, at 4 kHz: 48 ms of stereo. The tokenizer pads every prompt."""
+    """8 samples to a latent, 4 in a second: 48 s of stereo, as many as published. The tokenizer pads every prompt."""
     tokenizer.model_max_length = 64
     pipeline = StableAudioPipeline(
         vae=_vae(),
@@ -72,7 +72,7 @@ def _vae() -> AutoencoderOobleck:
         decoder_channels=8,
         decoder_input_channels=CHANNELS,
         audio_channels=2,
-        sampling_rate=4000,
+        sampling_rate=4,
     )
     with torch.no_grad():
         for name, parameter in vae.named_parameters():

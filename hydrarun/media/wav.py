@@ -75,9 +75,11 @@ def read(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
 
 def _read(path: Path, file: BinaryIO) -> tuple[np.ndarray, dict[str, Any] | None]:
     # an open file and a named format: no other format, no playlist and no network address is ever tried
-    head = file.read(12)
+    head, length = file.read(12), file.seek(0, io.SEEK_END)
     if head[:4] != b"RIFF" or head[8:] != b"WAVE":
         raise UsageError(f"{path}: not a wav file, or damaged at its start")
+    if int.from_bytes(head[4:8], "little") + 8 > length:
+        raise UsageError(f"{path}: damaged wav file: cut short")
     file.seek(0)
     with av.open(file, format="wav", metadata_errors="replace") as container:
         streams = container.streams.audio
@@ -95,8 +97,8 @@ def _decode(path: Path, container: Any, stream: Any) -> np.ndarray:
         if len(data) > MAX_BYTES:
             raise UsageError(f"{path}: refused, more than {MAX_BYTES} bytes of samples")
     samples = np.frombuffer(data, np.int16).reshape(-1, channels)
-    if not len(samples) or (stream.duration and len(samples) != stream.duration):
-        raise UsageError(f"{path}: damaged wav file: {len(samples)} of its {stream.duration or 'many'} samples")
+    if not len(samples) or len(samples) != stream.duration:
+        raise UsageError(f"{path}: damaged wav file: {len(samples)} samples of {stream.duration}")
     return samples
 
 

@@ -82,6 +82,8 @@ class Rehearsal:
         second = [step.index for step in steps if step.expert == LOW_NOISE][:1]
         count = fills(parts.cache)
         ready(parts.cache, steps, list(conditioning), parts.mesh)
+        if hasattr(parts.pipeline.scheduler, "noise_sampler"):  # it draws on the latents' device, which has no generators
+            parts.pipeline.scheduler.noise_sampler = lambda *_: torch.zeros_like(state.latents)
         work: dict[str, Work] = {}
         for index in sorted({*range(min(count, len(steps))), *second}):
             timestep, before = state.timesteps[index], self.meter.so_far()
