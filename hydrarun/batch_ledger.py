@@ -20,6 +20,7 @@ from hydrarun.errors import UsageError
 from hydrarun.ledger import Ledger
 from hydrarun.outputs import FORMAT, as_recorded, described, file_name, pixels_sha256
 from hydrarun.provenance import config_hash
+from hydrarun.quality.report import PAIRED
 
 NAME = "ledger.jsonl"
 
@@ -77,7 +78,7 @@ class Book:
     def whole(self, record: Mapping[str, Any]) -> bool:
         """Whether a picture's file is there, as it was written, and measured if that is asked for."""
         file = self.folder / record["path"]
-        if "quality" not in record and {"psnr", "ssim"} & set(self.config["report"]["metrics"]):
+        if "quality" not in record and set(PAIRED) & set(self.config["report"]["metrics"]):
             return False
         try:
             if "sha256" in record:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from hydrarun.batches import each, expand
 from hydrarun.errors import refuse
+from hydrarun.media import kinds
 from hydrarun.quality.report import REPEAT
 from hydrarun.validate import cfg_off, cfg_scale
 
@@ -63,6 +64,11 @@ def guided(config: Config) -> bool:
     """Whether there are two branches to predict."""
     name, scale = cfg_scale(config)
     return name in config["model"]["takes"] and scale is not None and scale > cfg_off(config)
+
+
+def draws_sounds(config: Config) -> bool:
+    """Whether the model draws sounds."""
+    return kinds.of_model(config) is kinds.SOUND
 
 
 def left_out(config: Config) -> Sequence[int]:
@@ -221,6 +227,18 @@ RULES = (
         lambda config: degree(config, "ring") > 1 and bool({*config["report"]["noise_floor"]} - {REPEAT}),
         "a ring needs the log-sum of the weights, which the other attention kernels do not give here",
         "report.noise_floor=[repeat], or parallel.ulysses_degree instead",
+    ),
+    Rule(
+        "parallel.vae_degree",
+        lambda config: degree(config, "vae") > 1 and draws_sounds(config),
+        "ranks share the rows of a picture, and a sound has none",
+        "parallel.vae_degree=1, or vae.tiling=true with it, which decodes with less memory",
+    ),
+    Rule(
+        "vae.channels_last",
+        lambda config: config["vae"]["channels_last"] and draws_sounds(config),
+        "it is a layout of pictures, and the VAE of model {model} has none",
+        "vae.channels_last=false",
     ),
     Rule(
         "parallel.vae_degree",

@@ -6,11 +6,12 @@ pipeline's methods (prompt encoding, latent layout, image processing) can be cal
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,7 +93,19 @@ def read_index(folder: Path, cls: type) -> Index:
     if saved_by != cls.__name__:
         raise RunError(f"{path}: a checkpoint of {saved_by}, and this model option runs {cls.__name__}")
     settings = {key: value for key, value in content.items() if key not in pairs and not key.startswith("_")}
-    return Index({key: value for key, value in pairs.items() if value[0]}, settings)
+    return Index(entries(pairs), settings)
+
+
+def entries(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The components of a model_index.json by name, each with its library and class; what else is in it are settings."""
+    pairs = {name: tuple(one) for name, one in index.items() if isinstance(one, (list, tuple)) and len(one) == 2}
+    return {name: (library_of(library), cls) for name, (library, cls) in pairs.items() if library}
+
+
+def library_of(name: Any) -> Any:
+    """What a pipeline has beside itself in its own module goes by the module's name, and is diffusers' too."""
+    own = isinstance(name, str) and name.isidentifier() and name not in LIBRARIES
+    return "diffusers" if own and importlib.util.find_spec(f"diffusers.pipelines.{name}") else name
 
 
 def size(folder: Path, name: str, entry: tuple[str, str]) -> int:
@@ -215,7 +228,9 @@ def quiet_libraries() -> Iterator[None]:
         library.disable_progress_bar()
         library.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # what they use of torch will be another's one day
+            yield
     finally:
         for library, level in zip(bars, levels, strict=True):
             library.set_verbosity(level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from hydrarun.errors import UsageError
 DEPTHS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")
 #: and its heads
 HEADS = ("num_attention_heads", "n_heads")
+#: and heads that groups of those share
+SHARED_HEADS = "num_key_value_attention_heads"
 
 
 def check_folder_fit(config: dict[str, Any], folder: Path) -> None:
@@ -61,6 +64,30 @@ def check_fit(sampling: Mapping[str, Any], vae: Mapping[str, Any], transformer: 
         )
     if "guidance_embeds" in transformer:
         check_guidance_scale(sampling["guidance_scale"], transformer["guidance_embeds"])
+    if "sampling_rate" in vae and "sample_size" in transformer:
+        check_seconds(sampling, vae, transformer)
+
+
+def check_seconds(sampling: Mapping[str, Any], vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for seconds of a sound that the checkpoint does not make, or none of them."""
+    most = longest(vae, transformer)
+    start, end = sampling["audio_start_in_s"] or 0.0, sampling["audio_end_in_s"]
+    if end is not None and end > most:
+        raise UsageError(
+            f"sampling.audio_end_in_s={end:g}: this checkpoint's sounds are {most:.2f} s long;"
+            " sampling.audio_end_in_s=null for all of it"
+        )
+    first, stop = (int(second * vae["sampling_rate"]) for second in (start, most if end is None else end))
+    if first >= stop:
+        raise UsageError(
+            f"sampling.audio_start_in_s={start:g}: leaves nothing of a sound that ends at"
+            f" {most if end is None else end:g} s; sampling.audio_start_in_s=0"
+        )
+
+
+def longest(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> float:
+    """Seconds of a whole sound."""
+    return transformer["sample_size"] * math.prod(vae["downsampling_ratios"]) / vae["sampling_rate"]
 
 
 def check_experts(model: Mapping[str, Any], index: Mapping[str, Any]) -> None:
@@ -88,10 +115,11 @@ def check_fitted(config: Mapping[str, Any], index: Mapping[str, Any]) -> None:
 
 def check_heads(ranks: int, transformer: Mapping[str, Any]) -> None:
     """Raises `UsageError` for more ranks of tensor parallel than heads, which stay whole."""
-    heads = next((transformer[key] for key in HEADS if key in transformer), None)
+    heads = next((transformer[key] for key in (SHARED_HEADS, *HEADS) if key in transformer), None)
     if heads is not None and ranks > heads:
+        kind = "groups of heads" if SHARED_HEADS in transformer else "heads"
         raise UsageError(
-            f"parallel.tensor_degree={ranks}: this checkpoint has {heads} heads, and each stays whole;"
+            f"parallel.tensor_degree={ranks}: this checkpoint has {heads} {kind}, and each stays whole;"
             f" parallel.tensor_degree={heads} at most"
         )
 

@@ -26,6 +26,8 @@ class ClassifierFreeGuidance:
     `unguided` is the scale that is the positive prediction alone, 1 or, where the reference counts so, 0.
     `cfg_normalization` lets the norm of an item's guided prediction be so many times that of the positive one at most
     (null: any), and `cfg_truncation` ends guidance when that share of the way from noise to picture is done.
+    `unprompted` names what of the prompt's conditioning is zeros in the second branch where there is no negative prompt
+    (null: there must be one).
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class ClassifierFreeGuidance:
         unguided: float = 1.0,
         cfg_normalization: float | None = None,
         cfg_truncation: float = 1.0,
+        unprompted: str | None = None,
     ) -> None:
         self.layers: tuple[int, ...] = ()  # the blocks that FEWER_BLOCKS is predicted without
         self.scale = scale
@@ -44,6 +47,7 @@ class ClassifierFreeGuidance:
         self.unguided = unguided
         self.cfg_normalization = cfg_normalization
         self.cfg_truncation = cfg_truncation
+        self.unprompted = unprompted
 
     def branches(self, state: State) -> tuple[str, ...]:
         """The branches of a request's steps, as the reference orders them; up to `unguided` one is enough.

@@ -139,7 +139,10 @@ def guidance(sampling: dict[str, Any]) -> str:
 
 
 def size(sampling: dict[str, Any]) -> str:
-    """Width x height as a model has them by itself, and frames."""
+    """Width x height as a model has them by itself, and frames; of sounds their seconds."""
+    if sampling["audio_start_in_s"] is not None:
+        end = sampling["audio_end_in_s"]
+        return "the longest" if end is None else f"{end - sampling['audio_start_in_s']:g} s"
     frames = "" if sampling["num_frames"] is None else f", {sampling['num_frames']} frames"
     pixels = "of the image" if sampling["height"] is None else f"{sampling['width']}x{sampling['height']}"
     return pixels + frames

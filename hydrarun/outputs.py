@@ -1,4 +1,4 @@
-"""Writes pictures and videos, each with its recipe inside, and run.json. docs/outputs.md has every key."""
+"""Writes pictures, videos and sounds, each with its recipe inside, and run.json. docs/outputs.md has every key."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import re
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hydrarun.errors import RunError
-from hydrarun.media import frames, mp4, png
+from hydrarun.media import frames, kinds, mp4, png, wav
 from hydrarun.media.files import write_atomically
 from hydrarun.provenance import config_hash, redact, redact_text
 from hydrarun.validate import image_paths
@@ -24,14 +24,21 @@ FORMAT = 1  # of run.json and of the metadata; grows when a key changes its mean
 
 SLUG_LENGTH = 40
 
-SUFFIXES = {"png": ".png", "mp4": ".mp4", "frames": ""}
+SUFFIXES = {"png": ".png", "mp4": ".mp4", "frames": "", "wav": ".wav"}
 
-# the part of `sampling` that says which pictures or videos a run draws, beside how
+#: the bytes of a file, by its format; of pixels or samples, their record and the texts inside
+ENCODERS: dict[str, Callable[[np.ndarray, Mapping[str, Any], Mapping[str, str]], bytes]] = {
+    "png": lambda pixels, record, text: png.encode(pixels, text),
+    "mp4": lambda pixels, record, text: mp4.encode(pixels, record["fps"], text),
+    "wav": lambda samples, record, text: wav.encode(samples, record["sample_rate"], text),
+}
+
+# the part of `sampling` that says which pictures, videos or sounds a run draws, beside how
 WHICH = ("prompt", "negative_prompt", "seed", "num_images_per_prompt")
 
 
 class OutputWriter:
-    """Writes the pictures or videos of one run into its directory, in the order of `save` calls, then run.json."""
+    """Writes the pictures, videos or sounds of one run into its directory, in the order of `save` calls, then run.json."""
 
     def __init__(
         self,
@@ -44,7 +51,7 @@ class OutputWriter:
         """`config`: the resolved configuration; `metadata`: whether each file carries its recipe.
 
         `facts`: what the run really used: weights {path, revision, fingerprint}, verified, inputs [{path, sha256,
-        width, height}], device, dtype, attention, compile, versions, hardware. `places`: of a batch of a larger run,
+        width, height}], device, dtype, attention, compile, versions, hardware, of sounds sample_rate in Hz. `places`: of a batch of a larger run,
         its pictures' places there; each of them is then named by the hash of the configuration that draws it alone.
         """
         self.run_dir = run_dir
@@ -64,16 +71,16 @@ class OutputWriter:
     def save(
         self, pixels: np.ndarray, prompt: str, negative_prompt: str | None, seed: int, timings: dict[str, Any]
     ) -> dict[str, Any]:
-        """Write the next picture (uint8 [H, W, 3]) or video (uint8 [F, H, W, 3]) and return its record.
+        """Write the next picture, video or sound (an array of `hydrarun.media.kinds`) and return its record.
 
-        `timings`: those known by now, in seconds. Raises RunError for pixels that cannot be a picture or video: all
-        black, or all of one colour; and for a video of a size that its format cannot hold.
+        `timings`: those known by now, in seconds. Raises RunError for one that cannot be what was asked for: all black,
+        all of one colour, silence; and for a video of a size that its format cannot hold.
         """
         start = time.perf_counter()
         position = self.drawn
         self.drawn += 1  # a refused picture keeps its place: replay finds the others by theirs
-        _refuse_constant(pixels, prompt, seed)
-        output, is_video = self.config["output"], pixels.ndim == 4
+        _refuse_monotone(pixels, prompt, seed)
+        output = self.config["output"]
         texts = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
         index, digest = position, self.config_hash
         if self.places:
@@ -83,11 +90,8 @@ class OutputWriter:
             "path": file_name(index, prompt, seed, digest, output["format"]),
             **texts,
             "pixels_sha256": pixels_sha256(pixels),
-            "width": pixels.shape[-2],
-            "height": pixels.shape[-3],
+            **kinds.of(pixels).extent(pixels, output, self.facts),
         }
-        if is_video:
-            record |= {"frames": len(pixels), "fps": output["fps"]}
         record |= self._write(pixels, record, Place(position, digest), timings)
         self.outputs.append(record)
         self.save_s += time.perf_counter() - start
@@ -116,14 +120,13 @@ class OutputWriter:
     def _write(
         self, pixels: np.ndarray, record: dict[str, Any], place: Place, timings: dict[str, Any]
     ) -> dict[str, str]:
-        """Write one picture or video; what its record says of the file: `sha256`, or nothing of a folder."""
-        path, output = self.run_dir / record["path"], self.config["output"]
-        if output["format"] == "frames":
+        """Write it; what its record says of the file: `sha256`, or nothing of a folder."""
+        path, form = self.run_dir / record["path"], self.config["output"]["format"]
+        if form == "frames":
             own = ({"frame": number, "frame_sha256": pixels_sha256(frame)} for number, frame in enumerate(pixels))
             frames.write(path, pixels, [self._text(record, place, timings, extra) for extra in own])
             return {}
-        text = self._text(record, place, timings, {})
-        data = png.encode(pixels, text) if output["format"] == "png" else mp4.encode(pixels, output["fps"], text)
+        data = ENCODERS[form](pixels, record, self._text(record, place, timings, {}))
         write_atomically(path, data)
         return {"sha256": hashlib.sha256(data).hexdigest()}
 
@@ -168,9 +171,8 @@ def alone(config: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
 
 
 def file_name(index: int, prompt: str, seed: int, digest: str, output_format: str) -> str:
-    """The name of a picture's or video's file, or of its folder of frames; `digest`: the hash of a configuration."""
-    nameless = "picture" if output_format == "png" else "video"
-    return f"{index:04d}-{slug(prompt, nameless)}-{seed}-{digest}{SUFFIXES[output_format]}"
+    """The name of an output's file, or of a video's folder of frames; `digest`: the hash of a configuration."""
+    return f"{index:04d}-{slug(prompt, kinds.of_format(output_format).name)}-{seed}-{digest}{SUFFIXES[output_format]}"
 
 
 def write_run(run_dir: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -202,9 +204,11 @@ def parameters(config: dict[str, Any], facts: dict[str, Any], record: dict[str, 
         "Sampler": facts["scheduler"],
         "CFG scale": guidance,
         "Seed": record["seed"],
-        "Size": f"{record['width']}x{record['height']}",
+        "Size": f"{record['width']}x{record['height']}" if "width" in record else None,
         "Frames": record.get("frames"),
         "FPS": record.get("fps"),
+        "Seconds": record.get("duration_s"),
+        "Sample rate": record.get("sample_rate"),
         "Model": model["name"],
         "Version": f"hydrarun {facts['versions']['hydrarun']}",
     }
@@ -226,19 +230,18 @@ def slug(prompt: str, nameless: str) -> str:
 
 
 def pixels_sha256(pixels: np.ndarray) -> str:
-    """sha256 over the RGB bytes, row by row from the top, frame after frame."""
+    """sha256 over the RGB bytes, row by row from the top, frame after frame; of a sound over its 16-bit samples, those
+    of one moment side by side."""
     return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
-def _refuse_constant(pixels: np.ndarray, prompt: str, seed: int) -> None:
-    spread = max(int(np.ptp(pixels[..., channel])) for channel in range(3))  # one at a time is far faster
-    if spread > 1:  # one level is rounding noise, not a picture
+def _refuse_monotone(pixels: np.ndarray, prompt: str, seed: int) -> None:
+    kind = kinds.of(pixels)
+    nothing = kind.monotone(pixels)
+    if nothing is None:
         return
-    kind = "video" if pixels.ndim == 4 else "picture"
-    first = tuple(int(value) for value in pixels.reshape(-1, 3)[0])
-    color = "black" if pixels.max() <= 1 else f"one colour, RGB {first}"
     raise RunError(
-        f"the {kind} for seed {seed} ({prompt[:60]!r}) is all {color}; nothing was written for it. Likely causes: "
+        f"the {kind.name} for seed {seed} ({prompt[:60]!r}) is all {nothing}; nothing was written for it. Likely causes: "
         "numbers that overflow (try dtype=bfloat16 or dtype=float32 instead of float16), another attention backend's "
         "fault (try attention=sdpa), or weights that do not belong to this model (see model.path)."
     )

@@ -41,7 +41,7 @@ TIMINGS = {
 }
 
 #: name, digits, unit
-MEASURES = {"psnr": ("PSNR", 1, " dB"), "ssim": ("SSIM", 4, "")}
+MEASURES = {"psnr": ("PSNR", 1, " dB"), "ssim": ("SSIM", 4, ""), "snr": ("SNR", 1, " dB")}
 
 
 #: seconds between lines about bytes in a log

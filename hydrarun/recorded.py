@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hydrarun.errors import UsageError
-from hydrarun.media import frames, mp4, png
+from hydrarun.media.reading import read
 from hydrarun.outputs import FORMAT, WHICH, pixels_sha256
 
 T = TypeVar("T")
@@ -30,14 +30,15 @@ FACTS = (
     "scheduler",
     "compile",
     "quantization",
+    "sample_rate",
 )
 
 
 @dataclass
 class Picture:
-    """One picture or video of the run: its place in it, the hash of its pixels, and the pixels where they are at hand.
+    """One picture, video or sound of the run: its place in it, the hash of its pixels, and the pixels where they are at hand.
 
-    `pixels` (uint8 [H, W, 3], or [F, H, W, 3] of a video) is None when the file is gone, or no longer holds the pixels
+    `pixels` (an array of `hydrarun.media.kinds`) is None when the file is gone, or no longer holds the pixels
     that the hash was made of. Those of a `lossy` file never are exactly those. `frame`: when only this frame of a video
     is at hand, its number from 0; hash and pixels are then the frame's own.
     """
@@ -60,18 +61,11 @@ class Recorded:
 
 
 def load(path: Path) -> Recorded:
-    """Read a PNG, an MP4 or a folder of frames with metadata, one frame of such a folder, or a run.json.
+    """Read a PNG, an MP4, a WAV or a folder of frames with metadata, one frame of such a folder, or a run.json.
 
     Raises UsageError of one line for anything else.
     """
     return _from_run(path) if path.suffix.lower() == ".json" else _from_medium(path)
-
-
-def read(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
-    """The pixels of a PNG (uint8 [H, W, 3]), an MP4 or a folder of frames ([F, H, W, 3]), and the recipe inside it."""
-    if path.is_dir():
-        return frames.read(path)
-    return mp4.read(path) if is_lossy(path) else png.read(path)
 
 
 def is_lossy(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""`hydrarun replay FILE`: draw a picture or video again from the recipe inside it, and say whether it is the same.
+"""`hydrarun replay FILE`: draw a picture, video or sound again from the recipe inside it, and say whether it is the same.
 
 The recipe may come from a stranger. It passes the same checks as a configuration from the command line; it never goes
 through OmegaConf, so no interpolation in it is resolved.
@@ -22,11 +22,12 @@ from hydra.core.override_parser.types import Override
 from hydrarun import batches, compat, launch, schema, targets
 from hydrarun.compose import compose
 from hydrarun.errors import UsageError, nearest
-from hydrarun.media import frames
+from hydrarun.media import frames, kinds
+from hydrarun.media.reading import read
 from hydrarun.outputs import WHICH, pixels_sha256
 from hydrarun.progress import Progress
 from hydrarun.provenance import expand
-from hydrarun.recorded import FACTS, Picture, Recorded, is_lossy, load, read
+from hydrarun.recorded import FACTS, Picture, Recorded, is_lossy, load
 from hydrarun.schema import Report
 from hydrarun.text import literal, printable
 from hydrarun.validate import check_values, image_paths
@@ -34,11 +35,11 @@ from hydrarun.validate import check_values, image_paths
 USAGE = """\
 usage: hydrarun replay FILE [hydra.run.dir=DIR] [KEY=VALUE ...]
 
-Draws FILE again from the recipe inside it and compares the pixels. FILE is a picture (PNG), a video (MP4, a folder of
-frames, or one frame-00000.png of it), or the run.json of a whole run.
+Draws FILE again from the recipe inside it and compares the pixels or samples. FILE is a picture (PNG), a sound (WAV), a video
+(MP4, a folder of frames, or one frame-00000.png of it), or the run.json of a whole run.
 KEY=VALUE changes how it is drawn: device=cuda, dtype=bfloat16, attention=sdpa, model.path=/elsewhere
 input.images=[/elsewhere/a.png] says where the input images lie on this machine.
-Exit code: 0 identical pixels, 1 different pixels, 2 FILE cannot be replayed."""
+Exit code: 0 identical, 1 different, 2 FILE cannot be replayed."""
 
 RUN_DIR = "hydra.run.dir="
 
@@ -172,9 +173,8 @@ def describe(config: dict[str, Any]) -> Iterator[str]:
     """Lines that say what a stranger's file is about to make this machine do, and which images it reads for it."""
     model, sampling, output = config["model"], config["sampling"], config["output"]
     revision = f" at {model['revision']}" if model["revision"] else ""
-    sized = sampling["width"] is not None and sampling["height"] is not None
-    what = [f"{sampling['width']}x{sampling['height']}" if sized else "the size of the input image"]
-    if output["format"] != "png":
+    what = [kinds.of_format(output["format"]).size(sampling)]
+    if output["fps"] is not None:
         what.append(f"{sampling['num_frames']} frames at {output['fps']} fps")
     what.append(f"{sampling['num_inference_steps']} steps")
     yield f"replaying {model['name']} from {model['path']}{revision}: {', '.join(what)}"
@@ -186,14 +186,15 @@ def compare(picture: Picture, record: dict[str, Any], folder: Path) -> bool:
     name = printable(picture.name)
     output = next(output for output in record["outputs"] if output["index"] == picture.index)
     file, digest = folder / output["path"], output["pixels_sha256"]
+    of_them = "samples" if "samples" in output else "pixels"
     if picture.frame is not None:
         file /= frames.name(picture.frame)
         digest = pixels_sha256(read(file)[0])
     if digest == picture.pixels_sha256:
-        print(f"{name}: identical pixels")
+        print(f"{name}: identical {of_them}")
         return True
     lossy = " (as decoded from mp4, which is lossy)" if picture.lossy or is_lossy(file) else ""
-    print(f"{name}: different pixels, {_distance(picture.pixels, read(file)[0])}{lossy}")
+    print(f"{name}: different {of_them}, {_distance(picture.pixels, read(file)[0])}{lossy}")
     return False
 
 
@@ -204,14 +205,18 @@ def _distance(old: np.ndarray | None, new: np.ndarray) -> str:
         return f"{_size(old)} then, {_size(new)} now"
     # frame by frame: a whole video as wide numbers would not fit beside itself
     pairs = zip(old.reshape(-1, *old.shape[-3:]), new.reshape(-1, *new.shape[-3:]), strict=True)
-    measured = [(int(np.abs(d).max()), float(np.square(d).mean())) for d in (a.astype(np.int32) - b for a, b in pairs)]
+    apart = (a.astype(np.int32) - b for a, b in pairs)
+    measured = [(int(np.abs(d).max()), float(np.square(d, dtype=np.int64).mean())) for d in apart]
     largest, error = max(most for most, _ in measured), sum(mean for _, mean in measured) / len(measured)
     if largest == 0:  # of two lossy files of different pixels
         return "too little to be measured"
-    return f"largest difference {largest} of 255, PSNR {10 * math.log10(255**2 / error):.1f} dB"
+    levels = kinds.of(old).levels
+    return f"largest difference {largest} of {levels}, PSNR {10 * math.log10(levels**2 / error):.1f} dB"
 
 
 def _size(pixels: np.ndarray) -> str:
+    if kinds.of(pixels) is kinds.SOUND:
+        return f"{len(pixels)} samples"
     frame_count = f"{len(pixels)} frames of " if pixels.ndim == 4 else ""
     return f"{frame_count}{pixels.shape[-2]}x{pixels.shape[-3]}"
 

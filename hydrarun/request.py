@@ -20,6 +20,8 @@ PLAIN = (
     "guidance_scale",
     "guidance_scale_2",
     "max_sequence_length",
+    "audio_start_in_s",
+    "audio_end_in_s",
 )
 
 

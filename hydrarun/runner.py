@@ -36,7 +36,7 @@ from hydrarun.validate import check_values, image_paths
 class Picture:
     """What was drawn, and what makes it again."""
 
-    pixels: np.ndarray  # [H, W, 3] uint8, or [F, H, W, 3] for a video
+    pixels: np.ndarray  # [H, W, 3] uint8, or [F, H, W, 3] for a video; of a sound [samples, channels] int16
     prompt: str
     negative_prompt: str | None
     seed: int
@@ -258,7 +258,13 @@ class Runner:
             "quantization": built.quantization.name,
             "versions": versions(),
             "hardware": hardware(str(built.parts.device)),
+            **sample_rate(built.parts.pipeline.vae.config),
         }
+
+
+def sample_rate(config: Any) -> dict[str, int]:
+    """Of the sounds that the VAE of this config makes, in Hz; nothing of a VAE of pictures."""
+    return {"sample_rate": config["sampling_rate"]} if "sampling_rate" in config else {}
 
 
 def with_quality(results: dict[str, Any], measured: Measured) -> dict[str, Any]:
@@ -275,6 +281,7 @@ def describe(image: InputImage) -> dict[str, Any]:
 def pictures(state: State) -> list[Picture]:
     """The items of a finished batch."""
     negatives: Sequence[str | None] = state.negative_prompts or [None] * len(state.prompts)
-    pixels = state.frames[:, 0] if state.num_frames is None else state.frames
+    still = state.num_frames is None and state.frames.ndim == 5
+    pixels = state.frames[:, 0] if still else state.frames
     items = zip(pixels, state.prompts, negatives, state.seeds, strict=True)
     return [Picture(*item) for item in items]

@@ -65,6 +65,8 @@ class Sampling:
     seed: Any = 0
     num_images_per_prompt: Optional[int] = None  # noqa: UP045
     max_sequence_length: Optional[int] = None  # noqa: UP045
+    audio_start_in_s: Optional[float] = None  # noqa: UP045
+    audio_end_in_s: Optional[float] = None  # noqa: UP045
 
 
 @dataclass

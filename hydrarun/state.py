@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
+from torch import Generator, Tensor
 
 Grid = tuple[int, int, int]
 
@@ -19,7 +19,7 @@ def given_by_stage() -> Any:
 
 @dataclass(slots=True)
 class State:
-    """One batch: N pictures or videos of one size, drawn together.
+    """One batch: N pictures, videos or sounds of one size, drawn together.
 
     The fields without a default come from the request; each of the others is given by a stage.
     """
@@ -28,7 +28,7 @@ class State:
     negative_prompts: list[str] | None  # N; None: there is no negative prompt
     seeds: list[int]  # N
     input_images: list[Image.Image]  # RGB; the same for all N; empty: there are none
-    height: int  # pixels; None in a request: a stage takes it from the input image
+    height: int  # pixels; None in a request: a stage takes it from the input image; None of a sound
     width: int  # pixels
     num_frames: int | None  # None: a still picture
     num_inference_steps: int
@@ -36,12 +36,16 @@ class State:
     guidance_scale: float | None
     guidance_scale_2: float | None
     max_sequence_length: int | None  # tokens
+    audio_start_in_s: float | None = None  # of a sound
+    audio_end_in_s: float | None = None  # None: at the end of the longest that the model makes
     #: {branch: what of the prompt the transformer's `embed` takes}
     conditioning: dict[str, dict[str, Any]] = given_by_stage()
     #: [N], the scale that a guidance-distilled transformer takes; None: it takes none
     guidance: Tensor | None = given_by_stage()
-    #: [N, S, C], packed, or [N, C, F, h, w], as the transformer takes them
+    #: [N, S, C], packed, or [N, C, F, h, w], or of a sound [N, C, L], as the transformer takes them
     latents: Tensor = given_by_stage()
+    #: N, what the latents were drawn from; a scheduler that adds noise draws it from them
+    generators: list[Generator] = given_by_stage()
     #: latent tokens: frames, rows, columns
     grid: Grid = given_by_stage()
     #: the input images as packed latents, one after the other, [1, I, C], and the grid of each
@@ -53,7 +57,7 @@ class State:
     first_frame: Tensor | None = given_by_stage()
     #: [steps], the scheduler's own values
     timesteps: Tensor = given_by_stage()
-    #: [N, F, H, W, 3] uint8; F is 1 for a still picture
+    #: [N, F, H, W, 3] uint8, F is 1 for a still picture; of a sound its samples, [N, samples, channels] int16
     frames: np.ndarray = given_by_stage()
 
     @classmethod

@@ -15,6 +15,7 @@ from typing import Any
 from hydrarun import batches, prompts
 from hydrarun.annotations import describe, fits, show
 from hydrarun.errors import nearest, refuse
+from hydrarun.media import kinds
 from hydrarun.parallel import degrees
 from hydrarun.quality import report
 from hydrarun.schema import MISSING, Config, Fit
@@ -30,10 +31,10 @@ OPTIONAL = (
     "guidance_scale_2",
     "num_frames",
     "max_sequence_length",
+    "audio_start_in_s",
+    "audio_end_in_s",
 )
-NEEDED = ("num_frames", "max_sequence_length")
-PICTURE_FORMATS = ("png",)
-VIDEO_FORMATS = ("mp4", "frames")
+NEEDED = ("num_frames", "max_sequence_length", "audio_start_in_s")
 MAX_PROMPTS = 100_000  # characters of all prompts of a run: with room to spare in a picture's metadata
 
 Problem = tuple[str, str]  # the key, and the sentence about it
@@ -134,7 +135,7 @@ def cfg_off(config: Mapping[str, Any]) -> float:
 
 def is_video(config: Mapping[str, Any]) -> bool:
     """Whether the model draws videos."""
-    return "num_frames" in config["model"]["takes"]
+    return kinds.of_model(config) is kinds.VIDEO
 
 
 def image_paths(config: Mapping[str, Any]) -> list[str]:
@@ -249,6 +250,10 @@ def _sampling(sampling: Mapping[str, Any], takes: Sequence[str]) -> Iterator[Pro
         value = sampling[key] if key in takes else None
         if value is not None and not (math.isfinite(value) and value >= 0):
             yield f"sampling.{key}", f"{value} is not a finite number >= 0."
+    for key in ("audio_start_in_s", "audio_end_in_s"):
+        value = sampling[key] if key in takes else None
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            yield f"sampling.{key}", f"{value} is not a finite number of seconds >= 0."
     yield from _texts(sampling)
     yield from _pictures(sampling)
 
@@ -271,7 +276,9 @@ def _guidance(config: Mapping[str, Any]) -> Iterator[Problem]:
     (name, scale), off = cfg_scale(config), cfg_off(config)
     if name in config["model"]["takes"] and scale is None:
         yield f"sampling.{name}", f"null; {off:g} turns guidance off."
-    if scale is not None and math.isfinite(scale) and scale > off and config["sampling"]["negative_prompt"] is None:
+    if config["sampling"]["negative_prompt"] is not None or config["model"]["guidance"].get("unprompted"):
+        return
+    if scale is not None and math.isfinite(scale) and scale > off:
         yield (
             "sampling.negative_prompt",
             f"null, but {name}={scale} guides away from it: set"
@@ -280,9 +287,12 @@ def _guidance(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _size(config: Mapping[str, Any]) -> Iterator[Problem]:
-    model = config["model"]
+    model, sizeless = config["model"], kinds.of_model(config) is kinds.SOUND
     for key in ("height", "width"):
-        if config["sampling"][key] is None and model["input_images"][1] == 0:
+        value = config["sampling"][key]
+        if sizeless and value is not None:
+            yield f"sampling.{key}", f"model {model['name']} does not take it: it draws sounds."
+        if not sizeless and value is None and model["input_images"][1] == 0:
             yield f"sampling.{key}", f"null, and model {model['name']} has no input image to take it from."
 
 
@@ -303,16 +313,15 @@ def _input_images(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _output(config: Mapping[str, Any]) -> Iterator[Problem]:
     output, name = config["output"], config["model"]["name"]
-    formats = VIDEO_FORMATS if is_video(config) else PICTURE_FORMATS
-    if output["format"] not in formats:
-        kind = "videos" if is_video(config) else "pictures"
-        yield "output.format", f"{output['format']!r}: model {name} draws {kind}: {' or '.join(formats)}."
+    kind = kinds.of_model(config)
+    if output["format"] not in kind.formats:
+        yield "output.format", f"{output['format']!r}: model {name} draws {kind.name}s: {' or '.join(kind.formats)}."
     if is_video(config):
         if output["fps"] is None:
             yield "output.fps", "null: a video needs frames per second, output.fps=16"
         yield from _at_least("output.fps", output["fps"], 1)
     elif output["fps"] is not None:
-        yield "output.fps", f"{output['fps']}: model {name} draws pictures, which have none."
+        yield "output.fps", f"{output['fps']}: model {name} draws {kind.name}s, which have none."
 
 
 def _texts(sampling: Mapping[str, Any]) -> Iterator[Problem]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import checkpoint_stable_audio
 import checkpoint_zimage
 import checkpoints_chat
 import tiny
@@ -24,6 +25,7 @@ from diffusers import (
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
     SD3Transformer2DModel,
+    StableAudioPipeline,
     StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
@@ -254,6 +256,10 @@ def zimage() -> ZImagePipeline:
     return checkpoint_zimage.zimage(_flux_vae())
 
 
+def stable_audio() -> StableAudioPipeline:
+    return checkpoint_stable_audio.stable_audio(_t5(T5EncoderModel, T5Config), _t5_tokenizer(), TEXT_WIDTH)
+
+
 def wan21_t2v() -> WanPipeline:
     return _quiet(WanPipeline(**_wan_parts(), transformer=_wan_transformer(16, 16)))
 
@@ -336,6 +342,7 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "ovis_image": checkpoints_chat.ovis_image,
     "zimage": zimage,
     "zimage_turbo": zimage,
+    "stable_audio": stable_audio,
     "wan21_t2v_14b": wan21_t2v,
     "wan21_t2v_1_3b": wan21_t2v,
     "wan22_t2v_a14b": wan22_t2v_a14b,

@@ -178,7 +178,7 @@ class Bench:
 
     def parallel(self, subject: subjects.Subject, column: Column) -> tuple[np.ndarray, np.ndarray]:
         """Sizes at which tokens do not divide. Also: every rank shows the same pictures, within one level."""
-        size = {"height": 3 * subject.multiple, "width": 5 * subject.multiple}
+        size = subject.size(3, 5)
         alone = self.plain(subject, **size)
         degrees = column.config(subject.name)["parallel"]
         chosen = {key: value for key, value in degrees.items() if value > 1}
@@ -186,7 +186,7 @@ class Bench:
         fields = {**request(subject.name), **size}
         results = self.pool(ranks(column), parallel_runs.draw, subject.name, subject.folder, chosen, images, fields)
         for frames, _, _ in results:
-            assert np.abs(frames.astype(int) - alone.frames.astype(int)).max() <= 1
+            assert subjects.apart(frames, alone.frames) <= 1
         want = alone.latents.numpy()
         return joined([latents for _, latents, _ in results], degrees["data_degree"], want), want
 

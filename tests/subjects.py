@@ -21,6 +21,7 @@ from PIL import Image
 from hydrarun import resources
 from hydrarun.compose import compose, compose_raw
 from hydrarun.fit import vae_factors
+from hydrarun.media import kinds
 from hydrarun.runner import Runner
 from hydrarun.validate import cfg_off, cfg_scale, is_video
 
@@ -49,6 +50,9 @@ SORTS = ("qwen_image_edit_plus", "flux_dev", "wan22_t2v_a14b", "wan22_ti2v_5b", 
 #: the file for `input.images`, beside a subject's folder
 IMAGE = "input.png"
 
+#: a level of 255 for pictures, 1/1024 of all that there can be for sounds
+TOLERANCE = {np.dtype(np.uint8): 1, np.dtype(np.int16): 64}
+
 SHORT, LONG = "a cat", "two dogs, one of them “asleep”, on a 红色 sofa (wide shot)"
 
 
@@ -66,6 +70,10 @@ class Subject:
         """Pixels that height and width must be a multiple of."""
         return vae_factors(self.pipeline.vae.config)[1] * 2
 
+    def size(self, rows: int, columns: int) -> dict[str, int]:
+        """The fields of `sampling` that ask for so many multiples; a sound has no size."""
+        return sized(self.name, self.folder, rows, columns)
+
     def overrides(self) -> list[str]:
         """The command line of a small run."""
         return command(self.name, self.folder)
@@ -79,18 +87,27 @@ class Subject:
     ) -> Any:
         """The finished state; `images`: how many are given (as many as must be), `size`: in multiples."""
         if size:
-            sampling |= {"height": size[0] * self.multiple, "width": size[1] * self.multiple}
+            sampling |= self.size(*size)
         least = CONFIGS[self.name]["model"]["input_images"][0]
         return tiny.draw(self.runner, pictures(least if images is None else images), cache, **sampling)
 
 
 def command(name: str, folder: Path) -> list[str]:
     """The command line of a small run of a saved subject."""
-    side = 4 * multiple(folder)
-    size = [f"sampling.height={side}", f"sampling.width={side}"]
+    size = [f"sampling.{key}={value}" for key, value in sized(name, folder, 4, 4).items()]
+    plain = [
+        word for word in tiny.overrides(folder, name) if not word.startswith(("sampling.height", "sampling.width"))
+    ]
     frames = ["sampling.num_frames=5"] if is_video(CONFIGS[name]) else []
     image = [f"input.images={folder.parent / IMAGE}"] if CONFIGS[name]["model"]["input_images"][0] else []
-    return [*tiny.overrides(folder, name), *size, *frames, *image]
+    return [*plain, *size, *frames, *image]
+
+
+def sized(name: str, folder: Path, rows: int, columns: int) -> dict[str, int]:
+    """As `Subject.size`."""
+    if kinds.of_model(CONFIGS[name]) is kinds.SOUND:
+        return {}
+    return {"height": rows * multiple(folder), "width": columns * multiple(folder)}
 
 
 def multiple(folder: Path) -> int:
@@ -130,6 +147,12 @@ def remembering(encode: Callable[..., Any], seen: dict[bytes, Any] | None = None
     return encode_once
 
 
+def apart(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest difference of what was drawn, in what it may be."""
+    assert ours.dtype == theirs.dtype
+    return np.abs(ours.astype(int) - theirs.astype(int)).max() / TOLERANCE[ours.dtype]
+
+
 def cases(name: str) -> dict[str, dict[str, Any]]:
     """What a model is asked for in a test of its numbers, from what its option says that it takes."""
     config = CONFIGS[name]
@@ -139,11 +162,16 @@ def cases(name: str) -> dict[str, dict[str, Any]]:
     found = {
         "guided": guided,
         **{f"guidance off at {value:g}": {scale: value} for value in sorted({0.0, off})},
-        "wide": {"size": (3, 5), "seed": 7},
         "unequal prompts": {"prompt": [SHORT, LONG], "seed": [3, 4], **guided, "negative_prompt": ["x", LONG]},
         "unequal prompts, guidance off": {"prompt": [LONG, SHORT], "seed": [3, 4], scale: off},
         "more steps": {"num_inference_steps": 7},
     }
+    if kinds.of_model(config) is not kinds.SOUND:
+        found["wide"] = {"size": (3, 5), "seed": 7}
+    if "audio_end_in_s" in takes:  # 48 s of 4 samples each
+        found["a part"] = {"audio_start_in_s": 5.3, "audio_end_in_s": 31.0, **guided}
+        found["no negative prompt"] = {"negative_prompt": None, scale: 3.0}
+        found["unequal prompts, no negative one"] = {**found["no negative prompt"], "prompt": [SHORT, LONG]}
     if "max_sequence_length" in takes:
         found["truncated prompt"] = {"prompt": LONG, "max_sequence_length": 6}
     if "guidance_scale" in takes and scale != "guidance_scale":

@@ -43,6 +43,8 @@ BROKEN = {
     ],
     "log-sum": ["parallel=ring2", "attention=flex"],
     "other attention kernels": ["parallel=ring2", "report.metrics=[psnr]", "report.noise_floor=[repeat,flex]"],
+    "a sound has none": ["model=stable_audio", "sampling.prompt=a", "parallel=vae2"],
+    "a layout of pictures": ["model=stable_audio", "sampling.prompt=a", "vae.channels_last=true"],
     "rows take the place of tiles": ["parallel=vae2", "vae.tiling=true"],
     "talk between the layers": ["compile=full", "parallel=ulysses2"],
     "block by block": ["compile=full", "cache=dbcache"],

@@ -10,11 +10,11 @@ import numpy as np
 import parallel_runs
 import pytest
 from matrix import request
-from subjects import CONFIGS, MODELS, SORTS, VARIANTS
+from subjects import CONFIGS, MODELS, SORTS, VARIANTS, apart
 
 from hydrarun.parallel.degrees import shares, world_size
 
-LATENTS, PIXELS = 1e-4, 1
+LATENTS = 1e-4
 
 LAYOUTS = {
     # two ranks
@@ -39,8 +39,7 @@ CASES += [(name, layout) for name in OTHERS for layout in LAYOUTS_OF_OTHERS]
 
 def asked(subject) -> tuple[int, dict]:
     """How many images, and what is asked for."""
-    size = {"height": 3 * subject.multiple, "width": 5 * subject.multiple}
-    return CONFIGS[subject.name]["model"]["input_images"][0], {**request(subject.name), **size}
+    return CONFIGS[subject.name]["model"]["input_images"][0], {**request(subject.name), **subject.size(3, 5)}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +70,7 @@ def test_equals_one_process(subject, layout, pool, alone):
         own = want[start : start + shares(2, data)[share]]
         assert latents.shape == own.shape
         assert np.abs(latents - own).max() <= LATENTS
-        assert np.abs(frames.astype(int) - pictures.astype(int)).max() <= PIXELS
+        assert apart(frames, pictures) <= 1
 
 
 @pytest.mark.parametrize("subject", ["flux_dev", "wan22_ti2v_5b"], indirect=True)

@@ -19,6 +19,8 @@ SAMPLING = {
     "seed": 7,
     "num_images_per_prompt": None,
     "max_sequence_length": 8,
+    "audio_start_in_s": None,
+    "audio_end_in_s": None,
 }
 
 

@@ -39,6 +39,8 @@ GOOD = {
         "seed": 0,
         "num_images_per_prompt": None,
         "max_sequence_length": 512,
+        "audio_start_in_s": None,
+        "audio_end_in_s": None,
     },
     "input": {"images": None, "prompts": None},
     "parallel": dict.fromkeys(

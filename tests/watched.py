@@ -31,7 +31,7 @@ def runner(subject: subjects.Subject, device: str, option: str = "none", **argum
 @cache
 def smallest(name: str, folder: Path) -> dict[str, Any]:
     """Its configuration; images are encoded at a few pixels instead of a megapixel."""
-    sides = [f"sampling.{side}={2 * subjects.multiple(folder)}" for side in ("height", "width")]
+    sides = [f"sampling.{key}={value}" for key, value in subjects.sized(name, folder, 2, 2).items()]
     config = compose([*subjects.command(name, folder), *sides])
     for stage in config["model"]["stages"]:
         if stage["_target_"].endswith("EncodeImages"):

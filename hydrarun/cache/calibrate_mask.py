@@ -12,6 +12,7 @@ from hydrarun.cache.calibration import Draws, entry, many, write_option
 from hydrarun.cache.scores import Scores
 from hydrarun.cache.search import Found, Steps, search, spread
 from hydrarun.errors import UsageError
+from hydrarun.media import kinds
 from hydrarun.progress import Progress
 from hydrarun.quality.metrics import compare
 from hydrarun.resources import options
@@ -42,10 +43,10 @@ def calibrate(job: Job) -> Path:
             return ledger.scores[steps]
 
         found = search(score, starts, twins.steps, twins.firsts, job.evaluations)
-    psnr = {steps: twins.psnr(steps) for steps in dict.fromkeys([found.start, found.best])}
-    print(report(found, psnr, job, twins))
+    near = {steps: twins.nearness(steps) for steps in dict.fromkeys([found.start, found.best])}
+    print(report(found, near, job, twins))
     file = job.option("mask")
-    write(file, job, twins, found, psnr[found.best])
+    write(file, job, twins, found, near[found.best])
     return file
 
 
@@ -88,14 +89,16 @@ class Twins:
         ]
         return sum(errors) / len(errors)
 
-    def psnr(self, steps: Steps) -> float:
-        """dB, the mean over all that is drawn."""
+    def nearness(self, steps: Steps) -> str:
+        """PSNR in dB, of sounds SNR: the mean over all that is drawn."""
+        measure = kinds.of_model(self.job.config).metrics[0]
         pairs = [
             pair
             for index, twin in enumerate(self.uncached)
             for pair in zip(self.draws.decode(self.denoise(index, steps)), self.draws.decode(twin), strict=True)
         ]
-        return float(np.mean([compare(*pair, ["psnr"])["psnr"] for pair in pairs]))
+        decibels = float(np.mean([compare(*pair, [measure])[measure] for pair in pairs]))
+        return f"{measure.upper()} {decibels:.2f} dB"
 
 
 def node(job: Job, steps: Steps) -> dict[str, Any]:
@@ -115,25 +118,25 @@ def identity(job: Job, twins: Twins) -> dict[str, Any]:
     }
 
 
-def report(found: Found, psnr: dict[Steps, float], job: Job, twins: Twins) -> str:
+def report(found: Found, near: dict[Steps, str], job: Job, twins: Twins) -> str:
     """What the search came to, for the user."""
     at_limit = found.count >= job.evaluations
     why = "cache.evaluations is reached" if at_limit else "no move of a single step is better"
     rows = (("start", found.start, found.start_score), ("best", found.best, found.best_score))
     lines = [
-        f"{name}: latents' mean squared error {score:.4g}, PSNR {psnr[steps]:.2f} dB, computed {list(steps)}"
+        f"{name}: latents' mean squared error {score:.4g}, {near[steps]}, computed {list(steps)}"
         for name, steps, score in rows
     ]
     tried = f"{found.count} masks of {twins.count} of {twins.steps} steps tried on {many(job.prompts)}: {why}"
     return "\n".join([*lines, tried])
 
 
-def write(file: Path, job: Job, twins: Twins, found: Found, psnr: float) -> None:
+def write(file: Path, job: Job, twins: Twins, found: Found, near: str) -> None:
     """The option."""
     name = job.config["model"]["name"]
     about = (
         f"{twins.count} of {twins.steps} steps of {name} (budget {job.budget}), searched by hydrarun calibrate on"
-        f" {many(job.prompts)}: latents' mean squared error {found.best_score:.4g}, PSNR {psnr:.2f} dB"
+        f" {many(job.prompts)}: latents' mean squared error {found.best_score:.4g}, {near}"
     )
     predictor, body = chosen(job.cache["predictor"])
     steps = entry("steps that are computed, from 0", "steps", list(found.best), indent=2)

@@ -38,3 +38,11 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     else:  # one kernel instead of seven
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
     return turned.flatten(-2).to(x.dtype)
+
+
+def rotate_halves(x: Tensor, rope: Tensor) -> Tensor:
+    """As `rotate`, of the first `d'` channels of `x` `[B, S, H, d]`: each of their first half is paired with the one in
+    the same place of the second. `rope` is `[S, d' / 2, 2]`; the other channels stay."""
+    first, second, rest = x.float().split([rope.shape[-2], rope.shape[-2], x.shape[-1] - 2 * rope.shape[-2]], dim=-1)
+    cos, sin = rope.unsqueeze(-3).unbind(-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)

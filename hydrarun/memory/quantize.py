@@ -95,7 +95,7 @@ class TorchAO(NoQuantization):
             )
         self.config = scheme(self.name, device)
         # torch.compile says so of torchao's tensors; what it would save is compiling once more in the next process
-        warnings.filterwarnings("ignore", message=".* does not implement _stable_hash_for_caching")
+        warnings.filterwarnings("ignore", message=".* does not implement _.*_hash_for_caching")
 
     def loaded(self, transformer: Transformer, name: str) -> None:
         """Quantize it, if it is such a weight: at no time are more of them there in full than there are threads."""

@@ -38,7 +38,7 @@ def drawn(count: int, axis: Axis) -> int:
 
 
 def all_frames(frames: np.ndarray, count: int, axis: Axis, device: torch.device) -> np.ndarray:
-    """The frames `[N, F, H, W, 3]` of all `count` items, from each rank's own."""
+    """The frames (`State.frames`) of all `count` items, from each rank's own."""
     counts = shares(drawn(count, axis), axis.size)
-    gathered = all_gather(torch.from_numpy(frames).to(device), 0, counts, axis.group)
-    return gathered.cpu().numpy()[:count]
+    bytes_ = torch.from_numpy(frames.view(np.uint8)).to(device)  # not every backend sends numbers of 16 bits
+    return all_gather(bytes_, 0, counts, axis.group).cpu().numpy().view(frames.dtype)[:count]

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from hydrarun.components import LIBRARIES, component_class
+from hydrarun.components import LIBRARIES, component_class, entries
 from hydrarun.errors import UsageError
 from hydrarun.fit import read
 from hydrarun.memory.hub import local_folder, snapshot
@@ -35,7 +35,7 @@ class Configs:
 
     def __post_init__(self) -> None:
         """The components that there are, by name: what else is in an index are settings."""
-        self.entries = {name: tuple(one) for name, one in self.index.items() if isinstance(one, list) and one[0]}
+        self.entries = entries(self.index)
 
     def cls(self, name: str) -> Any:
         """The class of a component, imported. Raises `UsageError` for one that is not loaded."""

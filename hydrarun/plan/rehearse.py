@@ -85,6 +85,10 @@ class Rehearsal:
         firsts = {kinds[step.index]: step.index for step in reversed(steps)}
         count = fills(parts.cache)
         ready(parts.cache, steps, list(conditioning), parts.mesh)
+        if hasattr(
+            parts.pipeline.scheduler, "noise_sampler"
+        ):  # it draws on the latents' device, which has no generators
+            parts.pipeline.scheduler.noise_sampler = lambda *_: torch.zeros_like(state.latents)
         work: dict[Any, Work] = {}
         for index in sorted({*range(min(count, len(steps))), *firsts.values()}):
             timestep, before = state.timesteps[index], self.meter.so_far()

@@ -70,12 +70,19 @@ def pipeline(cls: Any, configs: Configs, made: dict[str, nn.Module], scheduler: 
         elif name in OURS or name not in configs.entries:
             components[name] = None
         elif name in made:
-            components[name] = made[name] if name == "vae" else TextEncoder(made[name], meter)
+            components[name] = stand_in(name, made[name], meter, configs)
         else:
             components[name] = tool(configs, name, made)
     accepted = inspect.signature(cls).parameters
     with quiet_libraries():
         return cls(**{name: value for name, value in components.items() if name in accepted})
+
+
+def stand_in(name: str, module: nn.Module, meter: Meter, configs: Configs) -> Any:
+    """What is called in a module's place."""
+    if name == "vae":
+        return module
+    return TextEncoder(module, meter) if configs.entries[name][0] == "transformers" else Projection(module)
 
 
 def tool(configs: Configs, name: str, made: dict[str, nn.Module]) -> Any:
@@ -109,6 +116,20 @@ class TextEncoder:
         shapes = tree_map(Shape.of, self.module(input_ids=input_ids.to(META), **wants))
         self.meter.answer = True
         return tree_map(Shape.zeros, shapes)  # once the outputs themselves are gone: they count only once
+
+
+class Projection:
+    """What a pipeline has behind its text encoders, on the meta device and called from the host."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        given = {name: value.to(META) for name, value in inputs.items()}
+        return tree_map(Shape.zeros, tree_map(Shape.of, self.module(**given)))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How far pictures and videos are from their twins: PSNR and SSIM; and what share of them a judge finds right."""
+"""How far pictures and videos are from their twins, PSNR and SSIM, and sounds, SNR; and what share a judge finds right."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ SIGMA, WINDOW = 1.5, 11
 
 
 def compare(ours: np.ndarray, twin: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """The measures among `names` of a pair of pictures (uint8 `[H, W, 3]`) or videos (uint8 `[F, H, W, 3]`).
+    """The measures among `names` of a pair of pictures, videos or sounds (arrays of `hydrarun.media.kinds`).
 
-    `psnr`: dB over all frames together, at most `PSNR_CAP`. `ssim`: at most 1, the mean over the frames. `accuracy` is
-    not about pairs and is left out. Raises ValueError for unequal shapes.
+    `psnr`: dB over all frames together, at most `PSNR_CAP`. `ssim`: at most 1, the mean over the frames. `snr`: the
+    twin's power over that of the difference, in dB, at most `PSNR_CAP`. `accuracy` is not about pairs and is left out.
+    Raises ValueError for unequal shapes.
     """
     if ours.shape != twin.shape:
         raise ValueError(f"{list(ours.shape)} and {list(twin.shape)} cannot be compared")
@@ -67,4 +68,11 @@ def _ssim(pairs: Pairs) -> float:
     return float(np.mean([structural_similarity(*pair, **settings) for pair in pairs]))
 
 
-MEASURES: dict[str, Callable[[Pairs], float]] = {"psnr": _psnr, "ssim": _ssim}
+def _snr(pairs: Pairs) -> float:
+    ((ours, twin),) = pairs
+    wide = twin.astype(np.float64)
+    error, power = float(np.square(ours - wide).mean()), float(np.square(wide).mean())
+    return min(PSNR_CAP, 10 * math.log10(power / error)) if error else PSNR_CAP
+
+
+MEASURES: dict[str, Callable[[Pairs], float]] = {"psnr": _psnr, "ssim": _ssim, "snr": _snr}

@@ -8,8 +8,11 @@ from typing import Any
 
 from hydrarun import resources
 from hydrarun.errors import nearest
+from hydrarun.media import kinds
 
-METRICS = ("psnr", "ssim", "accuracy")
+#: between an output and its twin, and of all outputs
+PAIRED = ("psnr", "ssim", "snr")
+METRICS = (*PAIRED, "accuracy")
 
 #: numbers of every run, beside the metrics, that a sweeper can search by
 MEASURED = ("total_s", "denoise_s", "steady_step_s", "peak_host_bytes", "peak_device_bytes")
@@ -38,6 +41,7 @@ def problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     if len(names) < len(report["metrics"]):
         yield "report.metrics", LPIPS
     yield from _names("report.metrics", names, METRICS)
+    yield from _of_its_kind(config, names)
     if "accuracy" in names:
         yield from _judged(config)
     yield from _noise_floor(config)
@@ -54,11 +58,24 @@ def _names(key: str, names: Sequence[str], known: Sequence[str]) -> Iterator[Pro
             yield key, f"lists {name!r} {'twice' if count == 2 else f'{count} times'}."
 
 
+def _of_its_kind(config: Mapping[str, Any], names: Sequence[str]) -> Iterator[Problem]:
+    """Pictures and sounds are compared in other ways."""
+    kind, model = kinds.of_model(config), config["model"]["name"]
+    for name in names:
+        if name in PAIRED and name not in kind.metrics:
+            others = next(other.name for other in kinds.KINDS if name in other.metrics)
+            known = ", ".join(kind.metrics)
+            yield "report.metrics", f"{name!r} is of {others}s, and model {model} draws {kind.name}s. Use {known}."
+
+
 def _judged(config: Mapping[str, Any]) -> Iterator[Problem]:
     """`accuracy` is for the pictures, and the prompts, that the judge understands."""
     model, sampling = config["model"], config["sampling"]
     if model["judge"] is None:
-        yield "report.metrics", f"'accuracy': model {model['name']} has no judge (model.judge). Use psnr, ssim."
+        yield (
+            "report.metrics",
+            f"'accuracy': model {model['name']} has no judge (model.judge). Use {', '.join(kinds.of_model(config).metrics)}.",
+        )
         return
     height, width = sampling["height"], sampling["width"]
     if height != width or (height or 0) < SMALLEST_SIDE:

@@ -16,11 +16,11 @@ import numpy as np
 
 from hydrarun import recorded
 from hydrarun.errors import RunError, UsageError
+from hydrarun.media import kinds
 from hydrarun.outputs import OutputWriter, as_recorded
 from hydrarun.provenance import asked, config_hash
 from hydrarun.resources import options
 from hydrarun.schema import Report
-from hydrarun.validate import is_video
 
 if TYPE_CHECKING:
     from hydrarun.runner import Picture
@@ -38,7 +38,7 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def configuration(config: Mapping[str, Any]) -> dict[str, Any]:
     """The twin's: plain, measured by nothing, drawn once, and written without loss."""
-    output = {**config["output"], "format": "frames" if is_video(config) else "png", "metadata": True}
+    output = {**config["output"], "format": kinds.of_model(config).lossless, "metadata": True}
     return {**plain(config), "report": asdict(Report()), "output": output, "warmup": 0}
 
 
@@ -48,16 +48,16 @@ def folder(config: Mapping[str, Any]) -> Path:
 
 
 def kept(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[np.ndarray] | None:
-    """The kept twin of `config`: uint8 `[H, W, 3]` or `[F, H, W, 3]` of each output, in order.
+    """The kept twin of `config`: the array (`hydrarun.media.kinds`) of each output, in order.
 
     None where there is none, or not the one that would be drawn now: not complete, another configuration, pixels other
     than recorded, or made with others of the `facts` (`OutputWriter.facts`) about weights, versions, hardware, inputs….
     """
     file = folder(config) / "run.json"
-    wanted = ("complete", asked(as_recorded(configuration(config))), {key: facts[key] for key in recorded.FACTS})
+    wanted = ("complete", asked(as_recorded(configuration(config))), {key: facts.get(key) for key in recorded.FACTS})
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        if (record["status"], asked(record["config"]), {key: record[key] for key in recorded.FACTS}) != wanted:
+        if (record["status"], asked(record["config"]), {key: record.get(key) for key in recorded.FACTS}) != wanted:
             return None
         pictures = recorded.load(file).pictures
     except (OSError, ValueError, LookupError, TypeError, UsageError):  # not as `keep` left it

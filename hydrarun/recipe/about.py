@@ -33,16 +33,17 @@ class About:
 
 @dataclass
 class Output:
-    """A picture or video that was drawn."""
+    """A picture, video or sound that was drawn."""
 
     index: int
     prompt: str
     seed: int
     pixels_sha256: str
-    width: int
-    height: int
     fingerprint: str  # what is kept of its pixels: hydrarun.recipe.fingerprint
+    width: Optional[int] = None  # noqa: UP045
+    height: Optional[int] = None  # noqa: UP045
     frames: Optional[int] = None  # noqa: UP045
+    samples: Optional[int] = None  # noqa: UP045 - of a sound, which has no width and no height
 
 
 @dataclass

@@ -10,18 +10,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hydrarun.errors import RunError
+from hydrarun.media.reading import read
 from hydrarun.outputs import pixels_sha256
 from hydrarun.recipe import pixels
 from hydrarun.recipe.about import Measured, Status, Verdict, take
 from hydrarun.recipe.reading import Refused
-from hydrarun.recorded import is_lossy, read
+from hydrarun.recorded import is_lossy
 
 #: dB between fingerprints from which on an output is near; on the demo model bfloat16 for float32 has 64, a seed 15
 NEAR = 30.0
 #: times as long as before, from which on a run on the same hardware is slow
 SLOW = 1.5
 #: what a later run may lose of a quality's mean
-LOSS = {"psnr": 0.5, "ssim": 0.005}
+LOSS = {"psnr": 0.5, "ssim": 0.005, "snr": 0.5}
+#: of an output, how large it is
+EXTENT = ("width", "height", "frames", "samples")
 #: equal where a picture must be equal to the last bit
 EXACT = ("hardware", "versions", "device", "dtype")
 
@@ -80,7 +83,7 @@ def drawn(record: Mapping[str, Any], folder: Path) -> np.ndarray:
 
 
 def _output(output: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    kept = ("index", "prompt", "seed", "pixels_sha256", "width", "height", "frames")
+    kept = ("index", "prompt", "seed", "pixels_sha256", *EXTENT)
     path = folder / Path(output["path"]).name
     found = read(path)[0]
     if not is_lossy(path) and pixels_sha256(found) != output["pixels_sha256"]:
@@ -106,7 +109,7 @@ def verdict(old: Any, new: Any) -> Verdict:
     if old.pixels_sha256 == new.pixels_sha256:
         return Verdict(old.index, "identical")
     distance = round(pixels.psnr(old.fingerprint, new.fingerprint), 1)
-    same_shape = (old.width, old.height, old.frames) == (new.width, new.height, new.frames)
+    same_shape = all(getattr(old, name) == getattr(new, name) for name in EXTENT)
     return Verdict(old.index, "near" if same_shape and distance >= NEAR else "different", distance)
 
 

@@ -10,11 +10,12 @@ from typing import Any
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from hydrarun import batches
+from hydrarun.media import kinds
 from hydrarun.memory.hub import local_folder, snapshot
 from hydrarun.recipe.catalogue import machine
 from hydrarun.recipe.file import Recipe
 from hydrarun.text import escape_interpolation, printable
-from hydrarun.validate import image_paths, is_video
+from hydrarun.validate import image_paths
 
 MAX_TEXT = 100  # characters of a value that are shown
 
@@ -62,10 +63,10 @@ def images(config: Mapping[str, Any]) -> list[str]:
 def drawn(config: Mapping[str, Any]) -> str:
     """How much, and how large."""
     sampling, count = config["sampling"], len(batches.items(dict(config)))
-    sized = sampling["width"] is not None and sampling["height"] is not None
-    size = f"{sampling['width']}x{sampling['height']}" if sized else "the size of the input image"
-    kind, length = ("video", f", {sampling['num_frames']} frames") if is_video(config) else ("picture", "")
-    return f"{count} {kind}{'' if count == 1 else 's'}, {size}{length}, {sampling['num_inference_steps']} steps"
+    kind = kinds.of_model(config)
+    length = "" if sampling["num_frames"] is None else f", {sampling['num_frames']} frames"
+    many = f"{count} {kind.name}{'' if count == 1 else 's'}"
+    return f"{many}, {kind.size(sampling)}{length}, {sampling['num_inference_steps']} steps"
 
 
 def settings(content: Mapping[str, Any]) -> Iterator[str]:

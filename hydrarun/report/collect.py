@@ -28,7 +28,7 @@ UNFINISHED = "no run.json: it was killed, or it is still running"
 
 @dataclass(frozen=True)
 class Output:
-    """A picture or video that a point made, or the error in its place; `frames` is None for a picture."""
+    """A picture, video or sound that a point made, or the error in its place; `frames` is None for a picture."""
 
     index: int
     prompt: str
@@ -37,6 +37,7 @@ class Output:
     error: str | None = None
     frames: int | None = None
     fps: int | None = None
+    sample_rate: int | None = None  # of a sound, in Hz
     quality: dict[str, float] | None = None  # by measure, against the uncached twin
 
 
@@ -151,6 +152,7 @@ def _output(entry: dict[str, Any]) -> Output:
         error,
         at(entry, "frames", kind=int),
         at(entry, "fps", kind=int),
+        at(entry, "sample_rate", kind=int),
         numbers or None,
     )
 

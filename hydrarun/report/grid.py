@@ -108,6 +108,9 @@ def media(found: Shown, file: str, name: str, gain: int) -> str:
     if found.difference:
         source, text = difference_uri(found.difference, gain), f"difference from the reference, {name}"
         apart = f'<img class="difference" src="{source}" alt="{escape(text)}"{pixelated(found)}>'
+    if found.sound is not None:
+        link = f'<a href="{quote(os.fsencode(file))}" title="full view">{still}{apart}</a>'
+        return f'{link}<audio controls preload="metadata" src="{found.sound}"></audio>'
     if found.video is None:
         return f'<a href="{quote(os.fsencode(file))}" title="full view">{still}{apart}</a>'
     link = f'<a href="{quote(os.fsencode(file))}">{still}{apart}<span>full view</span></a>'
@@ -131,6 +134,7 @@ def nearness(output: Output, found: Shown) -> str:
     """PSNR and SSIM against the twin where they were measured, else against the reference."""
     measured: dict[str, Any] = output.quality or (vars(found.difference) if found.difference else {})
     parts = [words.decibels(measured["psnr"], " dB")] if measured.get("psnr") is not None else []
+    parts += [f"SNR {words.decibels(measured['snr'], ' dB')}"] if measured.get("snr") is not None else []
     parts += [f"SSIM {words.share(measured['ssim'])}"] if measured.get("ssim") is not None else []
     return " · ".join(parts)
 
@@ -139,7 +143,7 @@ def away(apart: Difference) -> str:
     """A difference in words."""
     if apart.largest == 0:
         return "no difference from the reference"
-    return f"from the reference: {words.decibels(apart.psnr, ' dB')}, largest {apart.largest} of 255"
+    return f"from the reference: {words.decibels(apart.psnr, ' dB')}, largest {apart.largest} of {apart.levels}"
 
 
 def failed(status: str, error: str) -> str:

@@ -15,7 +15,7 @@ from hydrarun import resources
 from hydrarun.errors import RunError
 from hydrarun.media.files import write_atomically
 from hydrarun.report import data, grid, pictures, plot, table, words
-from hydrarun.report.collect import Point, at
+from hydrarun.report.collect import Point, at, number
 from hydrarun.report.layout import Layout
 from hydrarun.report.pictures import Cell, Shown
 
@@ -122,7 +122,9 @@ def sizes(points: Sequence[Point]) -> list[str]:
     for point in points:
         for output in at(point.record, "outputs", kind=list) or []:
             width, height, frames = (at(output, name, kind=int) for name in ("width", "height", "frames"))
+            seconds = number(output, "duration_s")
             found[f"{width}×{height}" + (f", {frames} frames" if frames else "")] = width and height
+            found[f"{seconds} s"] = seconds
     return [size for size, known in found.items() if known]
 
 

@@ -1,4 +1,4 @@
-"""What the page embeds of each cell: a small copy of its picture or video, and how far it is from the reference's."""
+"""What the page embeds of each cell: a small copy of its picture, video or sound, and how far it is from the reference's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from hydrarun.errors import UsageError
-from hydrarun.media import frames, png
+from hydrarun.media import kinds, reading
 from hydrarun.quality.metrics import PSNR_CAP, WINDOW, compare
 from hydrarun.report.layout import Layout, Row
 
@@ -30,8 +30,11 @@ MANY = 36  # cells
 #: of WebP's 100, for pictures, and for differences, whose noise is as strong as their amplification makes it
 QUALITY, ROUGH = 82, 50
 
-#: pixels up to which a small copy is without loss, and bytes up to which a video is embedded as it is
-LOSSLESS, SMALL_VIDEO = 256 * 256, 2**20
+#: pixels up to which a small copy is without loss, and bytes up to which a video or sound is embedded as it is
+LOSSLESS, SMALL_FILE = 256 * 256, 2**20
+
+#: bits per second of larger sounds
+SOUND_RATE = 96_000
 
 #: how many times a difference may be amplified to be seen
 GAINS = (32, 16, 8, 4, 2, 1)
@@ -39,27 +42,32 @@ GAINS = (32, 16, 8, 4, 2, 1)
 
 @dataclass
 class Difference:
-    """Between an output and the reference's, over all pixels and frames: `psnr` in dB, at most 100; `largest`, of 255.
+    """Between an output and the reference's, over all pixels and frames: `psnr` in dB, at most 100; `largest`, of
+    `levels`: 255, or a sound's 65535.
 
     `ssim`: of pictures; None for videos, which would take minutes, and for what is smaller than its window. `pixels`:
-    uint8 `[h, w, 3]`, the absolute difference, as small as what is embedded; of a video its middle frame's.
+    uint8 `[h, w, 3]`, the absolute difference, as small as what is embedded; of a video its middle frame's, of a sound
+    its waveform's.
     """
 
     psnr: float
     ssim: float | None
     largest: int
     pixels: np.ndarray
+    levels: int = 255
 
 
 @dataclass
 class Shown:
-    """A cell. Data URIs: `image`, of a video its middle frame, and `video`. `size`: the original's width and height."""
+    """A cell. Data URIs: `image`, of a video its middle frame, of a sound its waveform; and `video` and `sound`. `size`:
+    the original's width and height, or the waveform's."""
 
     image: str
     size: tuple[int, int]
     reduced: bool  # whether what is embedded is less than the original
     video: str | None
     difference: Difference | None
+    sound: str | None = None
 
 
 Cell = tuple[int, int]  # row, column
@@ -95,7 +103,7 @@ def show_row(layout: Layout, row: Row, side: int, reading: Reading) -> Iterator[
             yield column, ours
         else:
             apart = difference(ours, theirs, side) if not isinstance(theirs, str) else None
-            yield column, shown(file, ours, fps_of(row, column), apart, side)
+            yield column, shown(file, ours, rate_of(row, column), apart, side)
 
 
 def file_of(layout: Layout, row: Row, column: int) -> Path | None:
@@ -104,23 +112,19 @@ def file_of(layout: Layout, row: Row, column: int) -> Path | None:
     return layout.points[point].folder / output.path if output and output.path else None
 
 
-def fps_of(row: Row, column: int) -> int:
-    """Frames per second of a cell's video."""
+def rate_of(row: Row, column: int) -> int:
+    """Frames per second of a cell's video, or samples of its sound."""
     output = row.cells[column][1]
+    if output and output.sample_rate:
+        return output.sample_rate if 0 < output.sample_rate < 10**6 else 44100
     rate = output.fps if output else None
     return rate if rate and 0 < rate < 1000 else 16
 
 
 def read(file: Path) -> np.ndarray | str:
-    """The pixels of a picture (uint8 `[H, W, 3]`) or video (`[F, H, W, 3]`); or why there are none."""
+    """What a file holds (an array of `hydrarun.media.kinds`); or why there is nothing."""
     try:
-        if file.is_dir():
-            return frames.read(file)[0]
-        if file.suffix.lower() != ".mp4":
-            return png.read(file)[0]
-        from hydrarun.media import mp4  # and its library only for videos
-
-        return mp4.read(file)[0]
+        return reading.read(file)[0]
     except UsageError as error:
         return str(error).removeprefix(f"{file}: ")
     except OSError as error:
@@ -135,33 +139,38 @@ def difference(ours: np.ndarray, theirs: np.ndarray, side: int) -> Difference | 
     pairs = zip(ours.reshape(-1, *ours.shape[-3:]), theirs.reshape(-1, *theirs.shape[-3:]), strict=True)
     measured = [(int(apart.max()), float(np.square(apart, dtype=np.uint32).mean())) for apart in map(distance, pairs)]
     error = sum(mean for _, mean in measured) / len(measured)
-    psnr = min(PSNR_CAP, 10 * math.log10(255**2 / error)) if error else PSNR_CAP
+    psnr = min(PSNR_CAP, 10 * math.log10(kinds.of(ours).levels ** 2 / error)) if error else PSNR_CAP
     pixels = np.asarray(reduce(distance((middle(ours), middle(theirs))), side))
     still = ours.ndim == 3 and min(ours.shape[:2]) >= WINDOW
     ssim = compare(ours, theirs, ["ssim"])["ssim"] if still else None
-    return Difference(psnr, ssim, max(most for most, _ in measured), pixels)
+    return Difference(psnr, ssim, max(most for most, _ in measured), pixels, kinds.of(ours).levels)
 
 
 def distance(pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """|a - b|, uint8 `[H, W, 3]`."""
-    return np.maximum(*pair) - np.minimum(*pair)
+    """|a - b|, uint8 `[H, W, 3]`; of samples uint16, which holds any two's."""
+    apart = np.maximum(*pair) - np.minimum(*pair)
+    return apart if apart.dtype == np.uint8 else apart.view(np.uint16)
 
 
 def middle(pixels: np.ndarray) -> np.ndarray:
-    """The picture itself, or the middle frame of a video."""
-    return pixels if pixels.ndim == 3 else pixels[len(pixels) // 2]
+    """The picture itself, the middle frame of a video, or the waveform of a sound."""
+    return kinds.of(pixels).still(pixels)
 
 
-def shown(file: Path, pixels: np.ndarray, fps: int, apart: Difference | None, side: int) -> Shown:
-    """What is embedded of one output."""
+def shown(file: Path, pixels: np.ndarray, rate: int, apart: Difference | None, side: int) -> Shown:
+    """What is embedded of one output. `rate`: frames per second, or samples."""
     still = middle(pixels)
     small = reduce(still, side)
     size = still.shape[1], still.shape[0]
     if pixels.ndim == 3:
         return Shown(picture_uri(small), size, small.size != size or not is_small(small), None, apart)
-    if file.is_file() and file.stat().st_size <= SMALL_VIDEO and max(size) <= SIDE:
+    if kinds.of(pixels) is kinds.SOUND:
+        whole = file.stat().st_size <= SMALL_FILE
+        sound = uri("audio/wav", file.read_bytes()) if whole else sound_uri(pixels, rate)
+        return Shown(picture_uri(small), size, not whole, None, apart, sound)
+    if file.is_file() and file.stat().st_size <= SMALL_FILE and max(size) <= SIDE:
         return Shown(picture_uri(small), size, False, uri("video/mp4", file.read_bytes()), apart)
-    return Shown(picture_uri(small), size, True, video_uri(pixels, fps), apart)
+    return Shown(picture_uri(small), size, True, video_uri(pixels, rate), apart)
 
 
 def reduce(pixels: np.ndarray, side: int) -> Image.Image:
@@ -190,6 +199,18 @@ def video_uri(pixels: np.ndarray, fps: int) -> str | None:
     small = np.stack([np.asarray(reduce(frame, VIDEO_SIDE)) for frame in pixels])
     height, width = (side - side % 2 for side in small.shape[1:3])
     return uri("video/mp4", mp4.encode(small[:, :height, :width], fps, {})) if height and width else None
+
+
+def sound_uri(samples: np.ndarray, rate: int) -> str:
+    """A smaller file, AAC in MP4."""
+    import av
+
+    from hydrarun.media import wav
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        wav.write(container, "aac", samples, rate)
+    return uri("audio/mp4", file.getvalue())
 
 
 def gain(cells: Iterable[Shown | str]) -> int:

@@ -75,9 +75,13 @@ FIXED = (
 )
 
 #: units, and how they are written
-MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {"psnr": ("dB", words.decibels), "ssim": ("", words.share)}
+MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "psnr": ("dB", words.decibels),
+    "ssim": ("", words.share),
+    "snr": ("dB", words.decibels),
+}
 
-LARGEST = Column("from the reference", "largest", "of 255", under("difference", "largest"))
+LARGEST = Column("from the reference", "largest", "of 255; of sounds 65535", under("difference", "largest"))
 
 
 def columns(axes: Sequence[Entry], entries: Sequence[Entry]) -> list[Column]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,6 +31,7 @@ class Denoise(Stage):
 
     needs: tuple[str, ...] = (
         "latents",
+        "generators",
         "timesteps",
         "conditioning",
         "true_cfg_scale",
@@ -48,7 +50,7 @@ class Denoise(Stage):
         shared = {name: for_all(getattr(state, name), len(state.latents)) for name in self.passes}
         conditioning = {branch: {**state.conditioning[branch], **shared} for branch in parts.guidance.branches(state)}
         scheduler = parts.pipeline.scheduler
-        steps = schedule(state.timesteps, parts.experts)
+        steps, noise = schedule(state.timesteps, parts.experts), noise_of(scheduler, state)
         rows = rows_of_steps(parts.tables, steps, state.timesteps, conditioning)
         parts.cache.start(Schedule(steps), list(conditioning), parts.mesh)
         run = steps if parts.warmup is None else first_steps(steps, parts.warmup, partial(kind, state, parts))
@@ -57,7 +59,7 @@ class Denoise(Stage):
                 timestep = state.timesteps[step.index]
                 start = timings.now()
                 prediction = self.predict(state, parts, conditioning, timestep, step, rows.get(step.index))
-                state.latents = scheduler.step(prediction, timestep, state.latents, return_dict=False)[0]
+                state.latents = scheduler.step(prediction, timestep, state.latents, return_dict=False, **noise)[0]
                 timings.steps.append(timings.now() - start)
                 advance()
         parts.cache.end()
@@ -79,6 +81,8 @@ class Denoise(Stage):
         """The guided prediction of one step, in the shape of the latents; `rows`: those of modulation tables."""
         transformer = parts.transformer(step.expert)
         latents, times = state.latents.to(parts.dtype), timestep.expand(len(state.latents))
+        if hasattr(scheduler := parts.pipeline.scheduler, "scale_model_input"):
+            latents = scheduler.scale_model_input(latents, timestep)
 
         def predict(branches: Sequence[str]) -> dict[str, Tensor]:
             own = {branch: conditioning[branch] for branch in branches if branch != FEWER_BLOCKS}
@@ -115,6 +119,13 @@ def schedule(timesteps: Tensor, experts: Experts) -> tuple[Step, ...]:
     """Each step with its place, value and expert."""
     values = timesteps.tolist()  # on the host once, not one by one inside the loop
     return tuple(Step(index, value, experts.name_at(value)) for index, value in enumerate(values))
+
+
+def noise_of(scheduler: Any, state: State) -> dict[str, Any]:
+    """What a scheduler that adds noise in its steps draws it from: the same each time that the loop is run."""
+    if "generator" not in inspect.signature(scheduler.step).parameters:
+        return {}
+    return {"generator": [generator.clone_state() for generator in state.generators]}
 
 
 def first_steps(steps: Sequence[Step], count: int, kind: Callable[[Step], Any]) -> list[Step]:

@@ -40,17 +40,26 @@ class EncodePrompt(Stage):
         for branch in parts.guidance.branches(state):
             prompts = texts[branch]
             if prompts is None:
-                raise UsageError(
-                    f"sampling.{parts.guidance.scale}={getattr(state, parts.guidance.scale)} guides away from a"
-                    ' negative prompt and there is none: sampling.negative_prompt=" ", or'
-                    f" sampling.{parts.guidance.scale}={parts.guidance.unguided:g}"
-                )
+                state.conditioning[branch] = self.unprompted(state, parts)
+                continue
             unique = list(dict.fromkeys(prompts))
             rows = torch.tensor([unique.index(prompt) for prompt in prompts], device=parts.device)
             encoded = self.encode(unique, state, parts)
             state.conditioning[branch] = {
                 name: None if value is None else value.index_select(0, rows) for name, value in encoded.items()
             }
+
+    def unprompted(self, state: State, parts: Parts) -> dict[str, Any]:
+        """What the transformer takes where there is no negative prompt."""
+        guidance = parts.guidance
+        if guidance.unprompted is None:
+            raise UsageError(
+                f"sampling.{guidance.scale}={getattr(state, guidance.scale)} guides away from a"
+                ' negative prompt and there is none: sampling.negative_prompt=" ", or'
+                f" sampling.{guidance.scale}={guidance.unguided:g}"
+            )
+        positive = state.conditioning[POSITIVE]
+        return {**positive, guidance.unprompted: torch.zeros_like(positive[guidance.unprompted])}
 
     def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Any]:
         """What the transformer takes, one row per prompt."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from hydrarun import vae
@@ -21,7 +23,7 @@ class PrepareLatents(Stage):
     """
 
     needs = ("seeds", "height", "width", "num_frames")
-    gives = ("latents", "grid")
+    gives = ("latents", "grid", "generators")
     phase = "encode"
 
     def __init__(self, packed: bool = True, keep_float32: bool = False) -> None:
@@ -34,7 +36,13 @@ class PrepareLatents(Stage):
         frames = 1 if state.num_frames is None else (state.num_frames - 1) // (per_frame or 1) + 1
         shape = (1, vae.channels(parts.pipeline), frames, state.height // side, state.width // side)
         dtype = torch.float32 if self.keep_float32 else parts.dtype
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) for seed in state.seeds]
+        state.generators = generators(state.seeds)
+        noise = [torch.randn(shape, generator=generator, dtype=dtype) for generator in state.generators]
         latents = torch.cat(noise).to(parts.device)
         state.latents = pack(latents, parts.patch_size) if self.packed else latents
         state.grid = (frames, shape[3] // parts.patch_size, shape[4] // parts.patch_size)
+
+
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One for each item, on the CPU."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

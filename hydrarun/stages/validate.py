@@ -9,9 +9,9 @@ from hydrarun.timing import Timings
 
 
 class ValidateInput(Stage):
-    """Refuses sizes that the VAE cannot make and settings that the checkpoint would ignore."""
+    """Refuses sizes and lengths that the checkpoint cannot make and settings that the checkpoint would ignore."""
 
-    needs = ("height", "width", "num_frames", "guidance_scale")
+    needs = ("height", "width", "num_frames", "guidance_scale", "audio_start_in_s", "audio_end_in_s")
     phase = "encode"
 
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from hydrarun.quality.report import PAIRED
+
 
 def values(record: dict[str, Any], objectives: Sequence[str]) -> float | list[float]:
     """What run.json says of them; a single one is a plain number, as Optuna's sweeper wants it."""
@@ -20,6 +22,6 @@ def value(record: dict[str, Any], name: str) -> float:
         return statistics.median(steps[1:] or steps)  # the first pays for what happens once
     if name == "accuracy":
         return record["quality"][name]["outputs"]
-    if name in ("psnr", "ssim"):
+    if name in PAIRED:
         return record["quality"][name]["mean"]
     return record["memory" if name.startswith("peak_") else "timings"][name]

@@ -33,8 +33,7 @@ def unequal(subject) -> dict:
         "negative_prompt": ["x", LONG],
         "seed": [3, 4],
         cfg_scale(CONFIGS[subject.name])[0]: 3.0,
-        "height": 3 * subject.multiple,
-        "width": 5 * subject.multiple,
+        **subject.size(3, 5),
         "num_inference_steps": 12,
     }
 

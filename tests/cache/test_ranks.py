@@ -46,8 +46,7 @@ def request(subject) -> tuple[int, dict]:
         "negative_prompt": ["x", LONG],
         "seed": [3, 4],
         cfg_scale(config)[0]: 3.0,
-        "height": 3 * subject.multiple,
-        "width": 5 * subject.multiple,
+        **subject.size(3, 5),
         "num_inference_steps": 6,
     }
 

@@ -53,7 +53,7 @@ def enlarged(subject: Subject, larger: dict[str, Subject], tmp_path_factory) -> 
 def runner(subject: Subject, option: str, *more: str) -> Runner:
     """The smallest run of the subject on the fake device."""
     words = [word for word in subject.overrides() if word != "device=cpu"]
-    sides = [f"sampling.{side}={2 * subject.multiple}" for side in ("height", "width")]
+    sides = [f"sampling.{key}={value}" for key, value in subject.size(2, 2).items()]
     return Runner({**compose([*words, *sides, f"offload={option}", *more]), "device": "fake"})
 
 

@@ -1,0 +1,115 @@
+"""What a model draws: pictures, videos or sounds. Whatever differs between them stands in this one table.
+
+Arrays are uint8 `[H, W, 3]`, uint8 `[F, H, W, 3]` and int16 `[samples, channels]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of them."""
+
+    name: str
+    #: of `output.format`, those that hold it, and the one that holds it without loss: what twins are written in
+    formats: tuple[str, ...]
+    lossless: str
+    #: how near two of them are, of `report.metrics`
+    metrics: tuple[str, ...]
+    #: the largest difference of two numbers in its array
+    levels: int
+    #: what a record says of its size; of the array, the section `output` and the facts of the run
+    extent: Callable[[np.ndarray, Mapping[str, Any], Mapping[str, Any]], Record]
+    #: what all of it is, if it is nothing but that
+    monotone: Callable[[np.ndarray], str | None]
+    #: a picture of it, uint8 `[H, W, 3]`
+    still: Callable[[np.ndarray], np.ndarray]
+    #: how large one will be that the section `sampling` asks for
+    size: Callable[[Mapping[str, Any]], str]
+
+
+def _width_and_height(pixels: np.ndarray, *_: Any) -> Record:
+    return {"width": pixels.shape[-2], "height": pixels.shape[-3]}
+
+
+def _with_frames(pixels: np.ndarray, output: Mapping[str, Any], facts: Any) -> Record:
+    return {**_width_and_height(pixels), "frames": len(pixels), "fps": output["fps"]}
+
+
+def _with_seconds(samples: np.ndarray, output: Any, facts: Mapping[str, Any]) -> Record:
+    count, channels = samples.shape
+    rate = facts["sample_rate"]
+    return {"duration_s": round(count / rate, 6), "sample_rate": rate, "samples": count, "channels": channels}
+
+
+def _one_colour(pixels: np.ndarray) -> str | None:
+    """Frames of one colour, each of another, are a video."""
+    planes = [pixels[..., channel] for channel in range(3)]  # one at a time is far faster
+    if max(int(plane.max()) - int(plane.min()) for plane in planes) > 1:  # one level is rounding noise, not a picture
+        return None
+    first = tuple(int(value) for value in pixels.reshape(-1, 3)[0])
+    return "black" if pixels.max() <= 1 else f"one colour, RGB {first}"
+
+
+def _silence(samples: np.ndarray) -> str | None:
+    return None if (samples.max(0).astype(int) - samples.min(0)).max() > 1 else "silence"
+
+
+def _itself(pixels: np.ndarray) -> np.ndarray:
+    return pixels
+
+
+def _middle(pixels: np.ndarray) -> np.ndarray:
+    return pixels[len(pixels) // 2]
+
+
+def _waveform(samples: np.ndarray) -> np.ndarray:
+    from hydrarun.media.waveform import draw
+
+    return draw(samples)
+
+
+def _width_by_height(sampling: Mapping[str, Any]) -> str:
+    sized = sampling["width"] is not None and sampling["height"] is not None
+    return f"{sampling['width']}x{sampling['height']}" if sized else "the size of the input image"
+
+
+def _seconds(sampling: Mapping[str, Any]) -> str:
+    end = sampling["audio_end_in_s"]
+    return f"from {sampling['audio_start_in_s']:g} s to " + ("the longest's end" if end is None else f"{end:g} s")
+
+
+NEAR = ("psnr", "ssim")
+PICTURE = Kind("picture", ("png",), "png", NEAR, 255, _width_and_height, _one_colour, _itself, _width_by_height)
+VIDEO = Kind("video", ("mp4", "frames"), "frames", NEAR, 255, _with_frames, _one_colour, _middle, _width_by_height)
+SOUND = Kind("sound", ("wav",), "wav", ("snr",), 65535, _with_seconds, _silence, _waveform, _seconds)
+
+KINDS = (PICTURE, VIDEO, SOUND)
+#: by the field of `sampling` that no other model takes
+_BY_FIELD = {"num_frames": VIDEO, "audio_end_in_s": SOUND}
+#: by the number of the array's axes
+_BY_AXES = {3: PICTURE, 4: VIDEO, 2: SOUND}
+
+
+def of_model(config: Mapping[str, Any]) -> Kind:
+    """What the configuration's model draws."""
+    return next((kind for field, kind in _BY_FIELD.items() if field in config["model"]["takes"]), PICTURE)
+
+
+def of(pixels: np.ndarray) -> Kind:
+    """What an array is."""
+    return _BY_AXES[pixels.ndim]
+
+
+def of_format(name: str) -> Kind:
+    """What a file of this `output.format` holds."""
+    return next(kind for kind in KINDS if name in kind.formats)

@@ -1,0 +1,194 @@
+"""Stable Audio Open (https://arxiv.org/abs/2407.14358): tokens of sound with self-attention, text by cross-attention.
+
+Reference: diffusers' `StableAudioDiTModel`, whose checkpoints it loads, and `StableAudioPipeline`. What the blocks know
+of the timestep and of the seconds is one token in front of the sound's; there is nothing that modulates them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from diffusers.models.transformers.stable_audio_transformer import StableAudioGaussianFourierProjection
+from torch import Tensor, nn
+
+from hydrarun.layers.attention import Attention, CrossAttention
+from hydrarun.layers.linear import ColumnLinear, FeedForward, KVLinear, QKVLinear, RowLinear
+from hydrarun.layers.rope import frequencies, rotate_halves
+from hydrarun.parallel.tensor import Run
+from hydrarun.pipeline import Parts
+from hydrarun.stages.encode import EncodePrompt
+from hydrarun.stages.sound import span
+from hydrarun.state import State
+from hydrarun.transformer import Tokens, Transformer
+
+
+class CrossQuery(ColumnLinear):
+    """Queries, those that share a key and value head together: a rank has whole groups of them."""
+
+    def __init__(self, dim: int, groups: Run, head_dim: int) -> None:
+        super().__init__(dim, groups, bias=False)
+        self.head_dim = head_dim
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[B, S, D]` to `[B, S, H, d]`, H being this rank's heads."""
+        return super().forward(hidden_states).unflatten(-1, (-1, self.head_dim))
+
+
+class StableAudioBlock(nn.Module):
+    """Self-attention over the sound's tokens, cross-attention to text and seconds, feed-forward."""
+
+    def __init__(self, dim: int, heads: int, shared_heads: int, context_dim: int) -> None:
+        super().__init__()
+        head_dim = dim // heads
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim, eps=1e-5) for _ in range(3))
+        self.qkv = QKVLinear(dim, heads, head_dim, bias=False)
+        self.attention = Attention()
+        self.out = RowLinear(dim, Run(heads, head_dim), bias=False)
+        groups = Run(shared_heads, heads // shared_heads * head_dim)
+        self.cross_query = CrossQuery(dim, groups, head_dim)
+        self.cross_kv = KVLinear(context_dim, shared_heads, head_dim, bias=False)
+        self.cross_attention = CrossAttention()
+        self.cross_out = RowLinear(dim, groups, bias=False)
+        self.feed_forward = FeedForward(dim, gated=True)
+
+    def modulated(self, tokens: Tokens) -> Tensor:
+        """The tokens as the attention's projection sees them, `[B, S, D]`."""
+        return self.norm1(tokens.hidden_states)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """`[B, S, D]` and `[B, T, E]` to the same; the text is not changed."""
+        query, key, value = self.qkv(self.norm1(hidden_states))
+        query, key = rotate_halves(query, tokens.rope), rotate_halves(key, tokens.rope)
+        (attended,) = self.attention({"hidden_states": (query, key, value)})
+        hidden_states = self.out(attended) + hidden_states
+        query, (key, value) = self.cross_query(self.norm2(hidden_states)), self.cross_kv(encoder_hidden_states)
+        hidden_states = self.cross_out(self.cross_attention(query, key, value)) + hidden_states
+        return self.feed_forward(self.norm3(hidden_states)) + hidden_states, encoder_hidden_states
+
+
+def block_weights() -> dict[str, str | tuple[str, ...]]:
+    """The weight map of a block."""
+    theirs = "transformer_blocks.*"
+    return {
+        **{f"blocks.*.{norm}": f"{theirs}.{norm}" for norm in ("norm1", "norm2", "norm3")},
+        "blocks.*.qkv": tuple(f"{theirs}.attn1.{name}" for name in ("to_q", "to_k", "to_v")),
+        "blocks.*.out": f"{theirs}.attn1.to_out.0",
+        "blocks.*.cross_query": f"{theirs}.attn2.to_q",
+        "blocks.*.cross_kv": tuple(f"{theirs}.attn2.{name}" for name in ("to_k", "to_v")),
+        "blocks.*.cross_out": f"{theirs}.attn2.to_out.0",
+        "blocks.*.feed_forward.up": f"{theirs}.ff.net.0.proj",
+        "blocks.*.feed_forward.down": f"{theirs}.ff.net.2",
+    }
+
+
+class StableAudioTransformer(Transformer):
+    """Arguments are the checkpoint's transformer/config.json. `sample_size`: latents of a whole sound."""
+
+    block_lists = ("blocks",)
+    spread_streams = ("hidden_states",)
+    weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = block_weights()
+
+    def __init__(
+        self,
+        sample_size: int = 1024,
+        in_channels: int = 64,
+        num_layers: int = 24,
+        attention_head_dim: int = 64,
+        num_attention_heads: int = 24,
+        num_key_value_attention_heads: int = 12,
+        out_channels: int = 64,
+        cross_attention_dim: int = 768,
+        time_proj_dim: int = 256,
+        global_states_input_dim: int = 1536,
+        cross_attention_input_dim: int = 768,
+    ) -> None:
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        self.rotated = attention_head_dim // 2  # channels of a head
+        self.time_proj = StableAudioGaussianFourierProjection(
+            embedding_size=time_proj_dim // 2, flip_sin_to_cos=True, log=False, set_W_to_weight=False
+        )
+        self.timestep_proj = two_layers(time_proj_dim, dim, bias=True)
+        self.global_proj = two_layers(global_states_input_dim, dim, bias=False)
+        self.cross_attention_proj = two_layers(cross_attention_input_dim, cross_attention_dim, bias=False)
+        self.preprocess_conv = nn.Conv1d(in_channels, in_channels, 1, bias=False)
+        self.proj_in = nn.Linear(in_channels, dim, bias=False)
+        self.blocks = nn.ModuleList(
+            StableAudioBlock(dim, num_attention_heads, num_key_value_attention_heads, cross_attention_dim)
+            for _ in range(num_layers)
+        )
+        self.proj_out = nn.Linear(dim, out_channels, bias=False)
+        self.postprocess_conv = nn.Conv1d(out_channels, out_channels, 1, bias=False)
+
+    def embed(
+        self, hidden_states: Tensor, timestep: Tensor, *, encoder_hidden_states: Tensor, global_hidden_states: Tensor
+    ) -> Tokens:
+        """Latents `[B, C, L]`, timesteps `[B]` in 0-1, text and seconds `[B, T, E]`, the seconds alone `[B, 1, 2 E]`."""
+        time = self.timestep_proj(self.time_proj(timestep.to(hidden_states.dtype)))
+        first = self.global_proj(global_hidden_states) + time.unsqueeze(1)
+        sound = self.proj_in((self.preprocess_conv(hidden_states) + hidden_states).transpose(1, 2))
+        return Tokens(
+            torch.cat([first, sound], dim=1),
+            self.cross_attention_proj(encoder_hidden_states),
+            grid=(1, 1, sound.shape[1]),
+        )
+
+    def positions(self, hidden_states: Tensor, **_: Any) -> dict[str, Any]:
+        return {"rope": rope_table(1 + hidden_states.shape[2], self.rotated, hidden_states.device)}
+
+    def head(self, tokens: Tokens) -> Tensor:
+        """`[B, 1 + L, D]` to the velocity `[B, C, L]`."""
+        sound = self.proj_out(tokens.hidden_states).transpose(1, 2)[:, :, 1:]
+        return self.postprocess_conv(sound) + sound
+
+
+def two_layers(width: int, dim: int, bias: bool) -> nn.Sequential:
+    """A projection with one more behind it."""
+    return nn.Sequential(nn.Linear(width, dim, bias=bias), nn.SiLU(), nn.Linear(dim, dim, bias=bias))
+
+
+@lru_cache(maxsize=16)
+def rope_table(tokens: int, dim: int, device: torch.device) -> Tensor:
+    """Rotations of so many tokens, `[S, dim / 2, 2]`; the first is not of the sound."""
+    return frequencies(torch.arange(tokens), dim).to(device)
+
+
+class StableAudioPipeline(diffusers.StableAudioPipeline):
+    """diffusers', without a transformer, of which its own asks the width of a head."""
+
+    def __init__(
+        self, vae: Any, text_encoder: Any, projection_model: Any, tokenizer: Any, transformer: Any, scheduler: Any
+    ) -> None:
+        diffusers.DiffusionPipeline.__init__(self)
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            projection_model=projection_model,
+            tokenizer=tokenizer,
+            transformer=transformer,
+            scheduler=scheduler,
+        )
+
+
+class EncodePromptAndSeconds(EncodePrompt):
+    """The prompt's tokens and behind them one for the second at which the sound starts and one for its end.
+
+    The transformer takes the two once more, as `global_hidden_states`.
+    """
+
+    needs = (*EncodePrompt.needs, "audio_start_in_s", "audio_end_in_s")
+
+    def __init__(self) -> None:
+        super().__init__(returns=(), arguments={"do_classifier_free_guidance": False})
+
+    def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Any]:
+        text = parts.pipeline.encode_prompt(prompt=prompts, device=parts.device, **self.arguments)
+        seconds = parts.pipeline.encode_duration(*span(state, parts), parts.device, False, len(prompts))
+        return {
+            "encoder_hidden_states": torch.cat([text, *seconds], dim=1),
+            "global_hidden_states": torch.cat(seconds, dim=2),
+        }
