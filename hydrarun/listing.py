@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from hydrarun import compat, resources
 from hydrarun.compose import compose_raw
 from hydrarun.errors import UsageError, nearest
+from hydrarun.media.kinds import KINDS
 from hydrarun.recipe import catalogue
 from hydrarun.recipe.vet import groups
 from hydrarun.validate import cfg_scale
@@ -126,10 +127,11 @@ def guidance(sampling: dict[str, Any]) -> str:
 
 
 def size(sampling: dict[str, Any]) -> str:
-    """Width x height as a model has them by itself, and frames."""
-    frames = "" if sampling["num_frames"] is None else f", {sampling['num_frames']} frames"
+    """Width x height as a model has them by itself, and frames or layers."""
+    counts = {kind.parts: sampling[kind.counted] for kind in KINDS if kind.counted}
+    parts = "".join(f", {count} {name}" for name, count in counts.items() if count is not None)
     pixels = "of the image" if sampling["height"] is None else f"{sampling['width']}x{sampling['height']}"
-    return pixels + frames
+    return pixels + parts
 
 
 def method(config: dict[str, Any], name: str) -> str:

@@ -15,16 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hydrarun.errors import RunError
-from hydrarun.media import frames, mp4, png
+from hydrarun.media import alpha, frames, mp4, png
 from hydrarun.media.files import write_atomically
+from hydrarun.media.kinds import LAYERS, VIDEO, written_as
 from hydrarun.provenance import config_hash, redact, redact_text
 from hydrarun.validate import image_paths
 
 FORMAT = 1  # of run.json and of the metadata; grows when a key changes its meaning
 
 SLUG_LENGTH = 40
-
-SUFFIXES = {"png": ".png", "mp4": ".mp4", "frames": ""}
 
 # the part of `sampling` that says which pictures or videos a run draws, beside how
 WHICH = ("prompt", "negative_prompt", "seed", "num_images_per_prompt")
@@ -62,18 +61,26 @@ class OutputWriter:
         run_dir.mkdir(parents=True, exist_ok=True)
 
     def save(
-        self, pixels: np.ndarray, prompt: str, negative_prompt: str | None, seed: int, timings: dict[str, Any]
+        self,
+        pixels: np.ndarray,
+        prompt: str,
+        negative_prompt: str | None,
+        seed: int,
+        timings: dict[str, Any],
+        caption: str | None = None,
     ) -> dict[str, Any]:
-        """Write the next picture (uint8 [H, W, 3]) or video (uint8 [F, H, W, 3]) and return its record.
+        """Write the next picture (uint8 [H, W, 3]), video ([F, H, W, 3]) or layers ([L, H, W, 4]); returns its record.
 
-        `timings`: those known by now, in seconds. Raises RunError for pixels that cannot be a picture or video: all
-        black, or all of one colour; and for a video of a size that its format cannot hold.
+        `timings`: those known by now, in seconds; `caption`: what the prompt was taken for. Raises RunError for pixels
+        that cannot be a picture or video: all black, or all of one colour, every layer of them; and for a video of a size
+        that its format cannot hold.
         """
         start = time.perf_counter()
         position = self.drawn
         self.drawn += 1  # a refused picture keeps its place: replay finds the others by theirs
-        _refuse_constant(pixels, prompt, seed)
-        output, is_video = self.config["output"], pixels.ndim == 4
+        output = self.config["output"]
+        kind = written_as(output["format"])
+        _refuse_constant(pixels, kind.one, prompt, seed)
         texts = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
         index, digest = position, self.config_hash
         if self.places:
@@ -82,12 +89,15 @@ class OutputWriter:
             "index": index,
             "path": file_name(index, prompt, seed, digest, output["format"]),
             **texts,
+            **({} if caption is None else {"caption": caption}),
             "pixels_sha256": pixels_sha256(pixels),
             "width": pixels.shape[-2],
             "height": pixels.shape[-3],
         }
-        if is_video:
+        if kind is VIDEO:
             record |= {"frames": len(pixels), "fps": output["fps"]}
+        elif kind is LAYERS:
+            record |= {"layers": len(pixels)}
         record |= self._write(pixels, record, Place(position, digest), timings)
         self.outputs.append(record)
         self.save_s += time.perf_counter() - start
@@ -118,9 +128,11 @@ class OutputWriter:
     ) -> dict[str, str]:
         """Write one picture or video; what its record says of the file: `sha256`, or nothing of a folder."""
         path, output = self.run_dir / record["path"], self.config["output"]
-        if output["format"] == "frames":
-            own = ({"frame": number, "frame_sha256": pixels_sha256(frame)} for number, frame in enumerate(pixels))
-            frames.write(path, pixels, [self._text(record, place, timings, extra) for extra in own])
+        if output["format"] in frames.STEMS:
+            stem, _ = frames.STEMS[output["format"]]
+            own = ({stem: number, f"{stem}_sha256": pixels_sha256(one)} for number, one in enumerate(pixels))
+            texts = [self._text(record, place, timings, extra) for extra in own]
+            frames.write(path, pixels, texts, output["format"])
             return {}
         text = self._text(record, place, timings, {})
         data = png.encode(pixels, text) if output["format"] == "png" else mp4.encode(pixels, output["fps"], text)
@@ -149,6 +161,7 @@ class OutputWriter:
             "batch": {"index": place.position, "sampling": {key: sampling.get(key) for key in WHICH}},
             "config_hash": place.config_hash,
             "pixels_sha256": record["pixels_sha256"],
+            **({"caption": record["caption"]} if "caption" in record else {}),
             "created": self.created,
             "timings": timings,
             **self.facts,
@@ -168,9 +181,9 @@ def alone(config: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
 
 
 def file_name(index: int, prompt: str, seed: int, digest: str, output_format: str) -> str:
-    """The name of a picture's or video's file, or of its folder of frames; `digest`: the hash of a configuration."""
-    nameless = "picture" if output_format == "png" else "video"
-    return f"{index:04d}-{slug(prompt, nameless)}-{seed}-{digest}{SUFFIXES[output_format]}"
+    """The name of an output's file, or of its folder; `digest`: the hash of a configuration."""
+    kind = written_as(output_format)
+    return f"{index:04d}-{slug(prompt, kind.nameless)}-{seed}-{digest}{kind.formats[output_format]}"
 
 
 def write_run(run_dir: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +207,7 @@ def parameters(config: dict[str, Any], facts: dict[str, Any], record: dict[str, 
     """The AUTOMATIC1111 text: the prompt, the negative prompt, then one line of `Key: value` pairs."""
     sampling, model = config["sampling"], config["model"]
     guidance = sampling["guidance_scale"] if sampling["true_cfg_scale"] is None else sampling["true_cfg_scale"]
-    lines = [record["prompt"]]
+    lines = [record.get("caption", record["prompt"])]
     if (record["negative_prompt"] or "").strip():
         lines.append(f"Negative prompt: {record['negative_prompt']}")
     settings = {
@@ -205,6 +218,7 @@ def parameters(config: dict[str, Any], facts: dict[str, Any], record: dict[str, 
         "Size": f"{record['width']}x{record['height']}",
         "Frames": record.get("frames"),
         "FPS": record.get("fps"),
+        "Layers": record.get("layers"),
         "Model": model["name"],
         "Version": f"hydrarun {facts['versions']['hydrarun']}",
     }
@@ -226,19 +240,27 @@ def slug(prompt: str, nameless: str) -> str:
 
 
 def pixels_sha256(pixels: np.ndarray) -> str:
-    """sha256 over the RGB bytes, row by row from the top, frame after frame."""
+    """sha256 over the RGB or RGBA bytes, row by row from the top, frame after frame."""
     return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
-def _refuse_constant(pixels: np.ndarray, prompt: str, seed: int) -> None:
-    spread = max(int(np.ptp(pixels[..., channel])) for channel in range(3))  # one at a time is far faster
+def _spread(pixels: np.ndarray) -> int:
+    """The largest distance between two values of a channel; one at a time is far faster."""
+    return max(int(np.ptp(pixels[..., channel])) for channel in range(pixels.shape[-1]))
+
+
+def _refuse_constant(pixels: np.ndarray, one: str, prompt: str, seed: int) -> None:
+    """Raises RunError. One layer may well be of one colour, or wholly transparent, but not all."""
+    seen = alpha.comparable(pixels)
+    spread = max(map(_spread, seen)) if alpha.is_layers(pixels) else _spread(seen)
     if spread > 1:  # one level is rounding noise, not a picture
         return
-    kind = "video" if pixels.ndim == 4 else "picture"
-    first = tuple(int(value) for value in pixels.reshape(-1, 3)[0])
-    color = "black" if pixels.max() <= 1 else f"one colour, RGB {first}"
+    first = tuple(int(value) for value in pixels.reshape(-1, pixels.shape[-1])[0])
+    color = "black" if pixels[..., :3].max() <= 1 else f"one colour, {'RGBA'[: len(first)]} {first}"
+    if alpha.is_layers(pixels):
+        color = "one colour or transparent in every layer"
     raise RunError(
-        f"the {kind} for seed {seed} ({prompt[:60]!r}) is all {color}; nothing was written for it. Likely causes: "
+        f"the {one} for seed {seed} ({prompt[:60]!r}) is all {color}; nothing was written for it. Likely causes: "
         "numbers that overflow (try dtype=bfloat16 or dtype=float32 instead of float16), another attention backend's "
         "fault (try attention=sdpa), or weights that do not belong to this model (see model.path)."
     )

@@ -37,9 +37,9 @@ FACTS = (
 class Picture:
     """One picture or video of the run: its place in it, the hash of its pixels, and the pixels where they are at hand.
 
-    `pixels` (uint8 [H, W, 3], or [F, H, W, 3] of a video) is None when the file is gone, or no longer holds the pixels
-    that the hash was made of. Those of a `lossy` file never are exactly those. `frame`: when only this frame of a video
-    is at hand, its number from 0; hash and pixels are then the frame's own.
+    `pixels` (uint8 [H, W, 3], [F, H, W, 3] of a video, or [L, H, W, 4] of layers) is None when the file is gone, or no
+    longer holds the pixels that the hash was made of. Those of a `lossy` file never are exactly those. `part`: when
+    only this file of a folder of frames or layers is at hand, its name there; hash and pixels are then its own.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Picture:
     pixels_sha256: str
     pixels: np.ndarray | None
     lossy: bool = False
-    frame: int | None = None
+    part: str | None = None
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Recorded:
 
 
 def load(path: Path) -> Recorded:
-    """Read a PNG, an MP4 or a folder of frames with metadata, one frame of such a folder, or a run.json.
+    """Read a PNG, an MP4 or a folder of frames or layers with metadata, one file of such a folder, or a run.json.
 
     Raises UsageError of one line for anything else.
     """
@@ -68,7 +68,10 @@ def load(path: Path) -> Recorded:
 
 
 def read(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
-    """The pixels of a PNG (uint8 [H, W, 3]), an MP4 or a folder of frames ([F, H, W, 3]), and the recipe inside it."""
+    """The pixels of a PNG (uint8 [H, W, 3]), an MP4 or a folder of frames ([F, H, W, 3]), and the recipe inside it.
+
+    With alpha they have a fourth channel.
+    """
     if path.is_dir():
         return frames.read(path)
     return mp4.read(path) if is_lossy(path) else png.read(path)
@@ -95,11 +98,12 @@ def _from_medium(path: Path) -> Recorded:
     if set(which) != set(WHICH):
         raise UsageError(f"{path}: batch.sampling must hold {', '.join(WHICH)}")
     run_config = {**config, "sampling": {**sampling, **which}}
-    if "frame" in record and not path.is_dir():
-        digest, frame = _get(path, record, "frame_sha256", str), _get(path, record, "frame", int)
-    else:
-        digest, frame = _get(path, record, "pixels_sha256", str), None
-    picture = Picture(path.name, index, digest, _as_hashed(path, pixels, digest), is_lossy(path), frame)
+    whole, part = "pixels_sha256", None
+    for form, (stem, _) in frames.STEMS.items():
+        if stem in record and not path.is_dir():
+            whole, part = f"{stem}_sha256", frames.name(_get(path, record, stem, int), form)
+    digest = _get(path, record, whole, str)
+    picture = Picture(path.name, index, digest, _as_hashed(path, pixels, digest), is_lossy(path), part)
     return Recorded(run_config, _facts(record), [picture])
 
 

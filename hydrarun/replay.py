@@ -22,7 +22,8 @@ from hydra.core.override_parser.types import Override
 from hydrarun import batches, compat, launch, schema, targets
 from hydrarun.compose import compose
 from hydrarun.errors import UsageError, nearest
-from hydrarun.media import frames
+from hydrarun.media import alpha, frames
+from hydrarun.media.kinds import VIDEO, drawn_by, length
 from hydrarun.outputs import WHICH, pixels_sha256
 from hydrarun.progress import Progress
 from hydrarun.provenance import expand
@@ -35,7 +36,7 @@ USAGE = """\
 usage: hydrarun replay FILE [hydra.run.dir=DIR] [KEY=VALUE ...]
 
 Draws FILE again from the recipe inside it and compares the pixels. FILE is a picture (PNG), a video (MP4, a folder of
-frames, or one frame-00000.png of it), or the run.json of a whole run.
+frames, or one frame-00000.png of it), a folder of layers or one layer-0.png of it, or the run.json of a whole run.
 KEY=VALUE changes how it is drawn: device=cuda, dtype=bfloat16, attention=sdpa, model.path=/elsewhere
 input.images=[/elsewhere/a.png] says where the input images lie on this machine.
 Exit code: 0 identical pixels, 1 different pixels, 2 FILE cannot be replayed."""
@@ -153,7 +154,7 @@ def _parse(text: str) -> Override:
 def check_frames(recorded: Recorded, output_format: str) -> None:
     """A single frame must be drawn again as frames: no other format would hold its pixels."""
     for picture in recorded.pictures:
-        if picture.frame is not None and output_format != "frames":
+        if picture.part is not None and output_format not in frames.STEMS:
             raise UsageError(
                 f"{printable(picture.name)}: one frame of a video; its pixels can only be compared with "
                 f"output.format=frames, not {output_format}"
@@ -174,8 +175,8 @@ def describe(config: dict[str, Any]) -> Iterator[str]:
     revision = f" at {model['revision']}" if model["revision"] else ""
     sized = sampling["width"] is not None and sampling["height"] is not None
     what = [f"{sampling['width']}x{sampling['height']}" if sized else "the size of the input image"]
-    if output["format"] != "png":
-        what.append(f"{sampling['num_frames']} frames at {output['fps']} fps")
+    if parts := length(config):
+        what.append(f"{parts} at {output['fps']} fps" if drawn_by(model) is VIDEO else parts)
     what.append(f"{sampling['num_inference_steps']} steps")
     yield f"replaying {model['name']} from {model['path']}{revision}: {', '.join(what)}"
     yield from (f"  input image {path}" for path in image_paths(config))
@@ -186,8 +187,8 @@ def compare(picture: Picture, record: dict[str, Any], folder: Path) -> bool:
     name = printable(picture.name)
     output = next(output for output in record["outputs"] if output["index"] == picture.index)
     file, digest = folder / output["path"], output["pixels_sha256"]
-    if picture.frame is not None:
-        file /= frames.name(picture.frame)
+    if picture.part is not None:
+        file /= picture.part
         digest = pixels_sha256(read(file)[0])
     if digest == picture.pixels_sha256:
         print(f"{name}: identical pixels")
@@ -212,8 +213,9 @@ def _distance(old: np.ndarray | None, new: np.ndarray) -> str:
 
 
 def _size(pixels: np.ndarray) -> str:
-    frame_count = f"{len(pixels)} frames of " if pixels.ndim == 4 else ""
-    return f"{frame_count}{pixels.shape[-2]}x{pixels.shape[-3]}"
+    parts = "layers" if alpha.is_layers(pixels) else "frames"
+    count = f"{len(pixels)} {parts} of " if pixels.ndim == 4 else ""
+    return f"{count}{pixels.shape[-2]}x{pixels.shape[-3]}"
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:

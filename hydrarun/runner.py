@@ -16,6 +16,7 @@ from hydrarun.build import build, choose_device, make_cache
 from hydrarun.errors import RunError, UsageError, nearest
 from hydrarun.media import images
 from hydrarun.media.images import InputImage
+from hydrarun.media.kinds import drawn_by
 from hydrarun.memory.device import forget_peak, peak_bytes
 from hydrarun.memory.safetensors_files import fingerprint
 from hydrarun.outputs import OutputWriter
@@ -36,10 +37,11 @@ from hydrarun.validate import check_values, image_paths
 class Picture:
     """What was drawn, and what makes it again."""
 
-    pixels: np.ndarray  # [H, W, 3] uint8, or [F, H, W, 3] for a video
+    pixels: np.ndarray  # [H, W, 3] uint8, [F, H, W, 3] for a video, or [L, H, W, 4] for layers
     prompt: str
     negative_prompt: str | None
     seed: int
+    caption: str | None = None  # what a blank prompt was taken for
 
 
 class Runner:
@@ -78,7 +80,8 @@ class Runner:
 
     def read_images(self, config: dict[str, Any]) -> list[InputImage]:
         """The input images; says what was changed in reading one."""
-        read = [images.read(path) for path in image_paths(config)]
+        alpha = drawn_by(config["model"]).alpha
+        read = [images.read(path, alpha) for path in image_paths(config)]
         for image in read:
             if image.note:
                 self.progress.note(f"{image.path.name}: {image.note}")
@@ -209,7 +212,7 @@ class Runner:
         with self.progress.phase("saving", total=len(drawn)) as advance:
             for picture in drawn:
                 try:
-                    writer.save(picture.pixels, picture.prompt, picture.negative_prompt, picture.seed, timings)
+                    writer.save(**vars(picture), timings=timings)
                 except RunError as error:
                     refused.append(error)
                 advance()
@@ -275,6 +278,8 @@ def describe(image: InputImage) -> dict[str, Any]:
 def pictures(state: State) -> list[Picture]:
     """The items of a finished batch."""
     negatives: Sequence[str | None] = state.negative_prompts or [None] * len(state.prompts)
-    pixels = state.frames[:, 0] if state.num_frames is None else state.frames
-    items = zip(pixels, state.prompts, negatives, state.seeds, strict=True)
+    single = state.num_frames is None and state.layers is None
+    captions = [None if prompt.strip() else state.caption for prompt in state.prompts]
+    pixels = state.frames[:, 0] if single else state.frames
+    items = zip(pixels, state.prompts, negatives, state.seeds, captions, strict=True)
     return [Picture(*item) for item in items]

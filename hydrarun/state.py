@@ -27,15 +27,20 @@ class State:
     prompts: list[str]  # N
     negative_prompts: list[str] | None  # N; None: there is no negative prompt
     seeds: list[int]  # N
-    input_images: list[Image.Image]  # RGB; the same for all N; empty: there are none
+    input_images: list[Image.Image]  # RGB, or RGBA for models that draw alpha; the same for all N; empty: none
     height: int  # pixels; None in a request: a stage takes it from the input image
     width: int  # pixels
     num_frames: int | None  # None: a still picture
+    layers: int | None  # of a picture; None: it has none
+    resolution: int | None  # pixels of a square as large as the picture
     num_inference_steps: int
     true_cfg_scale: float | None
     guidance_scale: float | None
     guidance_scale_2: float | None
     max_sequence_length: int | None  # tokens
+    captioned: bool  # whether any prompt of the request, also of other ranks, is blank: a model that can captions it
+    #: what a blank prompt was taken for
+    caption: str | None = given_by_stage()
     #: {branch: what of the prompt the transformer's `embed` takes}
     conditioning: dict[str, dict[str, Any]] = given_by_stage()
     #: [N], the scale that a guidance-distilled transformer takes; None: it takes none
@@ -53,7 +58,7 @@ class State:
     first_frame: Tensor | None = given_by_stage()
     #: [steps], the scheduler's own values
     timesteps: Tensor = given_by_stage()
-    #: [N, F, H, W, 3] uint8; F is 1 for a still picture
+    #: [N, F, H, W, 3] uint8; F is 1 for a still picture; [N, L, H, W, 4] of layers
     frames: np.ndarray = given_by_stage()
 
     @classmethod

@@ -9,12 +9,13 @@ import dataclasses
 import math
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hydrarun import batches, prompts
 from hydrarun.annotations import describe, fits, show
 from hydrarun.errors import nearest, refuse
+from hydrarun.media.kinds import VIDEO, drawn_by
 from hydrarun.parallel import degrees
 from hydrarun.quality import report
 from hydrarun.schema import MISSING, Config, Fit
@@ -29,11 +30,11 @@ OPTIONAL = (
     "guidance_scale",
     "guidance_scale_2",
     "num_frames",
+    "layers",
+    "resolution",
     "max_sequence_length",
 )
-NEEDED = ("num_frames", "max_sequence_length")
-PICTURE_FORMATS = ("png",)
-VIDEO_FORMATS = ("mp4", "frames")
+NEEDED = ("num_frames", "layers", "resolution", "max_sequence_length")
 MAX_PROMPTS = 100_000  # characters of all prompts of a run: with room to spare in a picture's metadata
 
 Problem = tuple[str, str]  # the key, and the sentence about it
@@ -91,7 +92,7 @@ def _settings(config: Mapping[str, Any]) -> Iterator[Problem]:
 def _request(config: Mapping[str, Any]) -> Iterator[Problem]:
     """What is wrong with what is drawn, and with what is measured of it."""
     yield from _taken(config["model"], config["sampling"])
-    yield from _sampling(config["sampling"], config["model"]["takes"])
+    yield from _sampling(config["sampling"], config["model"])
     yield from _warmup(config["warmup"], config["sampling"]["num_inference_steps"])
     yield from _guidance(config)
     yield from _size(config)
@@ -129,7 +130,12 @@ def cfg_scale(config: Mapping[str, Any]) -> tuple[str, float | None]:
 
 def is_video(config: Mapping[str, Any]) -> bool:
     """Whether the model draws videos."""
-    return "num_frames" in config["model"]["takes"]
+    return drawn_by(config["model"]) is VIDEO
+
+
+def captions(model: Mapping[str, Any]) -> bool:
+    """Whether the model describes its input image by itself where the prompt is blank."""
+    return any(str(stage.get("_target_", "")).endswith(".EncodePromptOrCaption") for stage in model["stages"])
 
 
 def image_paths(config: Mapping[str, Any]) -> list[str]:
@@ -230,21 +236,27 @@ def _taken(model: Mapping[str, Any], sampling: Mapping[str, Any]) -> Iterator[Pr
                 yield f"sampling.{key}", f"model {model['name']} does not take it; of such fields it takes {taken}."
         elif value is None and key in NEEDED:
             yield f"sampling.{key}", f"null, and model {model['name']} needs it."
-        elif key in model["limits"] and value is not None and value > model["limits"][key]:
-            yield (
-                f"sampling.{key}",
-                f"{value} is above {model['limits'][key]}, the most that model {model['name']} takes.",
-            )
+        elif key in model["limits"] and value is not None:
+            yield from _limit(f"sampling.{key}", value, model["limits"][key], model["name"])
 
 
-def _sampling(sampling: Mapping[str, Any], takes: Sequence[str]) -> Iterator[Problem]:
-    for key in ("num_inference_steps", "height", "width", "num_frames", "max_sequence_length"):
+def _limit(key: str, value: float, limit: Any, name: str) -> Iterator[Problem]:
+    """A number is the most that a model takes, a list all that it takes."""
+    if isinstance(limit, list):
+        if value not in limit:
+            yield key, f"{value} is none of {', '.join(map(str, limit))}, which model {name} takes."
+    elif value > limit:
+        yield key, f"{value} is above {limit}, the most that model {name} takes."
+
+
+def _sampling(sampling: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[Problem]:
+    for key in ("num_inference_steps", "height", "width", "num_frames", "layers", "max_sequence_length"):
         yield from _at_least(f"sampling.{key}", sampling[key], 1)
     for key in ("true_cfg_scale", "guidance_scale", "guidance_scale_2"):
-        value = sampling[key] if key in takes else None
+        value = sampling[key] if key in model["takes"] else None
         if value is not None and not (math.isfinite(value) and value >= 0):
             yield f"sampling.{key}", f"{value} is not a finite number >= 0."
-    yield from _texts(sampling)
+    yield from _texts(sampling, captions(model))
     yield from _pictures(sampling)
 
 
@@ -297,23 +309,22 @@ def _input_images(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _output(config: Mapping[str, Any]) -> Iterator[Problem]:
-    output, name = config["output"], config["model"]["name"]
-    formats = VIDEO_FORMATS if is_video(config) else PICTURE_FORMATS
-    if output["format"] not in formats:
-        kind = "videos" if is_video(config) else "pictures"
-        yield "output.format", f"{output['format']!r}: model {name} draws {kind}: {' or '.join(formats)}."
+    output, name, kind = config["output"], config["model"]["name"], drawn_by(config["model"])
+    if output["format"] not in kind.formats:
+        yield "output.format", f"{output['format']!r}: model {name} draws {kind.many}: {' or '.join(kind.formats)}."
     if is_video(config):
         if output["fps"] is None:
             yield "output.fps", "null: a video needs frames per second, output.fps=16"
         yield from _at_least("output.fps", output["fps"], 1)
     elif output["fps"] is not None:
-        yield "output.fps", f"{output['fps']}: model {name} draws pictures, which have none."
+        yield "output.fps", f"{output['fps']}: model {name} draws {kind.many}, which have none."
 
 
-def _texts(sampling: Mapping[str, Any]) -> Iterator[Problem]:
+def _texts(sampling: Mapping[str, Any], captioned: bool) -> Iterator[Problem]:
+    """`captioned`: prompts may be empty, or null."""
     prompt, negative = sampling["prompt"], sampling["negative_prompt"]
-    prompts = prompt if isinstance(prompt, list) else [prompt]
-    if not prompts or not all(isinstance(text, str) and text for text in prompts):
+    prompts = prompt if isinstance(prompt, list) else ["" if captioned and prompt is None else prompt]
+    if not prompts or not all(isinstance(text, str) and (text or captioned) for text in prompts):
         yield "sampling.prompt", f"{show(prompt)} is not a non-empty text, or a list of them."
     elif sum(map(len, prompts)) > MAX_PROMPTS:
         yield "sampling.prompt", f"more than {MAX_PROMPTS} characters in all, and each picture carries them."

@@ -16,11 +16,11 @@ import numpy as np
 
 from hydrarun import recorded
 from hydrarun.errors import RunError, UsageError
+from hydrarun.media.kinds import drawn_by
 from hydrarun.outputs import OutputWriter, as_recorded
 from hydrarun.provenance import asked, config_hash
 from hydrarun.resources import options
 from hydrarun.schema import Report
-from hydrarun.validate import is_video
 
 if TYPE_CHECKING:
     from hydrarun.runner import Picture
@@ -38,7 +38,8 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def configuration(config: Mapping[str, Any]) -> dict[str, Any]:
     """The twin's: plain, measured by nothing, drawn once, and written without loss."""
-    output = {**config["output"], "format": "frames" if is_video(config) else "png", "metadata": True}
+    lossless = list(drawn_by(config["model"]).formats)[-1]
+    output = {**config["output"], "format": lossless, "metadata": True}
     return {**plain(config), "report": asdict(Report()), "output": output, "warmup": 0}
 
 
@@ -48,7 +49,7 @@ def folder(config: Mapping[str, Any]) -> Path:
 
 
 def kept(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[np.ndarray] | None:
-    """The kept twin of `config`: uint8 `[H, W, 3]` or `[F, H, W, 3]` of each output, in order.
+    """The kept twin of `config`: uint8 `[H, W, 3]`, `[F, H, W, 3]` or `[L, H, W, 4]` of each output, in order.
 
     None where there is none, or not the one that would be drawn now: not complete, another configuration, pixels other
     than recorded, or made with others of the `facts` (`OutputWriter.facts`) about weights, versions, hardware, inputs….
@@ -80,7 +81,7 @@ def keep(
             new = Path(temporary, "new")
             writer = OutputWriter(new, configuration(config), facts, metadata=True)
             for picture in pictures:
-                writer.save(picture.pixels, picture.prompt, picture.negative_prompt, picture.seed, results["timings"])
+                writer.save(**vars(picture), timings=results["timings"])
             writer.finish(results)
             _put(new, place, Path(temporary, "old"))
     except RunError as error:

@@ -43,6 +43,7 @@ class Output:
     height: int
     fingerprint: str  # what is kept of its pixels: hydrarun.recipe.fingerprint
     frames: Optional[int] = None  # noqa: UP045
+    layers: Optional[int] = None  # noqa: UP045
 
 
 @dataclass

@@ -80,7 +80,7 @@ def drawn(record: Mapping[str, Any], folder: Path) -> np.ndarray:
 
 
 def _output(output: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    kept = ("index", "prompt", "seed", "pixels_sha256", "width", "height", "frames")
+    kept = ("index", "prompt", "seed", "pixels_sha256", "width", "height", "frames", "layers")
     path = folder / Path(output["path"]).name
     found = read(path)[0]
     if not is_lossy(path) and pixels_sha256(found) != output["pixels_sha256"]:
@@ -106,7 +106,7 @@ def verdict(old: Any, new: Any) -> Verdict:
     if old.pixels_sha256 == new.pixels_sha256:
         return Verdict(old.index, "identical")
     distance = round(pixels.psnr(old.fingerprint, new.fingerprint), 1)
-    same_shape = (old.width, old.height, old.frames) == (new.width, new.height, new.frames)
+    same_shape = all(getattr(old, name) == getattr(new, name) for name in ("width", "height", "frames", "layers"))
     return Verdict(old.index, "near" if same_shape and distance >= NEAR else "different", distance)
 
 

@@ -9,6 +9,8 @@ import math
 import numpy as np
 from PIL import Image
 
+from hydrarun.media.alpha import is_layers, still
+
 SIDE = 16  # blocks to each side
 SAMPLE = 256  # pixels of the longer side of a thumbnail
 CAP = 100.0  # dB; also stands for equal block means
@@ -17,9 +19,12 @@ CAP = 100.0  # dB; also stands for equal block means
 def fingerprint(pixels: np.ndarray) -> str:
     """The mean colours of 16 x 16 blocks of a picture (uint8 [H, W, 3]) as base64: 768 bytes.
 
-    Of a video ([F, H, W, 3]) those of its first, middle and last frame.
+    Of a video ([F, H, W, 3]) those of its first, middle and last frame; of layers ([L, H, W, 4]) of each, with alpha.
     """
-    frames = [pixels] if pixels.ndim == 3 else [pixels[0], pixels[len(pixels) // 2], pixels[-1]]
+    if is_layers(pixels):
+        frames = list(pixels)
+    else:
+        frames = [pixels] if pixels.ndim == 3 else [pixels[0], pixels[len(pixels) // 2], pixels[-1]]
     means = (Image.fromarray(frame).resize((SIDE, SIDE), Image.Resampling.BOX) for frame in frames)
     return base64.b64encode(b"".join(image.tobytes() for image in means)).decode()
 
@@ -37,8 +42,8 @@ def psnr(one: str, other: str) -> float:
 
 
 def sample(pixels: np.ndarray) -> bytes:
-    """A WEBP file of a picture, or of a video's middle frame, at most 256 pixels wide and high."""
-    image = Image.fromarray(pixels if pixels.ndim == 3 else pixels[len(pixels) // 2])
+    """A WEBP file of a picture, a video's middle frame or layers side by side, at most 256 pixels wide and high."""
+    image = Image.fromarray(still(pixels))
     image.thumbnail((SAMPLE, SAMPLE))
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=85)

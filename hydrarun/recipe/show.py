@@ -10,11 +10,12 @@ from typing import Any
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from hydrarun import batches
+from hydrarun.media.kinds import drawn_by, length
 from hydrarun.memory.hub import local_folder, snapshot
 from hydrarun.recipe.catalogue import machine
 from hydrarun.recipe.file import Recipe
 from hydrarun.text import escape_interpolation, printable
-from hydrarun.validate import image_paths, is_video
+from hydrarun.validate import image_paths
 
 MAX_TEXT = 100  # characters of a value that are shown
 
@@ -64,8 +65,9 @@ def drawn(config: Mapping[str, Any]) -> str:
     sampling, count = config["sampling"], len(batches.items(dict(config)))
     sized = sampling["width"] is not None and sampling["height"] is not None
     size = f"{sampling['width']}x{sampling['height']}" if sized else "the size of the input image"
-    kind, length = ("video", f", {sampling['num_frames']} frames") if is_video(config) else ("picture", "")
-    return f"{count} {kind}{'' if count == 1 else 's'}, {size}{length}, {sampling['num_inference_steps']} steps"
+    kind, parts = drawn_by(config["model"]), length(config)
+    many = kind.one if count == 1 else kind.many
+    return f"{count} {many}, {size}{f', {parts}' if parts else ''}, {sampling['num_inference_steps']} steps"
 
 
 def settings(content: Mapping[str, Any]) -> Iterator[str]:

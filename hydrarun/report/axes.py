@@ -11,7 +11,17 @@ from typing import Any
 from hydrarun.report.collect import Point, at
 
 #: what a run draws; everything else is how it draws
-DRAWN = ("prompt", "negative_prompt", "seed", "num_images_per_prompt", "height", "width", "num_frames")
+DRAWN = (
+    "prompt",
+    "negative_prompt",
+    "seed",
+    "num_images_per_prompt",
+    "height",
+    "width",
+    "num_frames",
+    "layers",
+    "resolution",
+)
 
 #: choices that are told apart by their names
 GROUPS = ("cache", "attention", "compile", "quantization", "offload", "parallel")
@@ -25,6 +35,8 @@ SHORT = {
     "sampling.guidance_scale": "guidance",
     "sampling.num_images_per_prompt": "images",
     "sampling.num_frames": "frames",
+    "sampling.layers": "layers",
+    "sampling.resolution": "resolution",
 }
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from hydrarun.errors import UsageError
 from hydrarun.media import frames, png
+from hydrarun.media.alpha import comparable, is_layers, still
 from hydrarun.quality.metrics import PSNR_CAP, WINDOW, compare
 from hydrarun.report.layout import Layout, Row
 
@@ -41,8 +42,8 @@ GAINS = (32, 16, 8, 4, 2, 1)
 class Difference:
     """Between an output and the reference's, over all pixels and frames: `psnr` in dB, at most 100; `largest`, of 255.
 
-    `ssim`: of pictures; None for videos, which would take minutes, and for what is smaller than its window. `pixels`:
-    uint8 `[h, w, 3]`, the absolute difference, as small as what is embedded; of a video its middle frame's.
+    `ssim`: of pictures and layers; None for videos, which would take minutes, and for what is smaller than its window.
+    `pixels`: uint8 `[h, w, 3]`, the absolute difference, as small as what is embedded; of a video its middle frame's.
     """
 
     psnr: float
@@ -53,7 +54,7 @@ class Difference:
 
 @dataclass
 class Shown:
-    """A cell. Data URIs: `image`, of a video its middle frame, and `video`. `size`: the original's width and height."""
+    """A cell. Data URIs: `image` (a video's middle frame, or all layers) and `video`. `size`: the original's."""
 
     image: str
     size: tuple[int, int]
@@ -112,7 +113,7 @@ def fps_of(row: Row, column: int) -> int:
 
 
 def read(file: Path) -> np.ndarray | str:
-    """The pixels of a picture (uint8 `[H, W, 3]`) or video (`[F, H, W, 3]`); or why there are none."""
+    """The pixels of a picture (uint8 `[H, W, 3]`), video (`[F, H, W, 3]`) or layers (`[L, H, W, 4]`); or why none."""
     try:
         if file.is_dir():
             return frames.read(file)[0]
@@ -132,13 +133,14 @@ def difference(ours: np.ndarray, theirs: np.ndarray, side: int) -> Difference | 
     if ours.shape != theirs.shape:
         return None
     # frame by frame: a whole video as wide numbers would not fit beside itself
-    pairs = zip(ours.reshape(-1, *ours.shape[-3:]), theirs.reshape(-1, *theirs.shape[-3:]), strict=True)
-    measured = [(int(apart.max()), float(np.square(apart, dtype=np.uint32).mean())) for apart in map(distance, pairs)]
+    each = (comparable(pixels).reshape(-1, *pixels.shape[-3:]) for pixels in (ours, theirs))
+    apart_by_frame = map(distance, zip(*each, strict=True))
+    measured = [(int(apart.max()), float(np.square(apart, dtype=np.uint32).mean())) for apart in apart_by_frame]
     error = sum(mean for _, mean in measured) / len(measured)
     psnr = min(PSNR_CAP, 10 * math.log10(255**2 / error)) if error else PSNR_CAP
-    pixels = np.asarray(reduce(distance((middle(ours), middle(theirs))), side))
-    still = ours.ndim == 3 and min(ours.shape[:2]) >= WINDOW
-    ssim = compare(ours, theirs, ["ssim"])["ssim"] if still else None
+    pixels = np.asarray(reduce(distance((still(ours), still(theirs))), side))
+    quick = (ours.ndim == 3 or is_layers(ours)) and min(ours.shape[-3:-1]) >= WINDOW
+    ssim = compare(ours, theirs, ["ssim"])["ssim"] if quick else None
     return Difference(psnr, ssim, max(most for most, _ in measured), pixels)
 
 
@@ -147,18 +149,14 @@ def distance(pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     return np.maximum(*pair) - np.minimum(*pair)
 
 
-def middle(pixels: np.ndarray) -> np.ndarray:
-    """The picture itself, or the middle frame of a video."""
-    return pixels if pixels.ndim == 3 else pixels[len(pixels) // 2]
-
-
 def shown(file: Path, pixels: np.ndarray, fps: int, apart: Difference | None, side: int) -> Shown:
     """What is embedded of one output."""
-    still = middle(pixels)
-    small = reduce(still, side)
-    size = still.shape[1], still.shape[0]
-    if pixels.ndim == 3:
-        return Shown(picture_uri(small), size, small.size != size or not is_small(small), None, apart)
+    whole = still(pixels)
+    small = reduce(whole, side)
+    size = pixels.shape[-2], pixels.shape[-3]
+    if pixels.ndim == 3 or is_layers(pixels):
+        reduced = small.size != (whole.shape[1], whole.shape[0]) or not is_small(small)
+        return Shown(picture_uri(small), size, reduced, None, apart)
     if file.is_file() and file.stat().st_size <= SMALL_VIDEO and max(size) <= SIDE:
         return Shown(picture_uri(small), size, False, uri("video/mp4", file.read_bytes()), apart)
     return Shown(picture_uri(small), size, True, video_uri(pixels, fps), apart)
