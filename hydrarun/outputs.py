@@ -72,8 +72,8 @@ class OutputWriter:
         """Write the next picture (uint8 [H, W, 3]), video ([F, H, W, 3]) or layers ([L, H, W, 4]); returns its record.
 
         `timings`: those known by now, in seconds; `caption`: what the prompt was taken for. Raises RunError for pixels
-        that cannot be a picture or video: all black, or all of one colour, every layer of them; and for a video of a size
-        that its format cannot hold.
+        that cannot be a picture or video: all black, or all of one colour, of layers every one; and for a video of a
+        size that its format cannot hold.
         """
         start = time.perf_counter()
         position = self.drawn

@@ -36,6 +36,8 @@ GOOD = {
         "height": 64,
         "width": 64,
         "num_frames": None,
+        "layers": None,
+        "resolution": None,
         "seed": 0,
         "num_images_per_prompt": None,
         "max_sequence_length": 512,

@@ -40,7 +40,8 @@ UPRIGHT = {
 class InputImage:
     """`image`: mode RGB or, where it was asked for, RGBA; upright, without metadata. `path`: absolute.
 
-    `sha256`: of the file's bytes, in hex. `note`: what the user should know about the reading, such as `transparency laid over white`, or None.
+    `sha256`: of the file's bytes, in hex. `note`: what the user should know about the reading, such as `transparency
+    laid over white`, or None.
     """
 
     image: Image.Image

@@ -19,7 +19,8 @@ class SizeFromImage(Stage):
     """Where height or width is not set: `area` pixels in the last input image's proportions.
 
     An `area` of null is that of a square of `sampling.resolution`. Both are rounded to a multiple of `multiple` pixels,
-    the nearest or the next one up. `height` and `width` are taken where there is no image, for models that can do without.
+    the nearest or the next one up. `height` and `width` are taken where there is no image, for models that can do
+    without.
     """
 
     needs = ("input_images", "height", "width", "resolution")
