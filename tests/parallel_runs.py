@@ -82,6 +82,13 @@ def draw(name: str, folder: Path, chosen: dict[str, int], images: int, fields: d
     return state.frames, state.latents.numpy(), dict(comm.sent)
 
 
+def text_of_first() -> str:
+    """What every rank has of what rank 0 says."""
+    import torch.distributed as dist
+
+    return comm.text_of_first("" if dist.get_rank() else "a cat, 一只猫", CPU)
+
+
 def draw_cached(
     name: str, folder: Path, chosen: dict[str, int], cache_node: dict[str, Any], images: int, fields: dict[str, Any]
 ) -> tuple[Any, dict[str, Any], int]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from hydrarun.parallel.mesh import Mesh
 from hydrarun.transformer import Transformer
@@ -35,8 +35,13 @@ def whole_around_blocks(transformer: Transformer) -> Iterator[None]:
 
 
 def shard_encoder(encoder: nn.Module, mesh: Mesh) -> None:
-    """Shard the repeated layers of a text encoder, then what is left around them."""
+    """Shard the repeated layers of a text encoder, then what is left around them.
+
+    One that writes text encodes its pictures outside of a forward: all of `generate` is one.
+    """
     shard_all([*repeated_layers(encoder)], encoder, mesh)
+    if hasattr(encoder, "generate"):
+        register_fsdp_forward_method(encoder, "generate")
 
 
 def shard_all(parts: list[nn.Module], whole: nn.Module, mesh: Mesh) -> None:

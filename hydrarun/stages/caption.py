@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hydrarun.guidance import POSITIVE
+from hydrarun.parallel import comm
 from hydrarun.pipeline import Parts
 from hydrarun.stages.encode import EncodePrompt
 from hydrarun.state import State
@@ -37,8 +38,11 @@ class EncodePromptOrCaption(EncodePrompt):
 
     def caption(self, state: State, parts: Parts) -> str:
         """The same for the same image: where the checkpoint has words chosen by chance, chance is."""
-        image = parts.pipeline.image_processor.resize(state.input_images[0], state.height, state.width)
+        pipeline = parts.pipeline
+        image = pipeline.image_processor.resize(state.input_images[0], state.height, state.width)
         devices = [parts.device] if parts.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            return parts.pipeline.get_image_caption(image, use_en_prompt=self.english, device=parts.device)
+            text = pipeline.get_image_caption(image, use_en_prompt=self.english, device=parts.device)
+        # a last bit may turn a word, and ranks with unequal texts would not fit together
+        return comm.text_of_first(text, parts.device) if parts.mesh else text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import parallel_runs
 import pytest
 import tiny
 import torch
@@ -89,6 +90,19 @@ def test_one_caption_for_the_blank_prompts_of_a_batch(subject):
     for index, prompt in enumerate(("", "a cat", "")):
         single = subject.draw(prompt=prompt, seed=index + 1)
         assert (single.latents[0] - batch.latents[index]).abs().max() <= LATENTS
+
+
+@only
+def test_ranks_have_one_caption_whichever_prompts_are_theirs(subject, pool):
+    """One of two ranks that share pictures, and lend each other the text encoder's weights, has no blank prompt."""
+    assert pool(2, parallel_runs.text_of_first) == ["a cat, 一只猫"] * 2
+    side = 4 * subject.multiple
+    fields = {"prompt": ["a cat", ""], "seed": [1, 2], "negative_prompt": " ", "num_inference_steps": 2}
+    fields |= {"height": side, "width": side}
+    alone = subject.draw(**fields).frames.astype(int)
+    shares = {"data_degree": 2, "hsdp_degree": 2}
+    for frames_of_all, _, _ in pool(2, parallel_runs.draw, NAME, subject.folder, shares, 1, fields):
+        assert np.abs(frames_of_all - alone).max() <= 1
 
 
 @only
