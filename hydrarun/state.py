@@ -21,7 +21,7 @@ def given_by_stage() -> Any:
 class State:
     """One batch: N pictures or videos of one size, drawn together.
 
-    The fields without a default come from the request; each of the others is given by a stage.
+    The first fields come from the request; each of those that are `given_by_stage` is given by one.
     """
 
     prompts: list[str]  # N
@@ -31,14 +31,14 @@ class State:
     height: int  # pixels; None in a request: a stage takes it from the input image
     width: int  # pixels
     num_frames: int | None  # None: a still picture
-    layers: int | None  # of a picture; None: it has none
-    resolution: int | None  # pixels of a square as large as the picture
     num_inference_steps: int
     true_cfg_scale: float | None
     guidance_scale: float | None
     guidance_scale_2: float | None
     max_sequence_length: int | None  # tokens
-    captioned: bool  # whether any prompt of the request, also of other ranks, is blank: a model that can captions it
+    layers: int | None = None  # of a picture; None: it has none
+    resolution: int | None = None  # pixels of a side of a square that is as large as the picture
+    captioned: bool = False  # whether any prompt of the request, also another rank's, is blank
     #: what a blank prompt was taken for
     caption: str | None = given_by_stage()
     #: {branch: what of the prompt the transformer's `embed` takes}

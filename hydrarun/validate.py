@@ -201,6 +201,10 @@ def _model(model: Mapping[str, Any]) -> Iterator[Problem]:
         for name in names:
             if name not in OPTIONAL:
                 yield f"model.{key}", f"{name!r} is none of {', '.join(OPTIONAL)}.{nearest(str(name), OPTIONAL)}"
+    for name, limit in model["limits"].items():
+        each = limit if isinstance(limit, list) else [limit]
+        if not each or not all(fits(one, int) for one in each):
+            yield f"model.limits.{name}", f"{show(limit)} is not a whole number or a list of them."
     counts = model["input_images"]
     if not (len(counts) == 2 and all(fits(n, int) for n in counts) and 0 <= counts[0] <= counts[1]):
         yield "model.input_images", f"{show(counts)} is not [least, most]."

@@ -153,6 +153,8 @@ def test_good_values(values):
         ("model__takes", ["num_frame"], "Did you mean 'num_frames'?"),
         ("model__limits", {"guidance": 3}, "Did you mean 'guidance_scale'?"),
         ("model__input_images", [2, 1], "is not [least, most]"),
+        ("model__limits", {"max_sequence_length": "x"}, "'x' is not a whole number or a list of them"),
+        ("model__limits", {"max_sequence_length": []}, "[] is not a whole number or a list of them"),
         ("model__patch_size", 0, "0 is below 1"),
         ("input__images", "a.png", "lists 1 image; model m takes none: input.images=null"),
         ("input__images", [1], "is not a file or a list of files"),
