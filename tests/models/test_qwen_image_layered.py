@@ -93,6 +93,15 @@ def test_one_caption_for_the_blank_prompts_of_a_batch(subject):
 
 
 @only
+@pytest.mark.parametrize("option", ["model", "disk"])
+def test_a_caption_is_written_by_an_encoder_that_comes_for_it(subject, fake, option):
+    overrides = [one for one in subject.overrides() if not one.startswith("device=")]
+    config = compose([*overrides, "device=cuda", f"offload={option}"])
+    state = tiny.draw(Runner({**config, "device": "fake"}), [given(subject)], prompt="", num_inference_steps=1)
+    assert state.caption == reference_caption(subject, english=True)
+
+
+@only
 def test_ranks_have_one_caption_whichever_prompts_are_theirs(subject, pool):
     """One of two ranks that share pictures, and lend each other the text encoder's weights, has no blank prompt."""
     assert pool(2, parallel_runs.text_of_first) == ["a cat, 一只猫"] * 2
