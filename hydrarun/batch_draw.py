@@ -162,10 +162,7 @@ class Keeper:
                 writer.skip()
                 continue
             try:
-                self.book.add(
-                    "done",
-                    writer.save(picture.pixels, picture.prompt, picture.negative_prompt, picture.seed, timings),
-                )
+                self.book.add("done", writer.save(**vars(picture), timings=timings))
             except RunError as error:
                 self.book.fail([item.index], error)
                 self.runner.progress.note(str(error))

@@ -75,9 +75,10 @@ def items(config: Config) -> list[Item]:
 def expand(sampling: Mapping[str, Any]) -> list[tuple[str, str | None, int]]:
     """Prompt, negative prompt and seed of each picture: prompt after prompt, and of each its pictures.
 
-    A whole number as seed: the k-th picture of every prompt gets `seed + k`. A list: one per picture.
+    A whole number as seed: the k-th picture of every prompt gets `seed + k`. A list: one per picture. No
+    prompt (null) is an empty one.
     """
-    texts, seeds = as_list(sampling["prompt"]), sampling["seed"]
+    texts, seeds = as_list(sampling["prompt"] or ""), sampling["seed"]
     negatives = sampling["negative_prompt"]
     negatives = negatives if isinstance(negatives, list) else [negatives] * len(texts)
     if isinstance(seeds, list):

@@ -140,6 +140,7 @@ def load_component(
         if library == "transformers":
             config = cls.config_class.from_pretrained(folder / name)
             weights = unread(checkpoint, dtype, add)
+            shown |= {"generation_config": generation_settings(folder / name)}
             module, info = cls.from_pretrained(
                 None, config=config, state_dict=weights, dtype=dtype, device_map={"": device}, **shown
             )
@@ -149,6 +150,13 @@ def load_component(
     refuse_incomplete(folder / name, info)
     move(module.eval().requires_grad_(False), device)
     return module
+
+
+def generation_settings(folder: Path) -> Any:
+    """How the encoder in `folder` writes text, if its checkpoint says so."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
 
 
 def known_class(folder: Path, name: str, entry: tuple[str, str]) -> Any:

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from hydrarun import compat, resources
 from hydrarun.compose import compose_raw
 from hydrarun.errors import UsageError, nearest
+from hydrarun.media.kinds import KINDS
 from hydrarun.recipe import catalogue
 from hydrarun.recipe.vet import groups
 from hydrarun.validate import cfg_off, cfg_scale
@@ -139,13 +140,14 @@ def guidance(sampling: dict[str, Any]) -> str:
 
 
 def size(sampling: dict[str, Any]) -> str:
-    """Width x height as a model has them by itself, and frames; of sounds their seconds."""
+    """Width x height as a model has them by itself, and frames or layers; of sounds their seconds."""
     if sampling["audio_start_in_s"] is not None:
         end = sampling["audio_end_in_s"]
         return "the longest" if end is None else f"{end - sampling['audio_start_in_s']:g} s"
-    frames = "" if sampling["num_frames"] is None else f", {sampling['num_frames']} frames"
+    counted = [kind.parts for kind in KINDS if kind.parts]
+    parts = "".join(f", {sampling[key]} {name}" for key, name in counted if sampling[key] is not None)
     pixels = "of the image" if sampling["height"] is None else f"{sampling['width']}x{sampling['height']}"
-    return pixels + frames
+    return pixels + parts
 
 
 def method(config: dict[str, Any], name: str) -> str:

@@ -24,8 +24,6 @@ FORMAT = 1  # of run.json and of the metadata; grows when a key changes its mean
 
 SLUG_LENGTH = 40
 
-SUFFIXES = {"png": ".png", "mp4": ".mp4", "frames": "", "wav": ".wav"}
-
 #: the bytes of a file, by its format; of pixels or samples, their record and the texts inside
 ENCODERS: dict[str, Callable[[np.ndarray, Mapping[str, Any], Mapping[str, str]], bytes]] = {
     "png": lambda pixels, record, text: png.encode(pixels, text),
@@ -69,12 +67,19 @@ class OutputWriter:
         run_dir.mkdir(parents=True, exist_ok=True)
 
     def save(
-        self, pixels: np.ndarray, prompt: str, negative_prompt: str | None, seed: int, timings: dict[str, Any]
+        self,
+        pixels: np.ndarray,
+        prompt: str,
+        negative_prompt: str | None,
+        seed: int,
+        timings: dict[str, Any],
+        caption: str | None = None,
     ) -> dict[str, Any]:
-        """Write the next picture, video or sound (an array of `hydrarun.media.kinds`) and return its record.
+        """Write the next output (an array of `hydrarun.media.kinds`) and return its record.
 
-        `timings`: those known by now, in seconds. Raises RunError for one that cannot be what was asked for: all black,
-        all of one colour, silence; and for a video of a size that its format cannot hold.
+        `timings`: those known by now, in seconds; `caption`: what the prompt was taken for. Raises RunError for one
+        that cannot be what was asked for: all black, all of one colour, of layers every one, silence; and for a video
+        of a size that its format cannot hold.
         """
         start = time.perf_counter()
         position = self.drawn
@@ -89,6 +94,7 @@ class OutputWriter:
             "index": index,
             "path": file_name(index, prompt, seed, digest, output["format"]),
             **texts,
+            **({} if caption is None else {"caption": caption}),
             "pixels_sha256": pixels_sha256(pixels),
             **kinds.of(pixels).extent(pixels, output, self.facts),
         }
@@ -122,9 +128,10 @@ class OutputWriter:
     ) -> dict[str, str]:
         """Write it; what its record says of the file: `sha256`, or nothing of a folder."""
         path, form = self.run_dir / record["path"], self.config["output"]["format"]
-        if form == "frames":
-            own = ({"frame": number, "frame_sha256": pixels_sha256(frame)} for number, frame in enumerate(pixels))
-            frames.write(path, pixels, [self._text(record, place, timings, extra) for extra in own])
+        if form in frames.STEMS:
+            stem, _ = frames.STEMS[form]
+            own = ({stem: number, f"{stem}_sha256": pixels_sha256(one)} for number, one in enumerate(pixels))
+            frames.write(path, pixels, [self._text(record, place, timings, extra) for extra in own], form)
             return {}
         data = ENCODERS[form](pixels, record, self._text(record, place, timings, {}))
         write_atomically(path, data)
@@ -152,6 +159,7 @@ class OutputWriter:
             "batch": {"index": place.position, "sampling": {key: sampling.get(key) for key in WHICH}},
             "config_hash": place.config_hash,
             "pixels_sha256": record["pixels_sha256"],
+            **({"caption": record["caption"]} if "caption" in record else {}),
             "created": self.created,
             "timings": timings,
             **self.facts,
@@ -171,8 +179,9 @@ def alone(config: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
 
 
 def file_name(index: int, prompt: str, seed: int, digest: str, output_format: str) -> str:
-    """The name of an output's file, or of a video's folder of frames; `digest`: the hash of a configuration."""
-    return f"{index:04d}-{slug(prompt, kinds.of_format(output_format).name)}-{seed}-{digest}{SUFFIXES[output_format]}"
+    """The name of an output's file, or of its folder; `digest`: the hash of a configuration."""
+    kind = kinds.of_format(output_format)
+    return f"{index:04d}-{slug(prompt, kind.nameless)}-{seed}-{digest}{kind.formats[output_format]}"
 
 
 def write_run(run_dir: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +205,7 @@ def parameters(config: dict[str, Any], facts: dict[str, Any], record: dict[str, 
     """The AUTOMATIC1111 text: the prompt, the negative prompt, then one line of `Key: value` pairs."""
     sampling, model = config["sampling"], config["model"]
     guidance = sampling["guidance_scale"] if sampling["true_cfg_scale"] is None else sampling["true_cfg_scale"]
-    lines = [record["prompt"]]
+    lines = [record.get("caption", record["prompt"])]
     if (record["negative_prompt"] or "").strip():
         lines.append(f"Negative prompt: {record['negative_prompt']}")
     settings = {
@@ -209,6 +218,7 @@ def parameters(config: dict[str, Any], facts: dict[str, Any], record: dict[str, 
         "FPS": record.get("fps"),
         "Seconds": record.get("duration_s"),
         "Sample rate": record.get("sample_rate"),
+        "Layers": record.get("layers"),
         "Model": model["name"],
         "Version": f"hydrarun {facts['versions']['hydrarun']}",
     }
@@ -230,7 +240,7 @@ def slug(prompt: str, nameless: str) -> str:
 
 
 def pixels_sha256(pixels: np.ndarray) -> str:
-    """sha256 over the RGB bytes, row by row from the top, frame after frame; of a sound over its 16-bit samples, those
+    """sha256 over the RGB or RGBA bytes, row by row from the top, frame after frame; of a sound over its 16-bit samples, those
     of one moment side by side."""
     return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
 

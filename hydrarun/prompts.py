@@ -75,7 +75,7 @@ def problems(fields: Any) -> Iterator[str]:
             yield unknown(name)
         elif not fits(value, FIELDS[name]):
             yield f"{name}: {show(value)} is not {describe(FIELDS[name])}"
-    if not fields.get("prompt", ""):
+    if not fields.get("prompt") and "images" not in fields:  # some models need nothing else
         yield "no prompt"
 
 
@@ -165,7 +165,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _placed(fields: Line, folder: Path) -> Line:
-    """The same with the paths of images relative to here."""
+    """The same with a prompt, empty if there is none, and the paths of images relative to here."""
+    fields = {"prompt": "", **fields}
     images = fields.get("images")
     if not images:
         return fields

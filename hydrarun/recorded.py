@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hydrarun.errors import UsageError
+from hydrarun.media import frames
 from hydrarun.media.reading import read
 from hydrarun.outputs import FORMAT, WHICH, pixels_sha256
 
@@ -36,11 +37,11 @@ FACTS = (
 
 @dataclass
 class Picture:
-    """One picture, video or sound of the run: its place in it, the hash of its pixels, and the pixels where they are at hand.
+    """One output of the run: its place in it, the hash of its pixels, and the pixels where they are at hand.
 
-    `pixels` (an array of `hydrarun.media.kinds`) is None when the file is gone, or no longer holds the pixels
-    that the hash was made of. Those of a `lossy` file never are exactly those. `frame`: when only this frame of a video
-    is at hand, its number from 0; hash and pixels are then the frame's own.
+    `pixels` (an array of `hydrarun.media.kinds`) is None when the file is gone, or no longer holds the pixels that the
+    hash was made of. Those of a `lossy` file never are exactly those. `part`: when only this file of a folder of frames or
+    layers is at hand, its name there; hash and pixels are then its own.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Picture:
     pixels_sha256: str
     pixels: np.ndarray | None
     lossy: bool = False
-    frame: int | None = None
+    part: str | None = None
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Recorded:
 
 
 def load(path: Path) -> Recorded:
-    """Read a PNG, an MP4, a WAV or a folder of frames with metadata, one frame of such a folder, or a run.json.
+    """Read a file or folder with metadata (`hydrarun.media.reading`), one file of such a folder, or a run.json.
 
     Raises UsageError of one line for anything else.
     """
@@ -89,11 +90,12 @@ def _from_medium(path: Path) -> Recorded:
     if set(which) != set(WHICH):
         raise UsageError(f"{path}: batch.sampling must hold {', '.join(WHICH)}")
     run_config = {**config, "sampling": {**sampling, **which}}
-    if "frame" in record and not path.is_dir():
-        digest, frame = _get(path, record, "frame_sha256", str), _get(path, record, "frame", int)
-    else:
-        digest, frame = _get(path, record, "pixels_sha256", str), None
-    picture = Picture(path.name, index, digest, _as_hashed(path, pixels, digest), is_lossy(path), frame)
+    whole, part = "pixels_sha256", None
+    for form, (stem, _) in frames.STEMS.items():
+        if stem in record and not path.is_dir():
+            whole, part = f"{stem}_sha256", frames.name(_get(path, record, stem, int), form)
+    digest = _get(path, record, whole, str)
+    picture = Picture(path.name, index, digest, _as_hashed(path, pixels, digest), is_lossy(path), part)
     return Recorded(run_config, _facts(record), [picture])
 
 

@@ -35,8 +35,9 @@ from hydrarun.validate import check_values, image_paths
 USAGE = """\
 usage: hydrarun replay FILE [hydra.run.dir=DIR] [KEY=VALUE ...]
 
-Draws FILE again from the recipe inside it and compares the pixels or samples. FILE is a picture (PNG), a sound (WAV), a video
-(MP4, a folder of frames, or one frame-00000.png of it), or the run.json of a whole run.
+Draws FILE again from the recipe inside it and compares the pixels or samples. FILE is a picture (PNG), a sound (WAV), a
+video (MP4, a folder of frames, or one frame-00000.png of it), a folder of layers or one layer-0.png of it, or the
+run.json of a whole run.
 KEY=VALUE changes how it is drawn: device=cuda, dtype=bfloat16, attention=sdpa, model.path=/elsewhere
 input.images=[/elsewhere/a.png] says where the input images lie on this machine.
 Exit code: 0 identical, 1 different, 2 FILE cannot be replayed."""
@@ -154,7 +155,7 @@ def _parse(text: str) -> Override:
 def check_frames(recorded: Recorded, output_format: str) -> None:
     """A single frame must be drawn again as frames: no other format would hold its pixels."""
     for picture in recorded.pictures:
-        if picture.frame is not None and output_format != "frames":
+        if picture.part is not None and output_format not in frames.STEMS:
             raise UsageError(
                 f"{printable(picture.name)}: one frame of a video; its pixels can only be compared with "
                 f"output.format=frames, not {output_format}"
@@ -173,9 +174,10 @@ def describe(config: dict[str, Any]) -> Iterator[str]:
     """Lines that say what a stranger's file is about to make this machine do, and which images it reads for it."""
     model, sampling, output = config["model"], config["sampling"], config["output"]
     revision = f" at {model['revision']}" if model["revision"] else ""
-    what = [kinds.of_format(output["format"]).size(sampling)]
-    if output["fps"] is not None:
-        what.append(f"{sampling['num_frames']} frames at {output['fps']} fps")
+    kind = kinds.of_format(output["format"])
+    what = [kind.size(sampling)]
+    if length := kind.length(sampling):
+        what.append(length if output["fps"] is None else f"{length} at {output['fps']} fps")
     what.append(f"{sampling['num_inference_steps']} steps")
     yield f"replaying {model['name']} from {model['path']}{revision}: {', '.join(what)}"
     yield from (f"  input image {path}" for path in image_paths(config))
@@ -187,8 +189,8 @@ def compare(picture: Picture, record: dict[str, Any], folder: Path) -> bool:
     output = next(output for output in record["outputs"] if output["index"] == picture.index)
     file, digest = folder / output["path"], output["pixels_sha256"]
     of_them = "samples" if "samples" in output else "pixels"
-    if picture.frame is not None:
-        file /= frames.name(picture.frame)
+    if picture.part is not None:
+        file /= picture.part
         digest = pixels_sha256(read(file)[0])
     if digest == picture.pixels_sha256:
         print(f"{name}: identical {of_them}")
@@ -215,10 +217,11 @@ def _distance(old: np.ndarray | None, new: np.ndarray) -> str:
 
 
 def _size(pixels: np.ndarray) -> str:
-    if kinds.of(pixels) is kinds.SOUND:
+    kind = kinds.of(pixels)
+    if kind is kinds.SOUND:
         return f"{len(pixels)} samples"
-    frame_count = f"{len(pixels)} frames of " if pixels.ndim == 4 else ""
-    return f"{frame_count}{pixels.shape[-2]}x{pixels.shape[-3]}"
+    count = f"{len(pixels)} {kind.parts[1]} of " if kind.parts else ""
+    return f"{count}{pixels.shape[-2]}x{pixels.shape[-3]}"
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:

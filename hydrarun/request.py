@@ -15,6 +15,8 @@ PLAIN = (
     "height",
     "width",
     "num_frames",
+    "layers",
+    "resolution",
     "num_inference_steps",
     "true_cfg_scale",
     "guidance_scale",
@@ -33,6 +35,7 @@ def make_state(sampling: dict[str, Any], input_images: Sequence[Image.Image] = (
         negative_prompts=None if sampling["negative_prompt"] is None else negatives,
         seeds=seeds,
         input_images=list(input_images),
+        captioned=not all(map(str.strip, prompts)),
         **{name: sampling[name] for name in PLAIN},
     )
 

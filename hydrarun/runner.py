@@ -14,7 +14,7 @@ import torch
 from hydrarun import compat
 from hydrarun.build import build, choose_device, make_cache
 from hydrarun.errors import RunError, UsageError, nearest
-from hydrarun.media import images
+from hydrarun.media import images, kinds
 from hydrarun.media.images import InputImage
 from hydrarun.memory.device import forget_peak, peak_bytes
 from hydrarun.memory.safetensors_files import fingerprint
@@ -36,10 +36,11 @@ from hydrarun.validate import check_values, image_paths
 class Picture:
     """What was drawn, and what makes it again."""
 
-    pixels: np.ndarray  # [H, W, 3] uint8, or [F, H, W, 3] for a video; of a sound [samples, channels] int16
+    pixels: np.ndarray  # an array of `hydrarun.media.kinds`
     prompt: str
     negative_prompt: str | None
     seed: int
+    caption: str | None = None  # what a blank prompt was taken for
 
 
 class Runner:
@@ -78,7 +79,8 @@ class Runner:
 
     def read_images(self, config: dict[str, Any]) -> list[InputImage]:
         """The input images; says what was changed in reading one."""
-        read = [images.read(path) for path in image_paths(config)]
+        alpha = kinds.of_model(config).alpha
+        read = [images.read(path, alpha) for path in image_paths(config)]
         for image in read:
             if image.note:
                 self.progress.note(f"{image.path.name}: {image.note}")
@@ -209,7 +211,7 @@ class Runner:
         with self.progress.phase("saving", total=len(drawn)) as advance:
             for picture in drawn:
                 try:
-                    writer.save(picture.pixels, picture.prompt, picture.negative_prompt, picture.seed, timings)
+                    writer.save(**vars(picture), timings=timings)
                 except RunError as error:
                     refused.append(error)
                 advance()
@@ -281,7 +283,8 @@ def describe(image: InputImage) -> dict[str, Any]:
 def pictures(state: State) -> list[Picture]:
     """The items of a finished batch."""
     negatives: Sequence[str | None] = state.negative_prompts or [None] * len(state.prompts)
-    still = state.num_frames is None and state.frames.ndim == 5
+    still = state.num_frames is None and state.layers is None and state.frames.ndim == 5
+    captions = [None if prompt.strip() else state.caption for prompt in state.prompts]
     pixels = state.frames[:, 0] if still else state.frames
-    items = zip(pixels, state.prompts, negatives, state.seeds, strict=True)
+    items = zip(pixels, state.prompts, negatives, state.seeds, captions, strict=True)
     return [Picture(*item) for item in items]

@@ -29,7 +29,7 @@ class Model:
     guidance: dict[str, Any] = MISSING
     stages: list[dict[str, Any]] = MISSING
     takes: list[str] = MISSING
-    limits: dict[str, int] = field(default_factory=dict)
+    limits: dict[str, Any] = field(default_factory=dict)
     input_images: list[int] = field(default_factory=lambda: [0, 0])
     teacache: Any = None  # a mapping or null
     judge: Optional[str] = None  # noqa: UP045
@@ -62,6 +62,8 @@ class Sampling:
     height: Optional[int] = None  # noqa: UP045
     width: Optional[int] = None  # noqa: UP045
     num_frames: Optional[int] = None  # noqa: UP045
+    layers: Optional[int] = None  # noqa: UP045
+    resolution: Optional[int] = None  # noqa: UP045
     seed: Any = 0
     num_images_per_prompt: Optional[int] = None  # noqa: UP045
     max_sequence_length: Optional[int] = None  # noqa: UP045

@@ -21,13 +21,13 @@ def given_by_stage() -> Any:
 class State:
     """One batch: N pictures, videos or sounds of one size, drawn together.
 
-    The fields without a default come from the request; each of the others is given by a stage.
+    The first fields come from the request; each of those that are `given_by_stage` is given by one.
     """
 
     prompts: list[str]  # N
     negative_prompts: list[str] | None  # N; None: there is no negative prompt
     seeds: list[int]  # N
-    input_images: list[Image.Image]  # RGB; the same for all N; empty: there are none
+    input_images: list[Image.Image]  # RGB, or RGBA for models that draw alpha; the same for all N; empty: none
     height: int  # pixels; None in a request: a stage takes it from the input image; None of a sound
     width: int  # pixels
     num_frames: int | None  # None: a still picture
@@ -38,6 +38,11 @@ class State:
     max_sequence_length: int | None  # tokens
     audio_start_in_s: float | None = None  # of a sound
     audio_end_in_s: float | None = None  # None: at the end of the longest that the model makes
+    layers: int | None = None  # of a picture; None: it has none
+    resolution: int | None = None  # pixels of a side of a square that is as large as the picture
+    captioned: bool = False  # whether any prompt of the request, also another rank's, is blank
+    #: what a blank prompt was taken for
+    caption: str | None = given_by_stage()
     #: {branch: what of the prompt the transformer's `embed` takes}
     conditioning: dict[str, dict[str, Any]] = given_by_stage()
     #: [N], the scale that a guidance-distilled transformer takes; None: it takes none
@@ -57,7 +62,8 @@ class State:
     first_frame: Tensor | None = given_by_stage()
     #: [steps], the scheduler's own values
     timesteps: Tensor = given_by_stage()
-    #: [N, F, H, W, 3] uint8, F is 1 for a still picture; of a sound its samples, [N, samples, channels] int16
+    #: [N, F, H, W, 3] uint8, F is 1 for a still picture; of layers [N, L, H, W, 4]; of sounds int16
+    #: [N, samples, channels]
     frames: np.ndarray = given_by_stage()
 
     @classmethod

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hydrarun import batches, prompts
@@ -30,11 +30,13 @@ OPTIONAL = (
     "guidance_scale",
     "guidance_scale_2",
     "num_frames",
+    "layers",
+    "resolution",
     "max_sequence_length",
     "audio_start_in_s",
     "audio_end_in_s",
 )
-NEEDED = ("num_frames", "max_sequence_length", "audio_start_in_s")
+NEEDED = ("num_frames", "layers", "resolution", "max_sequence_length", "audio_start_in_s")
 MAX_PROMPTS = 100_000  # characters of all prompts of a run: with room to spare in a picture's metadata
 
 Problem = tuple[str, str]  # the key, and the sentence about it
@@ -92,7 +94,7 @@ def _settings(config: Mapping[str, Any]) -> Iterator[Problem]:
 def _request(config: Mapping[str, Any]) -> Iterator[Problem]:
     """What is wrong with what is drawn, and with what is measured of it."""
     yield from _taken(config["model"], config["sampling"])
-    yield from _sampling(config["sampling"], config["model"]["takes"])
+    yield from _sampling(config["sampling"], config["model"])
     yield from _warmup(config["warmup"], config["sampling"]["num_inference_steps"])
     yield from _guidance(config)
     yield from _size(config)
@@ -136,6 +138,11 @@ def cfg_off(config: Mapping[str, Any]) -> float:
 def is_video(config: Mapping[str, Any]) -> bool:
     """Whether the model draws videos."""
     return kinds.of_model(config) is kinds.VIDEO
+
+
+def captions(model: Mapping[str, Any]) -> bool:
+    """Whether the model describes its input image by itself where the prompt is blank."""
+    return any(str(stage.get("_target_", "")).endswith(".EncodePromptOrCaption") for stage in model["stages"])
 
 
 def image_paths(config: Mapping[str, Any]) -> list[str]:
@@ -201,6 +208,10 @@ def _model(model: Mapping[str, Any]) -> Iterator[Problem]:
         for name in names:
             if name not in OPTIONAL:
                 yield f"model.{key}", f"{name!r} is none of {', '.join(OPTIONAL)}.{nearest(str(name), OPTIONAL)}"
+    for name, limit in model["limits"].items():
+        each = limit if isinstance(limit, list) else [limit]
+        if not each or not all(fits(one, int) for one in each):
+            yield f"model.limits.{name}", f"{show(limit)} is not a whole number or a list of them."
     counts = model["input_images"]
     if not (len(counts) == 2 and all(fits(n, int) for n in counts) and 0 <= counts[0] <= counts[1]):
         yield "model.input_images", f"{show(counts)} is not [least, most]."
@@ -236,25 +247,31 @@ def _taken(model: Mapping[str, Any], sampling: Mapping[str, Any]) -> Iterator[Pr
                 yield f"sampling.{key}", f"model {model['name']} does not take it; of such fields it takes {taken}."
         elif value is None and key in NEEDED:
             yield f"sampling.{key}", f"null, and model {model['name']} needs it."
-        elif key in model["limits"] and value is not None and value > model["limits"][key]:
-            yield (
-                f"sampling.{key}",
-                f"{value} is above {model['limits'][key]}, the most that model {model['name']} takes.",
-            )
+        elif key in model["limits"] and value is not None:
+            yield from _limit(f"sampling.{key}", value, model["limits"][key], model["name"])
 
 
-def _sampling(sampling: Mapping[str, Any], takes: Sequence[str]) -> Iterator[Problem]:
-    for key in ("num_inference_steps", "height", "width", "num_frames", "max_sequence_length"):
+def _limit(key: str, value: float, limit: Any, name: str) -> Iterator[Problem]:
+    """A number is the most that a model takes, a list all that it takes."""
+    if isinstance(limit, list):
+        if value not in limit:
+            yield key, f"{value} is none of {', '.join(map(str, limit))}, which model {name} takes."
+    elif value > limit:
+        yield key, f"{value} is above {limit}, the most that model {name} takes."
+
+
+def _sampling(sampling: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[Problem]:
+    for key in ("num_inference_steps", "height", "width", "num_frames", "layers", "max_sequence_length"):
         yield from _at_least(f"sampling.{key}", sampling[key], 1)
     for key in ("true_cfg_scale", "guidance_scale", "guidance_scale_2"):
-        value = sampling[key] if key in takes else None
+        value = sampling[key] if key in model["takes"] else None
         if value is not None and not (math.isfinite(value) and value >= 0):
             yield f"sampling.{key}", f"{value} is not a finite number >= 0."
     for key in ("audio_start_in_s", "audio_end_in_s"):
-        value = sampling[key] if key in takes else None
+        value = sampling[key] if key in model["takes"] else None
         if value is not None and not (math.isfinite(value) and value >= 0):
             yield f"sampling.{key}", f"{value} is not a finite number of seconds >= 0."
-    yield from _texts(sampling)
+    yield from _texts(sampling, captions(model))
     yield from _pictures(sampling)
 
 
@@ -324,10 +341,11 @@ def _output(config: Mapping[str, Any]) -> Iterator[Problem]:
         yield "output.fps", f"{output['fps']}: model {name} draws {kind.name}s, which have none."
 
 
-def _texts(sampling: Mapping[str, Any]) -> Iterator[Problem]:
+def _texts(sampling: Mapping[str, Any], captioned: bool) -> Iterator[Problem]:
+    """`captioned`: prompts may be empty, or null."""
     prompt, negative = sampling["prompt"], sampling["negative_prompt"]
-    prompts = prompt if isinstance(prompt, list) else [prompt]
-    if not prompts or not all(isinstance(text, str) and text for text in prompts):
+    prompts = prompt if isinstance(prompt, list) else ["" if captioned and prompt is None else prompt]
+    if not prompts or not all(isinstance(text, str) and (text or captioned) for text in prompts):
         yield "sampling.prompt", f"{show(prompt)} is not a non-empty text, or a list of them."
     elif sum(map(len, prompts)) > MAX_PROMPTS:
         yield "sampling.prompt", f"more than {MAX_PROMPTS} characters in all, and each picture carries them."

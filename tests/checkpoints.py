@@ -23,6 +23,7 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
+    QwenImageLayeredPipeline,
     QwenImagePipeline,
     SD3Transformer2DModel,
     StableAudioPipeline,
@@ -77,12 +78,37 @@ def qwen_image_edit_plus() -> QwenImageEditPlusPipeline:
     return _edit(QwenImageEditPlusPipeline, zero_cond_t=True)
 
 
-def _edit(cls: type[DiffusionPipeline], **transformer: Any) -> Any:
+def qwen_image_layered() -> QwenImageLayeredPipeline:
+    """Its VAE has 8 channels: diffusers takes a picture of as many as latents have, with alpha 4, for latents."""
+    switches = {"use_additional_t_cond": True, "use_layer3d_rope": True}
+    pipeline = _edit(QwenImageLayeredPipeline, vae=_layered_vae(), channels=8, **switches)
+    shifting = {"shift_terminal": None, "time_shift_type": "linear"}  # as published
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**{**tiny.SCHEDULER, **shifting})
+    # a caption comes to an end, and how it is written shows
+    pipeline.text_encoder.generation_config.update(eos_token_id=[*range(0, 256, 8), 258], repetition_penalty=1.3)
+    return pipeline
+
+
+def _layered_vae() -> AutoencoderKLQwenImage:
+    return _lively(
+        AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=8,
+            dim_mult=[1, 2, 2],
+            num_res_blocks=1,
+            temperal_downsample=[False, True],
+            input_channels=4,
+            **latent_statistics(8),
+        )
+    )
+
+
+def _edit(cls: type[DiffusionPipeline], vae: AutoencoderKLQwenImage | None = None, **transformer: Any) -> Any:
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens(["<|video_pad|>"], special_tokens=True)  # the processor counts these too
     pipeline = cls(
         scheduler=FlowMatchEulerDiscreteScheduler(**tiny.SCHEDULER),
-        vae=_edit_vae(),
+        vae=vae or _edit_vae(),
         text_encoder=tiny.text_encoder(),
         tokenizer=tokenizer,
         processor=without_videos(Qwen2VLProcessor)(
@@ -333,6 +359,7 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "qwen_image_2512": tiny.qwen_image,
     "qwen_image_edit": qwen_image_edit,
     "qwen_image_edit_plus": qwen_image_edit_plus,
+    "qwen_image_layered": qwen_image_layered,
     "flux_dev": flux_dev,
     "flux_schnell": flux_schnell,
     "sd35_large": sd35_large,

@@ -78,8 +78,15 @@ def draw(name: str, folder: Path, chosen: dict[str, int], images: int, fields: d
     runner = runner_for(name, folder, chosen)
     comm.sent.clear()
     sampling = {**runner.config["sampling"], **fields}
-    state = runner.draw(make_state(sampling, subjects.pictures(images)), Timings(CPU))
+    state = runner.draw(make_state(sampling, subjects.pictures(images, runner.config)), Timings(CPU))
     return state.frames, state.latents.numpy(), dict(comm.sent)
+
+
+def text_of_first() -> str:
+    """What every rank has of what rank 0 says."""
+    import torch.distributed as dist
+
+    return comm.text_of_first("" if dist.get_rank() else "a cat, 一只猫", CPU)
 
 
 def draw_cached(
@@ -90,7 +97,7 @@ def draw_cached(
 
     runner = runner_for(name, folder, chosen)
     comm.sent.clear()
-    state = make_state({**runner.config["sampling"], **fields}, subjects.pictures(images))
+    state = make_state({**runner.config["sampling"], **fields}, subjects.pictures(images, runner.config))
     latents = runner.draw(state, Timings(CPU), cache_node).latents.numpy()
     return latents, runner.built.parts.cache.record(), comm.sent["all_reduce"]
 
@@ -113,7 +120,7 @@ def draw_compiled(name: str, folder: Path, chosen: dict[str, int], images: int, 
     for transformer in runner.built.parts.experts:
         for block in transformer.all_blocks():
             block.compile(fullgraph=False, backend="eager", dynamic=False)
-    state = make_state({**runner.config["sampling"], **fields}, subjects.pictures(images))
+    state = make_state({**runner.config["sampling"], **fields}, subjects.pictures(images, runner.config))
     return runner.draw(state, Timings(CPU)).latents.numpy()
 
 
@@ -125,7 +132,7 @@ def draw_tabled(
 
     offload = {"_target_": "hydrarun.memory.modulation.ModulationOffload"}
     runner = Runner({**config(name, folder, chosen), "offload": offload})
-    state = make_state({**runner.config["sampling"], **fields}, subjects.pictures(images))
+    state = make_state({**runner.config["sampling"], **fields}, subjects.pictures(images, runner.config))
     latents = runner.draw(state, Timings(CPU)).latents.numpy()
     return latents, len(runner.built.parts.tables["transformer"].made_of)
 

@@ -89,7 +89,8 @@ class Subject:
         if size:
             sampling |= self.size(*size)
         least = CONFIGS[self.name]["model"]["input_images"][0]
-        return tiny.draw(self.runner, pictures(least if images is None else images), cache, **sampling)
+        given = pictures(least if images is None else images, CONFIGS[self.name])
+        return tiny.draw(self.runner, given, cache, **sampling)
 
 
 def command(name: str, folder: Path) -> list[str]:
@@ -115,16 +116,18 @@ def multiple(folder: Path) -> int:
     return vae_factors(json.loads((folder / "vae" / "config.json").read_text()))[1] * 2
 
 
-def pictures(count: int) -> list[Image.Image]:
-    """Input images of unequal sizes and proportions."""
+def pictures(count: int, config: dict[str, Any] | None = None) -> list[Image.Image]:
+    """Input images of unequal sizes and proportions; with alpha, if the model of `config` takes it."""
     generator = np.random.default_rng(0)
-    sizes = [(64, 100, 3), (100, 64, 3), (64, 64, 3)]  # at a megapixel, multiples of 64: what the tiny VAE needs
-    return [Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)) for size in sizes[:count]]
+    channels = 4 if config and kinds.of_model(config).alpha else 3
+    sizes = [(64, 100), (100, 64), (64, 64)]  # at a megapixel, multiples of 64: what the tiny VAE needs
+    values = [generator.integers(0, 256, (*size, channels), dtype=np.uint8) for size in sizes[:count]]
+    return [Image.fromarray(one) for one in values]
 
 
 def build(name: str, folder: Path) -> Subject:
     """The subject of that name, saved in `folder`."""
-    pictures(1)[0].save(folder / IMAGE)
+    pictures(1, CONFIGS[name])[0].save(folder / IMAGE)
     pipeline = checkpoints.BUILDERS[name]()
     pipeline.save_pretrained(folder / name)
     subject = Subject(name, pipeline, folder / name, None)
@@ -179,6 +182,8 @@ def cases(name: str) -> dict[str, dict[str, Any]]:
     if "guidance_scale_2" in takes:
         found["one scale for both experts"] = {**guided, "guidance_scale": 2.0, "guidance_scale_2": None}
         found["two scales"] = {**guided, "guidance_scale_2": 1.5}
+    if "layers" in takes:
+        found |= {"two layers": {"layers": 2}, "one layer": {"layers": 1, **guided}}
     if "num_frames" in takes:
         found |= {"one frame": {"num_frames": 1}, "nine frames": {"num_frames": 9, **guided}}
     found |= {f"{count} images": {"images": count, **guided} for count in range(least + 1, most + 1)}

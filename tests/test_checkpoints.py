@@ -22,7 +22,8 @@ from hydrarun.processors import load_processor
 NAMES = sorted({build: name for name, build in checkpoints.BUILDERS.items() if name != "demo"}.values())
 PROMPT = "a red cat on the roof of an old house"
 OTHER = "two ships under the moon, seen from far above"
-FROM_IMAGES = ("qwen_image_edit", "qwen_image_edit_plus", "longcat_image_edit", "wan22_i2v_a14b")
+FROM_IMAGES = ("qwen_image_edit", "qwen_image_edit_plus", "qwen_image_layered", "longcat_image_edit", "wan22_i2v_a14b")
+LAYERED = "qwen_image_layered"
 NOISE = 1e-2  # levels of 255: what rounding may change
 MATTERS = 0.1  # levels of 255, on average: what counts as another picture
 
@@ -51,17 +52,22 @@ def smallest(name: str) -> dict[str, int]:
     return {"height": size, "width": size}
 
 
-def picture(seed: int) -> Image.Image:
-    colors = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+def picture(seed: int, channels: int = 3) -> Image.Image:
+    colors = np.random.default_rng(seed).integers(0, 256, (4, 4, channels), dtype=np.uint8)
     return Image.fromarray(colors).resize((64, 64), Image.Resampling.BICUBIC)
 
 
 def draw(pipeline: Any, name: str, prompt: str = PROMPT, seeds: tuple[int, ...] = (0, 1), image: int = 0) -> np.ndarray:
-    """A run of two steps: levels 0 to 255 as floats, [N, H, W, 3] or [N, F, H, W, 3] with one entry per seed."""
+    """A run of two steps: levels 0 to 255 as floats, [N, H, W, 3] or [N, F, H, W, 3] with one entry per seed.
+
+    Of layers [N, L, H, W, 4], one after the other: diffusers cuts a batch of them in the wrong places.
+    """
+    if name == LAYERED and len(seeds) > 1:
+        return np.concatenate([draw(pipeline, name, prompt, (seed,), image) for seed in seeds])
     copies = "num_videos_per_prompt" if name.startswith("wan") else "num_images_per_prompt"
     arguments: dict[str, Any] = {copies: len(seeds), **smallest(name), **tiny.as_written(pipeline)}
     if name in FROM_IMAGES:
-        arguments["image"] = picture(image)
+        arguments["image"] = picture(image, 4 if name == LAYERED else 3)
     size = {side: arguments[side] for side in ("height", "width")}
     if "height" not in inspect.signature(pipeline.__call__).parameters:
         arguments = {key: value for key, value in arguments.items() if key not in size}
@@ -122,8 +128,8 @@ def assert_same_weights(one: Any, other: Any) -> None:
 def test_pictures_are_neither_flat_nor_saturated(name):
     pictures, sizes = drawn(name)
     size = smallest(name)
-    frames = (size["num_frames"],) if "num_frames" in size else ()
-    assert pictures.shape == (2, *frames, size["height"], size["width"], 3)
+    frames = (size["num_frames"],) if "num_frames" in size else (4,) if name == LAYERED else ()
+    assert pictures.shape == (2, *frames, size["height"], size["width"], 4 if name == LAYERED else 3)
     assert np.isfinite(pictures).all()
     assert pictures.std(axis=(-3, -2)).min() > 5  # in every colour of every picture
     assert ((pictures.round() > 0) & (pictures.round() < 255)).mean() > 0.9

@@ -93,7 +93,7 @@ def test_half_precision_follows_the_reference(subject):
 
     half = Runner({**subject.runner.config, "dtype": "bfloat16"})
     least = subject.runner.config["model"]["input_images"][0]
-    state = tiny.draw(half, pictures(least), num_inference_steps=3)
+    state = tiny.draw(half, pictures(least, half.config), num_inference_steps=3)
     kinds = {"default": torch.bfloat16, "vae": half.built.parts.pipeline.vae.dtype}
     ours = {name: one for name, one in subject.pipeline.components.items() if name.endswith("processor")}
     pipeline = type(subject.pipeline).from_pretrained(subject.folder, torch_dtype=kinds, **ours)

@@ -196,7 +196,7 @@ def test_a_video_gives_the_configuration_of_its_whole_run(tmp_path, kind):
     assert found.config == {**CONFIG, "output": {"metadata": True, "format": kind, "fps": 16}}
     assert found.facts["inputs"] == FACTS["inputs"]
     (video,) = found.pictures
-    assert (video.name, video.index, video.frame, video.lossy) == (second(run).name, 1, None, kind == "mp4")
+    assert (video.name, video.index, video.part, video.lossy) == (second(run).name, 1, None, kind == "mp4")
     assert video.pixels_sha256 == pixels_sha256(VIDEOS[1])
     assert video.pixels.shape == VIDEOS[1].shape
     assert np.array_equal(video.pixels, VIDEOS[1]) == (kind == "frames")
@@ -213,7 +213,7 @@ def test_run_json_gives_every_video(tmp_path, kind):
 def test_one_frame_of_a_folder(tmp_path):
     path = second(made(tmp_path, "frames")) / "frame-00002.png"
     (frame,) = recorded.load(path).pictures
-    assert (frame.name, frame.index, frame.frame) == ("frame-00002.png", 1, 2)
+    assert (frame.name, frame.index, frame.part) == ("frame-00002.png", 1, "frame-00002.png")
     assert frame.pixels_sha256 == pixels_sha256(VIDEOS[1, 2])
     assert np.array_equal(frame.pixels, VIDEOS[1, 2])
 

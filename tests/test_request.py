@@ -14,6 +14,8 @@ SAMPLING = {
     "guidance_scale": None,
     "guidance_scale_2": None,
     "num_frames": None,
+    "layers": None,
+    "resolution": None,
     "height": 8,
     "width": 8,
     "seed": 7,

@@ -124,7 +124,7 @@ def test_other_input_images_are_a_difference():
 
 def test_the_description_says_what_will_be_read_and_drawn():
     config = {
-        "model": {"name": "wan", "path": "owner/wan", "revision": "abc"},
+        "model": {"name": "wan", "path": "owner/wan", "revision": "abc", "takes": ["num_frames"]},
         "sampling": {"width": 832, "height": 480, "num_frames": 81, "num_inference_steps": 40},
         "output": {"format": "mp4", "fps": 16},
         "input": {"images": ["/data/a.png", "/data/b.png"]},
@@ -135,7 +135,12 @@ def test_the_description_says_what_will_be_read_and_drawn():
         "  input image /data/b.png",
     ]
     config["sampling"].update(width=None)
+    config["model"].update(takes=[])
     config.update(output={"format": "png", "fps": None}, input={"images": None})
     assert list(replay.describe(config)) == [
         "replaying wan from owner/wan at abc: the size of the input image, 40 steps"
     ]
+    config["sampling"].update(layers=3)
+    config["model"].update(takes=["layers"])
+    (line,) = replay.describe(config)
+    assert line == "replaying wan from owner/wan at abc: the size of the input image, 3 layers, 40 steps"

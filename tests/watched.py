@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import subjects
 import torch
-from subjects import CONFIGS, LONG, SHORT
+from subjects import LONG, SHORT
 from torch import nn
 
 from hydrarun.compose import compose, compose_raw
@@ -58,7 +58,7 @@ def draw(runner: Runner, guided: bool = True) -> Any:
     }
     if "max_sequence_length" in config["model"]["takes"]:
         fields["max_sequence_length"] = 64
-    given = subjects.pictures(CONFIGS[config["model"]["name"]]["model"]["input_images"][0])
+    given = subjects.pictures(config["model"]["input_images"][0], config)
     state = make_state({**config["sampling"], **fields}, given)
     return runner.draw(state, Timings(runner.built.parts.device))
 

@@ -1,4 +1,7 @@
-"""A video without loss: a folder of PNG files, `frame-00000.png` and on, each with its recipe inside."""
+"""A folder of PNG files, each with its recipe inside: a video without loss, `frame-00000.png` and on; or layers.
+
+Those are `layer-0.png` and on, with alpha.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,20 @@ from hydrarun.media.files import write_flushed
 
 MAX_BYTES = 2**31  # of one decoded video that is read: about 770 frames of 1280x720
 
-NAME = re.compile(r"frame-(\d{5,})\.png")
+#: what a file of a folder begins with, by `output.format`, and the digits of its number at least
+STEMS = {"frames": ("frame", 5), "layers": ("layer", 1)}
+
+NAME = re.compile(r"frame-(\d{5,})\.png|layer-(\d+)\.png")
 
 
-def name(number: int) -> str:
-    """The file name of a frame, counted from 0."""
-    return f"frame-{number:05d}.png"
+def name(number: int, output_format: str = "frames") -> str:
+    """The file name of a frame or layer, counted from 0."""
+    stem, digits = STEMS[output_format]
+    return f"{stem}-{number:0{digits}d}.png"
 
 
-def write(folder: Path, pixels: np.ndarray, texts: Sequence[Mapping[str, str]]) -> None:
-    """Write `pixels` (uint8 [F, H, W, 3]) as the F files of `folder`; `texts`: the text chunks of each.
+def write(folder: Path, pixels: np.ndarray, texts: Sequence[Mapping[str, str]], output_format: str = "frames") -> None:
+    """Write `pixels` (uint8 [F, H, W, 3], or [L, H, W, 4]) as the files of `folder`; `texts`: the chunks of each.
 
     All or nothing: the folder appears when its last frame is on the disk, in the place of an older one.
     """
@@ -34,14 +41,14 @@ def write(folder: Path, pixels: np.ndarray, texts: Sequence[Mapping[str, str]]) 
         new = Path(temporary, "new")
         new.mkdir()
         for number, (frame, text) in enumerate(zip(pixels, texts, strict=True)):
-            write_flushed(new / name(number), png.encode(frame, text))
+            write_flushed(new / name(number, output_format), png.encode(frame, text))
         if folder.exists():
             os.replace(folder, Path(temporary, "old"))
         os.replace(new, folder)
 
 
 def read(folder: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
-    """The frames (uint8 [F, H, W, 3]) of a folder in the order of their numbers, and the recipe in the first of them.
+    """The frames (uint8 [F, H, W, 3]) or layers ([L, H, W, 4]) of a folder by their numbers, and the first's recipe.
 
     The folder may be a stranger's: everything that can be wrong with it is a `UsageError` of one line.
     """
@@ -49,15 +56,18 @@ def read(folder: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
         entries = os.listdir(folder)
     except OSError as error:
         raise UsageError(f"{folder}: {error.strerror}") from None
-    numbers = sorted(int(match[1]) for match in map(NAME.fullmatch, entries) if match)
-    if not numbers:
-        raise UsageError(f"{folder}: holds no {name(0)}; a folder can be read when it is one of frames")
-    files = [folder / name(number) for number in numbers]
+    matches = [match for match in map(NAME.fullmatch, entries) if match]
+    numbers = {"frames": [match[1] for match in matches], "layers": [match[2] for match in matches]}
+    found = {form: sorted(int(one) for one in own if one) for form, own in numbers.items() if any(own)}
+    if not found:
+        raise UsageError(f"{folder}: holds no {name(0)} and no {name(0, 'layers')}, as folders that can be read do")
+    form = next(iter(found))
+    files = [folder / name(number, form) for number in found[form]]
     return stack(folder, (png.read(file)[0] for file in files)), png.read(files[0])[1]
 
 
 def stack(path: Path, frames: Iterable[np.ndarray]) -> np.ndarray:
-    """One array [F, H, W, 3] of frames (uint8 [H, W, 3]) that are made one by one.
+    """One array [F, H, W, 3] of frames (uint8 [H, W, 3], layers with alpha) that are made one by one.
 
     Raises UsageError, naming `path`, as soon as they are too many bytes or not of one size.
     """

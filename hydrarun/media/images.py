@@ -38,9 +38,10 @@ UPRIGHT = {
 
 @dataclass(frozen=True)
 class InputImage:
-    """`image`: mode RGB, upright, without metadata. `path`: absolute. `sha256`: of the file's bytes, in hex.
+    """`image`: mode RGB or, where it was asked for, RGBA; upright, without metadata. `path`: absolute.
 
-    `note`: what the user should know about the reading, such as `transparency laid over white`, or None.
+    `sha256`: of the file's bytes, in hex. `note`: what the user should know about the reading, such as `transparency
+    laid over white`, or None.
     """
 
     image: Image.Image
@@ -53,8 +54,8 @@ class _RefusedError(Exception):
     """Why a file cannot be an input image; `read` puts the key and the path in front."""
 
 
-def read(path: str | Path) -> InputImage:
-    """The picture in a local file; `~` is the home folder.
+def read(path: str | Path, alpha: bool = False) -> InputImage:
+    """The picture in a local file; `~` is the home folder. What is transparent is laid over white, or `alpha` kept.
 
     Raises UsageError, one line that starts with `input.images: PATH: `, for a file that is missing, damaged, of another
     format, or with several frames, 16 bits per channel, too many pixels, a side below 16 or beyond 20 times the other.
@@ -68,8 +69,8 @@ def read(path: str | Path) -> InputImage:
             turn = _turn(image, notes)
     except _RefusedError as refused:
         raise UsageError(f"input.images: {path}: {refused}") from None
-    flat = _over_white(image, notes)
-    return InputImage(flat if turn is None else flat.transpose(turn), local, sha256, "; ".join(notes) or None)
+    plain = _with_alpha(image, notes) if alpha else _over_white(image, notes)
+    return InputImage(plain if turn is None else plain.transpose(turn), local, sha256, "; ".join(notes) or None)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -160,6 +161,16 @@ def _over_white(image: Image.Image, notes: list[str]) -> Image.Image:
     if alpha is not None and np.asarray(alpha).min() < 255:
         notes.append("transparency laid over white")
     return flat
+
+
+def _with_alpha(image: Image.Image, notes: list[str]) -> Image.Image:
+    """A new RGBA image without metadata; one without transparency is opaque."""
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")
+    found = Image.merge("RGBA", (*_srgb(image, notes).split(), Image.new("L", image.size, 255)))
+    if image.has_transparency_data:
+        found.putalpha(image.convert("RGBA").getchannel("A"))
+    return found
 
 
 def _srgb(image: Image.Image, notes: list[str]) -> Image.Image:

@@ -1,6 +1,6 @@
-"""What a model draws: pictures, videos or sounds. Whatever differs between them stands in this one table.
+"""What a model draws: pictures, videos, layers or sounds. Whatever differs between them stands in this one table.
 
-Arrays are uint8 `[H, W, 3]`, uint8 `[F, H, W, 3]` and int16 `[samples, channels]`.
+Arrays are uint8 `[H, W, 3]`, uint8 `[F, H, W, 3]`, uint8 `[L, H, W, 4]` and int16 `[samples, channels]`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ class Kind:
     """One of them."""
 
     name: str
-    #: of `output.format`, those that hold it, and the one that holds it without loss: what twins are written in
-    formats: tuple[str, ...]
-    lossless: str
+    #: of it where a prompt has no letters for a file's name
+    nameless: str
+    #: of `output.format`, those that hold it, with their files' suffixes, "" for a folder; the last is without loss
+    formats: Mapping[str, str]
     #: how near two of them are, of `report.metrics`
     metrics: tuple[str, ...]
     #: the largest difference of two numbers in its array
@@ -35,6 +36,19 @@ class Kind:
     still: Callable[[np.ndarray], np.ndarray]
     #: how large one will be that the section `sampling` asks for
     size: Callable[[Mapping[str, Any]], str]
+    #: the field of `sampling` with the number of its parts, and what these are called
+    parts: tuple[str, str] | None = None
+    #: whether pixels are RGBA, those of input images too
+    alpha: bool = False
+
+    @property
+    def lossless(self) -> str:
+        """The format without loss: what twins are written in."""
+        return [*self.formats][-1]
+
+    def length(self, sampling: Mapping[str, Any]) -> str | None:
+        """How many parts it has, `81 frames`; None where it has none."""
+        return f"{sampling[self.parts[0]]} {self.parts[1]}" if self.parts else None
 
 
 def _width_and_height(pixels: np.ndarray, *_: Any) -> Record:
@@ -58,6 +72,24 @@ def _one_colour(pixels: np.ndarray) -> str | None:
         return None
     first = tuple(int(value) for value in pixels.reshape(-1, 3)[0])
     return "black" if pixels.max() <= 1 else f"one colour, RGB {first}"
+
+
+def _with_layers(pixels: np.ndarray, *_: Any) -> Record:
+    return {**_width_and_height(pixels), "layers": len(pixels)}
+
+
+def _every_layer_empty(pixels: np.ndarray) -> str | None:
+    """One layer may well be of one colour, or wholly transparent, but not all."""
+    from hydrarun.media.alpha import premultiplied
+
+    spreads = (int(layer[..., channel].ptp()) for layer in premultiplied(pixels) for channel in range(4))
+    return None if max(spreads) > 1 else "one colour or transparent in every layer"
+
+
+def _side_by_side(pixels: np.ndarray) -> np.ndarray:
+    from hydrarun.media.alpha import side_by_side
+
+    return side_by_side(pixels)
 
 
 def _silence(samples: np.ndarray) -> str | None:
@@ -89,13 +121,39 @@ def _seconds(sampling: Mapping[str, Any]) -> str:
 
 
 NEAR = ("psnr", "ssim")
-PICTURE = Kind("picture", ("png",), "png", NEAR, 255, _width_and_height, _one_colour, _itself, _width_by_height)
-VIDEO = Kind("video", ("mp4", "frames"), "frames", NEAR, 255, _with_frames, _one_colour, _middle, _width_by_height)
-SOUND = Kind("sound", ("wav",), "wav", ("snr",), 65535, _with_seconds, _silence, _waveform, _seconds)
+PICTURE = Kind(
+    "picture", "picture", {"png": ".png"}, NEAR, 255, _width_and_height, _one_colour, _itself, _width_by_height
+)
+VIDEO = Kind(
+    "video",
+    "video",
+    {"mp4": ".mp4", "frames": ""},
+    NEAR,
+    255,
+    _with_frames,
+    _one_colour,
+    _middle,
+    _width_by_height,
+    parts=("num_frames", "frames"),
+)
+LAYERS = Kind(
+    "layered picture",
+    "layers",
+    {"layers": ""},
+    NEAR,
+    255,
+    _with_layers,
+    _every_layer_empty,
+    _side_by_side,
+    _width_by_height,
+    parts=("layers", "layers"),
+    alpha=True,
+)
+SOUND = Kind("sound", "sound", {"wav": ".wav"}, ("snr",), 65535, _with_seconds, _silence, _waveform, _seconds)
 
-KINDS = (PICTURE, VIDEO, SOUND)
+KINDS = (PICTURE, VIDEO, LAYERS, SOUND)
 #: by the field of `sampling` that no other model takes
-_BY_FIELD = {"num_frames": VIDEO, "audio_end_in_s": SOUND}
+_BY_FIELD = {"num_frames": VIDEO, "layers": LAYERS, "audio_end_in_s": SOUND}
 #: by the number of the array's axes
 _BY_AXES = {3: PICTURE, 4: VIDEO, 2: SOUND}
 
@@ -107,7 +165,7 @@ def of_model(config: Mapping[str, Any]) -> Kind:
 
 def of(pixels: np.ndarray) -> Kind:
     """What an array is."""
-    return _BY_AXES[pixels.ndim]
+    return LAYERS if pixels.ndim == 4 and pixels.shape[-1] == 4 else _BY_AXES[pixels.ndim]
 
 
 def of_format(name: str) -> Kind:

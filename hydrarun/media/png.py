@@ -25,9 +25,9 @@ MAX_TEXT_BYTES = PngImagePlugin.MAX_TEXT_CHUNK
 
 
 def encode(pixels: np.ndarray, text: Mapping[str, str]) -> bytes:
-    """The bytes of a PNG file. `pixels`: uint8 [H, W, 3]; `text`: chunks by keyword, UTF-8 (iTXt) where latin-1 fails.
+    """The bytes of a PNG file. `pixels`: uint8 [H, W, 3], or [H, W, 4] with alpha; `text`: chunks by keyword.
 
-    Raises ValueError for a chunk that `read` would refuse.
+    They are UTF-8 (iTXt) where latin-1 fails. Raises ValueError for a chunk that `read` would refuse.
     """
     chunks = PngImagePlugin.PngInfo()
     for keyword, value in text.items():
@@ -35,12 +35,12 @@ def encode(pixels: np.ndarray, text: Mapping[str, str]) -> bytes:
             raise ValueError(f"the {keyword!r} text chunk is larger than {MAX_TEXT_BYTES} bytes")
         chunks.add_text(keyword, value)
     buffer = io.BytesIO()
-    Image.fromarray(pixels, "RGB").save(buffer, "PNG", pnginfo=chunks)
+    Image.fromarray(pixels, "RGBA" if pixels.shape[-1] == 4 else "RGB").save(buffer, "PNG", pnginfo=chunks)
     return buffer.getvalue()
 
 
 def read(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
-    """The pixels (uint8 [H, W, 3]) of a PNG file and what its `hydrarun` chunk says; None when it has none.
+    """The pixels (uint8 [H, W, 3], or [H, W, 4]) of a PNG file and what its `hydrarun` chunk says; None without one.
 
     The file may be a stranger's: everything that can be wrong with it is a `UsageError` of one line.
     """
@@ -49,7 +49,7 @@ def read(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=["PNG"]) as image:
                 image.load()  # also reads the text chunks that follow the pixels
-                pixels = np.asarray(image.convert("RGB"))
+                pixels = np.asarray(image.convert("RGBA" if image.mode == "RGBA" else "RGB"))
                 text = getattr(image, "text", {}).get(CHUNK)
     except UnidentifiedImageError:
         raise UsageError(f"{path}: not a PNG file, or damaged at its start") from None

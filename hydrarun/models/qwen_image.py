@@ -1,6 +1,7 @@
 """Qwen-Image (https://arxiv.org/abs/2508.02324): 60 dual-stream blocks with joint attention over text and image.
 
-Its edit models have the same blocks; the images to edit are more latent tokens, each picture a frame of its own.
+Its edit models have the same blocks; the images to edit are more latent tokens, each picture a frame of its own. So has
+the one that takes a picture apart: the picture as a whole and its layers are frames, and the given one is before them.
 Reference: diffusers' `QwenImageTransformer2DModel`, whose checkpoints it loads.
 """
 
@@ -35,6 +36,7 @@ class QwenImageTransformer(Transformer):
         **dual_stream_weights(modulation=("img_mod.1", "txt_mod.1"), feed_forward=("img_mlp", "txt_mlp")),
         "time_embed": "time_text_embed.timestep_embedder",
         "norm_out.modulation.linear": "norm_out.linear",
+        "kind_embed": "time_text_embed.addition_t_embedding",
     }
 
     def __init__(
@@ -53,16 +55,16 @@ class QwenImageTransformer(Transformer):
         use_layer3d_rope: bool = False,
     ) -> None:
         super().__init__()
-        refuse(
-            guidance_embeds=guidance_embeds,
-            use_additional_t_cond=use_additional_t_cond,
-            use_layer3d_rope=use_layer3d_rope,
-        )
+        refuse(guidance_embeds=guidance_embeds)
         dim = num_attention_heads * attention_head_dim
         self.axes_dims_rope = tuple(axes_dims_rope)
         self.zero_cond_t = zero_cond_t
+        self.layered = use_layer3d_rope
         self.time_proj = Timesteps(num_channels=256, flip_sin_to_cos=True, downscale_freq_shift=0, scale=1000)
         self.time_embed = TimestepEmbedding(in_channels=256, time_embed_dim=dim)
+        self.kind_embed = (
+            nn.Embedding(2, dim) if use_additional_t_cond else None
+        )  # of which the pipeline uses the first
         self.txt_norm = nn.RMSNorm(joint_attention_dim, eps=1e-6)
         self.img_in = nn.Linear(in_channels, dim)
         self.txt_in = nn.Linear(joint_attention_dim, dim)
@@ -107,7 +109,8 @@ class QwenImageTransformer(Transformer):
         **_: Any,
     ) -> dict[str, Any]:
         device = hidden_states.device
-        rope, text_rope = rope_tables((grid, *image_grids), encoder_hidden_states.shape[1], self.axes_dims_rope, device)
+        text_length = encoder_hidden_states.shape[1]
+        rope, text_rope = rope_tables((grid, *image_grids), text_length, self.axes_dims_rope, device, self.layered)
         two_times = self.zero_cond_t and image_latents is not None
         index = token_times(grid, image_grids, device) if two_times else None
         return {"rope": rope, "encoder_rope": text_rope, "temb_index": index}
@@ -121,7 +124,8 @@ class QwenImageTransformer(Transformer):
             times = torch.cat([times, torch.zeros_like(times)], dim=1)
         # the reference divides by 1000 and multiplies again, in the latents' dtype: in bfloat16 that rounding shows
         fraction = times.to(dtype) / 1000
-        return self.time_embed(self.time_proj(fraction.flatten()).to(dtype)).unflatten(0, times.shape)
+        temb = self.time_embed(self.time_proj(fraction.flatten()).to(dtype)).unflatten(0, times.shape)
+        return temb if self.kind_embed is None else temb + self.kind_embed.weight[0].to(dtype)
 
     def head(self, tokens: Tokens) -> Tensor:
         """`[B, S, D]` to the velocity `[B, S, C]` of the tokens of `grid`, which come first."""
@@ -135,7 +139,7 @@ def refuse(**switches: bool) -> None:
     if on:
         raise UsageError(
             f"transformer/config.json sets {', '.join(on)}: a member of the Qwen-Image family that this model option"
-            " does not run (guidance-distilled and layered checkpoints need their own)"
+            " does not run (guidance-distilled checkpoints need their own)"
         )
 
 
@@ -148,22 +152,24 @@ def token_times(grid: Grid, image_grids: tuple[Grid, ...], device: torch.device)
 
 @lru_cache(maxsize=16)
 def rope_tables(
-    grids: tuple[Grid, ...], text_length: int, axes_dims: tuple[int, ...], device: torch.device
+    grids: tuple[Grid, ...], text_length: int, axes_dims: tuple[int, ...], device: torch.device, layered: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Rotations of the latent tokens `[S, d / 2, 2]` of all pictures and of the text tokens `[T, d / 2, 2]`.
 
     Rows and columns are counted from the picture's centre, so that sizes share positions, and pictures are numbered as
-    frames; text follows on the diagonal after the largest half (the paper's MSRoPE).
+    frames; text follows on the diagonal after the largest half (the paper's MSRoPE). `layered`: behind the frames too,
+    of which pictures after the first are number -1.
     """
     pictures = []
     for number, (frames, height, width) in enumerate(grids):
         positions = (
-            torch.arange(frames) + number,
+            torch.arange(frames) + (-1 if layered and number else number),
             torch.arange(height) - (height - height // 2),
             torch.arange(width) - (width - width // 2),
         )
         axes = [frequencies(place, dim) for place, dim in zip(positions, axes_dims, strict=True)]
         pictures.append(grid_frequencies(axes))
     start = max(side // 2 for _, *sides in grids for side in sides)
+    start = max(start, grids[0][0]) if layered else start
     text = torch.cat([frequencies(torch.arange(start, start + text_length), dim) for dim in axes_dims], dim=-2)
     return torch.cat(pictures).to(device), text.to(device)

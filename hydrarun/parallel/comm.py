@@ -64,6 +64,15 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
     return x
 
 
+def text_of_first(text: str, device: torch.device) -> str:
+    """Rank 0's text, on every rank."""
+    own = list(text.encode()) if dist.get_rank() == 0 else []
+    size = int(all_reduce(torch.tensor([len(own)], device=device), everyone()).item())
+    letters = torch.zeros(size, dtype=torch.int32, device=device)
+    letters[: len(own)] = torch.tensor(own, dtype=torch.int32, device=device)
+    return bytes(all_reduce(letters, everyone()).tolist()).decode() if size else ""
+
+
 class Exchange:
     """Tensors on their way to the next rank of a ring, and from the one before; the caller computes meanwhile."""
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from hydrarun.parallel.mesh import Mesh
 from hydrarun.transformer import Transformer
@@ -35,9 +35,14 @@ def whole_around_blocks(transformer: Transformer) -> Iterator[None]:
 
 
 def shard_encoder(encoder: nn.Module, mesh: Mesh) -> None:
-    """Shard the repeated layers of a text encoder, then what is left around them."""
+    """Shard the repeated layers of a text encoder, then what is left around them.
+
+    One that writes text encodes its pictures outside of a forward: all of `generate` is one.
+    """
     plain = encoder.__class__
     shard_all([*repeated_layers(encoder)], encoder, mesh)
+    if hasattr(encoder, "generate"):
+        register_fsdp_forward_method(encoder, "generate")
     # transformers knows by this very class which layers' outputs a model can hand out; sharding hangs on hooks
     encoder.__class__ = plain
 

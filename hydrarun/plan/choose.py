@@ -63,7 +63,7 @@ def largest(config: dict[str, Any]) -> dict[str, Any]:
     every = batches.together(batches.items(config), batches.limit(config))
 
     def pixels(batch: Sequence[batches.Item]) -> int:
-        sizes = (batch[0].sampling[name] or 1 for name in ("height", "width", "num_frames"))
+        sizes = (batch[0].sampling[name] or 1 for name in ("height", "width", "num_frames", "layers"))
         return len(batch) * math.prod(sizes)
 
     return batches.configuration(config, max(every, key=pixels))

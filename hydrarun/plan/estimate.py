@@ -17,7 +17,7 @@ from hydrarun.cache.base import Cache
 from hydrarun.components import quiet_libraries
 from hydrarun.errors import UsageError
 from hydrarun.experts import NAMES, Experts, boundary
-from hydrarun.media import images
+from hydrarun.media import images, kinds
 from hydrarun.parallel.data import own_items
 from hydrarun.parallel.degrees import Degrees, world_size
 from hydrarun.parallel.mesh import Mesh
@@ -124,10 +124,10 @@ def tables_per_step(transformer: Transformer, state: State) -> int:
 
 def given_images(config: dict[str, Any]) -> list[Image.Image]:
     """The input images; where they are yet to be given, as many blank ones of a megapixel as there must be."""
-    paths = image_paths(config)
+    paths, alpha = image_paths(config), kinds.of_model(config).alpha
     if paths:
-        return [images.read(path).image for path in paths]
-    return [Image.new("RGB", (1024, 1024)) for _ in range(config["model"]["input_images"][0])]
+        return [images.read(path, alpha).image for path in paths]
+    return [Image.new("RGBA" if alpha else "RGB", (1024, 1024)) for _ in range(config["model"]["input_images"][0])]
 
 
 @contextmanager

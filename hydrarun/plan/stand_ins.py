@@ -109,13 +109,20 @@ class TextEncoder:
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Any:
         """Images are in the ids as placeholders; what the encoder does with their pixels before is not counted."""
-        wants = {name: value for name, value in settings.items() if name == "output_hidden_states"}
+        taken = ("output_hidden_states", "logits_to_keep")
+        wants = {name: value for name, value in settings.items() if name in taken}
         if attention_mask is not None:
             self.meter.answer = bool(attention_mask.all())  # where nothing is padded, encoders do without a mask
             wants["attention_mask"] = attention_mask.to(META)
         shapes = tree_map(Shape.of, self.module(input_ids=input_ids.to(META), **wants))
         self.meter.answer = True
         return tree_map(Shape.zeros, shapes)  # once the outputs themselves are gone: they count only once
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **_: Any) -> Tensor:
+        """A text of the most tokens; their work is counted as one run over all of them."""
+        written = torch.cat([input_ids, input_ids.new_ones(len(input_ids), max_new_tokens)], dim=1)
+        self(written, logits_to_keep=1)
+        return written
 
 
 class Projection:
@@ -200,11 +207,15 @@ class Processor:
         self.tokenizer = Tokenizer()
         self.image_processor = ImageProcessor(config.vision_config)
 
-    def __call__(self, text: list[str], images: Any = None, **_: Any) -> Any:
+    def __call__(self, text: str | list[str], images: Any = None, **_: Any) -> Any:
         given = images if isinstance(images, list) else [] if images is None else [images]
+        text = [text] if isinstance(text, str) else text
         tokens = sum(round(image.height / self.side) * round(image.width / self.side) for image in given)
         made = encoded(len(text), tokens + self.tokenizer(text).input_ids.shape[1])
         return made | {"pixel_values": torch.zeros(0), "image_grid_thw": torch.zeros(0)}
+
+    def batch_decode(self, ids: list[Tensor], **_: Any) -> list[str]:
+        return [len(one) * BYTES_PER_TOKEN * "_" for one in ids]
 
 
 class ImageProcessor:

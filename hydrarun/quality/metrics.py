@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from hydrarun.media.alpha import comparable
+
 #: dB; what is closer, identical too, counts as this: JSON has no infinity, and a mean would drown in it
 PSNR_CAP = 100.0
 
@@ -17,13 +19,14 @@ SIGMA, WINDOW = 1.5, 11
 def compare(ours: np.ndarray, twin: np.ndarray, names: Sequence[str]) -> dict[str, float]:
     """The measures among `names` of a pair of pictures, videos or sounds (arrays of `hydrarun.media.kinds`).
 
-    `psnr`: dB over all frames together, at most `PSNR_CAP`. `ssim`: at most 1, the mean over the frames. `snr`: the
-    twin's power over that of the difference, in dB, at most `PSNR_CAP`. `accuracy` is not about pairs and is left out.
-    Raises ValueError for unequal shapes.
+    Of layers the colours times alpha are compared, and alpha. `psnr`: dB over all frames together, at most `PSNR_CAP`.
+    `ssim`: at most 1, the mean over the frames. `snr`: the twin's power over that of the difference, in dB, at most
+    `PSNR_CAP`. `accuracy` is not about pairs and is left out. Raises ValueError for unequal shapes.
     """
     if ours.shape != twin.shape:
         raise ValueError(f"{list(ours.shape)} and {list(twin.shape)} cannot be compared")
-    pairs = list(zip(ours.reshape(-1, *ours.shape[-3:]), twin.reshape(-1, *twin.shape[-3:]), strict=True))
+    each = (comparable(pixels).reshape(-1, *pixels.shape[-3:]) for pixels in (ours, twin))
+    pairs = list(zip(*each, strict=True))
     return {name: MEASURES[name](pairs) for name in names if name in MEASURES}
 
 

@@ -80,7 +80,7 @@ def keep(
             new = Path(temporary, "new")
             writer = OutputWriter(new, configuration(config), facts, metadata=True)
             for picture in pictures:
-                writer.save(picture.pixels, picture.prompt, picture.negative_prompt, picture.seed, results["timings"])
+                writer.save(**vars(picture), timings=results["timings"])
             writer.finish(results)
             _put(new, place, Path(temporary, "old"))
     except RunError as error:

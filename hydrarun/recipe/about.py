@@ -44,6 +44,7 @@ class Output:
     height: Optional[int] = None  # noqa: UP045
     frames: Optional[int] = None  # noqa: UP045
     samples: Optional[int] = None  # noqa: UP045 - of a sound, which has no width and no height
+    layers: Optional[int] = None  # noqa: UP045
 
 
 @dataclass

@@ -19,10 +19,15 @@ CAP = 100.0  # dB; also stands for equal block means
 def fingerprint(pixels: np.ndarray) -> str:
     """The mean colours of 16 x 16 blocks of a picture (uint8 [H, W, 3]) as base64: 768 bytes.
 
-    Of a video ([F, H, W, 3]) those of its first, middle and last frame; of a sound those of its waveform.
+    Of a video ([F, H, W, 3]) those of its first, middle and last frame; of layers ([L, H, W, 4]) of each, with alpha;
+    of a sound those of its waveform.
     """
     kind = kinds.of(pixels)
-    frames = [pixels[0], kind.still(pixels), pixels[-1]] if kind is kinds.VIDEO else [kind.still(pixels)]
+    frames = [kind.still(pixels)]
+    if kind is kinds.VIDEO:
+        frames = [pixels[0], *frames, pixels[-1]]
+    elif kind is kinds.LAYERS:
+        frames = list(pixels)
     means = (Image.fromarray(frame).resize((SIDE, SIDE), Image.Resampling.BOX) for frame in frames)
     return base64.b64encode(b"".join(image.tobytes() for image in means)).decode()
 
@@ -40,7 +45,7 @@ def psnr(one: str, other: str) -> float:
 
 
 def sample(pixels: np.ndarray) -> bytes:
-    """A WEBP file of a picture, a video's middle frame or a sound's waveform, at most 256 pixels wide and high."""
+    """A WEBP file of what stands for an output (`Kind.still`), at most 256 pixels wide and high."""
     image = Image.fromarray(kinds.of(pixels).still(pixels))
     image.thumbnail((SAMPLE, SAMPLE))
     buffer = io.BytesIO()

@@ -64,9 +64,9 @@ def drawn(config: Mapping[str, Any]) -> str:
     """How much, and how large."""
     sampling, count = config["sampling"], len(batches.items(dict(config)))
     kind = kinds.of_model(config)
-    length = "" if sampling["num_frames"] is None else f", {sampling['num_frames']} frames"
+    length = kind.length(sampling)
     many = f"{count} {kind.name}{'' if count == 1 else 's'}"
-    return f"{many}, {kind.size(sampling)}{length}, {sampling['num_inference_steps']} steps"
+    return f"{many}, {kind.size(sampling)}{f', {length}' if length else ''}, {sampling['num_inference_steps']} steps"
 
 
 def settings(content: Mapping[str, Any]) -> Iterator[str]:

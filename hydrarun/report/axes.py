@@ -21,6 +21,8 @@ DRAWN = (
     "num_frames",
     "audio_start_in_s",
     "audio_end_in_s",
+    "layers",
+    "resolution",
 )
 
 #: choices that are told apart by their names
@@ -37,6 +39,8 @@ SHORT = {
     "sampling.num_frames": "frames",
     "sampling.audio_start_in_s": "from second",
     "sampling.audio_end_in_s": "to second",
+    "sampling.layers": "layers",
+    "sampling.resolution": "resolution",
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from hydrarun import resources
 from hydrarun.errors import RunError
 from hydrarun.media.files import write_atomically
+from hydrarun.media.kinds import KINDS
 from hydrarun.report import data, grid, pictures, plot, table, words
 from hydrarun.report.collect import Point, at, number
 from hydrarun.report.layout import Layout
@@ -121,9 +122,11 @@ def sizes(points: Sequence[Point]) -> list[str]:
     found = {}
     for point in points:
         for output in at(point.record, "outputs", kind=list) or []:
-            width, height, frames = (at(output, name, kind=int) for name in ("width", "height", "frames"))
+            width, height = (at(output, name, kind=int) for name in ("width", "height"))
+            counts = ((at(output, kind.parts[1], kind=int), kind.parts[1]) for kind in KINDS if kind.parts)
+            parts = "".join(f", {count} {name}" for count, name in counts if count)
             seconds = number(output, "duration_s")
-            found[f"{width}×{height}" + (f", {frames} frames" if frames else "")] = width and height
+            found[f"{width}×{height}{parts}"] = width and height
             found[f"{seconds} s"] = seconds
     return [size for size, known in found.items() if known]
 

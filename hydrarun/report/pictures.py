@@ -15,6 +15,7 @@ from PIL import Image
 
 from hydrarun.errors import UsageError
 from hydrarun.media import kinds, reading
+from hydrarun.media.alpha import comparable
 from hydrarun.quality.metrics import PSNR_CAP, WINDOW, compare
 from hydrarun.report.layout import Layout, Row
 
@@ -45,9 +46,9 @@ class Difference:
     """Between an output and the reference's, over all pixels and frames: `psnr` in dB, at most 100; `largest`, of
     `levels`: 255, or a sound's 65535.
 
-    `ssim`: of pictures; None for videos, which would take minutes, and for what is smaller than its window. `pixels`:
-    uint8 `[h, w, 3]`, the absolute difference, as small as what is embedded; of a video its middle frame's, of a sound
-    its waveform's.
+    `ssim`: of pictures and layers; None for videos, which would take minutes, and for what is smaller than its window.
+    `pixels`: uint8 `[h, w, 3]`, the absolute difference of what stands for them (`Kind.still`), as small as what is
+    embedded.
     """
 
     psnr: float
@@ -59,8 +60,8 @@ class Difference:
 
 @dataclass
 class Shown:
-    """A cell. Data URIs: `image`, of a video its middle frame, of a sound its waveform; and `video` and `sound`. `size`:
-    the original's width and height, or the waveform's."""
+    """A cell. Data URIs: `image` of what stands for the output (`Kind.still`), `video` and `sound`. `size`: of the
+    first, before it was made smaller, width and height."""
 
     image: str
     size: tuple[int, int]
@@ -136,13 +137,14 @@ def difference(ours: np.ndarray, theirs: np.ndarray, side: int) -> Difference | 
     if ours.shape != theirs.shape:
         return None
     # frame by frame: a whole video as wide numbers would not fit beside itself
-    pairs = zip(ours.reshape(-1, *ours.shape[-3:]), theirs.reshape(-1, *theirs.shape[-3:]), strict=True)
-    measured = [(int(apart.max()), float(np.square(apart, dtype=np.uint32).mean())) for apart in map(distance, pairs)]
+    each = (comparable(pixels).reshape(-1, *pixels.shape[-3:]) for pixels in (ours, theirs))
+    apart_by_frame = map(distance, zip(*each, strict=True))
+    measured = [(int(apart.max()), float(np.square(apart, dtype=np.uint32).mean())) for apart in apart_by_frame]
     error = sum(mean for _, mean in measured) / len(measured)
     psnr = min(PSNR_CAP, 10 * math.log10(kinds.of(ours).levels ** 2 / error)) if error else PSNR_CAP
     pixels = np.asarray(reduce(distance((middle(ours), middle(theirs))), side))
-    still = ours.ndim == 3 and min(ours.shape[:2]) >= WINDOW
-    ssim = compare(ours, theirs, ["ssim"])["ssim"] if still else None
+    quick = kinds.of(ours) in (kinds.PICTURE, kinds.LAYERS) and min(ours.shape[-3:-1]) >= WINDOW
+    ssim = compare(ours, theirs, ["ssim"])["ssim"] if quick else None
     return Difference(psnr, ssim, max(most for most, _ in measured), pixels, kinds.of(ours).levels)
 
 
@@ -153,7 +155,7 @@ def distance(pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
 
 
 def middle(pixels: np.ndarray) -> np.ndarray:
-    """The picture itself, the middle frame of a video, or the waveform of a sound."""
+    """The picture itself, the middle frame of a video, all layers, or the waveform of a sound."""
     return kinds.of(pixels).still(pixels)
 
 
@@ -162,7 +164,7 @@ def shown(file: Path, pixels: np.ndarray, rate: int, apart: Difference | None, s
     still = middle(pixels)
     small = reduce(still, side)
     size = still.shape[1], still.shape[0]
-    if pixels.ndim == 3:
+    if kinds.of(pixels) in (kinds.PICTURE, kinds.LAYERS):
         return Shown(picture_uri(small), size, small.size != size or not is_small(small), None, apart)
     if kinds.of(pixels) is kinds.SOUND:
         whole = file.stat().st_size <= SMALL_FILE

@@ -26,7 +26,7 @@ class EncodePrompt(Stage):
     """
 
     needs: tuple[str, ...] = ("prompts", "negative_prompts", "true_cfg_scale", "guidance_scale", "max_sequence_length")
-    gives = ("conditioning",)
+    gives: tuple[str, ...] = ("conditioning",)
     phase = "encode"
     uses = ("text_encoder",)
 
@@ -35,7 +35,7 @@ class EncodePrompt(Stage):
         self.arguments = dict(arguments or {})
 
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
-        texts = {POSITIVE: state.prompts, NEGATIVE: state.negative_prompts}
+        texts = self.texts(state, parts)
         state.conditioning = {}
         for branch in parts.guidance.branches(state):
             prompts = texts[branch]
@@ -60,6 +60,10 @@ class EncodePrompt(Stage):
             )
         positive = state.conditioning[POSITIVE]
         return {**positive, guidance.unprompted: torch.zeros_like(positive[guidance.unprompted])}
+
+    def texts(self, state: State, parts: Parts) -> dict[str, list[str] | None]:
+        """`{branch: N texts}`; None: there are none."""
+        return {POSITIVE: state.prompts, NEGATIVE: state.negative_prompts}
 
     def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Any]:
         """What the transformer takes, one row per prompt."""

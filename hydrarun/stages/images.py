@@ -18,17 +18,18 @@ from hydrarun.vae import encode
 class SizeFromImage(Stage):
     """Where height or width is not set: `area` pixels in the last input image's proportions.
 
-    Both are rounded to a multiple of `multiple` pixels, the nearest or the next one up. `height` and `width` are taken
-    where there is no image, for models that can do without.
+    An `area` of null is that of a square of `sampling.resolution`. Both are rounded to a multiple of `multiple` pixels,
+    the nearest or the next one up. `height` and `width` are taken where there is no image, for models that can do
+    without.
     """
 
-    needs = ("input_images", "height", "width")
+    needs = ("input_images", "height", "width", "resolution")
     gives = ("height", "width")
     phase = "encode"
 
     def __init__(
         self,
-        area: int,
+        area: int | None,
         multiple: int,
         height: int = 0,
         width: int = 0,
@@ -42,7 +43,8 @@ class SizeFromImage(Stage):
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
         last = state.input_images[-1:]
         up = self.rounding == "up"
-        height, width = fit_area(last[0], self.area, self.multiple, up) if last else self.default
+        area = self.area or (state.resolution or 0) ** 2
+        height, width = fit_area(last[0], area, self.multiple, up) if last else self.default
         state.height, state.width = state.height or height, state.width or width
 
 

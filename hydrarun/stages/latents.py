@@ -22,7 +22,7 @@ class PrepareLatents(Stage):
     the transformer computes in. Both are the reference's choice.
     """
 
-    needs = ("seeds", "height", "width", "num_frames")
+    needs: tuple[str, ...] = ("seeds", "height", "width", "num_frames")
     gives = ("latents", "grid", "generators")
     phase = "encode"
 
@@ -33,14 +33,22 @@ class PrepareLatents(Stage):
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
         per_frame, side = vae_factors(parts.pipeline.vae.config)
         assert side is not None
-        frames = 1 if state.num_frames is None else (state.num_frames - 1) // (per_frame or 1) + 1
+        frames = self.frames(state, per_frame or 1)
         shape = (1, vae.channels(parts.pipeline), frames, state.height // side, state.width // side)
         dtype = torch.float32 if self.keep_float32 else parts.dtype
         state.generators = generators(state.seeds)
-        noise = [torch.randn(shape, generator=generator, dtype=dtype) for generator in state.generators]
+        noise = [self.noise(shape, generator, dtype) for generator in state.generators]
         latents = torch.cat(noise).to(parts.device)
         state.latents = pack(latents, parts.patch_size) if self.packed else latents
         state.grid = (frames, shape[3] // parts.patch_size, shape[4] // parts.patch_size)
+
+    def frames(self, state: State, per_frame: int) -> int:
+        """Latent frames; `per_frame` frames of a video are one."""
+        return 1 if state.num_frames is None else (state.num_frames - 1) // per_frame + 1
+
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+        """One item's, `[1, C, F, h, w]`."""
+        return torch.randn(shape, generator=generator, dtype=dtype)
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:

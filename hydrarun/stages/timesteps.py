@@ -19,7 +19,9 @@ class PrepareTimesteps(Stage):
 
     `sigmas` says who spaces them: `linear` (evenly from 1 to 1 / steps, shifted by the number of latent tokens where
     the scheduler asks for it), `scheduler` (its own spacing, shifted where it cannot do without), or
-    `linear_unless_flow` (linear, but the scheduler's own where it is set to `use_flow_sigmas`).
+    `linear_unless_flow` (linear, but the scheduler's own where it is set to `use_flow_sigmas`). `shift` says by what
+    they are shifted: on the scheduler's `line` by all latent tokens, or by the `root` of how many times as many tokens
+    one frame has as a picture of 256 pixels a side.
     Reference: diffusers' flow-matching pipelines (`calculate_shift`; Stable Diffusion 3, https://arxiv.org/abs/2403.03206).
     """
 
@@ -27,8 +29,13 @@ class PrepareTimesteps(Stage):
     gives = ("timesteps",)
     phase = "encode"
 
-    def __init__(self, sigmas: Literal["linear", "linear_unless_flow", "scheduler"] = "linear") -> None:
+    def __init__(
+        self,
+        sigmas: Literal["linear", "linear_unless_flow", "scheduler"] = "linear",
+        shift: Literal["line", "root"] = "line",
+    ) -> None:
         self.sigmas = sigmas
+        self.shift = shift
 
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
         scheduler = parts.pipeline.scheduler
@@ -38,7 +45,9 @@ class PrepareTimesteps(Stage):
         )
         arguments: dict[str, Any] = {"device": parts.device}
         if "mu" in accepted and (self.sigmas != "scheduler" or scheduler.config.get("use_dynamic_shifting", False)):
-            arguments["mu"] = shift(scheduler.config, math.prod(state.grid))
+            root = self.shift == "root"
+            tokens = math.prod(state.grid)
+            arguments["mu"] = (tokens / state.grid[0] / 256) ** 0.5 if root else shift(scheduler.config, tokens)
         if "sigmas" in accepted and not own:
             steps = state.num_inference_steps
             arguments["sigmas"] = np.linspace(1.0, 1 / steps, steps)

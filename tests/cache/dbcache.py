@@ -62,7 +62,9 @@ def draw(
 
     runner = parallel_runs.runner_for(name, folder, chosen)
     sampling = {**runner.config["sampling"], **fields}
-    state = runner.draw(make_state(sampling, subjects.pictures(images)), Timings(parallel_runs.CPU), node)
+    state = runner.draw(
+        make_state(sampling, subjects.pictures(images, runner.config)), Timings(parallel_runs.CPU), node
+    )
     return state.latents.numpy(), runner.built.parts.cache.record()
 
 

@@ -72,7 +72,8 @@ def test_frames_are_read_by_number_and_other_files_are_not(folder):
 
 
 def test_a_folder_without_frames(tmp_path):
-    assert refused(tmp_path) == f"{tmp_path}: holds no frame-00000.png; a folder can be read when it is one of frames"
+    wanted = "holds no frame-00000.png and no layer-0.png, as folders that can be read do"
+    assert refused(tmp_path) == f"{tmp_path}: {wanted}"
 
 
 def test_no_such_folder(tmp_path):

@@ -173,6 +173,7 @@ ROWS = {
     "qwen_image_edit": (1, 0),
     "qwen_image_edit_plus": (1, 1),  # the images to edit are at timestep 0 in every step
     "zimage": (1, 0),
+    "qwen_image_layered": (1, 0),
     "flux_dev": (3, 0),  # every prompt's own; one is both prompt and negative prompt
     "sd35_medium": (3, 0),
     "longcat_image": (1, 0),

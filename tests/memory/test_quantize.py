@@ -43,7 +43,7 @@ def build(subject: subjects.Subject, *more: str) -> Runner:
 
 def latents(runner: Runner, **sampling: Any) -> torch.Tensor:
     """The final latents of a small guided run."""
-    images = subjects.pictures(runner.config["model"]["input_images"][0])
+    images = subjects.pictures(runner.config["model"]["input_images"][0], runner.config)
     return tiny.draw(runner, images, **{"num_inference_steps": 2, **sampling}).latents
 
 

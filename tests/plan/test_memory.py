@@ -88,7 +88,7 @@ def measured(drawn: Runner, config: dict[str, Any], fake: Any, before: int) -> d
     """Peak bytes of each phase, beyond those `before`; without what the run before left for the first stages."""
     plain = drawn.built.stages
     drawn.built.stages = [Watched(stage, fake) for stage in plain]
-    given = subjects.pictures(config["model"]["input_images"][0])
+    given = subjects.pictures(config["model"]["input_images"][0], config)
     drawn.draw(make_state(config["sampling"], given), Timings(drawn.built.parts.device))
     watched, drawn.built.stages = drawn.built.stages, plain
     found = dict.fromkeys(PHASES, 0)
