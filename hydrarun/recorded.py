@@ -36,7 +36,7 @@ FACTS = (
 
 @dataclass
 class Picture:
-    """One picture, video or sound of the run: its place in it, the hash of its pixels, and the pixels where they are at hand.
+    """One output of the run: its place in it, the hash of its pixels, and the pixels where they are at hand.
 
     `pixels` (an array of `hydrarun.media.kinds`) is None when the file is gone, or no longer holds the pixels
     that the hash was made of. Those of a `lossy` file never are exactly those. `frame`: when only this frame of a video

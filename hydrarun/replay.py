@@ -1,4 +1,4 @@
-"""`hydrarun replay FILE`: draw a picture, video or sound again from the recipe inside it, and say whether it is the same.
+"""`hydrarun replay FILE`: draw what is in a file again from the recipe inside it, and say whether it is the same.
 
 The recipe may come from a stranger. It passes the same checks as a configuration from the command line; it never goes
 through OmegaConf, so no interpolation in it is resolved.
@@ -35,8 +35,8 @@ from hydrarun.validate import check_values, image_paths
 USAGE = """\
 usage: hydrarun replay FILE [hydra.run.dir=DIR] [KEY=VALUE ...]
 
-Draws FILE again from the recipe inside it and compares the pixels or samples. FILE is a picture (PNG), a sound (WAV), a video
-(MP4, a folder of frames, or one frame-00000.png of it), or the run.json of a whole run.
+Draws FILE again from the recipe inside it and compares the pixels or samples. FILE is a picture (PNG), a sound (WAV), a
+video (MP4, a folder of frames, or one frame-00000.png of it), or the run.json of a whole run.
 KEY=VALUE changes how it is drawn: device=cuda, dtype=bfloat16, attention=sdpa, model.path=/elsewhere
 input.images=[/elsewhere/a.png] says where the input images lie on this machine.
 Exit code: 0 identical, 1 different, 2 FILE cannot be replayed."""

@@ -89,7 +89,9 @@ class Subject:
 def command(name: str, folder: Path) -> list[str]:
     """The command line of a small run of a saved subject."""
     size = [f"sampling.{key}={value}" for key, value in sized(name, folder, 4, 4).items()]
-    plain = [word for word in tiny.overrides(folder, name) if not word.startswith(("sampling.height", "sampling.width"))]
+    plain = [
+        word for word in tiny.overrides(folder, name) if not word.startswith(("sampling.height", "sampling.width"))
+    ]
     frames = ["sampling.num_frames=5"] if is_video(CONFIGS[name]) else []
     image = [f"input.images={folder.parent / IMAGE}"] if CONFIGS[name]["model"]["input_images"][0] else []
     return [*plain, *size, *frames, *image]

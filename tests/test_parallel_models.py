@@ -112,4 +112,6 @@ def test_what_the_table_of_models_says_was_run_here(models_table):
     for row in models_table.rows:
         cells = dict(zip(models_table.header, row, strict=True))
         refused = {"vae"} if row[0] in SOUNDS else set()
-        assert {name for name in listing.METHODS if cells[name] != "yes" and " > " not in cells[name]} == refused, row[0]
+        assert {name for name in listing.METHODS if cells[name] != "yes" and " > " not in cells[name]} == refused, row[
+            0
+        ]

@@ -22,7 +22,7 @@ from hydrarun.experts import LOW_NOISE
 from hydrarun.memory.moving import HOST
 from hydrarun.pipeline import Parts, Stage
 from hydrarun.plan.meter import META, LeftTheDeviceError, Meter, Work
-from hydrarun.stages.denoise import Denoise, for_all, schedule
+from hydrarun.stages.denoise import Denoise, for_all, noise_of, schedule
 from hydrarun.state import State
 from hydrarun.timing import Timings
 
@@ -82,14 +82,13 @@ class Rehearsal:
         second = [step.index for step in steps if step.expert == LOW_NOISE][:1]
         count = fills(parts.cache)
         ready(parts.cache, steps, list(conditioning), parts.mesh)
-        if hasattr(parts.pipeline.scheduler, "noise_sampler"):  # it draws on the latents' device, which has no generators
-            parts.pipeline.scheduler.noise_sampler = lambda *_: torch.zeros_like(state.latents)
+        step, noise = parts.pipeline.scheduler.step, noise_of(parts.pipeline.scheduler, state)
         work: dict[str, Work] = {}
         for index in sorted({*range(min(count, len(steps))), *second}):
             timestep, before = state.timesteps[index], self.meter.so_far()
             prediction = stage.predict(state, parts, conditioning, timestep.to(META), steps[index], rows=None)
             work[steps[index].expert] = self.meter.so_far() - before
-            state.latents = parts.pipeline.scheduler.step(prediction, timestep, state.latents, return_dict=False)[0]
+            state.latents = step(prediction, timestep, state.latents, return_dict=False, **noise)[0]
         counts, full = Counter(step.expert for step in steps if computes(parts.cache, step)), self.meter.live
         parts.cache.end()
         total = sum((work[expert] * count for expert, count in counts.items()), Work())

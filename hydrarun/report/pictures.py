@@ -1,5 +1,4 @@
-"""What the page embeds of each cell: a small copy of its picture, video or sound, and how far it is from the reference's.
-"""
+"""What the page embeds of each cell: a small copy of what was drawn, and how far it is from the reference's."""
 
 from __future__ import annotations
 
@@ -60,8 +59,8 @@ class Difference:
 
 @dataclass
 class Shown:
-    """A cell. Data URIs: `image`, of a video its middle frame, of a sound its waveform; and `video` and `sound`. `size`:
-    the original's width and height, or the waveform's."""
+    """A cell. Data URIs: `image`, of a video its middle frame, of a sound its waveform; and `video` and `sound`.
+    `size`: the original's width and height, or the waveform's."""
 
     image: str
     size: tuple[int, int]

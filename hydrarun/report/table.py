@@ -75,7 +75,11 @@ FIXED = (
 )
 
 #: units, and how they are written
-MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {"psnr": ("dB", words.decibels), "ssim": ("", words.share), "snr": ("dB", words.decibels)}
+MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "psnr": ("dB", words.decibels),
+    "ssim": ("", words.share),
+    "snr": ("dB", words.decibels),
+}
 
 LARGEST = Column("from the reference", "largest", "of 255; of sounds 65535", under("difference", "largest"))
 

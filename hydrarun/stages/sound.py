@@ -67,4 +67,6 @@ class DecodeSound(Stage):
 def span(state: State, parts: Parts) -> tuple[float, float]:
     """The seconds at which the sound starts and ends; by itself at the end of what the model makes."""
     end = state.audio_end_in_s
-    return state.audio_start_in_s or 0.0, longest(parts.pipeline.vae.config, parts.experts.config) if end is None else end
+    return state.audio_start_in_s or 0.0, longest(
+        parts.pipeline.vae.config, parts.experts.config
+    ) if end is None else end

@@ -43,7 +43,9 @@ def refused(path: Path) -> str:
 # --- what is written -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("count", "channels", "rate"), [(1, 1, 8000), (3000, 2, 44100), (2**16 + 5, 2, 48000), (7, 1, 4)])
+@pytest.mark.parametrize(
+    ("count", "channels", "rate"), [(1, 1, 8000), (3000, 2, 44100), (2**16 + 5, 2, 48000), (7, 1, 4)]
+)
 def test_samples_come_back_to_the_bit(tmp_path, count, channels, rate):
     samples = chirp(count + 2, channels)[2:]
     path = write(tmp_path, wav.encode(samples, rate, {"hydrarun": "{}"}))
@@ -114,7 +116,9 @@ def test_samples_of_another_kind(tmp_path):
 
 def test_a_comment_that_is_no_recipe(tmp_path):
     for text in ("[1]", "{", "12"):
-        assert refused(write(tmp_path, wav.encode(SOUND, 8000, {"hydrarun": text}))) == "its comment is not a JSON object"
+        assert (
+            refused(write(tmp_path, wav.encode(SOUND, 8000, {"hydrarun": text}))) == "its comment is not a JSON object"
+        )
 
 
 def test_more_samples_than_are_read(tmp_path, monkeypatch):

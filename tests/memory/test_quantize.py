@@ -28,9 +28,9 @@ from hydrarun.transformer import Transformer
 FAMILIES = [name for name in subjects.MODELS if name not in subjects.VARIANTS]
 CPU = torch.device("cpu")
 #: final latents of 2 steps against the plain run's, root mean square in parts of their deviation; about twice what the
-#: farthest of the tiny models shows, and the trained one, for which 2 steps are large ones
+#: farthest of the tiny models shows, and those for which 2 steps are large ones, the trained one's and from 500 to 0.3
 TOLERANCES = {"int8_weight_only": 2e-2, "fp8_weight_only": 1e-1, "int8": 3e-2}
-TRAINED = {"demo": 1e-1}
+LARGE_STEPS = {"demo": 1e-1, "stable_audio": 4e-2}
 #: bytes beside the numbers, for each row: a float32 scale, and int8's zero point
 PER_ROW = {"int8_weight_only": 5, "fp8_weight_only": 4, "int8": 5}
 BOTH = "quantization.components=[transformer,text_encoder]"
@@ -94,7 +94,7 @@ def test_latents_stay_near(subject, quantized):
     assert (
         0
         < distance(latents(quantized), latents(subject.runner))
-        < TRAINED.get(subject.name, TOLERANCES["int8_weight_only"])
+        < LARGE_STEPS.get(subject.name, TOLERANCES["int8_weight_only"])
     )
 
 
