@@ -22,6 +22,7 @@ from hydrarun.processors import load_processor
 NAMES = sorted({build: name for name, build in checkpoints.BUILDERS.items() if name != "demo"}.values())
 PROMPT = "a red cat on the roof of an old house"
 OTHER = "two ships under the moon, seen from far above"
+SOUNDS = ("stable_audio",)
 FROM_IMAGES = ("qwen_image_edit", "qwen_image_edit_plus", "longcat_image_edit", "wan22_i2v_a14b")
 NOISE = 1e-2  # levels of 255: what rounding may change
 MATTERS = 0.1  # levels of 255, on average: what counts as another picture
@@ -44,7 +45,9 @@ def load(name: str, folder: Path) -> Any:
 
 
 def smallest(name: str) -> dict[str, int]:
-    """Height, width and number of frames of a small run."""
+    """Height, width and number of frames of a small run; a sound has none of them."""
+    if name in SOUNDS:
+        return {}
     if name.startswith("wan"):
         return {"height": 32, "width": 32, "num_frames": 5}
     size = 128 if "edit" in name else 64 if name.startswith("qwen") else 32
@@ -57,12 +60,16 @@ def picture(seed: int) -> Image.Image:
 
 
 def draw(pipeline: Any, name: str, prompt: str = PROMPT, seeds: tuple[int, ...] = (0, 1), image: int = 0) -> np.ndarray:
-    """A run of two steps: levels 0 to 255 as floats, [N, H, W, 3] or [N, F, H, W, 3] with one entry per seed."""
+    """A run of two steps: levels 0 to 255 as floats, [N, H, W, 3] or [N, F, H, W, 3] with one entry per seed.
+
+    Of a sound [N, 1, samples, channels].
+    """
     copies = "num_videos_per_prompt" if name.startswith("wan") else "num_images_per_prompt"
+    copies = "num_waveforms_per_prompt" if name in SOUNDS else copies
     arguments: dict[str, Any] = {copies: len(seeds), **smallest(name), **tiny.as_written(pipeline)}
     if name in FROM_IMAGES:
         arguments["image"] = picture(image)
-    size = {side: arguments[side] for side in ("height", "width")}
+    size = {side: arguments.get(side, 0) for side in ("height", "width")}
     if "height" not in inspect.signature(pipeline.__call__).parameters:
         arguments = {key: value for key, value in arguments.items() if key not in size}
     with tiny.drawn_at(pipeline, **size):
@@ -73,6 +80,8 @@ def draw(pipeline: Any, name: str, prompt: str = PROMPT, seeds: tuple[int, ...] 
             output_type="np",
             **arguments,
         )
+    if name in SOUNDS:
+        return (127.5 + 127.5 * np.asarray(output[0])).transpose(0, 2, 1)[:, None]
     return 255 * np.asarray(output[0])
 
 
@@ -123,7 +132,7 @@ def test_pictures_are_neither_flat_nor_saturated(name):
     pictures, sizes = drawn(name)
     size = smallest(name)
     frames = (size["num_frames"],) if "num_frames" in size else ()
-    assert pictures.shape == (2, *frames, size["height"], size["width"], 3)
+    assert pictures.shape == ((2, *frames, size["height"], size["width"], 3) if size else (2, 1, 192, 2))
     assert np.isfinite(pictures).all()
     assert pictures.std(axis=(-3, -2)).min() > 5  # in every colour of every picture
     assert ((pictures.round() > 0) & (pictures.round() < 255)).mean() > 0.9
