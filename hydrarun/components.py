@@ -97,7 +97,7 @@ def read_index(folder: Path, cls: type) -> Index:
 
 
 def entries(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """The components of a model_index.json by name, each with its library and class; what else is in it are settings."""
+    """The components of a model_index.json by name, each with its library and class; the rest of it are settings."""
     pairs = {name: tuple(one) for name, one in index.items() if isinstance(one, (list, tuple)) and len(one) == 2}
     return {name: (library_of(library), cls) for name, (library, cls) in pairs.items() if library}
 

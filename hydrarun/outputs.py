@@ -36,7 +36,7 @@ WHICH = ("prompt", "negative_prompt", "seed", "num_images_per_prompt")
 
 
 class OutputWriter:
-    """Writes the pictures, videos or sounds of one run into its directory, in the order of `save` calls, then run.json."""
+    """Writes what one run drew into its directory, in the order of `save` calls, then run.json."""
 
     def __init__(
         self,
@@ -49,7 +49,8 @@ class OutputWriter:
         """`config`: the resolved configuration; `metadata`: whether each file carries its recipe.
 
         `facts`: what the run really used: weights {path, revision, fingerprint}, verified, inputs [{path, sha256,
-        width, height}], device, dtype, attention, compile, versions, hardware, of sounds sample_rate in Hz. `places`: of a batch of a larger run,
+        width, height}], device, dtype, attention, compile, versions, hardware, and of sounds sample_rate
+        in Hz. `places`: of a batch of a larger run,
         its pictures' places there; each of them is then named by the hash of the configuration that draws it alone.
         """
         self.run_dir = run_dir
@@ -251,9 +252,9 @@ def _refuse_monotone(pixels: np.ndarray, prompt: str, seed: int) -> None:
     if nothing is None:
         return
     raise RunError(
-        f"the {kind.name} for seed {seed} ({prompt[:60]!r}) is all {nothing}; nothing was written for it. Likely causes: "
-        "numbers that overflow (try dtype=bfloat16 or dtype=float32 instead of float16), another attention backend's "
-        "fault (try attention=sdpa), or weights that do not belong to this model (see model.path)."
+        f"the {kind.name} for seed {seed} ({prompt[:60]!r}) is all {nothing}; nothing was written for it."
+        " Likely causes: numbers that overflow (try dtype=bfloat16 or dtype=float32 instead of float16), another"
+        " attention backend's fault (try attention=sdpa), or weights that do not belong to this model (see model.path)."
     )
 
 

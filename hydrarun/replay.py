@@ -1,4 +1,4 @@
-"""`hydrarun replay FILE`: draw a picture, video or sound again from the recipe inside it, and say whether it is the same.
+"""`hydrarun replay FILE`: draw what is in a file again from the recipe inside it, and say whether it is the same.
 
 The recipe may come from a stranger. It passes the same checks as a configuration from the command line; it never goes
 through OmegaConf, so no interpolation in it is resolved.

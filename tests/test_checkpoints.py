@@ -24,6 +24,7 @@ PROMPT = "a red cat on the roof of an old house"
 OTHER = "two ships under the moon, seen from far above"
 FROM_IMAGES = ("qwen_image_edit", "qwen_image_edit_plus", "qwen_image_layered", "longcat_image_edit", "wan22_i2v_a14b")
 LAYERED = "qwen_image_layered"
+SOUNDS = ("stable_audio",)
 NOISE = 1e-2  # levels of 255: what rounding may change
 MATTERS = 0.1  # levels of 255, on average: what counts as another picture
 
@@ -45,7 +46,9 @@ def load(name: str, folder: Path) -> Any:
 
 
 def smallest(name: str) -> dict[str, int]:
-    """Height, width and number of frames of a small run."""
+    """Height, width and number of frames of a small run; a sound has none of them."""
+    if name in SOUNDS:
+        return {}
     if name.startswith("wan"):
         return {"height": 32, "width": 32, "num_frames": 5}
     size = 128 if "edit" in name else 64 if name.startswith("qwen") else 32
@@ -61,14 +64,16 @@ def draw(pipeline: Any, name: str, prompt: str = PROMPT, seeds: tuple[int, ...] 
     """A run of two steps: levels 0 to 255 as floats, [N, H, W, 3] or [N, F, H, W, 3] with one entry per seed.
 
     Of layers [N, L, H, W, 4], one after the other: diffusers cuts a batch of them in the wrong places.
+    Of a sound [N, 1, samples, channels].
     """
     if name == LAYERED and len(seeds) > 1:
         return np.concatenate([draw(pipeline, name, prompt, (seed,), image) for seed in seeds])
     copies = "num_videos_per_prompt" if name.startswith("wan") else "num_images_per_prompt"
+    copies = "num_waveforms_per_prompt" if name in SOUNDS else copies
     arguments: dict[str, Any] = {copies: len(seeds), **smallest(name), **tiny.as_written(pipeline)}
     if name in FROM_IMAGES:
         arguments["image"] = picture(image, 4 if name == LAYERED else 3)
-    size = {side: arguments[side] for side in ("height", "width")}
+    size = {side: arguments.get(side, 0) for side in ("height", "width")}
     if "height" not in inspect.signature(pipeline.__call__).parameters:
         arguments = {key: value for key, value in arguments.items() if key not in size}
     with tiny.drawn_at(pipeline, **size):
@@ -79,6 +84,8 @@ def draw(pipeline: Any, name: str, prompt: str = PROMPT, seeds: tuple[int, ...] 
             output_type="np",
             **arguments,
         )
+    if name in SOUNDS:
+        return (127.5 + 127.5 * np.asarray(output[0])).transpose(0, 2, 1)[:, None]
     return 255 * np.asarray(output[0])
 
 
@@ -129,7 +136,8 @@ def test_pictures_are_neither_flat_nor_saturated(name):
     pictures, sizes = drawn(name)
     size = smallest(name)
     frames = (size["num_frames"],) if "num_frames" in size else (4,) if name == LAYERED else ()
-    assert pictures.shape == (2, *frames, size["height"], size["width"], 4 if name == LAYERED else 3)
+    channels = 4 if name == LAYERED else 3
+    assert pictures.shape == ((2, *frames, size["height"], size["width"], channels) if size else (2, 1, 192, 2))
     assert np.isfinite(pictures).all()
     assert pictures.std(axis=(-3, -2)).min() > 5  # in every colour of every picture
     assert ((pictures.round() > 0) & (pictures.round() < 255)).mean() > 0.9

@@ -1,6 +1,7 @@
 """Whole runs of every model against diffusers' pipeline: same checkpoint, same seed, float32 on the CPU.
 
-Final latents within 1e-4 and pixels within 1/255, samples of sounds within 1/1024: rounding of another order of the same operations, and nothing else.
+Final latents within 1e-4 and pixels within 1/255, samples of sounds within 1/1024: rounding of another order of the
+same operations, and nothing else.
 """
 
 from __future__ import annotations

@@ -165,5 +165,6 @@ class TextEncoderOffload(NoOffload):
 
 
 def use_of(name: str) -> str:
-    """What a component is to stages: `text_encoder_2` is a `text_encoder`."""
-    return name.rstrip("0123456789").rstrip("_")
+    """What a component is to stages: `text_encoder_2` is a `text_encoder`, and so is what a pipeline has behind it."""
+    plain = name.rstrip("0123456789").rstrip("_")
+    return plain if plain in USES else "text_encoder"

@@ -127,7 +127,7 @@ class StableAudioTransformer(Transformer):
     def embed(
         self, hidden_states: Tensor, timestep: Tensor, *, encoder_hidden_states: Tensor, global_hidden_states: Tensor
     ) -> Tokens:
-        """Latents `[B, C, L]`, timesteps `[B]` in 0-1, text and seconds `[B, T, E]`, the seconds alone `[B, 1, 2 E]`."""
+        """Latents `[B, C, L]`, timesteps `[B]` in 0-1, text and seconds `[B, T, E]`, seconds alone `[B, 1, 2 E]`."""
         time = self.timestep_proj(self.time_proj(timestep.to(hidden_states.dtype)))
         first = self.global_proj(global_hidden_states) + time.unsqueeze(1)
         sound = self.proj_in((self.preprocess_conv(hidden_states) + hidden_states).transpose(1, 2))

@@ -21,7 +21,7 @@ from hydrarun.cache.step_cache import StepCache
 from hydrarun.memory.moving import HOST
 from hydrarun.pipeline import Parts, Stage
 from hydrarun.plan.meter import META, LeftTheDeviceError, Meter, Work
-from hydrarun.stages.denoise import Denoise, for_all, kind, schedule
+from hydrarun.stages.denoise import Denoise, for_all, kind, noise_of, schedule
 from hydrarun.state import State
 from hydrarun.timing import Timings
 
@@ -85,17 +85,14 @@ class Rehearsal:
         firsts = {kinds[step.index]: step.index for step in reversed(steps)}
         count = fills(parts.cache)
         ready(parts.cache, steps, list(conditioning), parts.mesh)
-        if hasattr(
-            parts.pipeline.scheduler, "noise_sampler"
-        ):  # it draws on the latents' device, which has no generators
-            parts.pipeline.scheduler.noise_sampler = lambda *_: torch.zeros_like(state.latents)
+        step, noise = parts.pipeline.scheduler.step, noise_of(parts.pipeline.scheduler, state)
         work: dict[Any, Work] = {}
         for index in sorted({*range(min(count, len(steps))), *firsts.values()}):
             timestep, before = state.timesteps[index], self.meter.so_far()
             prediction = stage.predict(state, parts, conditioning, timestep.to(META), steps[index], rows=None)
             work[kinds[index]] = self.meter.so_far() - before
-            state.latents = parts.pipeline.scheduler.step(prediction, timestep, state.latents, return_dict=False)[0]
-        counts = Counter(kinds[step.index] for step in steps if computes(parts.cache, step))
+            state.latents = step(prediction, timestep, state.latents, return_dict=False, **noise)[0]
+        counts = Counter(kinds[one.index] for one in steps if computes(parts.cache, one))
         full = self.meter.live
         parts.cache.end()
         total = sum((work[one] * count for one, count in counts.items()), Work())

@@ -1,4 +1,4 @@
-"""How far pictures and videos are from their twins, PSNR and SSIM, and sounds, SNR; and what share a judge finds right."""
+"""How far outputs are from their twins: PSNR and SSIM, of sounds SNR; and what share of them a judge finds right."""
 
 from __future__ import annotations
 

@@ -72,10 +72,8 @@ def _judged(config: Mapping[str, Any]) -> Iterator[Problem]:
     """`accuracy` is for the pictures, and the prompts, that the judge understands."""
     model, sampling = config["model"], config["sampling"]
     if model["judge"] is None:
-        yield (
-            "report.metrics",
-            f"'accuracy': model {model['name']} has no judge (model.judge). Use {', '.join(kinds.of_model(config).metrics)}.",
-        )
+        known = ", ".join(kinds.of_model(config).metrics)
+        yield "report.metrics", f"'accuracy': model {model['name']} has no judge (model.judge). Use {known}."
         return
     height, width = sampling["height"], sampling["width"]
     if height != width or (height or 0) < SMALLEST_SIDE:

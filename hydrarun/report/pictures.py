@@ -1,4 +1,4 @@
-"""What the page embeds of each cell: a small copy of its picture, video or sound, and how far it is from the reference's."""
+"""What the page embeds of each cell: a small copy of what was drawn, and how far it is from the reference's."""
 
 from __future__ import annotations
 

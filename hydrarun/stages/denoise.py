@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hydrarun.cache.base import NoCache, Schedule, Step
@@ -122,9 +123,18 @@ def schedule(timesteps: Tensor, experts: Experts) -> tuple[Step, ...]:
 
 
 def noise_of(scheduler: Any, state: State) -> dict[str, Any]:
-    """What a scheduler that adds noise in its steps draws it from: the same each time that the loop is run."""
+    """What a scheduler that adds noise in its steps draws it from: the same each time that the loop is run.
+
+    Its Brownian motion, if it has one, is drawn here on the CPU, and so the same on every device.
+    """
     if "generator" not in inspect.signature(scheduler.step).parameters:
         return {}
+    if hasattr(scheduler, "noise_sampler"):
+        from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
+
+        like, seeds = torch.empty_like(state.latents, device="cpu"), [one.initial_seed() for one in state.generators]
+        ends = scheduler.config.sigma_min, scheduler.config.sigma_max
+        scheduler.noise_sampler = BrownianTreeNoiseSampler(like, *ends, seed=seeds)
     return {"generator": [generator.clone_state() for generator in state.generators]}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ class PrepareSoundLatents(Stage):
     phase = "encode"
 
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
-        config = parts.experts.config
+        config: Any = parts.experts.config
         state.generators = generators(state.seeds)
         shape = (1, config["in_channels"], config["sample_size"])
         noise = torch.cat([torch.randn(shape, generator=one, dtype=parts.dtype) for one in state.generators])

@@ -118,7 +118,8 @@ def test_a_batch_is_its_items(subject, plains):
     for index, negative in enumerate(("x", LONG)):
         single = request(subject, prompt=both["prompt"][index], seed=both["seed"][index], negative_prompt=negative)
         alone = subject.draw(cache=cache, **single).latents
-        assert (batch[index : index + 1] - alone).abs().max() <= 1e-4  # as without a cache: other matrix shapes
+        large = max(1.0, float(alone.abs().max()) / 10)  # where the extrapolation leads far away
+        assert (batch[index : index + 1] - alone).abs().max() <= 1e-4 * large  # as without a cache: other matrix shapes
 
 
 @pytest.mark.parametrize("subject", ["qwen_image", "flux_dev", "wan22_t2v_a14b"], indirect=True)
