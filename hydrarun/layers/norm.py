@@ -19,13 +19,14 @@ class Modulation(nn.Module):
     """Shifts, scales and gates from the global conditioning.
 
     It depends on `temb` alone, not on the tokens: a block keeps it under the name `modulation`, where a table of
-    precomputed values can take its place.
+    precomputed values can take its place. `width`: channels of `temb`, by default the tokens'; `activated`: by SiLU.
     """
 
-    def __init__(self, dim: int, parts: int) -> None:
+    def __init__(self, dim: int, parts: int, width: int | None = None, activated: bool = True) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, parts * dim)
+        self.linear = nn.Linear(width or dim, parts * dim)
         self.parts = parts
+        self.activated = activated
 
     def forward(self, temb: Tensor, index: Tensor | None = None) -> tuple[Tensor, ...]:
         """`[B, K, D]` for K timesteps to `parts` tensors `[B, K, D]`, or `[B, S, D]` by each token's `index` `[S]`."""
@@ -33,7 +34,7 @@ class Modulation(nn.Module):
 
     def values(self, temb: Tensor) -> Tensor:
         """`[..., D]` to all parts, one after the other, `[..., parts * D]`."""
-        return self.linear(F.silu(temb))
+        return self.linear(F.silu(temb) if self.activated else temb)
 
 
 def by_token(values: Tensor, index: Tensor | None) -> Tensor:
