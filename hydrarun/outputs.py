@@ -241,8 +241,10 @@ def slug(prompt: str, nameless: str) -> str:
 
 
 def pixels_sha256(pixels: np.ndarray) -> str:
-    """sha256 over the RGB or RGBA bytes, row by row from the top, frame after frame; of a sound over its 16-bit samples, those
-    of one moment side by side."""
+    """sha256 over the RGB or RGBA bytes, row by row from the top, frame after frame.
+
+    Of a sound over its 16-bit samples, those of one moment side by side.
+    """
     return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 

@@ -40,8 +40,8 @@ class Picture:
     """One output of the run: its place in it, the hash of its pixels, and the pixels where they are at hand.
 
     `pixels` (an array of `hydrarun.media.kinds`) is None when the file is gone, or no longer holds the pixels that the
-    hash was made of. Those of a `lossy` file never are exactly those. `part`: when only this file of a folder of frames or
-    layers is at hand, its name there; hash and pixels are then its own.
+    hash was made of. Those of a `lossy` file never are exactly those. `part`: when only this file of a folder of frames
+    or layers is at hand, its name there; hash and pixels are then its own.
     """
 
     name: str

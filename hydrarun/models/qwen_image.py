@@ -62,9 +62,8 @@ class QwenImageTransformer(Transformer):
         self.layered = use_layer3d_rope
         self.time_proj = Timesteps(num_channels=256, flip_sin_to_cos=True, downscale_freq_shift=0, scale=1000)
         self.time_embed = TimestepEmbedding(in_channels=256, time_embed_dim=dim)
-        self.kind_embed = (
-            nn.Embedding(2, dim) if use_additional_t_cond else None
-        )  # of which the pipeline uses the first
+        # diffusers' pipeline knows the first of the two alone
+        self.kind_embed = nn.Embedding(2, dim) if use_additional_t_cond else None
         self.txt_norm = nn.RMSNorm(joint_attention_dim, eps=1e-6)
         self.img_in = nn.Linear(in_channels, dim)
         self.txt_in = nn.Linear(joint_attention_dim, dim)

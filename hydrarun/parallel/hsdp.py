@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -35,16 +36,29 @@ def whole_around_blocks(transformer: Transformer) -> Iterator[None]:
 
 
 def shard_encoder(encoder: nn.Module, mesh: Mesh) -> None:
-    """Shard the repeated layers of a text encoder, then what is left around them.
-
-    One that writes text encodes its pictures outside of a forward: all of `generate` is one.
-    """
+    """Shard the repeated layers of a text encoder, then what is left around them."""
     plain = encoder.__class__
     shard_all([*repeated_layers(encoder)], encoder, mesh)
     if hasattr(encoder, "generate"):
-        register_fsdp_forward_method(encoder, "generate")
+        generate_as_forward(encoder, plain)
     # transformers knows by this very class which layers' outputs a model can hand out; sharding hangs on hooks
     encoder.__class__ = plain
+
+
+def generate_as_forward(encoder: Any, plain: type) -> None:
+    """Make all of `generate`, which encodes pictures outside of `forward`, one forward; `plain`: the class between."""
+    sharded = encoder.__class__
+    register_fsdp_forward_method(encoder, "generate")
+    registered = encoder.generate
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        encoder.__class__ = sharded
+        try:
+            return registered(*args, **kwargs)
+        finally:
+            encoder.__class__ = plain
+
+    encoder.generate = generate
 
 
 def shard_all(parts: list[nn.Module], whole: nn.Module, mesh: Mesh) -> None:
