@@ -174,7 +174,7 @@ def describe(config: dict[str, Any]) -> Iterator[str]:
     """Lines that say what a stranger's file is about to make this machine do, and which images it reads for it."""
     model, sampling, output = config["model"], config["sampling"], config["output"]
     revision = f" at {model['revision']}" if model["revision"] else ""
-    kind = kinds.of_format(output["format"])
+    kind = kinds.of_model(config)
     what = [kind.size(sampling)]
     if length := kind.length(sampling):
         what.append(length if output["fps"] is None else f"{length} at {output['fps']} fps")

@@ -27,7 +27,7 @@ def test_a_model_shows_its_own_defaults(capsys):
     assert " 3.5 (embedded) " in next(line for line in lines if line.startswith("  flux_dev "))
     video = next(line for line in lines if line.startswith("  wan22_t2v_a14b "))
     assert " 4.0, 3.0 " in video
-    assert " 1280x720, 81 frames " in video
+    assert " 1280x720, 81 frames" in video
 
 
 def test_a_model_shows_the_accelerations_that_it_goes_with():

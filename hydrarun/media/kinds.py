@@ -80,9 +80,11 @@ def _with_layers(pixels: np.ndarray, *_: Any) -> Record:
 
 def _every_layer_empty(pixels: np.ndarray) -> str | None:
     """One layer may well be of one colour, or wholly transparent, but not all."""
+    import numpy as np
+
     from hydrarun.media.alpha import premultiplied
 
-    spreads = (int(layer[..., channel].ptp()) for layer in premultiplied(pixels) for channel in range(4))
+    spreads = (int(np.ptp(layer[..., channel])) for layer in premultiplied(pixels) for channel in range(4))
     return None if max(spreads) > 1 else "one colour or transparent in every layer"
 
 

@@ -61,7 +61,7 @@ class Difference:
 @dataclass
 class Shown:
     """A cell. Data URIs: `image` of what stands for the output (`Kind.still`), `video` and `sound`. `size`: of the
-    first, before it was made smaller, width and height."""
+    output, or of a sound's waveform, width and height."""
 
     image: str
     size: tuple[int, int]
@@ -163,9 +163,10 @@ def shown(file: Path, pixels: np.ndarray, rate: int, apart: Difference | None, s
     """What is embedded of one output. `rate`: frames per second, or samples."""
     still = middle(pixels)
     small = reduce(still, side)
-    size = still.shape[1], still.shape[0]
+    whole_size = still.shape[1], still.shape[0]
+    size = (pixels.shape[-2], pixels.shape[-3]) if kinds.of(pixels) is kinds.LAYERS else whole_size
     if kinds.of(pixels) in (kinds.PICTURE, kinds.LAYERS):
-        return Shown(picture_uri(small), size, small.size != size or not is_small(small), None, apart)
+        return Shown(picture_uri(small), size, small.size != whole_size or not is_small(small), None, apart)
     if kinds.of(pixels) is kinds.SOUND:
         whole = file.stat().st_size <= SMALL_FILE
         sound = uri("audio/wav", file.read_bytes()) if whole else sound_uri(pixels, rate)

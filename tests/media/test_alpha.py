@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hydrarun.media import alpha, frames, png
+from hydrarun.media import alpha, frames, kinds, png
 
 GENERATOR = np.random.default_rng(0)
 LAYERS = GENERATOR.integers(0, 256, (3, 20, 12, 4), dtype=np.uint8)
@@ -37,10 +37,10 @@ def test_layers_stand_side_by_side_over_a_checkerboard():
 
 def test_what_stands_for_an_output():
     video = LAYERS[..., :3]
-    assert np.array_equal(alpha.still(video), video[1])
-    assert np.array_equal(alpha.still(video[0]), video[0])
-    assert alpha.still(LAYERS).shape == (20, 36, 3)
-    assert alpha.still(LAYERS[0]).shape == (20, 12, 3)
+    for pixels, want in ((video, video[1]), (video[0], video[0])):
+        assert np.array_equal(kinds.of(pixels).still(pixels), want)
+    assert kinds.of(LAYERS) is kinds.LAYERS
+    assert kinds.LAYERS.still(LAYERS).shape == (20, 36, 3)
 
 
 def test_a_png_keeps_alpha(tmp_path):
