@@ -174,6 +174,10 @@ class Transformer(nn.Module):
         whole = replace(self.embed(latents, timestep, **given), **positions)
         if rows is not None:
             whole.temb = rows
+        return self.spread(whole)
+
+    def spread(self, whole: Tokens) -> Call:
+        """Tokens to this rank's."""
         if self.sequence is None:
             return Call(whole, whole, {})
         return Call(whole, self.sequence.shard(whole, self.spread_streams), self.sequence.lengths)

@@ -266,7 +266,8 @@ def _guidance(config: Mapping[str, Any]) -> Iterator[Problem]:
     name, scale = cfg_scale(config)
     if name in config["model"]["takes"] and scale is None:
         yield f"sampling.{name}", "null; 1 turns guidance off."
-    if scale is not None and math.isfinite(scale) and scale > 1 and config["sampling"]["negative_prompt"] is None:
+    asked = "negative_prompt" in config["model"]["takes"] and config["sampling"]["negative_prompt"] is None
+    if scale is not None and math.isfinite(scale) and scale > 1 and asked:
         yield (
             "sampling.negative_prompt",
             f"null, but {name}={scale} guides away from it: set"

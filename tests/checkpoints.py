@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import checkpoints_chat
+import checkpoints_prior
 import tiny
 import torch
 from diffusers import (
@@ -328,6 +329,7 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "longcat_image": checkpoints_chat.longcat_image,
     "longcat_image_edit": checkpoints_chat.longcat_image_edit,
     "ovis_image": checkpoints_chat.ovis_image,
+    "glm_image": checkpoints_prior.glm_image,
     "wan21_t2v_14b": wan21_t2v,
     "wan21_t2v_1_3b": wan21_t2v,
     "wan22_t2v_a14b": wan22_t2v_a14b,

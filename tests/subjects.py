@@ -20,7 +20,7 @@ from PIL import Image
 
 from hydrarun import resources
 from hydrarun.compose import compose, compose_raw
-from hydrarun.fit import vae_factors
+from hydrarun.fit import size_multiple, vae_factors
 from hydrarun.runner import Runner
 from hydrarun.validate import cfg_scale, is_video
 
@@ -58,7 +58,7 @@ class Subject:
     @property
     def multiple(self) -> int:
         """Pixels that height and width must be a multiple of."""
-        return vae_factors(self.pipeline.vae.config)[1] * 2
+        return multiple(self.folder)
 
     def overrides(self) -> list[str]:
         """The command line of a small run."""
@@ -89,7 +89,8 @@ def command(name: str, folder: Path) -> list[str]:
 
 def multiple(folder: Path) -> int:
     """Pixels that height and width of a saved subject must be a multiple of."""
-    return vae_factors(json.loads((folder / "vae" / "config.json").read_text()))[1] * 2
+    vae, transformer = (json.loads((folder / name / "config.json").read_text()) for name in ("vae", "transformer"))
+    return size_multiple(vae_factors(vae)[1], transformer, patch=2)
 
 
 def pictures(count: int) -> list[Image.Image]:

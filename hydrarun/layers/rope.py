@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoFormer, https://arxiv.org/abs/2104.09864), on pairs of neighbouring channels."""
+"""Rotary position embedding (RoFormer, https://arxiv.org/abs/2104.09864), on pairs of channels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def grid_frequencies(axes: Sequence[Tensor]) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn each pair of channels of `x` `[B, S, H, d]` by its position's angle in `rope` `[S, d / 2, 2]`.
+    """Turn each pair of neighbouring channels of `x` `[B, S, H, d]` by its position's angle in `rope` `[S, d / 2, 2]`.
 
     Computed in float32 and returned in the dtype of `x`.
     """
@@ -38,3 +38,9 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     else:  # one kernel instead of seven
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
     return turned.flatten(-2).to(x.dtype)
+
+
+def rotate_halves(x: Tensor, rope: Tensor) -> Tensor:
+    """As `rotate`, for models whose pairs are a channel of the first half and the one at its place in the second."""
+    (cos, sin), (real, imaginary) = rope.unsqueeze(1).unbind(-1), x.float().chunk(2, dim=-1)
+    return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1).to(x.dtype)

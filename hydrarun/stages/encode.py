@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from hydrarun.errors import UsageError
@@ -79,12 +80,16 @@ class EncodePromptWithImages(EncodePrompt):
         refuse_placeholder(prompts, parts.pipeline.processor.image_token)
         resize = parts.pipeline.image_processor.resize
         images = [resize(image, *fit_area(image, self.image_area, 32)) for image in state.input_images]
-        embeds = [self.run(parts, prompt=[p], image=images)["encoder_hidden_states"] for p in prompts]
-        lengths = torch.tensor([len(one[0]) for one in embeds], device=parts.device)
-        longest = int(lengths.max())
-        padded = torch.cat([F.pad(one, (0, 0, 0, longest - one.shape[1])) for one in embeds])
-        mask = torch.arange(longest, device=parts.device) < lengths[:, None]
-        return {"encoder_hidden_states": padded, "encoder_hidden_states_mask": None if mask.all() else mask}
+        return padded([self.run(parts, prompt=[p], image=images)["encoder_hidden_states"] for p in prompts])
+
+
+def padded(embeds: Sequence[Tensor]) -> dict[str, Tensor | None]:
+    """Prompts of unequal length, each `[1, T, E]`, as one batch, and which tokens are real; None: all are."""
+    lengths = torch.tensor([len(one[0]) for one in embeds], device=embeds[0].device)
+    longest = int(lengths.max())
+    together = torch.cat([F.pad(one, (0, 0, 0, longest - one.shape[1])) for one in embeds])
+    mask = torch.arange(longest, device=together.device) < lengths[:, None]
+    return {"encoder_hidden_states": together, "encoder_hidden_states_mask": None if mask.all() else mask}
 
 
 def refuse_placeholder(prompts: list[str], token: str) -> None:

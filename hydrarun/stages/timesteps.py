@@ -38,7 +38,7 @@ class PrepareTimesteps(Stage):
         )
         arguments: dict[str, Any] = {"device": parts.device}
         if "mu" in accepted and (self.sigmas != "scheduler" or scheduler.config.get("use_dynamic_shifting", False)):
-            arguments["mu"] = shift(scheduler.config, math.prod(state.grid))
+            arguments["mu"] = self.mu(scheduler.config, math.prod(state.grid))
         if "sigmas" in accepted and not own:
             steps = state.num_inference_steps
             arguments["sigmas"] = np.linspace(1.0, 1 / steps, steps)
@@ -54,6 +54,10 @@ class PrepareTimesteps(Stage):
         # from the first step on: the scheduler then never has to search where it is
         scheduler.set_begin_index(0)
         state.timesteps = scheduler.timesteps
+
+    def mu(self, config: Any, tokens: int) -> float:
+        """How far the scheduler shifts a picture of so many tokens."""
+        return shift(config, tokens)
 
 
 def shift(config: Any, tokens: int) -> float:
