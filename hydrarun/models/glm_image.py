@@ -72,15 +72,14 @@ class GlmImageBlock(nn.Module):
         parts = self.modulation(tokens.temb[:, :1])
         image_parts, text_parts = parts[::2], parts[1::2]
         image = self.project(hidden_states, image_parts, tokens.rope)
-        streams = {"hidden_states": image}
+        streams, masks = {"hidden_states": image}, {}
         if encoder_hidden_states is not None:
             streams = {"encoder_hidden_states": self.project(encoder_hidden_states, text_parts, None), **streams}
+            masks = {"encoder_hidden_states": tokens.encoder_mask}
         if tokens.kept is not None:
             tokens.kept.append(self.attention.keep("hidden_states", *image[1:]))
         prefix = None if tokens.prefix is None else tokens.prefix[self.index]
-        *text_attended, image_attended = self.attention(
-            streams, {"encoder_hidden_states": tokens.encoder_mask}, prefix
-        )
+        *text_attended, image_attended = self.attention(streams, masks, prefix)
         hidden_states = self.finish(hidden_states, image_attended, image_parts)
         if encoder_hidden_states is not None:
             encoder_hidden_states = self.finish(encoder_hidden_states, text_attended[0], text_parts)
