@@ -42,7 +42,9 @@ def check_fit(sampling: Mapping[str, Any], vae: Mapping[str, Any], transformer: 
     for key in ("height", "width"):
         value = sampling[key]
         if multiple and value is not None and value % multiple:
-            raise UsageError(f"sampling.{key}={value}: this checkpoint needs a {nearest_multiples(key, value, multiple)}")
+            raise UsageError(
+                f"sampling.{key}={value}: this checkpoint needs a {nearest_multiples(key, value, multiple)}"
+            )
         places = transformer.get("pos_embed_max_size")
         if side and value is not None and places and value > side * patch * places:
             raise UsageError(

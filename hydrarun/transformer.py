@@ -204,6 +204,10 @@ class Transformer(nn.Module):
         if self.sequence is not None:
             self.sequence.lengths = call.lengths
 
+    def kept_bytes(self) -> int:
+        """What the blocks keep from call to call, beside what caches do."""
+        return 0
+
     def spread_tokens(self, sequence: Any) -> None:
         """Let the tokens be spread over ranks, and attention reach across them."""
         self.sequence = sequence

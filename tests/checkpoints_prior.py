@@ -131,12 +131,14 @@ def _prior() -> GlmImageForConditionalGeneration:
     )
     torch.manual_seed(0)
     prior = tiny.randomise(GlmImageForConditionalGeneration(config), std=0.3)
-    prior.generation_config.update(do_sample=True, temperature=0.9, top_p=0.8, top_k=0)  # in a file of their own, when it is saved
+    prior.generation_config.update(
+        do_sample=True, temperature=0.9, top_p=0.8, top_k=0
+    )  # in a file of their own, when it is saved
     return prior
 
 
 class ImagesAsExpected:
-    """The prior as diffusers 0.42 expects it, whose images are rows of features; transformers 5.23 gives them as maps."""
+    """The prior as diffusers 0.42 expects it, images as rows of features; transformers 5.23 has them as maps."""
 
     def __init__(self, prior: GlmImageForConditionalGeneration) -> None:
         self.prior = prior
@@ -170,7 +172,12 @@ def remembering(generate: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
         key = hashlib.sha256(repr((torch.initial_seed(), self.generation_config)).encode())
         for value in (*inputs.values(), *(weight for weight in self.lm_head.parameters())):
             whole = value.detach().cpu().double().numpy().tobytes() if isinstance(value, torch.Tensor) else b""
-            key.update(whole + repr((value if isinstance(value, int) else type(value)),).encode())
+            key.update(
+                whole
+                + repr(
+                    (value if isinstance(value, int) else type(value)),
+                ).encode()
+            )
         if key.digest() not in seen:
             seen[key.digest()] = generate(self, **inputs).cpu()
         return seen[key.digest()].to(self.device)

@@ -14,7 +14,6 @@ import tiny
 import torch
 from PIL import Image
 from subjects import remembering
-from transformers import Qwen2VLProcessor
 
 from hydrarun.processors import load_processor
 

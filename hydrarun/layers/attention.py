@@ -64,7 +64,7 @@ class Attention(AttentionLayer):
         if self.sequence is not None:
             return self.sequence(streams, masks, self.backend, prefix)
         query, key, value = (torch.cat(parts, dim=1) for parts in zip(*streams.values(), strict=True))
-        lengths = {name: stream[1].shape[1] for name, stream in streams.items()}
+        lengths: Mapping[str, int] = {name: stream[1].shape[1] for name, stream in streams.items()}
         key, value, lengths = behind(prefix, key, value, lengths)
         output = self.backend(query, key, value, join_masks(masks, lengths))
         return list(output.flatten(2).split([stream[0].shape[1] for stream in streams.values()], dim=1))

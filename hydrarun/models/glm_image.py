@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hydrarun.errors import RunError, UsageError
-from hydrarun.guidance import POSITIVE
+from hydrarun.guidance import NEGATIVE
 from hydrarun.latents import pack, unpack
 from hydrarun.layers.attention import Attention, Prefix
 from hydrarun.layers.linear import FeedForward, QKVLinear, RowLinear
@@ -171,24 +171,27 @@ class GlmImageTransformer(Transformer):
         *,
         encoder_hidden_states: Tensor,
         encoder_hidden_states_mask: Tensor | None,
-        conditional: bool,
+        told: Tensor,
         grid: Grid,
         prior_tokens: Tensor,
         **sizes: Any,
     ) -> GlmImageTokens:
         """Latents `[B, C, 1, h, w]`, timesteps `[B]` in 1-1000, quoted text `[B, T, E]` and its mask `[B, T]`.
 
-        `prior_tokens` `[B, S]` are told unless it is not `conditional`. `sizes`: as in `make_temb`.
+        `told` `[B]` is 1 where the branch is told of the `prior_tokens` `[B, S]`, and 0 where it is not. `sizes`: as in
+        `make_temb`.
         """
-        image = self.project(pack(hidden_states, self.patch_size), prior_tokens, told=conditional)
+        image = self.project(pack(hidden_states, self.patch_size), prior_tokens, told)
         text = self.glyph_projector(encoder_hidden_states)
         temb = self.make_temb(timestep, image.dtype, grid=grid, **sizes)
         return GlmImageTokens(image, text, encoder_hidden_states_mask, temb=temb, grid=grid)
 
-    def project(self, packed: Tensor, prior_tokens: Tensor, told: bool = True) -> Tensor:
-        """Packed latents `[B, S, C]` and the ids of their prior tokens `[B, S]` to `[B, S, D]`."""
+    def project(self, packed: Tensor, prior_tokens: Tensor, told: Tensor | None = None) -> Tensor:
+        """Packed latents `[B, S, C]` and the ids of their prior tokens `[B, S]` to `[B, S, D]`. `told`: None is 1."""
         prior = self.prior_token_embedding(prior_tokens)
-        return self.image_projector(packed) + self.prior_projector(prior if told else torch.zeros_like(prior))
+        if told is not None:
+            prior = prior * told[:, None, None].to(prior.dtype)
+        return self.image_projector(packed) + self.prior_projector(prior)
 
     def positions(self, hidden_states: Tensor, *, grid: Grid, **_: Any) -> dict[str, Any]:
         return {"rope": rope_table(grid, self.head_dim, hidden_states.device)}
@@ -212,15 +215,15 @@ class GlmImageTransformer(Transformer):
         return torch.stack([self.time_condition_embed(*one, dtype) for one in each], dim=1)
 
     def arguments(self, inputs: Inputs, branch: str) -> Arguments:
-        """With the prefix, where there are input images and the branch is told of them.
+        """With the prefix, where there are input images; the negative branch is not told of them.
 
-        The other branch makes it too, if it comes first: where weights are shared, ranks run blocks equally often.
+        It makes the prefix too, if it comes first: where weights are shared, ranks run blocks equally often.
         """
         latents, timestep, given, positions, rows = super().arguments(inputs, branch)
         if given["image_latents"] is not None:
             if given["image_latents"] not in self.prefixes:
                 self.prefixes[given["image_latents"]] = self.make_prefix(timestep, given, rows)
-            if given["conditional"]:
+            if branch != NEGATIVE:
                 positions = {**positions, "prefix": self.prefixes[given["image_latents"]]}
         return latents, timestep, given, positions, rows
 
@@ -237,6 +240,9 @@ class GlmImageTransformer(Transformer):
             self.run(call)
             kept.append(call.tokens.kept)
         return [(torch.cat(keys, dim=1), torch.cat(values, dim=1)) for keys, values in (zip(*b) for b in zip(*kept))]
+
+    def kept_bytes(self) -> int:
+        return sum(kept.nbytes for prefix in self.prefixes.values() for block in prefix for kept in block)
 
     def head(self, tokens: Tokens) -> Tensor:
         """`[B, S, D]` to the velocity `[B, C, 1, h, w]`, in float32 as the reference goes on with it."""
@@ -300,9 +306,9 @@ class EncodePromptAndDrawPrior(EncodePrompt):
         refuse_placeholder(state.prompts, parts.pipeline.processor.image_token)
         encoded = replace(state, negative_prompts=[""] * len(state.prompts))
         super().__call__(encoded, parts, timings)
-        state.conditioning = {
-            branch: {**given, "conditional": branch == POSITIVE} for branch, given in encoded.conditioning.items()
-        }
+        for branch, given in encoded.conditioning.items():
+            given["told"] = torch.full([len(state.prompts)], float(branch != NEGATIVE), device=parts.device)
+        state.conditioning = encoded.conditioning
         with parts.progress.phase("drawing prior tokens", total=len(state.prompts)) as advance:
             drawn = []
             for prompt, seed in zip(state.prompts, state.seeds, strict=True):
@@ -339,8 +345,8 @@ def draw_prior(prompt: str, seed: int, state: State, parts: Parts) -> tuple[Tens
         ids = prior.get_image_tokens(prior.get_image_features(inputs["pixel_values"], sources).pooler_output)
         each = zip(sources.tolist(), ids.split(sources.prod(-1).tolist()), strict=True)
         of_images = [pipeline._upsample_token_ids(own, *sides) for (_, *sides), own in each]
-    devices = [] if parts.device.type == "cpu" else [parts.device]
-    with torch.random.fork_rng(devices, device_type=parts.device.type if devices else None):
+    devices = [parts.device] if parts.device.type == "cuda" else []
+    with torch.random.fork_rng(devices, device_type="cuda"):
         torch.manual_seed(seed)  # of all devices
         output = prior.generate(**inputs, max_new_tokens=count, do_sample=True)
     tokens = pipeline._extract_large_image_tokens(output, inputs["input_ids"].shape[1], start, rows * columns)

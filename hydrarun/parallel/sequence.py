@@ -83,7 +83,11 @@ class SequenceParallel:
         if query.shape[2] == 0:  # more ranks than heads
             output = query
         elif self.ring:
-            before = None if prefix is None else attend(query, *behind(prefix, key[:, :0], value[:, :0], {})[:2], None, backend)
+            before = (
+                None
+                if prefix is None
+                else attend(query, *behind(prefix, key[:, :0], value[:, :0], {})[:2], None, backend)
+            )
             output = self.attend_in_ring(query, key, value, list(streams), masks, backend, self.ring, before)
         else:
             lengths: Mapping[str, int] = {name: sum(self.place_lengths(name, 0)) for name in streams}

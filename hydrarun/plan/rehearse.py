@@ -19,12 +19,14 @@ from torch.utils._pytree import tree_map
 from hydrarun.cache.base import Cache, NoCache, Schedule, Step
 from hydrarun.cache.step_cache import StepCache
 from hydrarun.experts import LOW_NOISE
+from hydrarun.fit import DEPTHS
 from hydrarun.memory.moving import HOST
 from hydrarun.pipeline import Parts, Stage
 from hydrarun.plan.meter import META, LeftTheDeviceError, Meter, Work
 from hydrarun.stages.denoise import Denoise, for_all, schedule
 from hydrarun.state import State
 from hydrarun.timing import Timings
+from hydrarun.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,19 @@ class Rehearsal:
             prediction = stage.predict(state, parts, conditioning, timestep.to(META), steps[index], rows=None)
             work[steps[index].expert] = self.meter.so_far() - before
             state.latents = parts.pipeline.scheduler.step(prediction, timestep, state.latents, return_dict=False)[0]
+        self.meter.peak += sum(kept_by_others(transformer) for transformer in parts.experts)
         counts, full = Counter(step.expert for step in steps if computes(parts.cache, step)), self.meter.live
         parts.cache.end()
         total = sum((work[expert] * count for expert, count in counts.items()), Work())
         here = math.ceil(len(conditioning) / parts.mesh.degrees["cfg_degree"]) if parts.mesh else len(conditioning)
         forwards = here * counts.total()
         return Act(stage.phase, stage.uses, 0, total, forwards, full - self.meter.live)
+
+
+def kept_by_others(transformer: Transformer) -> int:
+    """Bytes that blocks keep which are not rehearsed: as much each as those that are."""
+    depth = sum(transformer.config.get(key) or 0 for key in DEPTHS)
+    return transformer.kept_bytes() * (depth - transformer.depth) // transformer.depth
 
 
 def computes(cache: Any, step: Step) -> bool:

@@ -11,10 +11,12 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from hydrarun.components import OURS, load_component, quiet_libraries, read_index
@@ -102,13 +104,28 @@ class TextEncoder:
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Any:
         """Images are in the ids as placeholders; what the encoder does with their pixels before is not counted."""
-        wants = {name: value for name, value in settings.items() if name == "output_hidden_states"}
+        known = {"output_hidden_states", "logits_to_keep"}
+        wants = {name: value for name, value in settings.items() if name in known}
         if attention_mask is not None:
             self.meter.answer = bool(attention_mask.all())  # where nothing is padded, encoders do without a mask
             wants["attention_mask"] = attention_mask.to(META)
         shapes = tree_map(Shape.of, self.module(input_ids=input_ids.to(META), **wants))
         self.meter.answer = True
         return tree_map(Shape.zeros, shapes)  # once the outputs themselves are gone: they count only once
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **_: Any) -> Tensor:
+        """The ids and zeros. All are read in one pass: as much work as one after the other, though in less time."""
+        whole = F.pad(input_ids, (0, max_new_tokens))
+        self(whole, logits_to_keep=1)
+        return whole
+
+    def get_image_features(self, pixels: Tensor, grids: Tensor) -> Any:
+        """Of pictures with these grids of patches, the grids."""
+        return SimpleNamespace(pooler_output=grids)
+
+    def get_image_tokens(self, grids: Tensor) -> Tensor:
+        """An id for each patch."""
+        return torch.zeros(int(grids.prod(-1).sum()), dtype=torch.long)
 
 
 @dataclass(frozen=True)

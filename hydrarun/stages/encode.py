@@ -26,7 +26,7 @@ class EncodePrompt(Stage):
     """
 
     needs: tuple[str, ...] = ("prompts", "negative_prompts", "true_cfg_scale", "guidance_scale", "max_sequence_length")
-    gives = ("conditioning",)
+    gives: tuple[str, ...] = ("conditioning",)
     phase = "encode"
     uses = ("text_encoder",)
 

@@ -16,6 +16,7 @@ from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from PIL import Image
 from subjects import LONG, SHORT, pictures
 
+from hydrarun.cache.base import NoCache, Step
 from hydrarun.compiling import allow_graphs
 from hydrarun.compose import compose
 from hydrarun.errors import RunError, UsageError
@@ -23,6 +24,7 @@ from hydrarun.models.glm_image import GlmImageTransformer, draw_prior
 from hydrarun.parallel.degrees import world_size
 from hydrarun.request import make_state
 from hydrarun.runner import Runner
+from hydrarun.transformer import Inputs
 
 TOLERANCE = 1e-5  # float32, the same operations in another order
 LATENTS, PIXELS = 1e-4, 1  # of whole runs
@@ -59,7 +61,7 @@ def given(rows: int, columns: int, conditional: bool = True) -> dict[str, Any]:
     return {
         "encoder_hidden_states": torch.randn(2, 6, 16, generator=generator),
         "encoder_hidden_states_mask": None,
-        "conditional": conditional,
+        "told": torch.full([2], float(conditional)),
         "grid": (1, rows, columns),
         "height": 16 * rows,
         "width": 16 * columns,
@@ -81,7 +83,7 @@ def reference_call(model, latents, timestep, branch, caches=None, of_image: int 
         fields = {
             "encoder_hidden_states": branch["encoder_hidden_states"][:1, :0],
             "prior_tokens": branch["image_prior_tokens"][0, start : start + 8],
-            "conditional": True,
+            "told": torch.ones(1),
             "height": 16 * grid[1],
             "width": 16 * grid[2],
         }
@@ -90,13 +92,17 @@ def reference_call(model, latents, timestep, branch, caches=None, of_image: int 
         latents,
         fields["encoder_hidden_states"],
         fields["prior_tokens"],
-        torch.full_like(fields["prior_tokens"], not fields["conditional"], dtype=torch.bool),
+        torch.full_like(fields["prior_tokens"], not fields["told"].all(), dtype=torch.bool),
         timestep,
         size,
         torch.zeros_like(size),
         kv_caches=caches,
         return_dict=False,
     )[0]
+
+
+def predict(transformer, latents, timestep, name, branch):
+    return transformer(Inputs(latents, timestep, {name: branch}), Step(), NoCache())[name]
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(2, 2), (4, 6)])
@@ -121,10 +127,12 @@ def test_one_call_after_input_images(pair, rows, columns, conditional):
     want = reference_call(reference, latents, timestep - 1, branch, caches)
     hook.remove()
     assert want.std() > 0.1
-    found = tiny.predict(ours, latents.unsqueeze(2), timestep, branch)
+    name = "positive" if conditional else "negative"
+    found = predict(ours, latents.unsqueeze(2), timestep, name, branch)
     assert (found.squeeze(2) - want).abs().max() <= TOLERANCE
     assert (ours.gate_signal(ours.embed(latents.unsqueeze(2), timestep, **branch)) - seen[0]).abs().max() <= TOLERANCE
-    without = tiny.predict(ours, latents.unsqueeze(2), timestep, {**branch, "image_latents": None, "image_grids": ()})
+    alone = {**branch, "image_latents": None, "image_grids": ()}
+    without = predict(ours, latents.unsqueeze(2), timestep, name, alone)
     assert ((without - found).abs().max() > 100 * TOLERANCE) == conditional
 
 
@@ -135,8 +143,8 @@ def test_the_prefix_is_made_once_and_goes_with_the_images(pair):
     hook = ours.blocks[1].register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[1]))
     branch = given(2, 2)
     for value in (700.0, 600.0):
-        for told in (True, False):
-            tiny.predict(ours, torch.zeros(2, 4, 1, 4, 4), torch.tensor([value] * 2), {**branch, "conditional": told})
+        for name in ("positive", "negative"):
+            predict(ours, torch.zeros(2, 4, 1, 4, 4), torch.tensor([value] * 2), name, branch)
     hook.remove()
     assert calls == [8, 8, 4, 4, 4, 4]
     assert len(ours.prefixes) == 1
