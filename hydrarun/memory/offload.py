@@ -165,6 +165,6 @@ class TextEncoderOffload(NoOffload):
 
 
 def use_of(name: str) -> str:
-    """What a component is to stages: `text_encoder_2` is a `text_encoder`, as is all that is no transformer and no VAE."""
+    """What a component is to stages: `text_encoder_2` is a `text_encoder`, as is all but transformers and VAE."""
     found = name.rstrip("0123456789").rstrip("_")
     return found if found in USES else "text_encoder"

@@ -29,6 +29,7 @@ from hydrarun.layers.attention import Attention, Prefix
 from hydrarun.layers.linear import FeedForward, QKVLinear, RowLinear
 from hydrarun.layers.norm import AdaLayerNorm, Modulation, modulate
 from hydrarun.layers.rope import frequencies, grid_frequencies, rotate_halves
+from hydrarun.parallel.data import first_ranks
 from hydrarun.parallel.tensor import Run
 from hydrarun.pipeline import Parts, Stage
 from hydrarun.stages import images, timesteps
@@ -49,7 +50,7 @@ class GlmImageTokens(Tokens):
 
 
 class GlmImageBlock(nn.Module):
-    """Text and image tokens through the same weights, with shifts, scales and gates of their own. `index`: its place."""
+    """Text and image tokens through the same weights, but for shifts, scales and gates. `index`: the block's place."""
 
     def __init__(self, index: int, dim: int, heads: int, head_dim: int, time_embed_dim: int) -> None:
         super().__init__()
@@ -239,7 +240,8 @@ class GlmImageTransformer(Transformer):
             call = self.spread(replace(tokens, **self.positions(packed, grid=grid)))
             self.run(call)
             kept.append(call.tokens.kept)
-        return [(torch.cat(keys, dim=1), torch.cat(values, dim=1)) for keys, values in (zip(*b) for b in zip(*kept))]
+        blocks = zip(*kept, strict=True)  # of each, what every image left
+        return [(torch.cat([key for key, _ in one], 1), torch.cat([value for _, value in one], 1)) for one in blocks]
 
     def kept_bytes(self) -> int:
         return sum(kept.nbytes for prefix in self.prefixes.values() for block in prefix for kept in block)
@@ -279,14 +281,15 @@ class FitImages(Stage):
 
 
 def fitted(image: Image.Image, parts: Parts) -> Image.Image:
-    """The image at that size. Raises `UsageError` for one that the prior model does not take."""
+    """The image at a size that stays. Raises `UsageError` for one that the prior model does not take."""
     side = 2 * parts.patch_size * parts.pipeline.vae_scale_factor  # pixels of a prior token
     try:
         _, rows, columns = parts.pipeline.processor.image_processor(image)["image_grid_thw"][0]
     except ValueError as error:
         size = f"{image.width} x {image.height}"
         raise UsageError(f"input.images: the prior model does not take a picture of {size} pixels: {error}") from None
-    return parts.pipeline.image_processor.resize(image, int(rows) * side, int(columns) * side)
+    resized = parts.pipeline.image_processor.resize(image, int(rows) * side, int(columns) * side)
+    return resized if resized.size == image.size else fitted(resized, parts)
 
 
 class EncodePromptAndDrawPrior(EncodePrompt):
@@ -314,7 +317,7 @@ class EncodePromptAndDrawPrior(EncodePrompt):
             for prompt, seed in zip(state.prompts, state.seeds, strict=True):
                 drawn.append(draw_prior(prompt, seed, state, parts))
                 advance()
-        state.prior_tokens = torch.cat([tokens for tokens, _ in drawn])
+        state.prior_tokens = first_ranks(torch.cat([tokens for tokens, _ in drawn]), parts.mesh)
         state.image_prior_tokens = drawn[0][1]  # the same for all
 
     def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Any]:
@@ -359,10 +362,7 @@ def draw_prior(prompt: str, seed: int, state: State, parts: Parts) -> tuple[Tens
 
 
 class EncodeFittedImages(images.EncodeImages):
-    """Each input image as packed latents, at its own size."""
-
-    def __init__(self) -> None:
-        super().__init__(area=None)
+    """Each input image as packed latents, at its own size; none is none."""
 
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
         state.image_grids = ()

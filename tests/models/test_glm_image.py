@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import checkpoints_prior
@@ -20,8 +21,11 @@ from hydrarun.cache.base import NoCache, Step
 from hydrarun.compiling import allow_graphs
 from hydrarun.compose import compose
 from hydrarun.errors import RunError, UsageError
-from hydrarun.models.glm_image import GlmImageTransformer, draw_prior
+from hydrarun.models.glm_image import GlmImageTransformer, draw_prior, fitted
+from hydrarun.parallel.data import first_ranks
 from hydrarun.parallel.degrees import world_size
+from hydrarun.parallel.mesh import Mesh
+from hydrarun.plan.rehearse import kept_by_others
 from hydrarun.request import make_state
 from hydrarun.runner import Runner
 from hydrarun.transformer import Inputs
@@ -205,8 +209,12 @@ def test_input_images_set_the_size_and_are_fitted(subject):
     assert [one.size for one in state.input_images] == [(96, 64), (64, 96)]
     assert (state.height, state.width) == (64, 96)
     assert state.image_grids == ((1, 4, 6), (1, 6, 4))
-    plain = tiny.draw(subject.runner, height=None, width=96, num_inference_steps=1)
+    plain = make_state({**subject.runner.config["sampling"], "height": None, "width": 96})
+    subject.runner.built.stages[0](plain, subject.runner.built.parts, None)
     assert (plain.height, plain.width) == (1024, 96)
+    odd = replace(plain, input_images=[Image.new("RGB", (27, 35))])
+    subject.runner.built.stages[0](odd, subject.runner.built.parts, None)
+    assert odd.input_images[0].size == fitted(odd.input_images[0], subject.runner.built.parts).size
 
 
 @only
@@ -296,7 +304,32 @@ def test_compiled_edits(subject, edited, whole):
     assert (again - subject.draw(1, **GUIDED).latents).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("degree", ["cfg_degree", "ulysses_degree", "tensor_degree", "data_degree"])
+def test_ranks_take_the_first_ones_tokens(pool, degree):
+    """Of those that draw the same pictures: a sampled token could be another on each."""
+    found = pool(2, tokens_of_ranks, {degree: 2})
+    assert found == ([[10, 20], [11, 21]] if degree == "data_degree" else [[10, 20], [10, 20]])
+
+
+def tokens_of_ranks(chosen):
+    """On a rank: what is left of tokens that are each rank's own."""
+    mesh = Mesh(parallel_runs.degrees(**chosen), parallel_runs.CPU)
+    return first_ranks(torch.tensor([10, 20]) + mesh.rank, mesh).tolist()
+
+
+def test_a_plan_counts_the_prefix_of_all_blocks(pair):
+    """A rehearsal runs two of them."""
+    _, ours = pair
+    branch = given(2, 2)
+    with torch.no_grad():
+        predict(ours, torch.zeros(2, 4, 1, 4, 4), torch.tensor([700.0] * 2), "positive", branch)
+    assert ours.kept_bytes() == 3 * 2 * 16 * 48 * 4
+    assert kept_by_others(ours) == 0
+    deeper = SimpleNamespace(config={"num_layers": 30}, depth=2, kept_bytes=lambda: 100)
+    assert kept_by_others(deeper) == 1400
+
+
 @only
-def test_sizes_are_told_to_a_plan(subject):
+def test_a_size_is_refused_before_weights_are_read(subject):
     with pytest.raises(UsageError, match=r"sampling.width=48: this checkpoint needs a multiple of 32"):
         Runner(compose([*subject.overrides(), "sampling.width=48"]))
