@@ -258,6 +258,13 @@ def test_the_prefix_is_shared_by_ranks(subject, layout, pool, edited):
 
 
 @only
+def test_shared_encoders_of_unequal_batches_are_refused(subject):
+    """Each prompt is encoded alone: a rank with fewer of them would leave the others waiting."""
+    with pytest.raises(UsageError, match=r"parallel\.hsdp_degree"):
+        compose([*subject.overrides(), "sampling.seed=[1,2]", "parallel.hsdp_degree=2", "parallel.data_degree=2"])
+
+
+@only
 @pytest.mark.parametrize("cache", [node("every_n"), node("first_block", threshold=5.0), DBCACHE], ids=["n", "fb", "db"])
 def test_caches_skip_steps_of_an_edit(subject, edited, cache):
     """Where nothing is skipped, the plain run; where steps are, the blocks that run see the prefix all the same."""
@@ -270,10 +277,10 @@ def test_caches_skip_steps_of_an_edit(subject, edited, cache):
 
 
 @only
-@pytest.mark.parametrize("option", ["modulation", "quantized"])
+@pytest.mark.parametrize("option", ["modulation", "disk", "quantized"])
 def test_weights_that_are_held_otherwise(subject, edited, option):
     """Modulation tables have rows for the input images too, which share them with all steps."""
-    chosen = {"modulation": "offload=modulation", "quantized": "quantization=int8_weight_only"}[option]
+    chosen = "quantization=int8_weight_only" if option == "quantized" else f"offload={option}"
     runner = Runner(compose([*subject.overrides(), chosen]))
     found = replace(subject, runner=runner).draw(IMAGES, **GUIDED).latents
     difference = (found - edited(subject).latents).abs().max()
@@ -281,6 +288,7 @@ def test_weights_that_are_held_otherwise(subject, edited, option):
         assert LATENTS < difference < 1.0
     else:
         assert difference <= TOLERANCE
+    if option == "modulation":
         assert len(runner.built.parts.tables["transformer"].made_of) == 4 + IMAGES
 
 
