@@ -26,7 +26,7 @@ from hydrarun.memory.quantize import NoQuantization
 from hydrarun.memory.safetensors_files import check_folder, fingerprint
 from hydrarun.memory.verify import verify
 from hydrarun.parallel.degrees import world_size
-from hydrarun.parallel.hsdp import shard_encoder, shard_transformer
+from hydrarun.parallel.hsdp import shard_encoder, shard_transformer, shares_weights
 from hydrarun.parallel.mesh import Mesh
 from hydrarun.parallel.sequence import SequenceParallel
 from hydrarun.parallel.vae import split as split_vae
@@ -134,7 +134,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
         compiler.apply(transformer, alone=mesh is None)
     if mesh and config["parallel"]["hsdp_degree"] > 1:
         for name, module in pipeline.components.items():
-            if name.startswith("text_encoder"):
+            if isinstance(module, nn.Module) and shares_weights(name):
                 shard_encoder(module, mesh)
 
     def read_again(name: str) -> nn.Module:

@@ -84,7 +84,7 @@ def pictures(config: Config) -> int:
 def encodes_one_by_one(config: Config) -> bool:
     """Whether the text encoder runs once for each prompt, so that ranks with other prompts run it other times."""
     stages = (str(stage.get("_target_", "")) for stage in config["model"]["stages"])
-    return any(stage.endswith(".EncodePromptWithImages") for stage in stages)
+    return any(stage.endswith((".EncodePromptWithImages", ".EncodePromptAndDrawPrior")) for stage in stages)
 
 
 def gate(config: Config) -> Config:

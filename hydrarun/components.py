@@ -32,6 +32,8 @@ LIBRARIES = ("diffusers", "transformers")
 TORCHAO_LOGGERS = ("torchao", "torch.utils._pytree")
 #: what a file of weights is called, by the library of its class
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+#: where transformers keeps how a model draws tokens
+GENERATION = "generation_config.json"
 
 
 def load_pipeline(
@@ -140,7 +142,6 @@ def load_component(
         if library == "transformers":
             config = cls.config_class.from_pretrained(folder / name)
             weights = unread(checkpoint, dtype, add)
-            shown |= {"generation_config": generation_settings(folder / name)}
             module, info = cls.from_pretrained(
                 None, config=config, state_dict=weights, dtype=dtype, device_map={"": device}, **shown
             )
@@ -148,15 +149,18 @@ def load_component(
             module, info = cls.from_pretrained(folder / name, use_safetensors=True, torch_dtype=dtype, **shown)
             add(checkpoint.size)
     refuse_incomplete(folder / name, info)
+    if (folder / name / GENERATION).is_file():  # how it draws tokens, if it is asked to: not in config.json
+        module.generation_config = generation_config(folder / name)
     move(module.eval().requires_grad_(False), device)
     return module
 
 
-def generation_settings(folder: Path) -> Any:
-    """How the encoder in `folder` writes text, if its checkpoint says so."""
+def generation_config(folder: Path) -> Any:
+    """How the model in `folder` draws tokens."""
     from transformers import GenerationConfig
 
-    return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+    with readable(folder), quiet_libraries():
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def known_class(folder: Path, name: str, entry: tuple[str, str]) -> Any:

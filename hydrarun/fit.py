@@ -43,11 +43,12 @@ def check_fit(sampling: Mapping[str, Any], vae: Mapping[str, Any], transformer: 
     Raises `UsageError` naming what would do.
     """
     frames, side = vae_factors(vae)
+    multiple = size_multiple(side or 0, transformer, patch)
     for key in ("height", "width"):
         value = sampling[key]
-        if side and value is not None and value % (side * patch):
+        if multiple and value is not None and value % multiple:
             raise UsageError(
-                f"sampling.{key}={value}: this checkpoint needs a {nearest_multiples(key, value, side * patch)}"
+                f"sampling.{key}={value}: this checkpoint needs a {nearest_multiples(key, value, multiple)}"
             )
         places = transformer.get("pos_embed_max_size")
         if side and value is not None and places and value > side * patch * places:
@@ -155,6 +156,14 @@ def vae_factors(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
         return config.get("scale_factor_temporal") or frames, config.get("scale_factor_spatial") or side
     blocks = config.get("block_out_channels")
     return None, None if blocks is None else 2 ** (len(blocks) - 1)
+
+
+def size_multiple(side: int, transformer: Mapping[str, Any], patch: int) -> int:
+    """What height and width are a multiple of: a token's pixels, or those of two where a prior model draws first.
+
+    Each of its tokens stands for two by two. `side`: pixels of a latent pixel's side.
+    """
+    return side * patch * (2 if "prior_vq_quantizer_codebook_size" in transformer else 1)
 
 
 def nearest_multiples(key: str, value: int, multiple: int) -> str:

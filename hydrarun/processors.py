@@ -29,7 +29,7 @@ def load_processor(cls: type, folder: Path) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     processor = without_videos(cls)(images, tokenizer, tokenizer.chat_template)
     vocabulary = tokenizer.get_vocab()
-    for token in (processor.image_token, processor.video_token):
+    for token in filter(None, (processor.image_token, getattr(processor, "video_token", None))):
         if token not in vocabulary:  # transformers makes an empty tokenizer where there are no files
             raise RunError(f"{folder}: its tokenizer is missing or of another model: it has no token {token}")
     return processor

@@ -53,9 +53,12 @@ class State:
     generators: list[Generator] = given_by_stage()
     #: latent tokens: frames, rows, columns
     grid: Grid = given_by_stage()
-    #: the input images as packed latents, one after the other, [1, I, C], and the grid of each
-    image_latents: Tensor = given_by_stage()
+    #: the input images as packed latents, one after the other, [1, I, C], and the grid of each; None: there are none
+    image_latents: Tensor | None = given_by_stage()
     image_grids: tuple[Grid, ...] = given_by_stage()
+    #: what a prior model drew before, the id of its token for each latent token, [N, S]; of the input images, [1, I]
+    prior_tokens: Tensor = given_by_stage()
+    image_prior_tokens: Tensor | None = given_by_stage()
     #: more channels beside the latents', [1, C', F, h, w]
     condition_latents: Tensor = given_by_stage()
     #: latents of a given first frame, [1, C, 1, h, w]; None: it is drawn like the others

@@ -174,6 +174,10 @@ class Transformer(nn.Module):
         whole = replace(self.embed(latents, timestep, **given), **positions)
         if rows is not None:
             whole.temb = rows
+        return self.spread(whole)
+
+    def spread(self, whole: Tokens) -> Call:
+        """Tokens to this rank's."""
         if self.sequence is None:
             return Call(whole, whole, {})
         return Call(whole, self.sequence.shard(whole, self.spread_streams), self.sequence.lengths)
@@ -199,6 +203,10 @@ class Transformer(nn.Module):
         """Other branches may have been begun since: their prompts have other lengths."""
         if self.sequence is not None:
             self.sequence.lengths = call.lengths
+
+    def kept_bytes(self) -> int:
+        """What the blocks keep from call to call, beside what caches do."""
+        return 0
 
     def spread_tokens(self, sequence: Any) -> None:
         """Let the tokens be spread over ranks, and attention reach across them."""

@@ -293,7 +293,9 @@ def _guidance(config: Mapping[str, Any]) -> Iterator[Problem]:
     (name, scale), off = cfg_scale(config), cfg_off(config)
     if name in config["model"]["takes"] and scale is None:
         yield f"sampling.{name}", f"null; {off:g} turns guidance off."
-    if config["sampling"]["negative_prompt"] is not None or config["model"]["guidance"].get("unprompted"):
+    model = config["model"]
+    can_do_without = "negative_prompt" not in model["takes"] or model["guidance"].get("unprompted")
+    if can_do_without or config["sampling"]["negative_prompt"] is not None:
         return
     if scale is not None and math.isfinite(scale) and scale > off:
         yield (

@@ -11,6 +11,7 @@ from typing import Any
 import checkpoint_stable_audio
 import checkpoint_zimage
 import checkpoints_chat
+import checkpoints_prior
 import tiny
 import torch
 from diffusers import (
@@ -370,6 +371,7 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "zimage": zimage,
     "zimage_turbo": zimage,
     "stable_audio": stable_audio,
+    "glm_image": checkpoints_prior.glm_image,
     "wan21_t2v_14b": wan21_t2v,
     "wan21_t2v_1_3b": wan21_t2v,
     "wan22_t2v_a14b": wan22_t2v_a14b,

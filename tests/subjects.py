@@ -20,7 +20,7 @@ from PIL import Image
 
 from hydrarun import resources
 from hydrarun.compose import compose, compose_raw
-from hydrarun.fit import vae_factors
+from hydrarun.fit import size_multiple, vae_factors
 from hydrarun.media import kinds
 from hydrarun.runner import Runner
 from hydrarun.validate import cfg_off, cfg_scale, is_video
@@ -68,7 +68,7 @@ class Subject:
     @property
     def multiple(self) -> int:
         """Pixels that height and width must be a multiple of."""
-        return vae_factors(self.pipeline.vae.config)[1] * 2
+        return multiple(self.folder)
 
     def size(self, rows: int, columns: int) -> dict[str, int]:
         """The fields of `sampling` that ask for so many multiples; a sound has no size."""
@@ -113,7 +113,8 @@ def sized(name: str, folder: Path, rows: int, columns: int) -> dict[str, int]:
 
 def multiple(folder: Path) -> int:
     """Pixels that height and width of a saved subject must be a multiple of."""
-    return vae_factors(json.loads((folder / "vae" / "config.json").read_text()))[1] * 2
+    vae, transformer = (json.loads((folder / name / "config.json").read_text()) for name in ("vae", "transformer"))
+    return size_multiple(vae_factors(vae)[1], transformer, patch=2)
 
 
 def pictures(count: int, config: dict[str, Any] | None = None) -> list[Image.Image]:

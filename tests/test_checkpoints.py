@@ -14,7 +14,6 @@ import tiny
 import torch
 from PIL import Image
 from subjects import remembering
-from transformers import Qwen2VLProcessor
 
 from hydrarun.processors import load_processor
 
@@ -39,7 +38,7 @@ def pipeline(name: str) -> Any:
 def load(name: str, folder: Path) -> Any:
     """What diffusers loads from a saved pipeline; the processor by our own loader, as theirs needs torchvision."""
     processors = [file.parent for file in folder.glob("*processor/processor_config.json")]
-    ours = {found.name: load_processor(Qwen2VLProcessor, found) for found in processors}
+    ours = {found.name: load_processor(type(getattr(pipeline(name), found.name)), found) for found in processors}
     loaded = type(pipeline(name)).from_pretrained(folder, **ours)
     loaded.set_progress_bar_config(disable=True)
     return loaded
@@ -51,7 +50,7 @@ def smallest(name: str) -> dict[str, int]:
         return {}
     if name.startswith("wan"):
         return {"height": 32, "width": 32, "num_frames": 5}
-    size = 128 if "edit" in name else 64 if name.startswith("qwen") else 32
+    size = 128 if "edit" in name else 64 if name.startswith(("qwen", "glm")) else 32
     return {"height": size, "width": size}
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from checkpoints_prior import with_images_as_expected
 from subjects import FAMILIES, LONG, MODELS, SHORT, apart, cases, pictures
 
 LATENTS = 1e-4
@@ -23,6 +24,8 @@ EVERY_CASE = [(name, case) for name in MODELS for case in cases(name)]
 def reference_pipeline(subject, state):
     """diffusers has another class for what a checkpoint does with an image, if it can do without one."""
     pipeline = subject.pipeline
+    if state.input_images and hasattr(pipeline, "generate_prior_tokens"):
+        return with_images_as_expected(pipeline)
     if state.input_images and "image" not in inspect.signature(pipeline.__call__).parameters:
         pipeline = diffusers.WanImageToVideoPipeline(**pipeline.components, expand_timesteps=True)
         pipeline.set_progress_bar_config(disable=True)

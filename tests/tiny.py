@@ -243,7 +243,8 @@ def reference_item(pipeline, state, index: int, output_type: str):
     given["prompt"] = [state.prompts[index]]
     given["negative_prompt"] = [state.negative_prompts[index]] if guided and state.negative_prompts else None
     if state.input_images:
-        given["image"] = state.input_images if len(state.input_images) > 1 else state.input_images[0]
+        alone = len(state.input_images) == 1 and not hasattr(pipeline, "generate_prior_tokens")
+        given["image"] = state.input_images[0] if alone else state.input_images
     known = {name: value for name, value in given.items() if name in accepted and value is not None}
     generator = torch.Generator().manual_seed(state.seeds[index])
     with drawn_at(pipeline, state.height, state.width):

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from hydrarun.layers.backends import SDPA
 
 QKV = tuple[Tensor, Tensor, Tensor]
+#: keys and values `[1, P, H, D]` of tokens that attended before, of the heads that this rank attends with
+Prefix = tuple[Tensor, Tensor]
 
 
 class AttentionBackend(Protocol):
@@ -44,21 +46,32 @@ class Attention(AttentionLayer):
         super().__init__()
         self.sequence: Any = None
 
-    def forward(self, streams: Mapping[str, QKV], masks: Mapping[str, Tensor | None] | None = None) -> list[Tensor]:
+    def forward(
+        self,
+        streams: Mapping[str, QKV],
+        masks: Mapping[str, Tensor | None] | None = None,
+        prefix: Prefix | None = None,
+    ) -> list[Tensor]:
         """(query, key, value) of each stream, each `[B, S, H, D]`, to each stream's output `[B, S, H * D]`.
 
         Keys and values may have fewer heads, which groups of the queries' heads then share.
         Streams go by the names of their fields in `Tokens`. A stream's mask `[B, S]`, over all of its tokens wherever
-        they are, is True where a token is real; None, or no mask: all of them are.
+        they are, is True where a token is real; None, or no mask: all of them are. All attend to a `prefix` too, which
+        `keep` made.
         """
         masks = masks or {}
         streams = {name: with_all_heads(*stream) for name, stream in streams.items()}
         if self.sequence is not None:
-            return self.sequence(streams, masks, self.backend)
+            return self.sequence(streams, masks, self.backend, prefix)
         query, key, value = (torch.cat(parts, dim=1) for parts in zip(*streams.values(), strict=True))
-        lengths = {name: stream[1].shape[1] for name, stream in streams.items()}
+        lengths: Mapping[str, int] = {name: stream[1].shape[1] for name, stream in streams.items()}
+        key, value, lengths = behind(prefix, key, value, lengths)
         output = self.backend(query, key, value, join_masks(masks, lengths))
         return list(output.flatten(2).split([stream[0].shape[1] for stream in streams.values()], dim=1))
+
+    def keep(self, stream: str, key: Tensor, value: Tensor) -> Prefix:
+        """Keys and values `[1, S, H, D]` of a stream's tokens as a prefix of later calls."""
+        return (key, value) if self.sequence is None else self.sequence.keep(stream, key, value)
 
 
 class CrossAttention(AttentionLayer):
@@ -75,6 +88,17 @@ def with_all_heads(query: Tensor, key: Tensor, value: Tensor) -> QKV:
     if groups == 1:
         return query, key, value
     return query, key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
+
+
+def behind(
+    prefix: Prefix | None, key: Tensor, value: Tensor, lengths: Mapping[str, int]
+) -> tuple[Tensor, Tensor, Mapping[str, int]]:
+    """Keys and values `[B, S, H, D]`, and the lengths of their streams, behind those of a prefix, if there is one."""
+    if prefix is None:
+        return key, value, lengths
+    before = [kept.expand(len(key), -1, -1, -1) for kept in prefix]
+    joined = (torch.cat(pair, dim=1) for pair in zip(before, (key, value), strict=True))
+    return *joined, {"prefix": before[0].shape[1], **lengths}
 
 
 def join_masks(masks: Mapping[str, Tensor | None], lengths: Mapping[str, int]) -> Tensor | None:

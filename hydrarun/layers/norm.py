@@ -42,23 +42,24 @@ def by_token(values: Tensor, index: Tensor | None) -> Tensor:
     return values if index is None else values.index_select(1, index)
 
 
-def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """Layer norm without weights of its own, then `(1 + scale) * x + shift`. `[B, S, D]`."""
-    normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6)
+    normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=eps)
     return torch.addcmul(shift, normed, 1 + scale)
 
 
 class AdaLayerNorm(nn.Module):
     """The norm before a transformer's last projection. Its weights hold the scale first, then the shift."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, inputs: int | None = None, eps: float = 1e-6) -> None:
         super().__init__()
-        self.modulation = Modulation(dim, parts=2)
+        self.modulation = Modulation(dim, parts=2, width=inputs)
+        self.eps = eps
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
         """`[B, S, D]`, `[B, 1, D]` to `[B, S, D]`."""
         scale, shift = self.modulation(temb)
-        return modulate(hidden_states, shift, scale)
+        return modulate(hidden_states, shift, scale, self.eps)
 
 
 class RMSNormAcrossHeads(Shared, nn.RMSNorm):

@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoFormer, https://arxiv.org/abs/2104.09864), on pairs of neighbouring channels."""
+"""Rotary position embedding (RoFormer, https://arxiv.org/abs/2104.09864), on pairs of channels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def grid_frequencies(axes: Sequence[Tensor]) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn each pair of channels of `x` `[B, S, H, d]` by its position's angle in `rope` `[S, d / 2, 2]`.
+    """Turn each pair of neighbouring channels of `x` `[B, S, H, d]` by its position's angle in `rope` `[S, d / 2, 2]`.
 
     Or in `[B, S, d / 2, 2]`, where the items' positions differ. Computed in float32 and returned in the dtype of `x`.
     """

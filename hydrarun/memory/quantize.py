@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hydrarun.errors import UsageError
+from hydrarun.memory.offload import use_of
 from hydrarun.parallel.hsdp import repeated_layers
 from hydrarun.transformer import Transformer
 
@@ -107,7 +108,7 @@ class TorchAO(NoQuantization):
 
     def component(self, name: str, module: Any) -> None:
         """Quantize it, layer by layer, if it is a text encoder."""
-        if TEXT_ENCODER in self.components and name.startswith("text_encoder"):
+        if TEXT_ENCODER in self.components and isinstance(module, nn.Module) and use_of(name) == TEXT_ENCODER:
             for part in repeated_layers(module):
                 for layer in part.modules():
                     if isinstance(layer, nn.Linear):

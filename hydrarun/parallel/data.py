@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import torch
 
-from hydrarun.parallel.comm import all_gather
+from hydrarun.parallel.comm import all_gather, all_reduce
 from hydrarun.parallel.degrees import shares
-from hydrarun.parallel.mesh import Axis
+from hydrarun.parallel.mesh import Axis, Mesh
 from hydrarun.state import State
 
 
@@ -30,6 +30,17 @@ def own_items(state: State, axis: Axis) -> State:
         negative_prompts=None if negatives is None else [negatives[index] for index in here],
         seeds=[state.seeds[index] for index in here],
     )
+
+
+def first_ranks(x: torch.Tensor, mesh: Mesh | None) -> torch.Tensor:
+    """Whole numbers as the first of those ranks has them that draw the same pictures.
+
+    For what is sampled: a rounding apart, ranks could draw something else altogether.
+    """
+    for name, axis in mesh.axes.items() if mesh else ():
+        if name != "data" and axis.size > 1:
+            x = all_reduce(x * (axis.rank == 0), axis.group)
+    return x
 
 
 def drawn(count: int, axis: Axis) -> int:

@@ -35,6 +35,14 @@ def whole_around_blocks(transformer: Transformer) -> Iterator[None]:
         transformer.reshard()
 
 
+def shares_weights(name: str) -> bool:
+    """Whether ranks share the weights of the component of that name: transformers and text encoders.
+
+    A model that draws tokens one by one would borrow all of them for each, and a VAE is small.
+    """
+    return name.startswith(("transformer", "text_encoder"))
+
+
 def shard_encoder(encoder: nn.Module, mesh: Mesh) -> None:
     """Shard the repeated layers of a text encoder, then what is left around them."""
     plain = encoder.__class__

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hydrarun.layers.attention import QKV, AttentionBackend, join_masks
+from hydrarun.layers.attention import QKV, AttentionBackend, Prefix, behind, join_masks
 from hydrarun.parallel.comm import Exchange, all_gather, all_to_all
 from hydrarun.parallel.degrees import shares
 from hydrarun.parallel.mesh import Axis
@@ -46,8 +46,9 @@ class SequenceParallel:
         self.lengths: dict[str, int] = {}
 
     def shard(self, tokens: T, streams: Sequence[str]) -> T:
-        """This rank's part of every field that counts tokens of one of these streams."""
-        self.lengths = {name: getattr(tokens, name).shape[1] for name in streams}
+        """This rank's part of every field that counts tokens of one of these streams, as far as they are there."""
+        present = {name: getattr(tokens, name) for name in streams}
+        self.lengths = {name: stream.shape[1] for name, stream in present.items() if stream is not None}
         parts = {}
         for field, (dim, stream) in tokens.token_dims().items():
             value = getattr(tokens, field)
@@ -70,7 +71,9 @@ class SequenceParallel:
         return shares(self.lengths[stream], self.size)[place * self.width : (place + 1) * self.width]
 
     @torch.compiler.disable
-    def __call__(self, streams: Mapping[str, QKV], masks: Masks, backend: AttentionBackend) -> list[Tensor]:
+    def __call__(
+        self, streams: Mapping[str, QKV], masks: Masks, backend: AttentionBackend, prefix: Prefix | None = None
+    ) -> list[Tensor]:
         """As `Attention.forward`, for this rank's tokens."""
         heads = next(iter(streams.values()))[0].shape[2]
         gathered = {name: torch.stack(parts) for name, parts in streams.items()}
@@ -80,9 +83,15 @@ class SequenceParallel:
         if query.shape[2] == 0:  # more ranks than heads
             output = query
         elif self.ring:
-            output = self.attend_in_ring(query, key, value, list(streams), masks, backend, self.ring)
+            before = (
+                None
+                if prefix is None
+                else attend(query, *behind(prefix, key[:, :0], value[:, :0], {})[:2], None, backend)
+            )
+            output = self.attend_in_ring(query, key, value, list(streams), masks, backend, self.ring, before)
         else:
-            lengths = {name: sum(self.place_lengths(name, 0)) for name in streams}
+            lengths: Mapping[str, int] = {name: sum(self.place_lengths(name, 0)) for name in streams}
+            key, value, lengths = behind(prefix, key, value, lengths)
             output = backend(query, key, value, join_masks(masks, lengths))
         lengths_here = [part.shape[2] for part in gathered.values()]
         outputs = dict(zip(streams, output.split(lengths_here, dim=1), strict=True))
@@ -90,15 +99,29 @@ class SequenceParallel:
             outputs = self.return_heads(outputs, heads, self.ulysses)
         return [part.flatten(2) for part in outputs.values()]
 
+    @torch.compiler.disable
+    def keep(self, stream: str, key: Tensor, value: Tensor) -> Prefix:
+        """As `Attention.keep`: of this rank's tokens `[1, s, H, d]` to all ranks' `[1, S, h, d]`, for its own heads.
+
+        Later calls send nothing for them: each rank has what its heads attend to.
+        """
+        both = torch.stack([key, value])
+        if self.ulysses:
+            both = self.exchange_heads({stream: both}, key.shape[2], self.ulysses)[stream]
+        if self.ring:
+            counts = [sum(self.place_lengths(stream, place)) for place in range(self.ring.size)]
+            both = all_gather(both, 2, counts, self.ring.group)
+        return both[0], both[1]
+
     def exchange_heads(self, streams: Mapping[str, Tensor], heads: int, axis: Axis) -> dict[str, Tensor]:
-        """`[3, B, s, H, d]` of each stream to `[3, B, S, h, d]`: all tokens of this place, this rank's heads."""
+        """`[n, B, s, H, d]` of each stream to `[n, B, S, h, d]`: all tokens of this place, this rank's heads."""
         per_rank = shares(heads, axis.size)
         cut = {name: part.split(per_rank, dim=3) for name, part in streams.items()}
         outgoing = [torch.cat([cut[name][rank].reshape(-1) for name in cut]) for rank in range(axis.size)]
-        _, batch, _, _, channels = next(iter(streams.values())).shape
+        parts, batch, _, _, channels = next(iter(streams.values())).shape
         lengths = {name: self.place_lengths(name, self.place) for name in streams}
         shapes = [
-            {name: (3, batch, lengths[name][rank], per_rank[axis.rank], channels) for name in streams}
+            {name: (parts, batch, lengths[name][rank], per_rank[axis.rank], channels) for name in streams}
             for rank in range(axis.size)
         ]
         return self.join(all_to_all(outgoing, sizes(shapes), axis.group), shapes, dim=2)
@@ -136,9 +159,12 @@ class SequenceParallel:
         masks: Masks,
         backend: AttentionBackend,
         ring: Axis,
+        total: Partial | None = None,
     ) -> Tensor:
-        """Attention of `[B, S, h, d]` to every place's keys and values, which go round while the last ones are used."""
-        total: Partial | None = None
+        """Attention of `[B, S, h, d]` to every place's keys and values, which go round while the last ones are used.
+
+        `total`: to other keys, so far.
+        """
         for turn in range(ring.size):
             place = (self.place - turn) % ring.size  # whose keys are here now
             exchange = None

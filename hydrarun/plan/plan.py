@@ -10,6 +10,7 @@ from hydrarun.experts import LOW_NOISE
 from hydrarun.memory.modulation import ModulationOffload
 from hydrarun.memory.offload import DiskOffload, NoOffload, use_of
 from hydrarun.memory.quantize import ROW_BYTES
+from hydrarun.parallel.hsdp import shares_weights
 from hydrarun.plan.devices import Device
 from hydrarun.plan.estimate import Rehearsed
 from hydrarun.plan.meter import Work
@@ -114,7 +115,11 @@ class Estimate:
     def borrowed(self, act: Act) -> float:
         """Bytes that HSDP sends: of every component that runs, this rank's share to each of the others."""
         ranks = self.held.shards
-        return sum(sum(self.held.sizes(c)[1]) * (ranks - 1) / ranks * act.forwards for c in self.used(act))
+        return sum(
+            sum(self.held.sizes(c)[1]) * (ranks - 1) / ranks * act.forwards
+            for c in self.used(act)
+            if shares_weights(c.name)
+        )
 
     def seconds_of(self, act: Act) -> float | None:
         """Compute, or weights that come meanwhile, if that takes longer; then what is sent to other ranks."""

@@ -18,12 +18,14 @@ from torch.utils._pytree import tree_map
 
 from hydrarun.cache.base import Cache, NoCache, Schedule, Step
 from hydrarun.cache.step_cache import StepCache
+from hydrarun.fit import DEPTHS
 from hydrarun.memory.moving import HOST
 from hydrarun.pipeline import Parts, Stage
 from hydrarun.plan.meter import META, LeftTheDeviceError, Meter, Work
 from hydrarun.stages.denoise import Denoise, for_all, kind, noise_of, schedule
 from hydrarun.state import State
 from hydrarun.timing import Timings
+from hydrarun.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Rehearsal:
             prediction = stage.predict(state, parts, conditioning, timestep.to(META), steps[index], rows=None)
             work[kinds[index]] = self.meter.so_far() - before
             state.latents = step(prediction, timestep, state.latents, return_dict=False, **noise)[0]
+        self.meter.peak += sum(kept_by_others(transformer) for transformer in parts.experts)
         counts = Counter(kinds[one.index] for one in steps if computes(parts.cache, one))
         full = self.meter.live
         parts.cache.end()
@@ -99,6 +102,12 @@ class Rehearsal:
         ranks = parts.mesh.degrees["cfg_degree"] if parts.mesh else 1
         forwards = sum(math.ceil(len(branches) / ranks) * count for (_, branches), count in counts.items())
         return Act(stage.phase, stage.uses, 0, total, forwards, full - self.meter.live)
+
+
+def kept_by_others(transformer: Transformer) -> int:
+    """Bytes that blocks keep which are not rehearsed: as much each as those that are."""
+    depth = sum(transformer.config.get(key) or 0 for key in DEPTHS)
+    return transformer.kept_bytes() * (depth - transformer.depth) // transformer.depth
 
 
 def computes(cache: Any, step: Step) -> bool:

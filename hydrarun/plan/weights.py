@@ -11,7 +11,7 @@ from torch import nn
 from hydrarun.layers.norm import Modulation
 from hydrarun.memory.offload import DiskOffload, LayerwiseOffload, NoOffload, use_of
 from hydrarun.memory.quantize import kept_in, takes
-from hydrarun.parallel.hsdp import repeated_layers
+from hydrarun.parallel.hsdp import repeated_layers, shares_weights
 from hydrarun.transformer import Transformer
 
 
@@ -132,7 +132,7 @@ class Held:
 def here(component: Component, held: Held, offload: NoOffload) -> int:
     """Bytes of a component on the device while it is used."""
     around, blocks = held.sizes(component)
-    if held.shards > 1 and component.blocks:
+    if held.shards > 1 and component.blocks and shares_weights(component.name):
         # a share of everything; what is around the blocks whole; the block that computes and the one that comes
         return (around + sum(blocks)) // held.shards + around + 2 * max(blocks)
     if use_of(component.name) == "transformer":
@@ -145,7 +145,7 @@ def at_rest(component: Component, held: Held, offload: NoOffload) -> int:
     around, blocks = held.sizes(component)
     if use_of(component.name) in offload.moves:
         return around if isinstance(offload, DiskOffload) and use_of(component.name) == "transformer" else 0
-    if held.shards > 1 and component.blocks:
+    if held.shards > 1 and component.blocks and shares_weights(component.name):
         return (around + sum(blocks)) // held.shards
     return around + sum(blocks)
 

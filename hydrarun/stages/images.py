@@ -65,13 +65,17 @@ class EncodeImages(Stage):
     def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
         packed, grids = [], []
         for image in state.input_images:
-            height, width = fit_area(image, self.area, 32) if self.area else (state.height, state.width)
+            height, width = self.size(image, state)
             pixels = parts.pipeline.image_processor.preprocess(image, height, width).unsqueeze(2)
             latents = encode(parts.pipeline, pixels).to(parts.dtype)
             packed.append(pack(latents, parts.patch_size))
             grids.append((1, latents.shape[3] // parts.patch_size, latents.shape[4] // parts.patch_size))
         state.image_latents = torch.cat(packed, dim=1)
         state.image_grids = tuple(grids)
+
+    def size(self, image: Image.Image, state: State) -> tuple[int, int]:
+        """Height and width at which an image is encoded."""
+        return fit_area(image, self.area, 32) if self.area else (state.height, state.width)
 
 
 def fit_area(image: Image.Image, area: int, multiple: int, up: bool = False) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -45,9 +46,7 @@ class PrepareTimesteps(Stage):
         )
         arguments: dict[str, Any] = {"device": parts.device}
         if "mu" in accepted and (self.sigmas != "scheduler" or scheduler.config.get("use_dynamic_shifting", False)):
-            root = self.shift == "root"
-            tokens = math.prod(state.grid)
-            arguments["mu"] = (tokens / state.grid[0] / 256) ** 0.5 if root else shift(scheduler.config, tokens)
+            arguments["mu"] = self.mu(scheduler.config, state.grid)
         if "sigmas" in accepted and not own:
             steps = state.num_inference_steps
             arguments["sigmas"] = np.linspace(1.0, 1 / steps, steps)
@@ -63,6 +62,11 @@ class PrepareTimesteps(Stage):
         # from the first step on: the scheduler then never has to search where it is
         scheduler.set_begin_index(0)
         state.timesteps = scheduler.timesteps
+
+    def mu(self, config: Any, grid: Sequence[int]) -> float:
+        """How far the scheduler shifts latents of so many frames, rows and columns of tokens."""
+        tokens = math.prod(grid)
+        return (tokens / grid[0] / 256) ** 0.5 if self.shift == "root" else shift(config, tokens)
 
 
 def shift(config: Any, tokens: int) -> float:

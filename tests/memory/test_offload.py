@@ -98,7 +98,11 @@ def test_model_offload_peaks_at_the_largest_phase(subject, fake, kept):
 
 def in_use(uses: tuple[str, ...], there: dict[str, int]) -> set[str]:
     """Text encoders and VAE if they are used; of two experts the later, which has the last steps."""
-    names = {"text_encoder": {"text_encoder", "text_encoder_2", "text_encoder_3", "projection_model"}, "vae": {"vae"}}
+    encoders = {f"text_encoder{number}" for number in ("", "_2", "_3")} | {
+        "vision_language_encoder",
+        "projection_model",
+    }
+    names = {"text_encoder": encoders, "vae": {"vae"}}
     expert = {"transformer_2"} if "transformer_2" in there else {"transformer"}
     return set().union(*(names.get(use, expert) for use in uses))
 
