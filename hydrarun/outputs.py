@@ -17,7 +17,7 @@ import numpy as np
 from hydrarun.errors import RunError
 from hydrarun.media import alpha, frames, mp4, png
 from hydrarun.media.files import write_atomically
-from hydrarun.media.kinds import LAYERS, VIDEO, written_as
+from hydrarun.media.kinds import LAYERS, PICTURE, VIDEO, written_as
 from hydrarun.provenance import config_hash, redact, redact_text
 from hydrarun.validate import image_paths
 
@@ -80,7 +80,7 @@ class OutputWriter:
         self.drawn += 1  # a refused picture keeps its place: replay finds the others by theirs
         output = self.config["output"]
         kind = written_as(output["format"])
-        _refuse_constant(pixels, kind.one, prompt, seed)
+        _refuse_constant(pixels, prompt, seed)
         texts = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
         index, digest = position, self.config_hash
         if self.places:
@@ -249,18 +249,19 @@ def _spread(pixels: np.ndarray) -> int:
     return max(int(np.ptp(pixels[..., channel])) for channel in range(pixels.shape[-1]))
 
 
-def _refuse_constant(pixels: np.ndarray, one: str, prompt: str, seed: int) -> None:
+def _refuse_constant(pixels: np.ndarray, prompt: str, seed: int) -> None:
     """Raises RunError. One layer may well be of one colour, or wholly transparent, but not all."""
     seen = alpha.comparable(pixels)
     spread = max(map(_spread, seen)) if alpha.is_layers(pixels) else _spread(seen)
     if spread > 1:  # one level is rounding noise, not a picture
         return
-    first = tuple(int(value) for value in pixels.reshape(-1, pixels.shape[-1])[0])
-    color = "black" if pixels[..., :3].max() <= 1 else f"one colour, {'RGBA'[: len(first)]} {first}"
     if alpha.is_layers(pixels):
-        color = "one colour or transparent in every layer"
+        kind, color = LAYERS, "one colour or transparent in every layer"
+    else:
+        kind, first = VIDEO if pixels.ndim == 4 else PICTURE, tuple(int(value) for value in pixels.reshape(-1, 3)[0])
+        color = "black" if pixels.max() <= 1 else f"one colour, RGB {first}"
     raise RunError(
-        f"the {one} for seed {seed} ({prompt[:60]!r}) is all {color}; nothing was written for it. Likely causes: "
+        f"the {kind.one} for seed {seed} ({prompt[:60]!r}) is all {color}; nothing was written for it. Likely causes: "
         "numbers that overflow (try dtype=bfloat16 or dtype=float32 instead of float16), another attention backend's "
         "fault (try attention=sdpa), or weights that do not belong to this model (see model.path)."
     )

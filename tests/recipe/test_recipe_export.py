@@ -78,10 +78,17 @@ def test_only_what_differs_from_the_defaults_is_said(overrides):
 
 
 @pytest.mark.parametrize("name", source.names())
-def test_a_shipped_recipe_is_as_small_as_can_be(name):
+def test_a_shipped_recipe_is_as_small_as_can_be(name, tmp_path):
     """What it composes to gives it back."""
-    wanted = {"sampling": {"prompt": "x"}} if name == "qwen_image/square" else {}  # the one that leaves it open
-    config = compose([f"recipe={name}", *(["sampling.prompt=x"] if wanted else [])])
+    image = str(tmp_path / "a.png")
+    Image.new("RGB", (64, 64)).save(image)
+    # those that leave something open
+    wanted = {
+        "qwen_image/square": {"sampling": {"prompt": "x"}},
+        "qwen_image_layered/rtx4090": {"input": {"images": [image]}},
+    }.get(name, {})
+    said = {"sampling": "sampling.prompt=x", "input": f"input.images={image}"}
+    config = compose([f"recipe={name}", *(said[section] for section in wanted)])
     assert words(minimal.recipe(config)) == words({**source.recipe(name).content, **wanted})
 
 
