@@ -272,7 +272,11 @@ def test_a_mistake_is_one_line_on_stderr(tmp_path):
             "hydrarun recipe=demo/",
             "recipe=demo/grid recipe=demo/mask_taylor recipe=demo/quick recipe=demo/teacache",
         ),
-        ("hydrarun recipe=q", "recipe=qwen_image/h200_teacache recipe=qwen_image/rtx4090 recipe=qwen_image/square"),
+        (
+            "hydrarun recipe=q",
+            "recipe=qwen_image/h200_teacache recipe=qwen_image/rtx4090 recipe=qwen_image/square"
+            " recipe=qwen_image_layered/rtx4090",
+        ),
         ("hydrarun model=demo attention=f", "attention=flash attention=flex"),
         ("hydrarun sampling.num_i", "sampling.num_images_per_prompt= sampling.num_inference_steps="),
         ("hydrarun -m model=d", "model=demo"),
