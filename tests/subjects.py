@@ -41,6 +41,12 @@ CONFIGS = Configs()
 #: options that are another's but for checkpoint and defaults
 VARIANTS = {"qwen_image_2512", "wan21_t2v_1_3b", "flux_schnell", "sd35_large", "zimage_turbo"}
 
+#: the others
+FAMILIES = [name for name in MODELS if name not in VARIANTS]
+
+#: one of each sort of transformer, for what is the same code for all of them and takes long
+SORTS = ("qwen_image_edit_plus", "flux_dev", "wan22_t2v_a14b", "wan22_ti2v_5b", "zimage", "sd35_medium", "stable_audio")
+
 #: the file for `input.images`, beside a subject's folder
 IMAGE = "input.png"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Denoise(Stage):
         steps, noise = schedule(state.timesteps, parts.experts), noise_of(scheduler, state)
         rows = rows_of_steps(parts.tables, steps, state.timesteps, conditioning)
         parts.cache.start(Schedule(steps), list(conditioning), parts.mesh)
-        run = steps if parts.warmup is None else first_steps(steps, parts.warmup)
+        run = steps if parts.warmup is None else first_steps(steps, parts.warmup, partial(kind, state, parts))
         with parts.progress.phase("denoising", total=len(run)) as advance:
             for step in run:
                 timestep = state.timesteps[step.index]
@@ -92,12 +93,27 @@ class Denoise(Stage):
                 found[FEWER_BLOCKS] = transformer(again, step, NoCache())[POSITIVE]
             return {branch: found[branch] for branch in branches}
 
-        scale = parts.guidance.scale_for(state, step.expert == LOW_NOISE, done=1 - step.timestep / 1000)
         axis = parts.mesh["cfg"] if parts.mesh else None
-        branches = parts.guidance.branches_at(state, step.index)
-        if axis is None:  # a rank that has the other branch would wait meanwhile, and may be needed to lend its weights
-            branches = parts.guidance.needed(branches, scale)
-        return parts.guidance.combine(predict_branches(branches, predict, axis, latents), scale)
+        predictions = predict_branches(branches_of(state, parts, step), predict, axis, latents)
+        return parts.guidance.combine(predictions, scale_of(state, parts, step))
+
+
+def scale_of(state: State, parts: Parts, step: Step) -> float:
+    """The scale of a step."""
+    return parts.guidance.scale_for(state, step.expert == LOW_NOISE, done=1 - step.timestep / 1000)
+
+
+def branches_of(state: State, parts: Parts, step: Step) -> tuple[str, ...]:
+    """The predictions that a step is made of, by all ranks together."""
+    branches = parts.guidance.branches_at(state, step.index)
+    if parts.mesh and parts.mesh["cfg"]:
+        return branches  # a rank that has the other branch would wait meanwhile, and may be needed to lend its weights
+    return parts.guidance.needed(branches, scale_of(state, parts, step))
+
+
+def kind(state: State, parts: Parts, step: Step) -> tuple[str, tuple[str, ...]]:
+    """The expert and the predictions of a step: those that have both in common do the same work."""
+    return step.expert, branches_of(state, parts, step)
 
 
 def schedule(timesteps: Tensor, experts: Experts) -> tuple[Step, ...]:
@@ -122,13 +138,13 @@ def noise_of(scheduler: Any, state: State) -> dict[str, Any]:
     return {"generator": [generator.clone_state() for generator in state.generators]}
 
 
-def first_steps(steps: Sequence[Step], count: int) -> list[Step]:
-    """The first `count` steps of each expert, or as many as it has."""
-    before = Counter[str]()
+def first_steps(steps: Sequence[Step], count: int, kind: Callable[[Step], Any]) -> list[Step]:
+    """The first `count` steps of each kind, or as many as it has."""
+    before = Counter[Any]()
     chosen = []
     for step in steps:
-        before[step.expert] += 1
-        if before[step.expert] <= count:
+        before[kind(step)] += 1
+        if before[kind(step)] <= count:
             chosen.append(step)
     return chosen
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import subjects
 from safetensors.torch import load_file, save_file
 
 from hydrarun.fit import DEPTHS
@@ -18,6 +20,13 @@ LENGTHS = {
     "layers": "n_layers",
 }
 STEM = "diffusion_pytorch_model.safetensors"
+
+
+def deeper_subject(subject: subjects.Subject, into: Path) -> subjects.Subject:
+    """The subject with twice the blocks, without a runner."""
+    folder = deeper(subject.folder, into / subject.name)
+    (into / subjects.IMAGE).symlink_to(subject.folder.parent / subjects.IMAGE)
+    return replace(subject, folder=folder, runner=None)
 
 
 def deeper(folder: Path, into: Path) -> Path:
