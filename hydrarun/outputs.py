@@ -24,8 +24,6 @@ FORMAT = 1  # of run.json and of the metadata; grows when a key changes its mean
 
 SLUG_LENGTH = 40
 
-SUFFIXES = {"png": ".png", "mp4": ".mp4", "frames": "", "wav": ".wav"}
-
 #: the bytes of a file, by its format; of pixels or samples, their record and the texts inside
 ENCODERS: dict[str, Callable[[np.ndarray, Mapping[str, Any], Mapping[str, str]], bytes]] = {
     "png": lambda pixels, record, text: png.encode(pixels, text),
@@ -173,7 +171,8 @@ def alone(config: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
 
 def file_name(index: int, prompt: str, seed: int, digest: str, output_format: str) -> str:
     """The name of an output's file, or of a video's folder of frames; `digest`: the hash of a configuration."""
-    return f"{index:04d}-{slug(prompt, kinds.of_format(output_format).name)}-{seed}-{digest}{SUFFIXES[output_format]}"
+    kind = kinds.written_as(output_format)
+    return f"{index:04d}-{slug(prompt, kind.one)}-{seed}-{digest}{kind.formats[output_format]}"
 
 
 def write_run(run_dir: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -242,7 +241,7 @@ def _refuse_monotone(pixels: np.ndarray, prompt: str, seed: int) -> None:
     if nothing is None:
         return
     raise RunError(
-        f"the {kind.name} for seed {seed} ({prompt[:60]!r}) is all {nothing}; nothing was written for it."
+        f"the {kind.one} for seed {seed} ({prompt[:60]!r}) is all {nothing}; nothing was written for it."
         " Likely causes: numbers that overflow (try dtype=bfloat16 or dtype=float32 instead of float16), another"
         " attention backend's fault (try attention=sdpa), or weights that do not belong to this model (see model.path)."
     )

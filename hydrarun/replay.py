@@ -173,7 +173,7 @@ def describe(config: dict[str, Any]) -> Iterator[str]:
     """Lines that say what a stranger's file is about to make this machine do, and which images it reads for it."""
     model, sampling, output = config["model"], config["sampling"], config["output"]
     revision = f" at {model['revision']}" if model["revision"] else ""
-    what = [kinds.of_format(output["format"]).size(sampling)]
+    what = [kinds.written_as(output["format"]).size(sampling)]
     if output["fps"] is not None:
         what.append(f"{sampling['num_frames']} frames at {output['fps']} fps")
     what.append(f"{sampling['num_inference_steps']} steps")

@@ -105,7 +105,7 @@ def command(name: str, folder: Path) -> list[str]:
 
 def sized(name: str, folder: Path, rows: int, columns: int) -> dict[str, int]:
     """As `Subject.size`."""
-    if kinds.of_model(CONFIGS[name]) is kinds.SOUND:
+    if kinds.drawn_by(CONFIGS[name]["model"]) is kinds.SOUND:
         return {}
     return {"height": rows * multiple(folder), "width": columns * multiple(folder)}
 
@@ -166,7 +166,7 @@ def cases(name: str) -> dict[str, dict[str, Any]]:
         "unequal prompts, guidance off": {"prompt": [LONG, SHORT], "seed": [3, 4], scale: off},
         "more steps": {"num_inference_steps": 7},
     }
-    if kinds.of_model(config) is not kinds.SOUND:
+    if kinds.drawn_by(config["model"]) is not kinds.SOUND:
         found["wide"] = {"size": (3, 5), "seed": 7}
     if "audio_end_in_s" in takes:  # 48 s of 4 samples each
         found["a part"] = {"audio_start_in_s": 5.3, "audio_end_in_s": 31.0, **guided}

@@ -32,7 +32,7 @@ LAYOUTS = {
     "hsdp2_usp2x2": {"hsdp_degree": 2, "ring_degree": 2, "ulysses_degree": 2},  # two copies of two halves
 }
 #: of a sound there is nothing for ranks to share in the VAE
-SOUNDS = {name for name in MODELS if kinds.of_model(CONFIGS[name]) is kinds.SOUND}
+SOUNDS = {name for name in MODELS if kinds.drawn_by(CONFIGS[name]["model"]) is kinds.SOUND}
 #: what is not a sort of its own is tried in two
 LAYOUTS_OF_OTHERS = ("cfg2_ulysses2", "hsdp2_usp2x2")
 OTHERS = [name for name in MODELS if name not in {*SORTS, *VARIANTS}]

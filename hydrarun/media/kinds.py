@@ -19,10 +19,12 @@ Record = dict[str, Any]
 class Kind:
     """One of them."""
 
-    name: str
-    #: of `output.format`, those that hold it, and the one that holds it without loss: what twins are written in
-    formats: tuple[str, ...]
-    lossless: str
+    one: str  # in sentences
+    many: str
+    #: `{value of output.format: the file's suffix, "" for a folder}`; the last is without loss
+    formats: Mapping[str, str]
+    #: the field of `sampling` that no other model takes; None: any may be left
+    field: str | None
     #: how near two of them are, of `report.metrics`
     metrics: tuple[str, ...]
     #: the largest difference of two numbers in its array
@@ -89,27 +91,57 @@ def _seconds(sampling: Mapping[str, Any]) -> str:
 
 
 NEAR = ("psnr", "ssim")
-PICTURE = Kind("picture", ("png",), "png", NEAR, 255, _width_and_height, _one_colour, _itself, _width_by_height)
-VIDEO = Kind("video", ("mp4", "frames"), "frames", NEAR, 255, _with_frames, _one_colour, _middle, _width_by_height)
-SOUND = Kind("sound", ("wav",), "wav", ("snr",), 65535, _with_seconds, _silence, _waveform, _seconds)
-
-KINDS = (PICTURE, VIDEO, SOUND)
-#: by the field of `sampling` that no other model takes
-_BY_FIELD = {"num_frames": VIDEO, "audio_end_in_s": SOUND}
+VIDEO = Kind(
+    "video",
+    "videos",
+    {"mp4": ".mp4", "frames": ""},
+    "num_frames",
+    NEAR,
+    255,
+    _with_frames,
+    _one_colour,
+    _middle,
+    _width_by_height,
+)
+SOUND = Kind(
+    "sound",
+    "sounds",
+    {"wav": ".wav"},
+    "audio_end_in_s",
+    ("snr",),
+    65535,
+    _with_seconds,
+    _silence,
+    _waveform,
+    _seconds,
+)
+PICTURE = Kind(
+    "picture",
+    "pictures",
+    {"png": ".png"},
+    None,
+    NEAR,
+    255,
+    _width_and_height,
+    _one_colour,
+    _itself,
+    _width_by_height,
+)
+KINDS = (VIDEO, SOUND, PICTURE)
 #: by the number of the array's axes
 _BY_AXES = {3: PICTURE, 4: VIDEO, 2: SOUND}
 
 
-def of_model(config: Mapping[str, Any]) -> Kind:
-    """What the configuration's model draws."""
-    return next((kind for field, kind in _BY_FIELD.items() if field in config["model"]["takes"]), PICTURE)
+def drawn_by(model: Mapping[str, Any]) -> Kind:
+    """What the model of the section `model` draws."""
+    return next(kind for kind in KINDS if kind.field is None or kind.field in model["takes"])
+
+
+def written_as(output_format: str) -> Kind:
+    """The kind that a format is of."""
+    return next(kind for kind in KINDS if output_format in kind.formats)
 
 
 def of(pixels: np.ndarray) -> Kind:
     """What an array is."""
     return _BY_AXES[pixels.ndim]
-
-
-def of_format(name: str) -> Kind:
-    """What a file of this `output.format` holds."""
-    return next(kind for kind in KINDS if name in kind.formats)
