@@ -163,7 +163,7 @@ def test_accuracy_of_outputs_and_twins_is_the_judges(tmp_path):
     [
         (
             ["report.metrics=[psrn]"],
-            "report.metrics (command line): 'psrn' is none of psnr, ssim, accuracy. Did you mean 'psnr'?",
+            "report.metrics (command line): 'psrn' is none of psnr, ssim, snr, accuracy. Did you mean 'psnr'?",
         ),
         (
             ["report.noise_floor=[repeat]"],

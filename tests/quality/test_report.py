@@ -14,7 +14,7 @@ SDPA = {"_target_": "hydrarun.layers.backends.SDPA"}
 
 def found(*, prompt="a red circle", size=(64, 64), judged="scenes", **changes) -> list[tuple[str, str]]:
     config = {
-        "model": {"name": "m", "judge": judged},
+        "model": {"name": "m", "judge": judged, "takes": []},
         "sampling": {"prompt": prompt, "height": size[0], "width": size[1]},
         "attention": SDPA,
         "report": {"metrics": [], "noise_floor": [], "objectives": [], "twins": "outputs/twins", **changes},
@@ -31,7 +31,7 @@ def test_what_is_right():
 @pytest.mark.parametrize(
     ("asked", "key", "sentence"),
     [
-        ({"metrics": ["psrn"]}, "metrics", "'psrn' is none of psnr, ssim, accuracy. Did you mean 'psnr'?"),
+        ({"metrics": ["psrn"]}, "metrics", "'psrn' is none of psnr, ssim, snr, accuracy. Did you mean 'psnr'?"),
         ({"metrics": ["psnr", "ssim", "psnr"]}, "metrics", "lists 'psnr' twice."),
         ({"metrics": ["ssim"] * 3}, "metrics", "lists 'ssim' 3 times."),
         (
