@@ -68,7 +68,7 @@ def guided(config: Config) -> bool:
 
 def draws_sounds(config: Config) -> bool:
     """Whether the model draws sounds."""
-    return kinds.of_model(config) is kinds.SOUND
+    return kinds.drawn_by(config["model"]) is kinds.SOUND
 
 
 def left_out(config: Config) -> Sequence[int]:

@@ -144,8 +144,8 @@ def size(sampling: dict[str, Any]) -> str:
     if sampling["audio_start_in_s"] is not None:
         end = sampling["audio_end_in_s"]
         return "the longest" if end is None else f"{end - sampling['audio_start_in_s']:g} s"
-    counted = [kind.parts for kind in KINDS if kind.parts]
-    parts = "".join(f", {sampling[key]} {name}" for key, name in counted if sampling[key] is not None)
+    lengths = (kind.length(sampling) for kind in KINDS if kind.field and sampling[kind.field] is not None)
+    parts = "".join(f", {length}" for length in lengths if length)
     pixels = "of the image" if sampling["height"] is None else f"{sampling['width']}x{sampling['height']}"
     return pixels + parts
 

@@ -181,7 +181,7 @@ def alone(config: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
 
 def file_name(index: int, prompt: str, seed: int, digest: str, output_format: str) -> str:
     """The name of an output's file, or of its folder; `digest`: the hash of a configuration."""
-    kind = kinds.of_format(output_format)
+    kind = kinds.written_as(output_format)
     return f"{index:04d}-{slug(prompt, kind.nameless)}-{seed}-{digest}{kind.formats[output_format]}"
 
 
@@ -254,7 +254,7 @@ def _refuse_monotone(pixels: np.ndarray, prompt: str, seed: int) -> None:
     if nothing is None:
         return
     raise RunError(
-        f"the {kind.name} for seed {seed} ({prompt[:60]!r}) is all {nothing}; nothing was written for it."
+        f"the {kind.one} for seed {seed} ({prompt[:60]!r}) is all {nothing}; nothing was written for it."
         " Likely causes: numbers that overflow (try dtype=bfloat16 or dtype=float32 instead of float16), another"
         " attention backend's fault (try attention=sdpa), or weights that do not belong to this model (see model.path)."
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 import hydrarun
 
-PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow", "cache-dit", "torchao")
+PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow", "cache-dit", "torchao", "torchsde")
 
 SECRET_KEY = re.compile(r"(^|_)(token|password|secret|api_?key)$", re.IGNORECASE)
 SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{8,}")

@@ -174,7 +174,7 @@ def describe(config: dict[str, Any]) -> Iterator[str]:
     """Lines that say what a stranger's file is about to make this machine do, and which images it reads for it."""
     model, sampling, output = config["model"], config["sampling"], config["output"]
     revision = f" at {model['revision']}" if model["revision"] else ""
-    kind = kinds.of_model(config)
+    kind = kinds.drawn_by(config["model"])
     what = [kind.size(sampling)]
     if length := kind.length(sampling):
         what.append(length if output["fps"] is None else f"{length} at {output['fps']} fps")
@@ -220,7 +220,7 @@ def _size(pixels: np.ndarray) -> str:
     kind = kinds.of(pixels)
     if kind is kinds.SOUND:
         return f"{len(pixels)} samples"
-    count = f"{len(pixels)} {kind.parts[1]} of " if kind.parts else ""
+    count = f"{len(pixels)} {kind.parts} of " if kind.parts else ""
     return f"{count}{pixels.shape[-2]}x{pixels.shape[-3]}"
 
 

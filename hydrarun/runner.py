@@ -79,7 +79,7 @@ class Runner:
 
     def read_images(self, config: dict[str, Any]) -> list[InputImage]:
         """The input images; says what was changed in reading one."""
-        alpha = kinds.of_model(config).alpha
+        alpha = kinds.drawn_by(config["model"]).alpha
         read = [images.read(path, alpha) for path in image_paths(config)]
         for image in read:
             if image.note:

@@ -137,7 +137,7 @@ def cfg_off(config: Mapping[str, Any]) -> float:
 
 def is_video(config: Mapping[str, Any]) -> bool:
     """Whether the model draws videos."""
-    return kinds.of_model(config) is kinds.VIDEO
+    return kinds.drawn_by(config["model"]) is kinds.VIDEO
 
 
 def captions(model: Mapping[str, Any]) -> bool:
@@ -306,7 +306,7 @@ def _guidance(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _size(config: Mapping[str, Any]) -> Iterator[Problem]:
-    model, sizeless = config["model"], kinds.of_model(config) is kinds.SOUND
+    model, sizeless = config["model"], kinds.drawn_by(config["model"]) is kinds.SOUND
     for key in ("height", "width"):
         value = config["sampling"][key]
         if sizeless and value is not None:
@@ -332,15 +332,15 @@ def _input_images(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _output(config: Mapping[str, Any]) -> Iterator[Problem]:
     output, name = config["output"], config["model"]["name"]
-    kind = kinds.of_model(config)
+    kind = kinds.drawn_by(config["model"])
     if output["format"] not in kind.formats:
-        yield "output.format", f"{output['format']!r}: model {name} draws {kind.name}s: {' or '.join(kind.formats)}."
+        yield "output.format", f"{output['format']!r}: model {name} draws {kind.many}: {' or '.join(kind.formats)}."
     if is_video(config):
         if output["fps"] is None:
             yield "output.fps", "null: a video needs frames per second, output.fps=16"
         yield from _at_least("output.fps", output["fps"], 1)
     elif output["fps"] is not None:
-        yield "output.fps", f"{output['fps']}: model {name} draws {kind.name}s, which have none."
+        yield "output.fps", f"{output['fps']}: model {name} draws {kind.many}, which have none."
 
 
 def _texts(sampling: Mapping[str, Any], captioned: bool) -> Iterator[Problem]:

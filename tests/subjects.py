@@ -45,7 +45,10 @@ VARIANTS = {"qwen_image_2512", "wan21_t2v_1_3b", "flux_schnell", "sd35_large", "
 FAMILIES = [name for name in MODELS if name not in VARIANTS]
 
 #: one of each sort of transformer, for what is the same code for all of them and takes long
-SORTS = ("qwen_image_edit_plus", "flux_dev", "wan22_t2v_a14b", "wan22_ti2v_5b", "zimage", "sd35_medium")
+SORTS = (
+    *("qwen_image_edit_plus", "flux_dev", "sd35_medium", "wan22_t2v_a14b", "wan22_ti2v_5b", "zimage"),
+    *("glm_image", "stable_audio"),
+)
 
 #: the file for `input.images`, beside a subject's folder
 IMAGE = "input.png"
@@ -106,7 +109,7 @@ def command(name: str, folder: Path) -> list[str]:
 
 def sized(name: str, folder: Path, rows: int, columns: int) -> dict[str, int]:
     """As `Subject.size`."""
-    if kinds.of_model(CONFIGS[name]) is kinds.SOUND:
+    if kinds.drawn_by(CONFIGS[name]["model"]) is kinds.SOUND:
         return {}
     return {"height": rows * multiple(folder), "width": columns * multiple(folder)}
 
@@ -120,7 +123,7 @@ def multiple(folder: Path) -> int:
 def pictures(count: int, config: dict[str, Any] | None = None) -> list[Image.Image]:
     """Input images of unequal sizes and proportions; with alpha, if the model of `config` takes it."""
     generator = np.random.default_rng(0)
-    channels = 4 if config and kinds.of_model(config).alpha else 3
+    channels = 4 if config and kinds.drawn_by(config["model"]).alpha else 3
     sizes = [(64, 100), (100, 64), (64, 64)]  # at a megapixel, multiples of 64: what the tiny VAE needs
     values = [generator.integers(0, 256, (*size, channels), dtype=np.uint8) for size in sizes[:count]]
     return [Image.fromarray(one) for one in values]
@@ -170,7 +173,7 @@ def cases(name: str) -> dict[str, dict[str, Any]]:
         "unequal prompts, guidance off": {"prompt": [LONG, SHORT], "seed": [3, 4], scale: off},
         "more steps": {"num_inference_steps": 7},
     }
-    if kinds.of_model(config) is not kinds.SOUND:
+    if kinds.drawn_by(config["model"]) is not kinds.SOUND:
         found["wide"] = {"size": (3, 5), "seed": 7}
     if "audio_end_in_s" in takes:  # 48 s of 4 samples each
         found["a part"] = {"audio_start_in_s": 5.3, "audio_end_in_s": 31.0, **guided}

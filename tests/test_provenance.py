@@ -112,6 +112,7 @@ def test_versions_name_everything_that_computes_pixels():
     assert set(versions) == {
         "hydrarun", "python", "torch", "diffusers", "transformers", "safetensors", "numpy", "pillow", "cache-dit",
         "torchao",
+        "torchsde",
     }  # fmt: skip
     assert all(versions.values())
 

@@ -276,7 +276,7 @@ def test_objectives_are_numbers_of_the_run():
         (["report.objectives=[ssim]", "report.metrics=[psnr]"],
          "report.objectives (command line): 'ssim' is not measured: report.metrics=[psnr,ssim]"),
         (["report.objectives=[denoise]"], "report.objectives (command line): 'denoise' is none of total_s, denoise_s, "
-         "steady_step_s, peak_host_bytes, peak_device_bytes, psnr, ssim, accuracy. Did you mean 'denoise_s'?"),
+         "steady_step_s, peak_host_bytes, peak_device_bytes, psnr, ssim, snr, accuracy. Did you mean 'denoise_s'?"),
         (["report.objectives=[total_s,total_s]"], "report.objectives (command line): lists 'total_s' twice."),
     ],
 )  # fmt: skip

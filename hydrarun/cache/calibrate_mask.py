@@ -91,7 +91,7 @@ class Twins:
 
     def nearness(self, steps: Steps) -> str:
         """PSNR in dB, of sounds SNR: the mean over all that is drawn."""
-        measure = kinds.of_model(self.job.config).metrics[0]
+        measure = kinds.drawn_by(self.job.config["model"]).metrics[0]
         pairs = [
             pair
             for index, twin in enumerate(self.uncached)

@@ -19,9 +19,9 @@ Record = dict[str, Any]
 class Kind:
     """One of them."""
 
-    name: str
-    #: of it where a prompt has no letters for a file's name
-    nameless: str
+    one: str  # in sentences
+    many: str
+    nameless: str  # in the name of a file whose prompt has no letters for it
     #: of `output.format`, those that hold it, with their files' suffixes, "" for a folder; the last is without loss
     formats: Mapping[str, str]
     #: how near two of them are, of `report.metrics`
@@ -36,8 +36,10 @@ class Kind:
     still: Callable[[np.ndarray], np.ndarray]
     #: how large one will be that the section `sampling` asks for
     size: Callable[[Mapping[str, Any]], str]
-    #: the field of `sampling` with the number of its parts, and what these are called
-    parts: tuple[str, str] | None = None
+    #: the field of `sampling` that no other model takes; None: any may be left
+    field: str | None = None
+    #: what its parts are called, if that field is their number
+    parts: str | None = None
     #: whether pixels are RGBA, those of input images too
     alpha: bool = False
 
@@ -48,7 +50,7 @@ class Kind:
 
     def length(self, sampling: Mapping[str, Any]) -> str | None:
         """How many parts it has, `81 frames`; None where it has none."""
-        return f"{sampling[self.parts[0]]} {self.parts[1]}" if self.parts else None
+        return f"{sampling[self.field]} {self.parts}" if self.field and self.parts else None
 
 
 def _width_and_height(pixels: np.ndarray, *_: Any) -> Record:
@@ -123,53 +125,75 @@ def _seconds(sampling: Mapping[str, Any]) -> str:
 
 
 NEAR = ("psnr", "ssim")
-PICTURE = Kind(
-    "picture", "picture", {"png": ".png"}, NEAR, 255, _width_and_height, _one_colour, _itself, _width_by_height
-)
 VIDEO = Kind(
-    "video",
-    "video",
-    {"mp4": ".mp4", "frames": ""},
-    NEAR,
-    255,
-    _with_frames,
-    _one_colour,
-    _middle,
-    _width_by_height,
-    parts=("num_frames", "frames"),
+    one="video",
+    many="videos",
+    nameless="video",
+    formats={"mp4": ".mp4", "frames": ""},
+    metrics=NEAR,
+    levels=255,
+    extent=_with_frames,
+    monotone=_one_colour,
+    still=_middle,
+    size=_width_by_height,
+    field="num_frames",
+    parts="frames",
 )
 LAYERS = Kind(
-    "layered picture",
-    "layers",
-    {"layers": ""},
-    NEAR,
-    255,
-    _with_layers,
-    _every_layer_empty,
-    _side_by_side,
-    _width_by_height,
-    parts=("layers", "layers"),
+    one="layered picture",
+    many="layered pictures",
+    nameless="layers",
+    formats={"layers": ""},
+    metrics=NEAR,
+    levels=255,
+    extent=_with_layers,
+    monotone=_every_layer_empty,
+    still=_side_by_side,
+    size=_width_by_height,
+    field="layers",
+    parts="layers",
     alpha=True,
 )
-SOUND = Kind("sound", "sound", {"wav": ".wav"}, ("snr",), 65535, _with_seconds, _silence, _waveform, _seconds)
-
-KINDS = (PICTURE, VIDEO, LAYERS, SOUND)
-#: by the field of `sampling` that no other model takes
-_BY_FIELD = {"num_frames": VIDEO, "layers": LAYERS, "audio_end_in_s": SOUND}
+SOUND = Kind(
+    one="sound",
+    many="sounds",
+    nameless="sound",
+    formats={"wav": ".wav"},
+    metrics=("snr",),
+    levels=65535,
+    extent=_with_seconds,
+    monotone=_silence,
+    still=_waveform,
+    size=_seconds,
+    field="audio_end_in_s",
+)
+PICTURE = Kind(
+    one="picture",
+    many="pictures",
+    nameless="picture",
+    formats={"png": ".png"},
+    metrics=NEAR,
+    levels=255,
+    extent=_width_and_height,
+    monotone=_one_colour,
+    still=_itself,
+    size=_width_by_height,
+)
+KINDS = (VIDEO, LAYERS, SOUND, PICTURE)
 #: by the number of the array's axes
 _BY_AXES = {3: PICTURE, 4: VIDEO, 2: SOUND}
 
 
-def of_model(config: Mapping[str, Any]) -> Kind:
-    """What the configuration's model draws."""
-    return next((kind for field, kind in _BY_FIELD.items() if field in config["model"]["takes"]), PICTURE)
+def drawn_by(model: Mapping[str, Any]) -> Kind:
+    """What the model of the section `model` draws."""
+    return next(kind for kind in KINDS if kind.field is None or kind.field in model["takes"])
+
+
+def written_as(output_format: str) -> Kind:
+    """The kind that a format is of."""
+    return next(kind for kind in KINDS if output_format in kind.formats)
 
 
 def of(pixels: np.ndarray) -> Kind:
     """What an array is."""
     return LAYERS if pixels.ndim == 4 and pixels.shape[-1] == 4 else _BY_AXES[pixels.ndim]
-
-
-def of_format(name: str) -> Kind:
-    """What a file of this `output.format` holds."""
-    return next(kind for kind in KINDS if name in kind.formats)

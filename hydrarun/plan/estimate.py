@@ -124,7 +124,7 @@ def tables_per_step(transformer: Transformer, state: State) -> int:
 
 def given_images(config: dict[str, Any]) -> list[Image.Image]:
     """The input images; where they are yet to be given, as many blank ones of a megapixel as there must be."""
-    paths, alpha = image_paths(config), kinds.of_model(config).alpha
+    paths, alpha = image_paths(config), kinds.drawn_by(config["model"]).alpha
     if paths:
         return [images.read(path, alpha).image for path in paths]
     return [Image.new("RGBA" if alpha else "RGB", (1024, 1024)) for _ in range(config["model"]["input_images"][0])]

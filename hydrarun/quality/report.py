@@ -60,19 +60,19 @@ def _names(key: str, names: Sequence[str], known: Sequence[str]) -> Iterator[Pro
 
 def _of_its_kind(config: Mapping[str, Any], names: Sequence[str]) -> Iterator[Problem]:
     """Pictures and sounds are compared in other ways."""
-    kind, model = kinds.of_model(config), config["model"]["name"]
+    kind, model = kinds.drawn_by(config["model"]), config["model"]["name"]
     for name in names:
         if name in PAIRED and name not in kind.metrics:
-            others = next(other.name for other in kinds.KINDS if name in other.metrics)
+            others = " and ".join(other.many for other in kinds.KINDS if name in other.metrics)
             known = ", ".join(kind.metrics)
-            yield "report.metrics", f"{name!r} is of {others}s, and model {model} draws {kind.name}s. Use {known}."
+            yield "report.metrics", f"{name!r} is of {others}, and model {model} draws {kind.many}. Use {known}."
 
 
 def _judged(config: Mapping[str, Any]) -> Iterator[Problem]:
     """`accuracy` is for the pictures, and the prompts, that the judge understands."""
     model, sampling = config["model"], config["sampling"]
     if model["judge"] is None:
-        known = ", ".join(kinds.of_model(config).metrics)
+        known = ", ".join(kinds.drawn_by(config["model"]).metrics)
         yield "report.metrics", f"'accuracy': model {model['name']} has no judge (model.judge). Use {known}."
         return
     height, width = sampling["height"], sampling["width"]

@@ -38,7 +38,7 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def configuration(config: Mapping[str, Any]) -> dict[str, Any]:
     """The twin's: plain, measured by nothing, drawn once, and written without loss."""
-    output = {**config["output"], "format": kinds.of_model(config).lossless, "metadata": True}
+    output = {**config["output"], "format": [*kinds.drawn_by(config["model"]).formats][-1], "metadata": True}
     return {**plain(config), "report": asdict(Report()), "output": output, "warmup": 0}
 
 

@@ -63,9 +63,9 @@ def images(config: Mapping[str, Any]) -> list[str]:
 def drawn(config: Mapping[str, Any]) -> str:
     """How much, and how large."""
     sampling, count = config["sampling"], len(batches.items(dict(config)))
-    kind = kinds.of_model(config)
+    kind = kinds.drawn_by(config["model"])
     length = kind.length(sampling)
-    many = f"{count} {kind.name}{'' if count == 1 else 's'}"
+    many = f"{count} {kind.one if count == 1 else kind.many}"
     return f"{many}, {kind.size(sampling)}{f', {length}' if length else ''}, {sampling['num_inference_steps']} steps"
 
 

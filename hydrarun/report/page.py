@@ -123,7 +123,7 @@ def sizes(points: Sequence[Point]) -> list[str]:
     for point in points:
         for output in at(point.record, "outputs", kind=list) or []:
             width, height = (at(output, name, kind=int) for name in ("width", "height"))
-            counts = ((at(output, kind.parts[1], kind=int), kind.parts[1]) for kind in KINDS if kind.parts)
+            counts = ((at(output, kind.parts, kind=int), kind.parts) for kind in KINDS if kind.parts)
             parts = "".join(f", {count} {name}" for count, name in counts if count)
             seconds = number(output, "duration_s")
             found[f"{width}×{height}{parts}"] = width and height

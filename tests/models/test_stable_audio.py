@@ -25,6 +25,7 @@ from hydrarun.layers.rope import frequencies, rotate_halves
 from hydrarun.media import wav
 from hydrarun.models.stable_audio import StableAudioTransformer
 from hydrarun.quality.metrics import compare
+from hydrarun.recipe import pixels
 from hydrarun.stages.sound import DecodeSound
 
 TOLERANCE = 1e-5  # float32, the same operations in another order
@@ -259,7 +260,7 @@ def test_a_batch_its_quality_and_its_report(subject, tmp_path):
         ),
         (
             "report.metrics=[psnr]",
-            r"report.metrics .*: 'psnr' is of pictures, and model stable_audio draws sounds. Use snr\.",
+            r"report.metrics .*: 'psnr' is of videos and pictures, and model stable_audio draws sounds. Use snr\.",
         ),
         (
             "parallel.vae_degree=2",
@@ -295,6 +296,16 @@ def test_the_published_length():
     check_fit({**sampling, "audio_end_in_s": seconds}, PUBLISHED, {"sample_size": 1024}, 1)
     with pytest.raises(UsageError, match=r"audio_end_in_s=47\.6: this checkpoint's sounds are 47\.55 s long"):
         check_fit({**sampling, "audio_end_in_s": 47.6}, PUBLISHED, {"sample_size": 1024}, 1)
+
+
+def test_a_recipe_tells_sounds_apart_by_their_loudness_over_time():
+    time = np.arange(20000)
+    bell = np.round(20000 * np.exp(-time / 4000) * np.sin(time / 9))[:, None].astype(np.int16)
+    nearly = (bell + np.random.default_rng(0).integers(-20, 21, bell.shape)).astype(np.int16)
+    first, second, other = (pixels.fingerprint(sound) for sound in (bell, nearly, bell[::-1]))
+    assert pixels.psnr(first, second) > 30 > pixels.psnr(first, other)
+    assert pixels.loudness(np.array([[0, 0], [-32768, 5]], np.int16)).tolist() == [0] * 384 + [255] * 384
+    assert pixels.sample(bell)[8:12] == b"WEBP"
 
 
 def test_groups_of_heads_are_what_ranks_share():
