@@ -85,7 +85,7 @@ class OutputWriter:
         start = time.perf_counter()
         position = self.drawn
         self.drawn += 1  # a refused picture keeps its place: replay finds the others by theirs
-        _refuse_monotone(pixels, prompt, seed)
+        _refuse_constant(pixels, prompt, seed)
         output = self.config["output"]
         texts = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
         index, digest = position, self.config_hash
@@ -248,7 +248,7 @@ def pixels_sha256(pixels: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
-def _refuse_monotone(pixels: np.ndarray, prompt: str, seed: int) -> None:
+def _refuse_constant(pixels: np.ndarray, prompt: str, seed: int) -> None:
     kind = kinds.of(pixels)
     nothing = kind.monotone(pixels)
     if nothing is None:
