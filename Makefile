@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-launchers golden bench
+.PHONY: help demo test test-launchers golden matrix bench
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ test-launchers: $(VENV)/installed-launchers ## run sweeps by Ray, submitit and O
 
 golden: $(VENV)/installed-test ## rewrite what is made from the code: tests/golden, README's table, recipes/schema.json
 	$(BIN)/python tests/golden/update.py
+
+matrix: $(VENV)/installed-test ## run every model with every acceleration and write README's tables of what was found
+	$(BIN)/python -m pytest tests/test_matrix.py --write-matrix
 
 bench: $(VENV)/installed-test ## our denoising loop against diffusers' on the demo model
 	$(BIN)/python bench/loop.py

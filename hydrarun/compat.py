@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from hydrarun.batches import each, expand
 from hydrarun.errors import refuse
 from hydrarun.quality.report import REPEAT
-from hydrarun.validate import cfg_scale
+from hydrarun.validate import cfg_off, cfg_scale
 
 Config = Mapping[str, Any]
 
@@ -21,7 +21,7 @@ MOVING = ("Expert", "Model", "Layerwise", "Disk", "TextEncoder")
 
 
 class Rule(NamedTuple):
-    """`broken(config)` tells whether the rule is; sentence and fix may name values as `{model}` and `{steps}`."""
+    """`broken(config)` tells whether the rule is; sentence and fix may name `{model}`, `{steps}` and `{off}`."""
 
     group: str
     broken: Callable[[Config], bool]
@@ -62,7 +62,7 @@ def degree(config: Config, name: str) -> int:
 def guided(config: Config) -> bool:
     """Whether there are two branches to predict."""
     name, scale = cfg_scale(config)
-    return name in config["model"]["takes"] and scale is not None and scale > 1
+    return name in config["model"]["takes"] and scale is not None and scale > cfg_off(config)
 
 
 def left_out(config: Config) -> Sequence[int]:
@@ -190,7 +190,7 @@ RULES = (
         "parallel.cfg_degree",
         lambda config: degree(config, "cfg") > 1 and not guided(config),
         "with guidance off, or only as an input of the model, there is one branch to predict",
-        "parallel.cfg_degree=1, or a scale above 1",
+        "parallel.cfg_degree=1, or a scale above {off}",
     ),
     Rule(
         "parallel.cfg_degree",
@@ -325,7 +325,7 @@ def violations(config: Config) -> Iterator[Rule]:
 
 def lines(config: Config) -> list[str]:
     """One line for each broken rule."""
-    names = {"model": config["model"]["name"], "steps": steps(config)}
+    names = {"model": config["model"]["name"], "steps": steps(config), "off": f"{cfg_off(config):g}"}
     return [f"{rule.group}: {rule.sentence}. Use {rule.fix}.".format(**names) for rule in violations(config)]
 
 

@@ -18,7 +18,7 @@ from hydrarun.memory.hub import local_folder
 from hydrarun.recipe import source
 from hydrarun.recipe.vet import groups
 from hydrarun.text import literal
-from hydrarun.validate import cfg_scale, check_values, image_paths
+from hydrarun.validate import cfg_off, cfg_scale, check_values, image_paths
 
 
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Origin:
             notes.append(f"recipe {self.recipe} loads weights from {config['model']['path']}")
         setter, (name, scale) = self("sampling.negative_prompt"), cfg_scale(config)
         chosen = config["sampling"]["negative_prompt"] is not None and not setter.startswith("model")
-        if chosen and scale is not None and scale <= 1:  # no error: a sweep over the scale passes through 1
+        if chosen and scale is not None and scale <= cfg_off(config):  # no error: a sweep over the scale passes there
             off = f"sampling.{name}={scale} turns guidance off"
             notes.append(f"sampling.negative_prompt ({setter}) is not used: {off}")
         return notes

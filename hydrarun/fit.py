@@ -10,7 +10,9 @@ from typing import Any
 from hydrarun.errors import UsageError
 
 #: what a transformer's config.json calls the lengths of its lists of blocks
-DEPTHS = ("num_layers", "num_single_layers")
+DEPTHS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")
+#: and its heads
+HEADS = ("num_attention_heads", "n_heads")
 
 
 def check_folder_fit(config: dict[str, Any], folder: Path) -> None:
@@ -87,7 +89,7 @@ def check_fitted(config: Mapping[str, Any], index: Mapping[str, Any]) -> None:
 
 def check_heads(ranks: int, transformer: Mapping[str, Any]) -> None:
     """Raises `UsageError` for more ranks of tensor parallel than heads, which stay whole."""
-    heads = transformer.get("num_attention_heads")
+    heads = next((transformer[key] for key in HEADS if key in transformer), None)
     if heads is not None and ranks > heads:
         raise UsageError(
             f"parallel.tensor_degree={ranks}: this checkpoint has {heads} heads, and each stays whole;"

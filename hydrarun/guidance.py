@@ -23,6 +23,9 @@ class ClassifierFreeGuidance:
     for itself (null there: the same). `rescale_norm` scales each token of the guided prediction to the norm of the
     positive one, which keeps high scales from burning out; `down`: only where the guided one's is larger. A model's
     YAML says whether its reference does it.
+    `unguided` is the scale that is the positive prediction alone, 1 or, where the reference counts so, 0.
+    `cfg_normalization` lets the norm of an item's guided prediction be so many times that of the positive one at most
+    (null: any), and `cfg_truncation` ends guidance when that share of the way from noise to picture is done.
     """
 
     def __init__(
@@ -30,39 +33,55 @@ class ClassifierFreeGuidance:
         scale: Scale = "true_cfg_scale",
         scale_2: Scale | None = None,
         rescale_norm: bool | Literal["down"] = False,
+        unguided: float = 1.0,
+        cfg_normalization: float | None = None,
+        cfg_truncation: float = 1.0,
     ) -> None:
         self.layers: tuple[int, ...] = ()  # the blocks that FEWER_BLOCKS is predicted without
         self.scale = scale
         self.scale_2 = scale_2
         self.rescale_norm = rescale_norm
+        self.unguided = unguided
+        self.cfg_normalization = cfg_normalization
+        self.cfg_truncation = cfg_truncation
 
     def branches(self, state: State) -> tuple[str, ...]:
-        """The branches of every step, in the order in which the reference computes them. Scales up to 1 need no second.
+        """The branches of a request's steps, as the reference orders them; up to `unguided` one is enough.
 
         As in the reference, the first expert's scale decides for both.
         """
-        return (POSITIVE, NEGATIVE) if self.scale_for(state, low_noise=False) > 1 else (POSITIVE,)
+        return (POSITIVE, NEGATIVE) if self.scale_for(state, low_noise=False) > self.unguided else (POSITIVE,)
 
     def branches_at(self, state: State, index: int) -> tuple[str, ...]:
         """The predictions of the step `index`: every step's branches, and FEWER_BLOCKS where it is asked for."""
         return self.branches(state)
 
-    def scale_for(self, state: State, low_noise: bool) -> float:
-        """The scale of a step."""
+    def scale_for(self, state: State, low_noise: bool, done: float = 0.0) -> float:
+        """The scale of a step, before which `done` of the way from noise to picture is, from 0 to 1."""
+        if done > self.cfg_truncation:
+            return self.unguided
         own = getattr(state, self.scale_2) if low_noise and self.scale_2 else None
         return getattr(state, self.scale) if own is None else own
+
+    def needed(self, branches: tuple[str, ...], scale: float) -> tuple[str, ...]:
+        """Of these branches those that a step of this scale goes by."""
+        return (POSITIVE,) if scale == self.unguided else branches
 
     def combine(self, predictions: Mapping[str, Tensor], scale: float) -> Tensor:
         """`{branch: prediction}`, tokens or channels last, to one prediction."""
         positive = predictions[POSITIVE]
-        if NEGATIVE not in predictions:
+        if NEGATIVE not in predictions or scale == self.unguided:
             return positive
         negative = predictions[NEGATIVE]
-        guided = negative + scale * (positive - negative)
-        if not self.rescale_norm:
+        guided = negative + (scale + (1 - self.unguided)) * (positive - negative)
+        if self.rescale_norm:
+            ratio = torch.norm(positive, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True)
+            return guided * (ratio.clamp(max=1) if self.rescale_norm == "down" else ratio)
+        if self.cfg_normalization is None:
             return guided
-        ratio = torch.norm(positive, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True)
-        return guided * (ratio.clamp(max=1) if self.rescale_norm == "down" else ratio)
+        items = tuple(range(1, guided.ndim))
+        norm, most = (torch.linalg.vector_norm(x, dim=items, keepdim=True) for x in (guided, positive))
+        return guided * (self.cfg_normalization * most / norm).clamp(max=1.0)
 
 
 class SkipLayerGuidance(ClassifierFreeGuidance):

@@ -1,10 +1,10 @@
-"""`hydrarun list`: the models, the options of each group and the recipes, as tables."""
+"""`hydrarun list`: the models, what they go with, the options of each group and the recipes, as tables."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from hydrarun.compose import compose_raw
 from hydrarun.errors import UsageError, nearest
 from hydrarun.recipe import catalogue
 from hydrarun.recipe.vet import groups
-from hydrarun.validate import cfg_scale
+from hydrarun.validate import cfg_off, cfg_scale
 
 # parallel methods, by their degrees' names
 METHODS = ("data", "cfg", "ring", "ulysses", "tensor", "hsdp", "vae")
@@ -26,7 +26,7 @@ METHODS = ("data", "cfg", "ring", "ulysses", "tensor", "hsdp", "vae")
 ACCELERATIONS = ("cache", "attention", "compile", "quantization", "offload")
 
 USAGE = """\
-usage: hydrarun list [models|recipes|GROUP ...] [--markdown]
+usage: hydrarun list [models|accelerations|recipes|GROUP ...] [--markdown]
 
 Shows what there is to choose from: all of it, or the tables you name."""
 
@@ -65,13 +65,15 @@ def show(tables: Sequence[Table]) -> None:
 
 def names() -> list[str]:
     """The tables: models first, recipes last."""
-    return ["models", *(group for group in groups() if group != "model"), "recipes"]
+    return ["models", "accelerations", *(group for group in groups() if group != "model"), "recipes"]
 
 
 def table(name: str) -> Table:
     """One table by its name; `model` and `recipe` will do too."""
     if name in ("models", "model"):
         return _models()
+    if name == "accelerations":
+        return _accelerations()
     if name in ("recipes", "recipe"):
         return Table("recipes", catalogue.HEADER, [entry.cells() for entry in catalogue.entries()])
     if name not in names():
@@ -104,16 +106,27 @@ def plain(table: Table) -> str:
 
 
 def _models() -> Table:
-    header = ("model=", "task", "checkpoint", "parameters", "steps", "guidance", "size", *METHODS, *ACCELERATIONS)
+    header = ("model=", "task", "checkpoint", "parameters", "steps", "guidance", "size")
     rows = []
-    for file in sorted((resources.folder("conf") / "model").glob("*.yaml")):
-        config, _ = compose_raw([f"model={file.stem}"])
+    for name, config in configurations():
         model, sampling = config["model"], config["sampling"]
         cells = (model["task"], model["path"], model["facts"].get("parameters", ""), sampling["num_inference_steps"])
-        accelerations = [method(config, name) for name in METHODS]
-        accelerations += [acceleration(config, group) for group in ACCELERATIONS]
-        rows.append((file.stem, *map(str, cells), guidance(sampling), size(sampling), *accelerations))
+        rows.append((name, *map(str, cells), guidance(sampling), size(sampling)))
     return Table("models", header, rows)
+
+
+def _accelerations() -> Table:
+    rows = []
+    for name, config in configurations():
+        methods = (method(config, degree) for degree in METHODS)
+        rows.append((name, *methods, *(acceleration(config, group) for group in ACCELERATIONS)))
+    return Table("accelerations", ("model=", *METHODS, *ACCELERATIONS), rows)
+
+
+def configurations() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each model option, and what it is composed to by itself."""
+    for file in sorted((resources.folder("conf") / "model").glob("*.yaml")):
+        yield file.stem, compose_raw([f"model={file.stem}"])[0]
 
 
 def guidance(sampling: dict[str, Any]) -> str:
@@ -135,8 +148,8 @@ def size(sampling: dict[str, Any]) -> str:
 def method(config: dict[str, Any], name: str) -> str:
     """Whether the model goes with this parallel method as it is (two pictures are drawn), or with guidance on."""
     degrees = {**config["parallel"], f"{name}_degree": 2}
-    scale = cfg_scale(config)[0]
-    for answer, more in (("yes", {}), (f"{scale} > 1", {scale: 2.0})):
+    scale, off = cfg_scale(config)[0], cfg_off(config)
+    for answer, more in (("yes", {}), (f"{scale} > {off:g}", {scale: off + 1})):
         sampling = {**config["sampling"], "num_images_per_prompt": 2, "seed": 0, **more}
         if not any(compat.violations({**config, "parallel": degrees, "sampling": sampling})):
             return answer

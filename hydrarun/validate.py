@@ -127,6 +127,11 @@ def cfg_scale(config: Mapping[str, Any]) -> tuple[str, float | None]:
     return name, config["sampling"].get(name)
 
 
+def cfg_off(config: Mapping[str, Any]) -> float:
+    """The scale up to which this model is not guided."""
+    return config["model"]["guidance"].get("unguided", 1)
+
+
 def is_video(config: Mapping[str, Any]) -> bool:
     """Whether the model draws videos."""
     return "num_frames" in config["model"]["takes"]
@@ -263,15 +268,15 @@ def _warmup(count: int, steps: int) -> Iterator[Problem]:
 
 
 def _guidance(config: Mapping[str, Any]) -> Iterator[Problem]:
-    name, scale = cfg_scale(config)
+    (name, scale), off = cfg_scale(config), cfg_off(config)
     if name in config["model"]["takes"] and scale is None:
-        yield f"sampling.{name}", "null; 1 turns guidance off."
+        yield f"sampling.{name}", f"null; {off:g} turns guidance off."
     asked = "negative_prompt" in config["model"]["takes"] and config["sampling"]["negative_prompt"] is None
-    if scale is not None and math.isfinite(scale) and scale > 1 and asked:
+    if scale is not None and math.isfinite(scale) and scale > off and asked:
         yield (
             "sampling.negative_prompt",
             f"null, but {name}={scale} guides away from it: set"
-            f' sampling.negative_prompt=" ", or sampling.{name}=1 for no guidance.',
+            f' sampling.negative_prompt=" ", or sampling.{name}={off:g} for no guidance.',
         )
 
 

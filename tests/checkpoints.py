@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import checkpoint_zimage
 import checkpoints_chat
 import checkpoints_prior
 import tiny
@@ -29,6 +30,7 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
 )
 from tokenizers import pre_tokenizers
 from transformers import (
@@ -249,6 +251,10 @@ def _sd35(dual_attention_layers: tuple[int, ...]) -> StableDiffusion3Pipeline:
     )
 
 
+def zimage() -> ZImagePipeline:
+    return checkpoint_zimage.zimage(_flux_vae())
+
+
 def wan21_t2v() -> WanPipeline:
     return _quiet(WanPipeline(**_wan_parts(), transformer=_wan_transformer(16, 16)))
 
@@ -330,6 +336,8 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "longcat_image_edit": checkpoints_chat.longcat_image_edit,
     "ovis_image": checkpoints_chat.ovis_image,
     "glm_image": checkpoints_prior.glm_image,
+    "zimage": zimage,
+    "zimage_turbo": zimage,
     "wan21_t2v_14b": wan21_t2v,
     "wan21_t2v_1_3b": wan21_t2v,
     "wan22_t2v_a14b": wan22_t2v_a14b,

@@ -28,6 +28,10 @@ gc.collect()  # all the libraries: what is there already is not looked through a
 gc.freeze()
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--write-matrix", action="store_true", help="write README's matrix from what was found")
+
+
 @pytest.fixture(scope="session")
 def tiny_pipeline():
     """diffusers' own QwenImagePipeline with random weights, in float32 on the CPU: the reference."""
@@ -86,15 +90,16 @@ def fake():
 
 
 @pytest.fixture(scope="session")
-def models_table() -> listing.Table:
-    """README's table of models, which takes seconds."""
-    return listing.table("models")
+def accelerations_table() -> listing.Table:
+    """What `hydrarun list accelerations` shows, which takes seconds."""
+    return listing.table("accelerations")
 
 
 @pytest.fixture
-def listed(models_table, monkeypatch) -> None:
+def listed(accelerations_table, monkeypatch) -> None:
     """`hydrarun list` shows that table."""
-    monkeypatch.setattr(listing, "_models", lambda: models_table)
+    monkeypatch.setattr(listing, "_accelerations", lambda: accelerations_table)
+    monkeypatch.setattr(listing, "configurations", lambda: [(name, subjects.CONFIGS[name]) for name in subjects.MODELS])
 
 
 @pytest.fixture(scope="session")

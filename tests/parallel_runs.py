@@ -95,6 +95,15 @@ def draw_cached(
     return latents, runner.built.parts.cache.record(), comm.sent["all_reduce"]
 
 
+def draw_with(name: str, folder: Path, chosen: dict[str, int], fields: dict[str, Any], *more: str) -> Any:
+    """Latents of a run with more words on its command line."""
+    from hydrarun.request import make_state
+
+    runner = Runner(config(name, folder, chosen, *more))
+    state = make_state({**runner.config["sampling"], **fields}, [])
+    return runner.draw(state, Timings(CPU)).latents.numpy()
+
+
 def draw_compiled(name: str, folder: Path, chosen: dict[str, int], images: int, fields: dict[str, Any]) -> Any:
     """Latents with every block traced; the graph breaks where ranks talk."""
     from hydrarun.request import make_state

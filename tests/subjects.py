@@ -22,7 +22,7 @@ from hydrarun import resources
 from hydrarun.compose import compose, compose_raw
 from hydrarun.fit import size_multiple, vae_factors
 from hydrarun.runner import Runner
-from hydrarun.validate import cfg_scale, is_video
+from hydrarun.validate import cfg_off, cfg_scale, is_video
 
 MODELS = sorted(file.stem for file in (resources.folder("conf") / "model").glob("*.yaml"))
 
@@ -38,7 +38,13 @@ class Configs(dict[str, dict[str, Any]]):
 CONFIGS = Configs()
 
 #: options that are another's but for checkpoint and defaults
-VARIANTS = {"qwen_image_2512", "wan21_t2v_1_3b", "flux_schnell", "sd35_large"}
+VARIANTS = {"qwen_image_2512", "wan21_t2v_1_3b", "flux_schnell", "sd35_large", "zimage_turbo"}
+
+#: the others
+FAMILIES = [name for name in MODELS if name not in VARIANTS]
+
+#: one of each sort of transformer, for what is the same code for all of them and takes long
+SORTS = ("qwen_image_edit_plus", "flux_dev", "wan22_t2v_a14b", "wan22_ti2v_5b", "zimage", "sd35_medium")
 
 #: the file for `input.images`, beside a subject's folder
 IMAGE = "input.png"
@@ -129,15 +135,14 @@ def cases(name: str) -> dict[str, dict[str, Any]]:
     """What a model is asked for in a test of its numbers, from what its option says that it takes."""
     config = CONFIGS[name]
     takes, (least, most) = config["model"]["takes"], config["model"]["input_images"]
-    scale = cfg_scale(config)[0]
+    scale, off = cfg_scale(config)[0], cfg_off(config)
     guided = {scale: 3.0, "negative_prompt": LONG}
     found = {
         "guided": guided,
-        "guidance off at 1": {scale: 1.0},
-        "guidance off at 0": {scale: 0.0},
+        **{f"guidance off at {value:g}": {scale: value} for value in sorted({0.0, off})},
         "wide": {"size": (3, 5), "seed": 7},
         "unequal prompts": {"prompt": [SHORT, LONG], "seed": [3, 4], **guided, "negative_prompt": ["x", LONG]},
-        "unequal prompts, guidance off": {"prompt": [LONG, SHORT], "seed": [3, 4], scale: 1.0},
+        "unequal prompts, guidance off": {"prompt": [LONG, SHORT], "seed": [3, 4], scale: off},
         "more steps": {"num_inference_steps": 7},
     }
     if "max_sequence_length" in takes:

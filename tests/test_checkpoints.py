@@ -81,7 +81,7 @@ def drawn(name: str) -> tuple[np.ndarray, list[float]]:
     sizes: list[float] = []
     transformers = [pipeline(name).transformer, getattr(pipeline(name), "transformer_2", None)]
     hooks = [
-        module.register_forward_hook(lambda module, inputs, output: sizes.append(float(output[0].std())))
+        module.register_forward_hook(lambda module, inputs, output: sizes.append(size_of(output[0])))
         for module in transformers
         if module is not None
     ]
@@ -89,6 +89,11 @@ def drawn(name: str) -> tuple[np.ndarray, list[float]]:
     for hook in hooks:
         hook.remove()
     return pictures, sizes
+
+
+def size_of(output: torch.Tensor | list[torch.Tensor]) -> float:
+    """The deviation of a batch's prediction, which some references give item by item."""
+    return float(torch.stack([*output]).std())
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> float:

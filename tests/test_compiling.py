@@ -54,7 +54,7 @@ def plain(subject, **request):
             vars(transformer).update(pieces)
 
 
-@pytest.mark.parametrize("subject", sorted({*subjects.MODELS} - subjects.VARIANTS), indirect=True)
+@pytest.mark.parametrize("subject", subjects.SORTS, indirect=True)
 def test_the_whole_transformer_is_one_graph(traced):
     """For both branches, whose prompts are equally long here, both experts and all steps."""
     request = {"num_inference_steps": 2, "prompt": "a cat"}

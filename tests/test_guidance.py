@@ -79,3 +79,32 @@ def test_guiding_away_from_fewer_blocks():
     fewer = {**PREDICTIONS, "fewer_blocks": torch.tensor([[[2.5, 4.0]]])}
     assert SkipLayerGuidance(layers=[1], layers_scale=2.0).combine(fewer, 4.0).tolist() == [[[10.0, 4.0]]]
     assert SkipLayerGuidance(layers=[1], layers_scale=2.0).combine(PREDICTIONS, 4.0).tolist() == [[[9.0, 4.0]]]
+
+
+def test_a_reference_that_counts_from_the_positive_prediction():
+    """`positive + scale * (positive - negative)`, and 0 is no guidance."""
+    guidance = ClassifierFreeGuidance(scale="guidance_scale", unguided=0.0)
+    assert guidance.combine(PREDICTIONS, 4.0).tolist() == [[[3 + 4 * (3 - 1), 4.0]]]
+    assert guidance.combine(PREDICTIONS, 0.0) is PREDICTIONS["positive"]
+    assert guidance.branches(request(None, 0.0)) == ("positive",)
+    assert guidance.branches(request(None, 0.5)) == ("positive", "negative")
+
+
+def test_the_cap_is_on_each_items_norm_and_lets_smaller_ones_be():
+    """The first item would be 11.7 long, its positive prediction is 5; the second one comes out shorter anyhow."""
+    predictions = {
+        "positive": torch.tensor([[[3.0, 4.0]], [[1.0, 0.0]]]),
+        "negative": torch.tensor([[[1.0, 4.0]], [[1.1, 0.0]]]),
+    }
+    have = ClassifierFreeGuidance(cfg_normalization=1.5).combine(predictions, 5.0)
+    assert have[0].norm().item() == pytest.approx(7.5)
+    assert (have[0, 0, 0] / have[0, 0, 1]).item() == pytest.approx(11 / 4)
+    assert have[1].tolist() == [[pytest.approx(0.6), 0.0]]
+
+
+def test_guidance_ends_on_the_way():
+    guidance = ClassifierFreeGuidance(cfg_truncation=0.5)
+    scales = [guidance.scale_for(request(4.0), low_noise=False, done=done) for done in (0.0, 0.5, 0.51)]
+    assert scales == [4.0, 4.0, 1.0]
+    both = ("positive", "negative")
+    assert [guidance.needed(both, scale) for scale in (4.0, 1.0)] == [both, ("positive",)]

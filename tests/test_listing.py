@@ -31,7 +31,7 @@ def test_a_model_shows_its_own_defaults(capsys):
 
 
 def test_a_model_shows_the_accelerations_that_it_goes_with():
-    table = listing.table("models")
+    table = listing.table("accelerations")
     rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
     assert rows["wan22_t2v_a14b"]["offload"] == "all but modulation"  # it has two experts
     assert rows["flux_dev"]["offload"] == "all but expert"

@@ -1,6 +1,7 @@
-"""Every model in every layout of ranks: the single process' latents within 1e-4, the same pictures within 1/255.
+"""Models in layouts of several dimensions: the single process' latents within 1e-4, the same pictures within 1/255.
 
-Sizes at which tokens do not divide (3 x 5 of them in a frame, prompts of unequal length), and 3 heads.
+Sizes at which tokens do not divide (3 x 5 of them in a frame, prompts of unequal length), and 3 heads. Each dimension
+by itself, on every model: tests/test_matrix.py.
 """
 
 from __future__ import annotations
@@ -8,21 +9,15 @@ from __future__ import annotations
 import numpy as np
 import parallel_runs
 import pytest
-from subjects import CONFIGS, LONG, MODELS, SHORT, VARIANTS
+from matrix import request
+from subjects import CONFIGS, MODELS, SORTS, VARIANTS
 
-from hydrarun import listing
 from hydrarun.parallel.degrees import shares, world_size
-from hydrarun.validate import cfg_scale
 
 LATENTS, PIXELS = 1e-4, 1
 
 LAYOUTS = {
     # two ranks
-    "ulysses2": {"ulysses_degree": 2},
-    "ring2": {"ring_degree": 2},
-    "cfg2": {"cfg_degree": 2},
-    "data2": {"data_degree": 2},
-    "tp2": {"tensor_degree": 2},
     "vae2_ulysses2": {"vae_degree": 2, "ulysses_degree": 2},
     "hsdp2_ulysses2": {"hsdp_degree": 2, "ulysses_degree": 2},
     # four
@@ -35,25 +30,17 @@ LAYOUTS = {
     "tp2_hsdp2": {"tensor_degree": 2, "hsdp_degree": 2},
     "hsdp2_usp2x2": {"hsdp_degree": 2, "ring_degree": 2, "ulysses_degree": 2},  # two copies of two halves
 }
-#: an option that is another's but for checkpoint and defaults is tried in two, as is the demo model, a Qwen-Image
-FEWER = {*VARIANTS, "demo"}
-LAYOUTS_OF_VARIANTS = ("tp2", "cfg2_ulysses2")
-CASES = [(name, layout) for name in MODELS for layout in (LAYOUTS_OF_VARIANTS if name in FEWER else LAYOUTS)]
+#: what is not a sort of its own is tried in two
+LAYOUTS_OF_OTHERS = ("cfg2_ulysses2", "hsdp2_usp2x2")
+OTHERS = [name for name in MODELS if name not in {*SORTS, *VARIANTS}]
+CASES = [(name, layout) for name in SORTS for layout in LAYOUTS]
+CASES += [(name, layout) for name in OTHERS for layout in LAYOUTS_OF_OTHERS]
 
 
-def request(subject) -> tuple[int, dict]:
-    """Two prompts of unequal length with guidance, and how many images."""
-    config = CONFIGS[subject.name]
-    fields = {
-        "prompt": [SHORT, LONG],
-        "negative_prompt": ["x", LONG],
-        "seed": [3, 4],
-        cfg_scale(config)[0]: 3.0,
-        "height": 3 * subject.multiple,
-        "width": 5 * subject.multiple,
-        "num_inference_steps": 2,  # with two experts, one for each
-    }
-    return config["model"]["input_images"][0], fields
+def asked(subject) -> tuple[int, dict]:
+    """How many images, and what is asked for."""
+    size = {"height": 3 * subject.multiple, "width": 5 * subject.multiple}
+    return CONFIGS[subject.name]["model"]["input_images"][0], {**request(subject.name), **size}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +51,7 @@ def alone() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def in_one_process(subject, alone) -> tuple[np.ndarray, np.ndarray]:
     if subject.name not in alone:
-        images, fields = request(subject)
+        images, fields = asked(subject)
         plain = subject.draw(images, **fields)
         alone[subject.name] = plain.latents.numpy(), plain.frames
     return alone[subject.name]
@@ -72,7 +59,7 @@ def in_one_process(subject, alone) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(("subject", "layout"), CASES, indirect=["subject"])
 def test_equals_one_process(subject, layout, pool, alone):
-    images, fields = request(subject)
+    images, fields = asked(subject)
     want, pictures = in_one_process(subject, alone)
     chosen = LAYOUTS[layout]
     ranks = world_size(parallel_runs.degrees(**chosen))
@@ -88,20 +75,9 @@ def test_equals_one_process(subject, layout, pool, alone):
 
 
 @pytest.mark.parametrize("subject", ["flux_dev", "wan22_ti2v_5b"], indirect=True)
-@pytest.mark.parametrize("layout", ["ring2", "tp2", "hsdp2_ulysses2"])
+@pytest.mark.parametrize("layout", [{"ring_degree": 2}, {"tensor_degree": 2}, LAYOUTS["hsdp2_ulysses2"]], ids=str)
 def test_compiled_blocks_work_together(subject, layout, pool, alone):
-    images, fields = request(subject)
+    images, fields = asked(subject)
     want, _ = in_one_process(subject, alone)
-    chosen = LAYOUTS[layout]
-    for latents in pool(2, parallel_runs.draw_compiled, subject.name, subject.folder, chosen, images, fields):
+    for latents in pool(2, parallel_runs.draw_compiled, subject.name, subject.folder, layout, images, fields):
         assert np.abs(latents - want).max() <= LATENTS
-
-
-def test_what_the_table_of_models_says_was_run_here(models_table):
-    """Each method that README's table gives a model is one of the layouts above, on that model."""
-    tried = {name.removesuffix("_degree") for chosen in LAYOUTS.values() for name in chosen}
-    assert tried == set(listing.METHODS)
-    assert [row[0] for row in models_table.rows] == MODELS
-    for row in models_table.rows:
-        cells = dict(zip(models_table.header, row, strict=True))
-        assert all(cells[name] == "yes" or cells[name].endswith("> 1") for name in listing.METHODS), row[0]

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from checkpoints_prior import with_images_as_expected
-from subjects import LONG, MODELS, SHORT, cases, pictures
+from subjects import FAMILIES, LONG, MODELS, SHORT, cases, pictures
 
 LATENTS = 1e-4
 PIXELS = 1  # of 255
@@ -38,8 +38,6 @@ def reference(pipeline, state) -> tuple[torch.Tensor, np.ndarray]:
     if state.input_images and pipeline.config.get("expand_timesteps"):  # the image is put in behind the loop
         latents = tiny.reference(pipeline, state, "latent")
     drawn = (drawn * 255).round().astype(np.int32)
-    if latents.ndim == 4:  # ours have frames, of which a picture is one
-        latents = latents.unsqueeze(2)
     return latents, drawn if drawn.ndim == 5 else drawn[:, None]
 
 
@@ -66,7 +64,7 @@ def test_equals_diffusers(subject, case, drawn):
     assert np.abs(wanted - state.frames.astype(np.int32)).max() <= PIXELS
 
 
-@pytest.mark.parametrize("subject", MODELS, indirect=True)
+@pytest.mark.parametrize("subject", FAMILIES, indirect=True)
 def test_cases_can_fail(subject, drawn):
     """Every setting of a case changes the latents far beyond the bounds: the comparison sees what it should."""
     plain = drawn(subject, "guided")
@@ -78,7 +76,7 @@ def test_cases_can_fail(subject, drawn):
     assert plain.latents.abs().mean() < 10  # and they are no numbers so large that a difference means little
 
 
-@pytest.mark.parametrize("subject", MODELS, indirect=True)
+@pytest.mark.parametrize("subject", FAMILIES, indirect=True)
 def test_several_images_of_several_prompts_equal_singles(subject):
     """diffusers repeats the padding masks in the wrong order here, so singles are the reference."""
     batch = subject.draw(prompt=[SHORT, LONG], seed=20, num_images_per_prompt=2)
@@ -89,7 +87,7 @@ def test_several_images_of_several_prompts_equal_singles(subject):
         assert np.abs(single.frames[0].astype(int) - batch.frames[index].astype(int)).max() <= PIXELS
 
 
-@pytest.mark.parametrize("subject", MODELS, indirect=True)
+@pytest.mark.parametrize("subject", FAMILIES, indirect=True)
 def test_half_precision_follows_the_reference(subject):
     """bfloat16 keeps 8 bits: the same operations in the same precision stay close to diffusers' own bfloat16 run."""
     from hydrarun.runner import Runner

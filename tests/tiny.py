@@ -202,7 +202,7 @@ def draw(runner, images=(), cache=None, **sampling):
 def reference(pipeline, state, output_type: str):
     """diffusers' own loop on what our request came to, one item after the other: a tensor, or pixels as an array."""
     items = [reference_item(pipeline, state, index, output_type) for index in range(len(state.prompts))]
-    return torch.cat(items) if output_type == "latent" else np.concatenate(items)
+    return with_frames(torch.cat(items)) if output_type == "latent" else np.concatenate(items)
 
 
 def reference_latents_and_pixels(pipeline, state):
@@ -221,7 +221,12 @@ def reference_latents_and_pixels(pipeline, state):
             latents.append(steps[-1][0])
     finally:
         del pipeline.scheduler.step
-    return torch.cat(latents), np.concatenate(items)
+    return with_frames(torch.cat(latents)), np.concatenate(items)
+
+
+def with_frames(latents: torch.Tensor) -> torch.Tensor:
+    """As ours: latents that are not packed have an axis of frames, which some references do without."""
+    return latents.unsqueeze(2) if latents.ndim == 4 else latents
 
 
 def reference_item(pipeline, state, index: int, output_type: str):

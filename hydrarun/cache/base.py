@@ -63,6 +63,7 @@ class Cache:
     def clear(self) -> None:
         """Forget the last request."""
         self.branches: tuple[str, ...] = ()
+        self.mesh: Mesh | None = None
         self.computed: dict[Owner, list[int]] = defaultdict(list)
         self.skipped: dict[Owner, list[int]] = defaultdict(list)
         self.blocks_run = self.blocks_in_all = 0
@@ -76,15 +77,19 @@ class Cache:
     def predict(self, transformer: Transformer, inputs: Inputs, step: Step) -> dict[str, Tensor]:
         """`{branch: prediction}` of this rank's branches."""
         predictions = {branch: transformer.predict(inputs, branch) for branch in inputs.conditioning}
-        self.note(step, transformer, computed=True)
+        self.note(step, transformer, inputs, computed=True)
         return predictions
 
     def end(self) -> None:
         """The request is done: let go of what was kept for it, but for the record."""
 
-    def note(self, step: Step, transformer: Transformer, computed: bool, always: int = 0) -> None:
-        """Record a decision that holds for all branches; `always` blocks are run in a skipped step too."""
-        for branch in self.branches:
+    def note(self, step: Step, transformer: Transformer, inputs: Inputs, computed: bool, always: int = 0) -> None:
+        """Record a decision that holds for all branches; `always` blocks are run in a skipped step too.
+
+        A step may have fewer branches than the request, where all of them are this rank's.
+        """
+        apart = self.mesh is not None and self.mesh["cfg"] is not None
+        for branch in self.branches if apart else inputs.conditioning:
             (self.computed if computed else self.skipped)[step.expert, branch].append(step.index)
             self.blocks_in_all += transformer.depth
             self.blocks_run += transformer.depth if computed else always

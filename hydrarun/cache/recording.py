@@ -40,7 +40,7 @@ class Recording(Cache):
             transformer.run(call)
             predictions[branch] = transformer.finish(call)
             self.keep((step.expert, branch), (signal, predictions[branch]))
-        self.note(step, transformer, computed=True)
+        self.note(step, transformer, inputs, computed=True)
         return predictions
 
     def keep(self, owner: Owner, now: tuple[Tensor, Tensor]) -> None:

@@ -59,7 +59,7 @@ class StepCache(Cache):
             else:
                 call.tokens.hidden_states = before + self.predictor.expect(owner, step.timestep)
             predictions[branch] = transformer.finish(call)
-        self.note(step, transformer, computes, always=prefix)
+        self.note(step, transformer, inputs, computes, always=prefix)
         return predictions
 
     def decide(

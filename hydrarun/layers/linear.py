@@ -21,8 +21,8 @@ class ColumnLinear(Shared, nn.Linear):
 
     shared_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
 
-    def __init__(self, dim: int, *runs: Run) -> None:
-        super().__init__(dim, sum(map(len, runs)))
+    def __init__(self, dim: int, *runs: Run, bias: bool = True) -> None:
+        super().__init__(dim, sum(map(len, runs)), bias=bias)
         self.runs = runs
 
 
@@ -31,8 +31,8 @@ class RowLinear(Shared, nn.Linear):
 
     shared_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
 
-    def __init__(self, dim: int, *runs: Run) -> None:
-        super().__init__(sum(map(len, runs)), dim)
+    def __init__(self, dim: int, *runs: Run, bias: bool = True) -> None:
+        super().__init__(sum(map(len, runs)), dim, bias=bias)
         self.runs = runs
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -40,7 +40,8 @@ class RowLinear(Shared, nn.Linear):
         if self.axis is None:
             return super().forward(hidden_states)
         # the bias last: within one part, a large one would be rounded twice in half precision
-        return all_reduce(F.linear(hidden_states, self.weight), self.axis.group).add_(self.bias)
+        output = all_reduce(F.linear(hidden_states, self.weight), self.axis.group)
+        return output if self.bias is None else output.add_(self.bias)
 
 
 class HeadsLinear(ColumnLinear):
@@ -48,8 +49,8 @@ class HeadsLinear(ColumnLinear):
 
     parts = 1
 
-    def __init__(self, dim: int, heads: int, head_dim: int) -> None:
-        super().__init__(dim, *[Run(heads, head_dim)] * self.parts)
+    def __init__(self, dim: int, heads: int, head_dim: int, bias: bool = True) -> None:
+        super().__init__(dim, *[Run(heads, head_dim)] * self.parts, bias=bias)
         self.head_dim = head_dim
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
@@ -76,8 +77,8 @@ class UpLinear(ColumnLinear):
     https://arxiv.org/abs/2002.05202). Weight rows: all of the first, then the second.
     """
 
-    def __init__(self, dim: int, inner: int, gated: bool = False) -> None:
-        super().__init__(dim, *[Run(inner)] * (2 if gated else 1))
+    def __init__(self, dim: int, inner: int, gated: bool = False, bias: bool = True) -> None:
+        super().__init__(dim, *[Run(inner)] * (2 if gated else 1), bias=bias)
         self.gated = gated
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -92,11 +93,11 @@ class UpLinear(ColumnLinear):
 class FeedForward(nn.Module):
     """Out, through GELU or a gate, and back in. `inner`: the width inside, by default the usual fourfold."""
 
-    def __init__(self, dim: int, inner: int | None = None, gated: bool = False) -> None:
+    def __init__(self, dim: int, inner: int | None = None, gated: bool = False, bias: bool = True) -> None:
         super().__init__()
         width = inner or 4 * dim
-        self.up = UpLinear(dim, width, gated)
-        self.down = RowLinear(dim, Run(width))
+        self.up = UpLinear(dim, width, gated, bias)
+        self.down = RowLinear(dim, Run(width), bias=bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, S, D]` to `[B, S, D]`."""

@@ -19,14 +19,14 @@ class Modulation(nn.Module):
     """Shifts, scales and gates from the global conditioning.
 
     It depends on `temb` alone, not on the tokens: a block keeps it under the name `modulation`, where a table of
-    precomputed values can take its place.
+    precomputed values can take its place. `width`: channels of `temb`, by default the tokens'; `activated`: by SiLU.
     """
 
-    def __init__(self, dim: int, parts: int, inputs: int | None = None) -> None:
-        """`inputs`: channels of `temb`, where they are not `dim`."""
+    def __init__(self, dim: int, parts: int, width: int | None = None, activated: bool = True) -> None:
         super().__init__()
-        self.linear = nn.Linear(inputs or dim, parts * dim)
+        self.linear = nn.Linear(width or dim, parts * dim)
         self.parts = parts
+        self.activated = activated
 
     def forward(self, temb: Tensor, index: Tensor | None = None) -> tuple[Tensor, ...]:
         """`[B, K, D]` for K timesteps to `parts` tensors `[B, K, D]`, or `[B, S, D]` by each token's `index` `[S]`."""
@@ -34,7 +34,7 @@ class Modulation(nn.Module):
 
     def values(self, temb: Tensor) -> Tensor:
         """`[..., D]` to all parts, one after the other, `[..., parts * D]`."""
-        return self.linear(F.silu(temb))
+        return self.linear(F.silu(temb) if self.activated else temb)
 
 
 def by_token(values: Tensor, index: Tensor | None) -> Tensor:
@@ -51,9 +51,9 @@ def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor, eps: float = 1
 class AdaLayerNorm(nn.Module):
     """The norm before a transformer's last projection. Its weights hold the scale first, then the shift."""
 
-    def __init__(self, dim: int, inputs: int | None = None, eps: float = 1e-6) -> None:
+    def __init__(self, dim: int, width: int | None = None, eps: float = 1e-6) -> None:
         super().__init__()
-        self.modulation = Modulation(dim, parts=2, inputs=inputs)
+        self.modulation = Modulation(dim, parts=2, width=width)
         self.eps = eps
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:

@@ -29,9 +29,9 @@ def grid_frequencies(axes: Sequence[Tensor]) -> Tensor:
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turn each pair of neighbouring channels of `x` `[B, S, H, d]` by its position's angle in `rope` `[S, d / 2, 2]`.
 
-    Computed in float32 and returned in the dtype of `x`.
+    Or in `[B, S, d / 2, 2]`, where the items' positions differ. Computed in float32 and returned in the dtype of `x`.
     """
-    pairs, rope = x.float().unflatten(-1, (-1, 2)), rope.unsqueeze(1)
+    pairs, rope = x.float().unflatten(-1, (-1, 2)), rope.unsqueeze(-3)
     if torch.compiler.is_compiling():  # the compiler fuses this with its neighbours, and leaves complex numbers alone
         (cos, sin), (real, imaginary) = rope.unbind(-1), pairs.unbind(-1)
         turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)

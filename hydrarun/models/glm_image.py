@@ -33,7 +33,7 @@ from hydrarun.parallel.data import first_ranks
 from hydrarun.parallel.tensor import Run
 from hydrarun.pipeline import Parts, Stage
 from hydrarun.stages import images, timesteps
-from hydrarun.stages.encode import EncodePrompt, padded, refuse_placeholder
+from hydrarun.stages.encode import EncodePrompt, pad_to_longest, refuse_placeholder
 from hydrarun.state import Grid, State
 from hydrarun.timing import Timings
 from hydrarun.transformer import Arguments, Inputs, Tokens, Transformer
@@ -55,7 +55,7 @@ class GlmImageBlock(nn.Module):
     def __init__(self, index: int, dim: int, heads: int, head_dim: int, time_embed_dim: int) -> None:
         super().__init__()
         self.index = index
-        self.modulation = Modulation(dim, parts=12, inputs=time_embed_dim)
+        self.modulation = Modulation(dim, parts=12, width=time_embed_dim)
         self.qkv = QKVLinear(dim, heads, head_dim)
         self.out = RowLinear(dim, Run(heads, head_dim))
         self.feed_forward = FeedForward(dim)
@@ -322,7 +322,7 @@ class EncodePromptAndDrawPrior(EncodePrompt):
 
     def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Any]:
         alone = [super(EncodePromptAndDrawPrior, self).encode([prompt], state, parts) for prompt in prompts]
-        return padded([one["encoder_hidden_states"] for one in alone])
+        return pad_to_longest([one["encoder_hidden_states"][0] for one in alone])
 
 
 def draw_prior(prompt: str, seed: int, state: State, parts: Parts) -> tuple[Tensor, Tensor | None]:

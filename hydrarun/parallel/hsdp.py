@@ -44,7 +44,10 @@ def shares_weights(name: str) -> bool:
 
 def shard_encoder(encoder: nn.Module, mesh: Mesh) -> None:
     """Shard the repeated layers of a text encoder, then what is left around them."""
+    plain = encoder.__class__
     shard_all([*repeated_layers(encoder)], encoder, mesh)
+    # transformers knows by this very class which layers' outputs a model can hand out; sharding hangs on hooks
+    encoder.__class__ = plain
 
 
 def shard_all(parts: list[nn.Module], whole: nn.Module, mesh: Mesh) -> None:

@@ -6,7 +6,7 @@ whole on every rank; embeddings, modulations, norms within a head and the head a
 Bytes that a rank of n sends in one forward, by all_reduce alone: 2 (n - 1) / n times, for each block, B batch, S latent
 tokens, T text tokens, D channels of e bytes:
 
-- dual-stream: 2 B (S + T) D e, the output of attention and of feed-forward;
+- dual-stream, and Z-Image: 2 B (S + T) D e, the output of attention and of feed-forward;
 - single-stream: B (S + T) D e, both outputs in one sum;
 - Wan: 3 B S D e, with cross-attention, and 4 B (3 S + T) for the float32 sums of squares of queries and keys.
 """
@@ -58,6 +58,8 @@ class Shared(nn.Module):
         bounds = [run.share(axis) for run in self.runs]
         for name, dim in self.shared_dims.items():
             parameter = getattr(self, name)
+            if parameter is None:  # a layer without a bias
+                continue
             shape = list(parameter.shape)
             shape[dim] = sum(stop - start for start, stop in bounds)
             setattr(self, name, nn.Parameter(parameter.new_empty(shape), requires_grad=False))

@@ -18,12 +18,11 @@ from torch.utils._pytree import tree_map
 
 from hydrarun.cache.base import Cache, NoCache, Schedule, Step
 from hydrarun.cache.step_cache import StepCache
-from hydrarun.experts import LOW_NOISE
 from hydrarun.fit import DEPTHS
 from hydrarun.memory.moving import HOST
 from hydrarun.pipeline import Parts, Stage
 from hydrarun.plan.meter import META, LeftTheDeviceError, Meter, Work
-from hydrarun.stages.denoise import Denoise, for_all, schedule
+from hydrarun.stages.denoise import Denoise, for_all, kind, schedule
 from hydrarun.state import State
 from hydrarun.timing import Timings
 from hydrarun.transformer import Transformer
@@ -76,26 +75,31 @@ class Rehearsal:
         return Act(stage.phase, stage.uses, 0, self.meter.so_far() - before, forwards)
 
     def denoise(self, stage: Denoise, state: State) -> Act:
-        """As many first steps as fill the cache, and one of the second expert; their work counts for all steps."""
+        """As many first steps as fill the cache, and one of each kind; their work counts for all steps.
+
+        A prediction without some of the blocks counts as one with all of them.
+        """
         parts = self.parts
         shared = {name: for_all(getattr(state, name), len(state.latents)) for name in stage.passes}
         conditioning = {branch: {**state.conditioning[branch], **shared} for branch in parts.guidance.branches(state)}
         steps = schedule(state.timesteps, parts.experts)
-        second = [step.index for step in steps if step.expert == LOW_NOISE][:1]
+        kinds = [kind(state, parts, step) for step in steps]
+        firsts = {kinds[step.index]: step.index for step in reversed(steps)}
         count = fills(parts.cache)
         ready(parts.cache, steps, list(conditioning), parts.mesh)
-        work: dict[str, Work] = {}
-        for index in sorted({*range(min(count, len(steps))), *second}):
+        work: dict[Any, Work] = {}
+        for index in sorted({*range(min(count, len(steps))), *firsts.values()}):
             timestep, before = state.timesteps[index], self.meter.so_far()
             prediction = stage.predict(state, parts, conditioning, timestep.to(META), steps[index], rows=None)
-            work[steps[index].expert] = self.meter.so_far() - before
+            work[kinds[index]] = self.meter.so_far() - before
             state.latents = parts.pipeline.scheduler.step(prediction, timestep, state.latents, return_dict=False)[0]
         self.meter.peak += sum(kept_by_others(transformer) for transformer in parts.experts)
-        counts, full = Counter(step.expert for step in steps if computes(parts.cache, step)), self.meter.live
+        counts = Counter(kinds[step.index] for step in steps if computes(parts.cache, step))
+        full = self.meter.live
         parts.cache.end()
-        total = sum((work[expert] * count for expert, count in counts.items()), Work())
-        here = math.ceil(len(conditioning) / parts.mesh.degrees["cfg_degree"]) if parts.mesh else len(conditioning)
-        forwards = here * counts.total()
+        total = sum((work[one] * count for one, count in counts.items()), Work())
+        ranks = parts.mesh.degrees["cfg_degree"] if parts.mesh else 1
+        forwards = sum(math.ceil(len(branches) / ranks) * count for (_, branches), count in counts.items())
         return Act(stage.phase, stage.uses, 0, total, forwards, full - self.meter.live)
 
 

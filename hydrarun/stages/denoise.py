@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -50,7 +51,7 @@ class Denoise(Stage):
         steps = schedule(state.timesteps, parts.experts)
         rows = rows_of_steps(parts.tables, steps, state.timesteps, conditioning)
         parts.cache.start(Schedule(steps), list(conditioning), parts.mesh)
-        run = steps if parts.warmup is None else first_steps(steps, parts.warmup)
+        run = steps if parts.warmup is None else first_steps(steps, parts.warmup, partial(kind, state, parts))
         with parts.progress.phase("denoising", total=len(run)) as advance:
             for step in run:
                 timestep = state.timesteps[step.index]
@@ -88,8 +89,26 @@ class Denoise(Stage):
             return {branch: found[branch] for branch in branches}
 
         axis = parts.mesh["cfg"] if parts.mesh else None
-        predictions = predict_branches(parts.guidance.branches_at(state, step.index), predict, axis, latents)
-        return parts.guidance.combine(predictions, parts.guidance.scale_for(state, low_noise=step.expert == LOW_NOISE))
+        predictions = predict_branches(branches_of(state, parts, step), predict, axis, latents)
+        return parts.guidance.combine(predictions, scale_of(state, parts, step))
+
+
+def scale_of(state: State, parts: Parts, step: Step) -> float:
+    """The scale of a step."""
+    return parts.guidance.scale_for(state, step.expert == LOW_NOISE, done=1 - step.timestep / 1000)
+
+
+def branches_of(state: State, parts: Parts, step: Step) -> tuple[str, ...]:
+    """The predictions that a step is made of, by all ranks together."""
+    branches = parts.guidance.branches_at(state, step.index)
+    if parts.mesh and parts.mesh["cfg"]:
+        return branches  # a rank that has the other branch would wait meanwhile, and may be needed to lend its weights
+    return parts.guidance.needed(branches, scale_of(state, parts, step))
+
+
+def kind(state: State, parts: Parts, step: Step) -> tuple[str, tuple[str, ...]]:
+    """The expert and the predictions of a step: those that have both in common do the same work."""
+    return step.expert, branches_of(state, parts, step)
 
 
 def schedule(timesteps: Tensor, experts: Experts) -> tuple[Step, ...]:
@@ -98,13 +117,13 @@ def schedule(timesteps: Tensor, experts: Experts) -> tuple[Step, ...]:
     return tuple(Step(index, value, experts.name_at(value)) for index, value in enumerate(values))
 
 
-def first_steps(steps: Sequence[Step], count: int) -> list[Step]:
-    """The first `count` steps of each expert, or as many as it has."""
-    before = Counter[str]()
+def first_steps(steps: Sequence[Step], count: int, kind: Callable[[Step], Any]) -> list[Step]:
+    """The first `count` steps of each kind, or as many as it has."""
+    before = Counter[Any]()
     chosen = []
     for step in steps:
-        before[step.expert] += 1
-        if before[step.expert] <= count:
+        before[kind(step)] += 1
+        if before[kind(step)] <= count:
             chosen.append(step)
     return chosen
 

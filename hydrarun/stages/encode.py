@@ -43,7 +43,7 @@ class EncodePrompt(Stage):
                 raise UsageError(
                     f"sampling.{parts.guidance.scale}={getattr(state, parts.guidance.scale)} guides away from a"
                     ' negative prompt and there is none: sampling.negative_prompt=" ", or'
-                    f" sampling.{parts.guidance.scale}=1"
+                    f" sampling.{parts.guidance.scale}={parts.guidance.unguided:g}"
                 )
             unique = list(dict.fromkeys(prompts))
             rows = torch.tensor([unique.index(prompt) for prompt in prompts], device=parts.device)
@@ -63,6 +63,20 @@ class EncodePrompt(Stage):
         return {name: value for name, value in zip(self.returns, encoded, strict=True) if name is not None}
 
 
+class EncodeRaggedPrompt(EncodePrompt):
+    """For pipelines that give a list of embeddings, each as long as its prompt.
+
+    They are padded to the longest: `encoder_hidden_states` with zeros and the mask `encoder_hidden_states_mask` with
+    False.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any] | None = None) -> None:
+        super().__init__(("encoder_hidden_states", None), arguments)
+
+    def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Any]:
+        return pad_to_longest(super().encode(prompts, state, parts)["encoder_hidden_states"])
+
+
 class EncodePromptWithImages(EncodePrompt):
     """The text encoder sees the input images too, each shrunk or enlarged to `image_area` pixels.
 
@@ -80,16 +94,18 @@ class EncodePromptWithImages(EncodePrompt):
         refuse_placeholder(prompts, parts.pipeline.processor.image_token)
         resize = parts.pipeline.image_processor.resize
         images = [resize(image, *fit_area(image, self.image_area, 32)) for image in state.input_images]
-        return padded([self.run(parts, prompt=[p], image=images)["encoder_hidden_states"] for p in prompts])
+        return pad_to_longest([self.run(parts, prompt=[p], image=images)["encoder_hidden_states"][0] for p in prompts])
 
 
-def padded(embeds: Sequence[Tensor]) -> dict[str, Tensor | None]:
-    """Prompts of unequal length, each `[1, T, E]`, as one batch, and which tokens are real; None: all are."""
-    lengths = torch.tensor([len(one[0]) for one in embeds], device=embeds[0].device)
-    longest = int(lengths.max())
-    together = torch.cat([F.pad(one, (0, 0, 0, longest - one.shape[1])) for one in embeds])
-    mask = torch.arange(longest, device=together.device) < lengths[:, None]
-    return {"encoder_hidden_states": together, "encoder_hidden_states_mask": None if mask.all() else mask}
+def pad_to_longest(embeds: Sequence[Tensor]) -> dict[str, Any]:
+    """Each prompt's embeddings `[T, E]` as `[B, T, E]`, and the mask `[B, T]` of real tokens; None: all are."""
+    lengths = [len(one) for one in embeds]
+    longest = max(lengths)
+    padded = torch.stack([F.pad(one, (0, 0, 0, longest - len(one))) for one in embeds])
+    places = torch.arange(longest, device=padded.device)
+    mask = places < torch.tensor(lengths, device=padded.device)[:, None]
+    equal = min(lengths) == longest
+    return {"encoder_hidden_states": padded, "encoder_hidden_states_mask": None if equal else mask}
 
 
 def refuse_placeholder(prompts: list[str], token: str) -> None:

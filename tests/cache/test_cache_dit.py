@@ -8,12 +8,10 @@ import weakref
 import pytest
 import torch
 from dbcache import Counter, guided, node, record
-from subjects import LONG, MODELS, SHORT
-from test_parallel_models import VARIANTS
+from subjects import FAMILIES, LONG, SHORT, SORTS
 
 from hydrarun.targets import instantiate
 
-ALL = [name for name in MODELS if name not in VARIANTS]
 TWO_EXPERTS = "wan22_t2v_a14b"
 ALWAYS = {"residual_diff_threshold": 1.0, "max_continuous_cached_steps": -1}
 
@@ -45,7 +43,7 @@ def check_computed(subject, computed: set[int], steps: int, **arguments) -> None
     assert found["blocks"]["all"] == 2 * steps * depth
 
 
-@pytest.mark.parametrize("subject", ALL, indirect=True)
+@pytest.mark.parametrize("subject", SORTS, indirect=True)
 @pytest.mark.parametrize("prune", [False, True])
 def test_a_threshold_of_zero_is_the_plain_run(subject, prune):
     plain = subject.draw(**guided(subject)).latents
@@ -54,7 +52,7 @@ def test_a_threshold_of_zero_is_the_plain_run(subject, prune):
     assert record(subject)["blocks"]["run"] == record(subject)["blocks"]["all"] > 0
 
 
-@pytest.mark.parametrize("subject", ALL, indirect=True)
+@pytest.mark.parametrize("subject", FAMILIES, indirect=True)
 def test_always_similar_computes_the_warm_up_and_each_experts_first_step(subject):
     check_computed(subject, {0, 1, *firsts(subject)}, 8, max_warmup_steps=2, **ALWAYS)
 

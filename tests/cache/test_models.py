@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from caches import mask, node
-from subjects import CONFIGS, LONG, MODELS, SHORT, VARIANTS
+from subjects import CONFIGS, FAMILIES, LONG, SHORT, SORTS
 
 from hydrarun.cache.base import Step
 from hydrarun.compose import compose
@@ -15,8 +15,6 @@ from hydrarun.runner import Runner
 from hydrarun.transformer import Transformer
 from hydrarun.validate import cfg_scale
 
-#: an option that is another's but for checkpoint and defaults is tried once
-FAMILIES = [name for name in MODELS if name not in VARIANTS]
 STEPS = 6  # where there are two experts, both have some
 
 
@@ -78,7 +76,7 @@ def test_nothing_skipped_is_the_plain_run_to_the_bit(subject, plains):
         assert subject.runner.built.parts.cache.record()["blocks"]["run"] > 0
 
 
-@pytest.mark.parametrize("subject", MODELS, indirect=True)
+@pytest.mark.parametrize("subject", FAMILIES, indirect=True)
 def test_a_mask_computes_exactly_its_steps(subject, plains, runs):
     """Both branches, each expert by its own transformer; and it matters."""
     want = plain(subject, plains)
@@ -98,7 +96,7 @@ def test_a_mask_computes_exactly_its_steps(subject, plains, runs):
     assert (latents - want).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("subject", FAMILIES, indirect=True)
+@pytest.mark.parametrize("subject", SORTS, indirect=True)
 def test_a_run_knows_nothing_of_the_one_before(subject):
     """Two prompts in a row are two fresh runs, to the bit; the gates that measure skip some steps."""
     one, other = {"prompt": SHORT, "seed": 1}, {"prompt": LONG, "seed": 2}
@@ -110,7 +108,7 @@ def test_a_run_knows_nothing_of_the_one_before(subject):
         assert subject.runner.built.parts.cache.record() == decided
 
 
-@pytest.mark.parametrize("subject", FAMILIES, indirect=True)
+@pytest.mark.parametrize("subject", SORTS, indirect=True)
 def test_a_batch_is_its_items(subject, plains):
     """With a planned gate, whose steps do not depend on the items; prompts of unequal length."""
     plain(subject, plains)

@@ -99,3 +99,28 @@ def test_a_grid_joins_the_angles_of_its_axes():
     for frame, row, column in ((0, 0, 0), (1, 2, 4), (1, 0, 3)):
         want = torch.cat([axes[0][frame], axes[1][row], axes[2][column]])
         assert torch.equal(table[(frame * 3 + row) * 5 + column], want)
+
+
+def test_gated_feed_forward_is_its_formula():
+    layer = FeedForward(4, inner=6, gated=True, bias=False)
+    x = torch.randn(2, 3, 4)
+    up, gate = layer.up.weight.split(6)
+    want = (F.silu(x @ gate.T) * (x @ up.T)) @ layer.down.weight.T
+    assert layer.up.bias is None
+    assert layer.down.bias is None
+    assert (layer(x) - want).abs().max() < 1e-6
+
+
+def test_rotation_by_positions_of_each_items_own():
+    x = torch.randn(2, 3, 1, 8)
+    ropes = [frequencies(torch.arange(start, start + 3), 8) for start in (0, 5)]
+    have = rotate(x, torch.stack(ropes))
+    for item, rope in enumerate(ropes):
+        assert (have[item] - rotate(x[item : item + 1], rope)[0]).abs().max() < 1e-6
+
+
+def test_modulation_of_another_width_without_activation():
+    layer = Modulation(4, parts=2, width=3, activated=False)
+    temb = torch.randn(2, 1, 3)
+    first, second = layer(temb)
+    assert torch.equal(torch.cat([first, second], dim=-1), layer.linear(temb))

@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from subjects import MODELS, VARIANTS
+from subjects import FAMILIES
 
 from hydrarun.errors import RunError
 from hydrarun.memory import loading, reading
@@ -199,7 +199,7 @@ def test_bytes_are_told(saved):
     assert tally.done == tally.expected == sum(parameter.nbytes for parameter in saved[0].parameters())
 
 
-@pytest.mark.parametrize("subject", [name for name in MODELS if name not in VARIANTS], indirect=True)
+@pytest.mark.parametrize("subject", FAMILIES, indirect=True)
 def test_a_run_reads_every_byte_once(subject):
     files = list(subject.folder.glob("*/*.safetensors"))
     assert len(files) >= 3

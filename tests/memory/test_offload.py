@@ -10,7 +10,7 @@ import numpy as np
 import parallel_runs
 import pytest
 import torch
-from subjects import LONG, MODELS, SHORT, VARIANTS
+from subjects import FAMILIES, LONG, SHORT, SORTS
 from torch import nn
 from watched import Measured, draw, measured, modules, on_device, runner, size, weights
 
@@ -22,7 +22,6 @@ from hydrarun.memory.offload import USES, ExpertOffload, ModelOffload, use_of
 from hydrarun.pipeline import Stage, check_chain
 from hydrarun.runner import Runner
 
-FAMILIES = [name for name in MODELS if name not in VARIANTS]
 TWO_EXPERTS = "wan22_t2v_a14b"
 UNREAD = (lambda name: None, Path(), torch.float32)  # how to read again what nobody reads
 SAME = 1e-6  # of the largest latent; the kernels are the CPU's, called in another way
@@ -79,7 +78,7 @@ def test_a_device_draws_what_the_cpu_draws(subject, fake, kept):
     assert np.abs(got.frames.astype(int) - want.frames).max() <= 1
 
 
-@pytest.mark.parametrize("subject", FAMILIES, indirect=True)
+@pytest.mark.parametrize("subject", SORTS, indirect=True)
 def test_model_offload_peaks_at_the_largest_phase(subject, fake, kept):
     """In every stage the bytes of what it uses, and of activations those of the plain run, exactly."""
     offloaded = warm(subject, "model")
@@ -119,7 +118,7 @@ def test_text_encoder_offload_lets_it_go_once_prompts_are_encoded(subject, fake,
     assert got.activations == want.activations
 
 
-@pytest.mark.parametrize("subject", FAMILIES, indirect=True)
+@pytest.mark.parametrize("subject", SORTS, indirect=True)
 def test_on_the_cpu_the_text_encoder_is_let_go_of_and_read_again(subject, kept, monkeypatch):
     """Two requests in a row: the same numbers, and the files are read for the second."""
     read = []

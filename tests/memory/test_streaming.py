@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import itertools
 import threading
@@ -17,8 +16,8 @@ import subjects
 import tiny
 import torch
 from caches import node
-from deeper import deeper
-from subjects import IMAGE, LONG, MODELS, SHORT, VARIANTS
+from deeper import deeper_subject
+from subjects import LONG, SHORT, SORTS
 from torch import nn
 from watched import draw, modules, on_device, runner, size, weights
 
@@ -31,7 +30,6 @@ from hydrarun.memory.packing import ALIGNMENT, Packed, packed_bytes, parts
 from hydrarun.memory.streaming import FromHost, Turns, around_blocks
 from hydrarun.runner import Runner
 
-FAMILIES = [name for name in MODELS if name not in VARIANTS]
 TWO_EXPERTS = "wan22_t2v_a14b"
 #: all steps are alike for cache-dit: those that need not be computed are not
 ALIKE = {"residual_diff_threshold": 1.0, "max_continuous_cached_steps": -1}
@@ -47,9 +45,7 @@ def made_deeper() -> dict[str, Any]:
 def deep(subject, made_deeper, tmp_path_factory) -> Any:
     """The subject with twice the blocks, which take turns."""
     if subject.name not in made_deeper:
-        folder = deeper(subject.folder, tmp_path_factory.mktemp("deep") / subject.name)
-        (folder.parent / IMAGE).symlink_to(subject.folder.parent / IMAGE)
-        made_deeper[subject.name] = dataclasses.replace(subject, folder=folder, runner=None)
+        made_deeper[subject.name] = deeper_subject(subject, tmp_path_factory.mktemp("deep"))
     return made_deeper[subject.name]
 
 
@@ -86,7 +82,7 @@ def steps(runner: Runner, fake: Any, guided: bool) -> tuple[torch.Tensor, list[t
 # --- from the host ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("subject", FAMILIES, indirect=True)
+@pytest.mark.parametrize("subject", SORTS, indirect=True)
 def test_of_the_blocks_only_those_in_turn_are_on_the_device(deep, fake):
     """In each step the bytes are those of the formula, and of activations those of the plain run, exactly."""
     plain = runner(deep, "fake")
@@ -337,7 +333,7 @@ class Reading:
         return tensor
 
 
-@pytest.mark.parametrize("subject", FAMILIES, indirect=True)
+@pytest.mark.parametrize("subject", SORTS, indirect=True)
 def test_blocks_come_from_their_files(subject, monkeypatch):
     """On the CPU: the plain run's numbers; of the blocks' weights never more alive than two blocks'."""
     plain = runner(subject, "cpu")

@@ -14,8 +14,10 @@ import tiny
 import torch
 from caches import node
 from diffusers import StableDiffusion3Pipeline
+from matrix import uncompiled
 from subjects import LONG
 
+from hydrarun.compiling import CompileFull
 from hydrarun.compose import compose
 from hydrarun.errors import UsageError
 from hydrarun.models.sd3 import SD3Transformer
@@ -106,7 +108,7 @@ def test_skip_layer_guidance_equals_diffusers(subject, pushed):
     state = pushed.draw(**GUIDED)
     pipeline = Skipping(**subject.pipeline.components)
     pipeline.set_progress_bar_config(disable=True)
-    theirs = tiny.reference(pipeline, state, "latent").unsqueeze(2)
+    theirs = tiny.reference(pipeline, state, "latent")
     assert (theirs - state.latents).abs().max() <= LATENTS
     assert (subject.draw(**GUIDED).latents - state.latents).abs().max() > 100 * LATENTS
 
@@ -133,6 +135,23 @@ def test_caches_leave_the_third_prediction_alone(pushed):
 def test_modulation_tables_serve_the_third_prediction(subject, pushed):
     tabled = replace(subject, runner=Runner(compose([*subject.overrides(), *LAYERS, "offload=modulation"])))
     assert (tabled.draw(**GUIDED).latents - pushed.draw(**GUIDED).latents).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("subject", ["sd35_medium"], indirect=True)
+def test_blocks_read_from_their_files_may_be_left_out(subject, pushed):
+    turned = replace(subject, runner=Runner(compose([*subject.overrides(), *LAYERS, "offload=disk"])))
+    assert torch.equal(turned.draw(**GUIDED).latents, pushed.draw(**GUIDED).latents)
+
+
+@pytest.mark.parametrize("subject", ["sd35_medium"], indirect=True)
+def test_one_graph_is_without_them(pushed, monkeypatch):
+    want = pushed.draw(**GUIDED).latents
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    with uncompiled(pushed):
+        for transformer in pushed.runner.built.parts.experts:
+            CompileFull().apply(transformer)
+        assert (pushed.draw(**GUIDED).latents - want).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("subject", ["sd35_medium"], indirect=True)

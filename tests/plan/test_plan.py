@@ -71,6 +71,18 @@ def test_blocks_of_another_kind_count_as_many_as_they_are():
     assert made.asked.phases[1].flops / made.steps / 2 == pytest.approx(linear + attention, rel=2e-3)
 
 
+def test_a_third_prediction_of_some_steps_counts():
+    """Skip-layer guidance of Stable Diffusion 3.5 Medium in the steps 1 to 7 of 40, as if it ran all blocks."""
+    plain, guided = (
+        planned(compose_raw(["model=sd35_medium", "sampling.prompt=a", *words])[0], published()["h100"], 1)
+        for words in ([], ["model.guidance.layers=[7,8,9]"])
+    )
+    assert plain.asked is not None
+    assert guided.asked is not None
+    flops = plain.asked.phases[1].flops
+    assert guided.asked.phases[1].flops == pytest.approx(flops * (1 + 7 / 80), rel=1e-6)
+
+
 @pytest.mark.parametrize("subject", ["qwen_image", "wan22_t2v_a14b"], indirect=True)
 @pytest.mark.parametrize("chosen", [{"ulysses_degree": 2}, {"tensor_degree": 2}, {"cfg_degree": 2}])
 def test_ranks_send_what_the_plan_expects(subject, chosen, pool):

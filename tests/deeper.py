@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import subjects
 from safetensors.torch import load_file, save_file
 
 from hydrarun.fit import DEPTHS
 
+#: the config's lengths of lists of blocks, by what the lists' names hold
+LENGTHS = {
+    "single": "num_single_layers",
+    "blocks": "num_layers",
+    "refiner": "n_refiner_layers",
+    "layers": "n_layers",
+}
 STEM = "diffusion_pytorch_model.safetensors"
+
+
+def deeper_subject(subject: subjects.Subject, into: Path) -> subjects.Subject:
+    """The subject with twice the blocks, without a runner."""
+    folder = deeper(subject.folder, into / subject.name)
+    (into / subjects.IMAGE).symlink_to(subject.folder.parent / subjects.IMAGE)
+    return replace(subject, folder=folder, runner=None)
 
 
 def deeper(folder: Path, into: Path) -> Path:
@@ -41,12 +57,12 @@ def double_config(old: Path, new: Path) -> dict[str, int]:
 def doubled(weights, depths):
     """Every tensor, those of blocks under later indices, and before them those of the first block, each time less."""
     for name, weight in weights.items():
-        found = re.match(r"((\w*)blocks)\.(\d+)\.(.*)", name)
+        found = re.match(r"(\w*blocks|layers|\w*refiner)\.(\d+)\.(.*)", name)
         if not found:
             yield name, weight
             continue
-        depth = depths["num_single_layers" if found[2].startswith("single") else "num_layers"]
-        yield f"{found[1]}.{int(found[3]) + depth}.{found[4]}", weight
-        if found[3] == "0":
+        depth = depths[next(key for word, key in LENGTHS.items() if word in found[1])]
+        yield f"{found[1]}.{int(found[2]) + depth}.{found[3]}", weight
+        if found[2] == "0":
             for index in range(depth):
-                yield f"{found[1]}.{index}.{found[4]}", weight * 0.75 ** (index + 1)
+                yield f"{found[1]}.{index}.{found[3]}", weight * 0.75 ** (index + 1)

@@ -19,7 +19,7 @@ from hydrarun.pipeline import Stage
 from hydrarun.request import make_state
 from hydrarun.runner import Runner
 from hydrarun.timing import Timings
-from hydrarun.validate import cfg_scale
+from hydrarun.validate import cfg_off, cfg_scale
 
 
 def runner(subject: subjects.Subject, device: str, option: str = "none", **arguments: int) -> Runner:
@@ -54,7 +54,7 @@ def draw(runner: Runner, guided: bool = True) -> Any:
         "seed": [3, 4],
         "negative_prompt": "x",
         "num_inference_steps": 2,
-        scale: 3.0 if guided else 1.0,
+        scale: 3.0 if guided else cfg_off(config),
     }
     if "max_sequence_length" in config["model"]["takes"]:
         fields["max_sequence_length"] = 64

@@ -1,0 +1,291 @@
+"""Z-Image (https://arxiv.org/abs/2511.22699): 30 blocks over image and caption in one stream, behind 2 for each alone.
+
+Reference: diffusers' `ZImageTransformer2DModel`, whose checkpoints it loads. It pads each picture and each caption to a
+multiple of 32 tokens with a learned one, which is attended to like all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.embeddings import Timesteps
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hydrarun.errors import UsageError
+from hydrarun.layers.attention import Attention
+from hydrarun.layers.linear import FeedForward, QKVLinear, RowLinear
+from hydrarun.layers.norm import Modulation
+from hydrarun.layers.rope import frequencies, grid_frequencies, rotate
+from hydrarun.parallel.tensor import Run
+from hydrarun.transformer import Tokens, Transformer, token_field
+
+#: pictures and captions are padded to a multiple of so many tokens
+MULTIPLE = 32
+#: channels of what the blocks are modulated by, if they are not fewer themselves
+TEMB_WIDTH = 256
+PATCH = 2
+
+
+@dataclass
+class ZImageTokens(Tokens):
+    """A picture stands behind its caption, whose length differs: each item has positions of its own."""
+
+    rope: Tensor | None = token_field(1, "hidden_states")  # [B, S, d/2, 2]
+    encoder_rope: Tensor | None = token_field(1, "encoder_hidden_states")  # [B, T, d/2, 2]
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each between two norms, with the same weights for all streams."""
+
+    def __init__(self, dim: int, heads: int, eps: float) -> None:
+        super().__init__()
+        head_dim = dim // heads
+        self.qkv = QKVLinear(dim, heads, head_dim, bias=False)
+        self.norm_q, self.norm_k = (nn.RMSNorm(head_dim, eps=1e-5) for _ in range(2))
+        self.attention = Attention()
+        self.out = RowLinear(dim, Run(heads, head_dim), bias=False)
+        self.feed_forward = FeedForward(dim, int(dim / 3 * 8), gated=True, bias=False)
+        self.attention_norm1, self.attention_norm2 = (nn.RMSNorm(dim, eps=eps) for _ in range(2))
+        self.ffn_norm1, self.ffn_norm2 = (nn.RMSNorm(dim, eps=eps) for _ in range(2))
+
+    def forward(
+        self, streams: Mapping[str, Tensor], ropes: Sequence[Tensor], mask: Tensor | None, changes: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """`[B, S, D]` of each stream to the same; `ropes`: of each, `mask`: of the text, where it is one of them.
+
+        `changes` are `[B, 1, D]` or broadcast to it: scale and gate of the attention, then of the feed-forward.
+        """
+        lengths = [stream.shape[1] for stream in streams.values()]
+        scale, gate, ff_scale, ff_gate = changes
+        tokens, rope = torch.cat([*streams.values()], dim=1), torch.cat([*ropes], dim=1)
+        query, key, value = self.qkv(self.attention_norm1(tokens) * scale)
+        query, key = rotate(self.norm_q(query), rope), rotate(self.norm_k(key), rope)
+        parts = zip(*(x.split(lengths, dim=1) for x in (query, key, value)), strict=True)
+        masks = {} if mask is None else {"encoder_hidden_states": mask}
+        attended = torch.cat(self.attention(dict(zip(streams, parts, strict=True)), masks), dim=1)
+        tokens = torch.addcmul(tokens, gate, self.attention_norm2(self.out(attended)))
+        update = self.ffn_norm2(self.feed_forward(self.ffn_norm1(tokens) * ff_scale))
+        return torch.addcmul(tokens, ff_gate, update).split(lengths, dim=1)
+
+
+class ZImageBlock(nn.Module):
+    """Image and text together."""
+
+    def __init__(self, dim: int, heads: int, eps: float) -> None:
+        super().__init__()
+        self.modulation = Modulation(dim, parts=4, width=min(dim, TEMB_WIDTH), activated=False)
+        self.layer = Layer(dim, heads, eps)
+
+    def changes(self, tokens: Tokens) -> tuple[Tensor, ...]:
+        """Scale and gate of the attention, scale and gate of the feed-forward, `[B, 1, D]`."""
+        scale, gate, ff_scale, ff_gate = self.modulation(tokens.temb)
+        return 1 + scale, gate.tanh(), 1 + ff_scale, ff_gate.tanh()
+
+    def modulated(self, tokens: Tokens) -> Tensor:
+        """The image tokens as the attention's projection sees them, `[B, S, D]`."""
+        return self.layer.attention_norm1(tokens.hidden_states) * self.changes(tokens)[0]
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, tokens: Any) -> tuple[Tensor, ...]:
+        """`[B, S, D]` and `[B, T, D]` to the same."""
+        streams = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
+        ropes = tokens.rope, tokens.encoder_rope
+        return self.layer(streams, ropes, tokens.encoder_mask, self.changes(tokens))
+
+
+class RefinerBlock(ZImageBlock):
+    """Image and text each by itself, before they meet; only the image knows the timestep."""
+
+    def __init__(self, dim: int, heads: int, eps: float) -> None:
+        super().__init__(dim, heads, eps)
+        self.text_layer = Layer(dim, heads, eps)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, tokens: Any) -> tuple[Tensor, ...]:
+        """`[B, S, D]` and `[B, T, D]` to the same."""
+        as_they_are = (encoder_hidden_states.new_ones(1),) * 4
+        text = {"encoder_hidden_states": encoder_hidden_states}
+        return (
+            *self.layer({"hidden_states": hidden_states}, [tokens.rope], None, self.changes(tokens)),
+            *self.text_layer(text, [tokens.encoder_rope], tokens.encoder_mask, as_they_are),
+        )
+
+
+def layer_weights(ours: str, theirs: str) -> dict[str, str | tuple[str, ...]]:
+    """The weight map of a `Layer`."""
+    norms = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
+    return {
+        f"{ours}.qkv": tuple(f"{theirs}.attention.{name}" for name in ("to_q", "to_k", "to_v")),
+        f"{ours}.norm_q": f"{theirs}.attention.norm_q",
+        f"{ours}.norm_k": f"{theirs}.attention.norm_k",
+        f"{ours}.out": f"{theirs}.attention.to_out.0",
+        f"{ours}.feed_forward.up": (f"{theirs}.feed_forward.w3", f"{theirs}.feed_forward.w1"),
+        f"{ours}.feed_forward.down": f"{theirs}.feed_forward.w2",
+        **{f"{ours}.{name}": f"{theirs}.{name}" for name in norms},
+    }
+
+
+class ZImageTransformer(Transformer):
+    """Arguments are the checkpoint's transformer/config.json.
+
+    Raises `UsageError` for members of the family that this class does not run. `axes_lens` sizes the reference's
+    tables; ours are made as long as the picture needs.
+    """
+
+    block_lists = ("refiners", "blocks")
+    weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = {
+        **layer_weights("refiners.*.layer", "noise_refiner.*"),
+        **layer_weights("refiners.*.text_layer", "context_refiner.*"),
+        **layer_weights("blocks.*.layer", "layers.*"),
+        "refiners.*.modulation.linear": "noise_refiner.*.adaLN_modulation.0",
+        "blocks.*.modulation.linear": "layers.*.adaLN_modulation.0",
+        "time_embedder": "t_embedder.mlp",
+        "x_embedder": "all_x_embedder.2-1",
+        "head_modulation.linear": "all_final_layer.2-1.adaLN_modulation.1",
+        "proj_out": "all_final_layer.2-1.linear",
+    }
+
+    def __init__(
+        self,
+        all_patch_size: Sequence[int] = (PATCH,),
+        all_f_patch_size: Sequence[int] = (1,),
+        in_channels: int = 16,
+        dim: int = 3840,
+        n_layers: int = 30,
+        n_refiner_layers: int = 2,
+        n_heads: int = 30,
+        n_kv_heads: int = 30,
+        norm_eps: float = 1e-5,
+        qk_norm: bool = True,
+        cap_feat_dim: int = 2560,
+        siglip_feat_dim: int | None = None,
+        rope_theta: float = 256.0,
+        t_scale: float = 1000.0,
+        axes_dims: Sequence[int] = (32, 48, 48),
+        axes_lens: Sequence[int] = (1024, 512, 512),
+    ) -> None:
+        super().__init__()
+        refuse_others(
+            all_patch_size=(list(all_patch_size), [PATCH]),
+            all_f_patch_size=(list(all_f_patch_size), [1]),
+            n_kv_heads=(n_kv_heads, n_heads),
+            qk_norm=(qk_norm, True),
+            siglip_feat_dim=(siglip_feat_dim, None),
+        )
+        width = min(dim, TEMB_WIDTH)
+        self.axes_dims, self.rope_theta, self.t_scale = tuple(axes_dims), rope_theta, t_scale
+        self.time_proj = Timesteps(num_channels=256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedder = nn.Sequential(nn.Linear(256, 1024), nn.SiLU(), nn.Linear(1024, width))
+        self.x_embedder = nn.Linear(PATCH * PATCH * in_channels, dim)
+        self.cap_embedder = nn.Sequential(nn.RMSNorm(cap_feat_dim, eps=norm_eps), nn.Linear(cap_feat_dim, dim))
+        self.x_pad_token, self.cap_pad_token = (nn.Parameter(torch.empty(1, dim)) for _ in range(2))
+        self.refiners = nn.ModuleList(RefinerBlock(dim, n_heads, norm_eps) for _ in range(n_refiner_layers))
+        self.blocks = nn.ModuleList(ZImageBlock(dim, n_heads, norm_eps) for _ in range(n_layers))
+        self.head_modulation = Modulation(dim, parts=1, width=width)
+        self.proj_out = nn.Linear(dim, PATCH * PATCH * in_channels)
+
+    def embed(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        *,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None,
+    ) -> ZImageTokens:
+        """Latents `[B, C, 1, h, w]`, timesteps `[B]` in 0-1000, text `[B, T, E]` with its mask `[B, T]`."""
+        patches = hidden_states.squeeze(2).unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # [B, C, rows, P, …]
+        image = self.x_embedder(patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
+        missing = padded(image.shape[1]) - image.shape[1]
+        image = torch.cat([image, self.x_pad_token.expand(len(image), missing, -1)], dim=1)
+        length = encoder_hidden_states.shape[1]
+        text = F.pad(self.cap_embedder(encoder_hidden_states), (0, 0, 0, padded(length) - length))
+        place = torch.arange(text.shape[1], device=text.device)
+        lengths = caption_lengths(encoder_hidden_states, encoder_hidden_states_mask)[:, None]
+        return ZImageTokens(
+            hidden_states=image,
+            encoder_hidden_states=torch.where((place < lengths).unsqueeze(-1), text, self.cap_pad_token),
+            encoder_mask=None if encoder_hidden_states_mask is None else place < padded(lengths),
+            temb=self.make_temb(timestep, hidden_states.dtype),
+            grid=(1, patches.shape[2], patches.shape[4]),
+        )
+
+    def positions(
+        self,
+        hidden_states: Tensor,
+        *,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        rows, columns = (side // PATCH for side in hidden_states.shape[3:])
+        text_length, device = padded(encoder_hidden_states.shape[1]), hidden_states.device
+        frames, grid, text = rope_tables((rows, columns), text_length, self.axes_dims, self.rope_theta, device)
+        lengths = caption_lengths(encoder_hidden_states, encoder_hidden_states_mask)
+        frame = frames[padded(lengths)].unsqueeze(1)  # [B, 1, f/2, 2]: all of a picture stands behind its caption
+        rope = torch.cat([frame.expand(-1, rows * columns, -1, -1), grid.expand(len(lengths), -1, -1, -1)], dim=2)
+        still = text.new_tensor([1.0, 0.0]).expand(
+            len(lengths), padded(rows * columns) - rows * columns, *text.shape[1:]
+        )
+        return {
+            "rope": torch.cat([rope, still], dim=1),
+            "encoder_rope": text.expand(len(lengths), -1, -1, -1),
+        }
+
+    def make_temb(self, timestep: Tensor, dtype: torch.dtype, **_: Any) -> Tensor:
+        """Timesteps `[B]`, counted backwards in float32, to `[B, 1, 256]`."""
+        waves = self.time_proj((1000 - timestep.float()) / 1000 * self.t_scale)
+        return self.time_embedder(waves.to(dtype)).unsqueeze(1)
+
+    def head(self, tokens: Tokens) -> Tensor:
+        """`[B, S, D]` to the velocity `[B, C, 1, h, w]`, in float32 as the reference guides and steps.
+
+        The model predicts the way to the picture, and schedulers take the way to the noise.
+        """
+        _, rows, columns = tokens.grid
+        (scale,) = self.head_modulation(tokens.temb)
+        predicted = tokens.hidden_states[:, : rows * columns]
+        normed = F.layer_norm(predicted, predicted.shape[-1:], eps=1e-6) * (1 + scale)
+        patches = self.proj_out(normed).unflatten(-1, (PATCH, PATCH, -1)).unflatten(1, (rows, columns))
+        latents = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return -latents.unsqueeze(2).float()
+
+
+def refuse_others(**settings: tuple[Any, Any]) -> None:
+    """Name the settings that are not the published models'."""
+    others = [f"{name}={found} (not {wanted})" for name, (found, wanted) in settings.items() if found != wanted]
+    if others:
+        raise UsageError(f"transformer/config.json: {', '.join(others)}: a member of the family that is not run here")
+
+
+def padded(length: Any) -> Any:
+    """A number of tokens, or a tensor of such, with what is missing to a multiple."""
+    return (length + MULTIPLE - 1) // MULTIPLE * MULTIPLE
+
+
+def caption_lengths(text: Tensor, mask: Tensor | None) -> Tensor:
+    """Tokens of each caption of `[B, T, E]`, `[B]`."""
+    if mask is None:
+        return torch.full((len(text),), text.shape[1], device=text.device)
+    return mask.sum(1)
+
+
+@lru_cache(maxsize=16)
+def rope_tables(
+    grid: tuple[int, int], text_length: int, axes_dims: tuple[int, ...], theta: float, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotations along the first axis for what stands behind n text tokens `[text_length + 1, f / 2, 2]`, those of the
+    image tokens along the others `[rows * columns, (h + w) / 2, 2]`, and those of the text tokens, along the first.
+
+    The text counts from 1; padding in a picture is not rotated at all.
+    """
+    along, *others = axes_dims
+    first = frequencies(torch.arange(1, text_length + 2), along, theta, torch.float64)
+    axes = [
+        frequencies(torch.arange(n), dim, theta, torch.float64) for n, dim in zip((1, *grid), (0, *others), strict=True)
+    ]
+    still = frequencies(torch.zeros(text_length), sum(others))
+    text = torch.cat([first[:-1], still], dim=1)
+    return first.to(device), grid_frequencies(axes).to(device), text.to(device)

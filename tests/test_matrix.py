@@ -1,0 +1,102 @@
+"""Every model with every acceleration against the plain run: README's tables, each cell of them.
+
+`pytest tests/test_matrix.py --write-matrix` (`make matrix`) writes the tables. How near a cell must be: `matrix.KINDS`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matrix
+import pytest
+from matrix import Column, Found
+from subjects import CONFIGS, MODELS
+
+from hydrarun import compat, listing, resources
+from hydrarun.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def bench(pool, fake) -> matrix.Bench:
+    return matrix.Bench(pool, fake)
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[tuple[str, Column], Found]:
+    """What the cells came to."""
+    return {}
+
+
+@pytest.mark.parametrize("column", matrix.columns(), ids=str)
+@pytest.mark.parametrize("subject", MODELS, indirect=True)
+def test_a_cell(subject, column, bench, found):
+    """The plain run's numbers, or a refusal that names what goes instead."""
+    reason, condition = matrix.refusal(subject.name, column), matrix.condition(subject.name, column)
+    if reason:
+        with pytest.raises(UsageError) as refused:
+            compat.check(column.config(subject.name))
+        assert " Use " in str(refused.value)
+        found[subject.name, column] = Found(refusal=reason)
+        return
+    distance = bench.distance(subject, column)
+    assert distance <= column.kind.most, column.kind.why
+    found[subject.name, column] = Found(distance, condition)
+
+
+def test_readme_shows_what_was_found(found, request):
+    if len(found) < len(MODELS) * len(matrix.columns()):
+        pytest.skip("the tables are of all cells, and not all were run, or not all as they must")
+    text = matrix.tables(found)
+    if request.config.getoption("--write-matrix"):
+        matrix.write_readme(text)
+    assert matrix.shape(matrix.in_readme()) == matrix.shape(text), "`make matrix` writes the tables anew"
+
+
+def test_every_acceleration_is_a_column():
+    """Each group but what attention is computed with, whose kernels want a GPU; each way to spread work."""
+    groups = {folder.name for folder in resources.folder("conf").iterdir() if (folder / "none.yaml").exists()}
+    assert groups - {"plan"} == {*matrix.GROUPS}
+    degrees = {key for column in matrix.columns() if column.group == "parallel" for key in degrees_of(column)}
+    assert degrees == {f"{name}_degree" for name in listing.METHODS}
+    assert {*listing.ACCELERATIONS} - {"attention"} < {*matrix.GROUPS}
+
+
+def test_what_hydrarun_lists_was_run_here(found, accelerations_table):
+    """A method that `hydrarun list accelerations` gives a model is a number here, under the same condition."""
+    assert [row[0] for row in accelerations_table.rows] == MODELS
+    rows = {row[0]: dict(zip(accelerations_table.header, row, strict=True)) for row in accelerations_table.rows}
+    for (name, column), cell in found.items():
+        if column.group == "parallel":
+            (method,) = degrees_of(column)
+            said = rows[name][method.removesuffix("_degree")]
+            assert said == (cell.condition or "yes"), (name, str(column))
+            assert not cell.refusal
+
+
+def degrees_of(column: Column) -> set[str]:
+    """What is more than one."""
+    return {key for key, value in column.config("demo")["parallel"].items() if value > 1}
+
+
+def test_a_refusal_is_in_words():
+    wan = next(name for name in MODELS if "modulation" not in CONFIGS[name]["model"]["facts"])
+    words = matrix.refusal(wan, Column("offload", "modulation"))
+    assert words == "The blocks of the model have no modulation weights of their own. Use offload=none."
+    assert "hydrarun calibrate" in matrix.refusal(wan, Column("cache", "teacache"))
+
+
+@pytest.mark.parametrize("subject", ["demo"], indirect=True)
+def test_what_differs_is_seen(subject, bench):
+    """Skipped steps are a distance, and other words or a refusal another table; another distance is not."""
+    assert bench.distance(subject, Column("cache", "every_n")) > 1e-3
+    assert matrix.shape("| a | 3e-7 | 1.2 % | 0 (x > 1) |") == matrix.shape("| a | 0 | 14 % | 1e-08 (x > 1) |")
+    assert matrix.shape("| – (1) |") != matrix.shape("| 0 |")
+
+
+def test_the_tables_are_read_as_they_are_written(tmp_path, monkeypatch):
+    readme = Path(tmp_path / "README.md")
+    readme.write_text(f"before\n{matrix.MARK}old\n{matrix.END}after\n", encoding="utf-8")
+    monkeypatch.setattr(matrix, "README", readme)
+    matrix.write_readme("| a |")
+    assert matrix.in_readme() == "| a |"
+    assert readme.read_text(encoding="utf-8").endswith(f"{matrix.END}after\n")
