@@ -51,9 +51,9 @@ def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor, eps: float = 1
 class AdaLayerNorm(nn.Module):
     """The norm before a transformer's last projection. Its weights hold the scale first, then the shift."""
 
-    def __init__(self, dim: int, inputs: int | None = None, eps: float = 1e-6) -> None:
+    def __init__(self, dim: int, width: int | None = None, eps: float = 1e-6) -> None:
         super().__init__()
-        self.modulation = Modulation(dim, parts=2, width=inputs)
+        self.modulation = Modulation(dim, parts=2, width=width)
         self.eps = eps
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
