@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,3 +77,14 @@ def predictions(ranks: int, branches: list[str]) -> tuple[dict[str, float], int,
     found = predict_branches(branches, predict, axis, torch.zeros(2, 5, 3))
     assert all(value.unique().numel() == 1 for value in found.values())
     return {branch: value[0, 0, 0].item() for branch, value in found.items()}, len(asked), comm.sent["all_gather"]
+
+
+def meshes_made_again(times: int) -> tuple[bool, int]:
+    """Whether a layout's groups are those of the first time, and how many threads came with the others."""
+    first = Mesh(degrees(ulysses_degree=2, vae_degree=2), torch.device("cpu"))
+    threads = len(os.listdir("/proc/self/task"))
+    others = [Mesh(degrees(ulysses_degree=2, vae_degree=2), torch.device("cpu")) for _ in range(times)]
+    same = all(
+        other["ulysses"].group is first["ulysses"].group and other.vae.group is first.vae.group for other in others
+    )
+    return same, len(os.listdir("/proc/self/task")) - threads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,20 @@ class Axis:
     size: int
 
 
+_made: dict[Any, DeviceMesh] = {}
+
+
+def grid_of(ranks: torch.Tensor, names: tuple[str, ...], device: torch.device) -> DeviceMesh:
+    """All ranks in this arrangement. One that was made before is taken again: its groups have threads of their own, or
+    communicators with buffers on the device, which a sweep over many layouts would pile up."""
+    key = dist.group.WORLD, device.type, names, ranks.shape, *ranks.flatten().tolist()
+    if key not in _made:
+        for old in [old for old in _made if old[0] is not dist.group.WORLD]:
+            del _made[old]  # of another set of processes
+        _made[key] = DeviceMesh(device.type, ranks, mesh_dim_names=names)
+    return _made[key]
+
+
 class Mesh:
     """The ranks of a run: `mesh["ulysses"]` is this rank's axis of that dimension, or None where its degree is 1.
 
@@ -37,7 +52,7 @@ class Mesh:
         names = (*DIMENSIONS[:2], "replica", *DIMENSIONS[2:])
         shape = [sizes.get(name, self.world // product(degrees)) for name in names]
         ranks = torch.arange(self.world)
-        grid = DeviceMesh(device.type, ranks.view(shape), mesh_dim_names=names)
+        grid = grid_of(ranks.view(shape), names, device)
         self.axes = {
             name: Axis(grid.get_group(name), grid.get_local_rank(name), size)
             for name, size in zip(names, shape, strict=True)
@@ -45,7 +60,7 @@ class Mesh:
         self.rank = dist.get_rank()
         #: ranks that hold equal weights, as replicas x shards
         holders = ranks.view(-1, sizes["tensor"]).t().reshape(sizes["tensor"], -1, degrees["hsdp_degree"])
-        self.hsdp = DeviceMesh(device.type, holders, mesh_dim_names=("tensor", "replicate", "shard"))
+        self.hsdp = grid_of(holders, ("tensor", "replicate", "shard"), device)
         self.vae = self._vae_axis(ranks)
 
     def __getitem__(self, name: str) -> Axis | None:
@@ -57,5 +72,5 @@ class Mesh:
         degree = self.degrees["vae_degree"]
         if degree == 1:
             return None
-        grid = DeviceMesh(self.device.type, ranks.view(-1, degree), mesh_dim_names=("others", "vae"))
+        grid = grid_of(ranks.view(-1, degree), ("others", "vae"), self.device)
         return Axis(grid.get_group("vae"), grid.get_local_rank("vae"), degree)

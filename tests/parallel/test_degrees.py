@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from parallel_runs import degrees
+from ranks_work import meshes_made_again
 
 from hydrarun.parallel.degrees import problems, shares, world_size
 
@@ -50,3 +51,8 @@ def test_shares_differ_by_at_most_one():
             assert sum(parts) == length
             assert max(parts) - min(parts) <= 1
             assert parts == sorted(parts, reverse=True)
+
+
+def test_a_layout_that_comes_again_brings_no_more_groups(pool):
+    """A sweep builds its layouts in the same processes, point after point."""
+    assert pool(2, meshes_made_again, 3) == [(True, 0)] * 2
