@@ -61,12 +61,17 @@ KINDS = {
     "compile": Kind(1e-5, "the same operations, but for rotations, which are done without complex numbers"),
     "quantization=int8_weight_only": Kind(1e-1, "weights in 8 bits, a scale for each row", lossy=True),
     "quantization=int8": Kind(2e-1, "weights and what they are multiplied with in 8 bits", lossy=True),
-    "quantization=fp8": Kind(2e-1, "on GPUs alone"),
+    "quantization=fp8": Kind(2e-1, "as fp8_weight_only; on GPUs alone", lossy=True),
     "quantization=fp8_weight_only": Kind(2e-1, "weights with 3 bits behind the point", lossy=True),
-    "cache": Kind(1.0, "steps are skipped; random weights are the worst to foresee", lossy=True),
+    "cache": Kind(
+        1.0, "a quarter to half of the steps is skipped, and random weights are the worst to foresee", lossy=True
+    ),
 }
 #: steps of a run: with two experts one for each; caches need some to skip
 STEPS, CACHE_STEPS = 2, 8
+#: how caches are set, so that those that measure skip too: nothing is too different, and some steps are computed anyhow
+SKIPPING = {"residual_diff_threshold": 1e9, "max_warmup_steps": 2, "max_continuous_cached_steps": 1}
+SKIPPING_GATE = {"threshold": 1e9, "first": 5}
 
 
 @dataclass(frozen=True)
@@ -83,23 +88,38 @@ class Column:
     def kind(self) -> Kind:
         return KINDS[str(self)] if str(self) in KINDS else KINDS[self.group]
 
-    @property
-    def steps(self) -> int:
-        return CACHE_STEPS if self.group == "cache" else STEPS
+    def steps(self, name: str) -> int:
+        """Of a model's run: as many as its coefficients, where it has some, are for."""
+        if self.group != "cache":
+            return STEPS
+        fitted = (CONFIGS[name]["model"]["teacache"] or {}).get("num_inference_steps")
+        return max(CACHE_STEPS, *(fitted or [])[:1], 0) if self.name == "teacache" else CACHE_STEPS
 
     def config(self, name: str, guided: bool = True) -> dict[str, Any]:
         """The configuration of a model's small run with this option, as it is or with guidance on."""
         config = CONFIGS[name]
-        scale = {cfg_scale(config)[0]: 3.0} if guided else {}
-        sampling = {**config["sampling"], **request(name, self.steps), **scale, "negative_prompt": None, "seed": 0}
+        asked = {**request(name, self.steps(name)), "negative_prompt": None, "seed": 0}
+        if not guided:
+            del asked[cfg_scale(config)[0]]
+        sampling = {**config["sampling"], **asked}
         file = resources.folder("conf") / self.group / f"{self.name}.yaml"
         node = listing.option(config, self.group, file)
         if self.group == "parallel":
             node = {**config["parallel"], **node}
         if self.group == "cache":
-            node = {**caches.option(self.name, None), **node}  # with its predictor
+            node = set_to_skip({**caches.option(self.name, None), **node})  # with its predictor
         device = "cpu" if self.group != "offload" else "fake"  # there must be something to offload to
-        return {**config, "dtype": "float32", "device": device, "sampling": sampling, self.group: node}
+        return {**config, "dtype": "auto", "device": device, "sampling": sampling, self.group: node}
+
+
+def set_to_skip(node: dict[str, Any]) -> dict[str, Any]:
+    """A cache's node with the values of `SKIPPING` that it has; TeaCache's coefficients are for these weights too."""
+    if "gate" in node:
+        gate = {key: SKIPPING_GATE.get(key, value) for key, value in node["gate"].items()}
+        if gate.get("fit"):
+            gate["fit"] = {**gate["fit"], "weights": None}
+        return {**node, "gate": gate}
+    return {key: SKIPPING.get(key, value) for key, value in node.items()}
 
 
 @cache
@@ -133,7 +153,8 @@ def request(name: str, steps: int = STEPS) -> dict[str, Any]:
 def refusal(name: str, column: Column) -> str | None:
     """Why a model does not go with an option, and what goes instead; None where it does."""
     for rule in compat.violations(column.config(name)):
-        sentence = rule.sentence.replace("model {model}", "the model").replace("{steps}", str(column.steps))
+        sentence = rule.sentence.replace("another model than {model}", "another model")
+        sentence = sentence.replace("model {model}", "the model").replace("{steps}", str(column.steps(name)))
         return f"{sentence[0].upper()}{sentence[1:]}. Use {rule.fix.replace('{model}', 'MODEL')}."
     return None
 
@@ -191,9 +212,14 @@ class Bench:
         return joined([latents for _, latents, _ in results], degrees["data_degree"], want), want
 
     def cache(self, subject: subjects.Subject, column: Column) -> tuple[np.ndarray, np.ndarray]:
-        want = self.plain(subject, CACHE_STEPS).latents.numpy()
+        """Also: there are blocks that were not computed."""
+        steps = column.steps(subject.name)
+        want = self.plain(subject, steps).latents.numpy()
         node = column.config(subject.name)["cache"]
-        return subject.draw(cache=node, **request(subject.name, CACHE_STEPS)).latents.numpy(), want
+        found = subject.draw(cache=node, **request(subject.name, steps)).latents.numpy()
+        blocks = subject.runner.built.parts.cache.record()["blocks"]
+        assert 0 < blocks["run"] < blocks["all"]
+        return found, want
 
     def offload(self, subject: subjects.Subject, column: Column) -> tuple[np.ndarray, np.ndarray]:
         """On a device that has memory of its own; the second request, for which weights come again.
