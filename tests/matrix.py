@@ -71,7 +71,7 @@ KINDS = {
 STEPS, CACHE_STEPS = 2, 8
 #: how caches are set, so that those that measure skip too: nothing is too different, and some steps are computed anyhow
 SKIPPING = {"residual_diff_threshold": 1e9, "max_warmup_steps": 2, "max_continuous_cached_steps": 1}
-SKIPPING_GATE = {"threshold": 1e9, "first": 5}
+SKIPPING_GATE = {"threshold": 1e9, "first": 1, "last": 5}
 
 
 @dataclass(frozen=True)
