@@ -19,7 +19,7 @@ test: $(VENV)/installed-test ## lint, check types, run all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-launchers: $(VENV)/installed-launchers ## run sweeps by Ray, submitit and Optuna, for real, on this machine
 	$(BIN)/python -m pytest tests/launchers
