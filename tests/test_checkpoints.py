@@ -20,7 +20,6 @@ from hydrarun.processors import load_processor
 #: every builder of random weights once, by the name of one of its options
 NAMES = sorted({build: name for name, build in checkpoints.BUILDERS.items() if name != "demo"}.values())
 PROMPT = "a red cat on the roof of an old house"
-OTHER = "two ships under the moon, seen from far above"
 FROM_IMAGES = ("qwen_image_edit", "qwen_image_edit_plus", "qwen_image_layered", "longcat_image_edit", "wan22_i2v_a14b")
 LAYERED = "qwen_image_layered"
 SOUNDS = ("stable_audio",)
@@ -148,11 +147,6 @@ def test_pictures_are_neither_flat_nor_saturated(name):
 def test_the_seed_matters(name):
     pictures, _ = drawn(name)
     assert difference(pictures[0], pictures[1]) > 5
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_prompt_matters(name):
-    assert difference(draw(pipeline(name), name, prompt=OTHER, seeds=(0,))[0], drawn(name)[0][0]) > MATTERS
 
 
 @pytest.mark.parametrize("name", FROM_IMAGES)
