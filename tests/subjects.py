@@ -45,10 +45,7 @@ VARIANTS = {"qwen_image_2512", "wan21_t2v_1_3b", "flux_schnell", "sd35_large", "
 FAMILIES = [name for name in MODELS if name not in VARIANTS]
 
 #: one of each sort of transformer, for what is the same code for all of them and takes long
-SORTS = (
-    *("qwen_image_edit_plus", "flux_dev", "sd35_medium", "wan22_t2v_a14b", "wan22_ti2v_5b", "zimage"),
-    *("glm_image", "stable_audio"),
-)
+SORTS = ("qwen_image_edit_plus", "flux_dev", "wan22_t2v_a14b", "zimage", "stable_audio")
 
 #: the file for `input.images`, beside a subject's folder
 IMAGE = "input.png"

@@ -63,7 +63,7 @@ def _of_its_kind(config: Mapping[str, Any], names: Sequence[str]) -> Iterator[Pr
     kind, model = kinds.drawn_by(config["model"]), config["model"]["name"]
     for name in names:
         if name in PAIRED and name not in kind.metrics:
-            others = " and ".join(other.many for other in kinds.KINDS if name in other.metrics)
+            others = ", ".join(other.many for other in kinds.KINDS if name in other.metrics)
             known = ", ".join(kind.metrics)
             yield "report.metrics", f"{name!r} is of {others}, and model {model} draws {kind.many}. Use {known}."
 

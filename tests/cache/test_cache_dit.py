@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from dbcache import Counter, guided, node, record
-from subjects import FAMILIES, LONG, SHORT, SORTS
+from subjects import LONG, SHORT, SORTS
 
 from hydrarun.targets import instantiate
 
@@ -52,7 +52,7 @@ def test_a_threshold_of_zero_is_the_plain_run(subject, prune):
     assert record(subject)["blocks"]["run"] == record(subject)["blocks"]["all"] > 0
 
 
-@pytest.mark.parametrize("subject", FAMILIES, indirect=True)
+@pytest.mark.parametrize("subject", SORTS, indirect=True)
 def test_always_similar_computes_the_warm_up_and_each_experts_first_step(subject):
     check_computed(subject, {0, 1, *firsts(subject)}, 8, max_warmup_steps=2, **ALWAYS)
 

@@ -76,7 +76,7 @@ def test_nothing_skipped_is_the_plain_run_to_the_bit(subject, plains):
         assert subject.runner.built.parts.cache.record()["blocks"]["run"] > 0
 
 
-@pytest.mark.parametrize("subject", FAMILIES, indirect=True)
+@pytest.mark.parametrize("subject", SORTS, indirect=True)
 def test_a_mask_computes_exactly_its_steps(subject, plains, runs):
     """Both branches, each expert by its own transformer; and it matters."""
     want = plain(subject, plains)

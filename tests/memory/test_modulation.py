@@ -147,7 +147,7 @@ def test_ranks_draw_the_plain_pictures(subject, pool, layout):
         assert count == len(texts) * STEPS
 
 
-@pytest.mark.parametrize("subject", WITH, indirect=True)
+@pytest.mark.parametrize("subject", SOME, indirect=True)
 def test_the_weights_are_nowhere(subject, tabled):
     """What the transformer holds is the plain one's, less the modulations' weights, and their tables."""
     tabled.draw(**asked(subject))

@@ -10,7 +10,7 @@ import numpy as np
 import parallel_runs
 import pytest
 import torch
-from subjects import FAMILIES, LONG, SHORT, SORTS
+from subjects import LONG, SHORT, SORTS
 from torch import nn
 from watched import Measured, draw, measured, modules, on_device, runner, size, weights
 
@@ -70,7 +70,7 @@ def test_the_fake_device_counts_bytes_and_refuses_the_hosts_tensors(fake):
     assert fake.max_memory_allocated() >= before + 60
 
 
-@pytest.mark.parametrize("subject", FAMILIES, indirect=True)
+@pytest.mark.parametrize("subject", SORTS, indirect=True)
 def test_a_device_draws_what_the_cpu_draws(subject, fake, kept):
     got, want = plain(subject, fake, kept)[True], on_the_cpu(subject, kept)
     latents = want.latents.numpy()

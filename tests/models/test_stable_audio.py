@@ -260,7 +260,8 @@ def test_a_batch_its_quality_and_its_report(subject, tmp_path):
         ),
         (
             "report.metrics=[psnr]",
-            r"report.metrics .*: 'psnr' is of videos and pictures, and model stable_audio draws sounds. Use snr\.",
+            r"report.metrics .*: 'psnr' is of videos, layered pictures, pictures, and model stable_audio draws sounds\."
+            r" Use snr\.",
         ),
         (
             "parallel.vae_degree=2",
