@@ -6,7 +6,6 @@ files. docs/outputs.md documents both.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,12 +16,12 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 
 from hydrarun.errors import RunError, UsageError
-from hydrarun.media import png
+from hydrarun.media import container, png
 from hydrarun.media.frames import stack
 
 TAGS = {"parameters": "description", png.CHUNK: "comment"}
 
-MAX_TEXT_BYTES = png.MAX_TEXT_BYTES
+MAX_TEXT_BYTES = container.MAX_TEXT_BYTES
 
 CRF = "17"  # constant quality; the eye takes 17-18 for lossless
 
@@ -74,13 +73,7 @@ def read(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
 
     The file may be a stranger's: everything that can be wrong with it is a `UsageError` of one line.
     """
-    try:
-        with open(path, "rb") as file:
-            return _read(path, file)
-    except av.FFmpegError as error:  # before OSError, which some of them also are
-        raise UsageError(f"{path}: damaged mp4 file: {error.strerror}") from None
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
+    return container.read(path, "mp4", _read)
 
 
 def _read(path: Path, file: BinaryIO) -> tuple[np.ndarray, dict[str, Any] | None]:
@@ -88,14 +81,13 @@ def _read(path: Path, file: BinaryIO) -> tuple[np.ndarray, dict[str, Any] | None
     if file.read(8)[4:] != b"ftyp":
         raise UsageError(f"{path}: not an mp4 file, or damaged at its start")
     file.seek(0)
-    with av.open(file, format="mp4", metadata_errors="replace") as container:
-        video = container.streams.video
+    with av.open(file, format="mp4", metadata_errors="replace") as opened:
+        video = opened.streams.video
         codecs = [stream.codec_context and stream.codec_context.name for stream in video]  # no context: an unknown one
         if codecs != ["h264"]:
             raise UsageError(f"{path}: refused, not an mp4 file with one H.264 video in it")
-        text = container.metadata.get(TAGS[png.CHUNK])
-        record = None if text is None else _parse(path, text)
-        return stack(path, _decode(path, container, video[0])), record
+        record = container.recipe(path, opened.metadata.get(TAGS[png.CHUNK]))
+        return stack(path, _decode(path, opened, video[0])), record
 
 
 def _decode(path: Path, container: Any, stream: Any) -> Iterator[np.ndarray]:
@@ -105,15 +97,3 @@ def _decode(path: Path, container: Any, stream: Any) -> Iterator[np.ndarray]:
         yield frame.to_ndarray(format="rgb24")
     if stream.frames and count != stream.frames:
         raise UsageError(f"{path}: damaged mp4 file: {count} of its {stream.frames} frames can be read")
-
-
-def _parse(path: Path, text: str) -> dict[str, Any]:
-    if len(text.encode(errors="replace")) > MAX_TEXT_BYTES:
-        raise UsageError(f"{path}: refused, its comment tag is larger than {MAX_TEXT_BYTES} bytes")
-    try:
-        metadata = json.loads(text)
-    except (ValueError, RecursionError):
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise UsageError(f"{path}: its comment tag is not a JSON object")
-    return metadata

@@ -7,7 +7,6 @@ chunks of our PNG files. docs/outputs.md documents both.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,11 +15,11 @@ import av
 import numpy as np
 
 from hydrarun.errors import RunError, UsageError
-from hydrarun.media import png
+from hydrarun.media import container, png
 
 TAGS = {"parameters": "ISBJ", png.CHUNK: "comment"}
 
-MAX_TEXT_BYTES = png.MAX_TEXT_BYTES
+MAX_TEXT_BYTES = container.MAX_TEXT_BYTES
 
 MAX_BYTES = 2**30  # of samples that are read: an hour and a half of stereo at 48 kHz
 
@@ -64,13 +63,7 @@ def read(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
 
     The file may be a stranger's: everything that can be wrong with it is a `UsageError` of one line.
     """
-    try:
-        with open(path, "rb") as file:
-            return _read(path, file)
-    except av.FFmpegError as error:  # before OSError, which some of them also are
-        raise UsageError(f"{path}: damaged wav file: {error.strerror}") from None
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
+    return container.read(path, "wav", _read)
 
 
 def _read(path: Path, file: BinaryIO) -> tuple[np.ndarray, dict[str, Any] | None]:
@@ -81,13 +74,12 @@ def _read(path: Path, file: BinaryIO) -> tuple[np.ndarray, dict[str, Any] | None
     if int.from_bytes(head[4:8], "little") + 8 > length:
         raise UsageError(f"{path}: damaged wav file: cut short")
     file.seek(0)
-    with av.open(file, format="wav", metadata_errors="replace") as container:
-        streams = container.streams.audio
+    with av.open(file, format="wav", metadata_errors="replace") as opened:
+        streams = opened.streams.audio
         if [stream.codec_context and stream.codec_context.name for stream in streams] != ["pcm_s16le"]:
             raise UsageError(f"{path}: refused, not a wav file of 16-bit PCM")
-        text = container.metadata.get(TAGS[png.CHUNK])
-        record = None if text is None else _parse(path, text)
-        return _decode(path, container, streams[0]), record
+        record = container.recipe(path, opened.metadata.get(TAGS[png.CHUNK]))
+        return _decode(path, opened, streams[0]), record
 
 
 def _decode(path: Path, container: Any, stream: Any) -> np.ndarray:
@@ -100,15 +92,3 @@ def _decode(path: Path, container: Any, stream: Any) -> np.ndarray:
     if not len(samples) or len(samples) != stream.duration:
         raise UsageError(f"{path}: damaged wav file: {len(samples)} samples of {stream.duration}")
     return samples
-
-
-def _parse(path: Path, text: str) -> dict[str, Any]:
-    if len(text.encode(errors="replace")) > MAX_TEXT_BYTES:
-        raise UsageError(f"{path}: refused, its comment is larger than {MAX_TEXT_BYTES} bytes")
-    try:
-        metadata = json.loads(text)
-    except (ValueError, RecursionError):
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise UsageError(f"{path}: its comment is not a JSON object")
-    return metadata

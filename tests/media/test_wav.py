@@ -117,7 +117,8 @@ def test_samples_of_another_kind(tmp_path):
 def test_a_comment_that_is_no_recipe(tmp_path):
     for text in ("[1]", "{", "12"):
         assert (
-            refused(write(tmp_path, wav.encode(SOUND, 8000, {"hydrarun": text}))) == "its comment is not a JSON object"
+            refused(write(tmp_path, wav.encode(SOUND, 8000, {"hydrarun": text})))
+            == "its comment tag is not a JSON object"
         )
 
 
