@@ -1,4 +1,4 @@
-"""Models in layouts of several dimensions: the single process' latents within 1e-4, the same pictures within 1/255.
+"""One of each sort of model in layouts of several dimensions: the single process' latents within 1e-4, the same pictures within 1/255.
 
 Sizes at which tokens do not divide (3 x 5 of them in a frame, prompts of unequal length), and 3 heads. Each dimension
 by itself, on every model: tests/test_matrix.py.
@@ -10,7 +10,7 @@ import numpy as np
 import parallel_runs
 import pytest
 from matrix import request
-from subjects import CONFIGS, MODELS, SORTS, VARIANTS, apart
+from subjects import CONFIGS, SORTS, apart
 
 from hydrarun.parallel.degrees import shares, world_size
 
@@ -25,11 +25,7 @@ LAYOUTS = {
     "tp2_hsdp2": {"tensor_degree": 2, "hsdp_degree": 2},
     "hsdp2_usp2x2": {"hsdp_degree": 2, "ring_degree": 2, "ulysses_degree": 2},  # two copies of two halves
 }
-#: what is not a sort of its own is tried in one
-LAYOUT_OF_OTHERS = "cfg2_ulysses2"
-OTHERS = [name for name in MODELS if name not in {*SORTS, *VARIANTS}]
 CASES = [(name, layout) for name in SORTS for layout in LAYOUTS]
-CASES += [(name, LAYOUT_OF_OTHERS) for name in OTHERS]
 
 
 def asked(subject) -> tuple[int, dict]:
