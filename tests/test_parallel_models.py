@@ -1,4 +1,4 @@
-"""One of each sort of model in layouts of several dimensions: the single process' latents within 1e-4, the same pictures within 1/255.
+"""One of each sort of model in layouts of several dimensions: the single process' latents within 1e-4, and pictures.
 
 Sizes at which tokens do not divide (3 x 5 of them in a frame, prompts of unequal length), and 3 heads. Each dimension
 by itself, on every model: tests/test_matrix.py.
