@@ -26,19 +26,19 @@ import numpy as np
 import torch
 from measuring import keep
 
-from hydrarun.cache.base import Cache, NoCache, Schedule, Step
-from hydrarun.cache.calibrate_teacache import fit, record
-from hydrarun.cache.calibration import Draws
-from hydrarun.compose import compose, compose_raw
-from hydrarun.listing import Table, markdown, plain
+from hydrarun.acceleration.cache.base import Cache, NoCache, Schedule, Step
+from hydrarun.cli.commands.list import Table, markdown, plain
+from hydrarun.config.compose import compose, compose_raw
+from hydrarun.config.targets import instantiate
+from hydrarun.core.progress import Progress
+from hydrarun.engine.calibration.teacache import fit, record
+from hydrarun.engine.calibration.trial import Draws
 from hydrarun.models.qwen_image import QwenImageTransformer
-from hydrarun.progress import Progress
-from hydrarun.quality.judge import held_out_prompts
-from hydrarun.quality.metrics import accuracy, compare, summary
-from hydrarun.quality.scenes import caption, sample_scene
-from hydrarun.state import State
-from hydrarun.targets import instantiate
-from hydrarun.transformer import Inputs
+from hydrarun.models.transformer import Inputs
+from hydrarun.outputs.quality.metrics import accuracy, compare, summary
+from hydrarun.outputs.quality.scene_judge import held_out_prompts
+from hydrarun.outputs.quality.scenes import caption, sample_scene
+from hydrarun.pipeline.state import State
 
 PREDICTORS = ("", " cache/predictor=taylor")
 SECOND_ORDER = " cache/predictor=taylor cache.predictor.order=2"

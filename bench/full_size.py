@@ -17,22 +17,22 @@ from measuring import Drawn, asked, theirs
 from shared_weights import SharedTables, diffusers_transformer, own_bytes, quantized, random_transformer, smaller, twin
 from torch import Tensor
 
-from hydrarun.cache.base import NoCache
-from hydrarun.components import quiet_libraries
-from hydrarun.compose import compose_raw
-from hydrarun.errors import UsageError
-from hydrarun.experts import Experts
-from hydrarun.guidance import NEGATIVE, POSITIVE
-from hydrarun.memory.device import peak_bytes
-from hydrarun.pipeline import Parts, Stage, run_stages
-from hydrarun.plan.configs import known
-from hydrarun.plan.estimate import shorten, structure
-from hydrarun.plan.meter import META, Meter, Work
-from hydrarun.plan.rehearse import Rehearsal
-from hydrarun.progress import Progress
-from hydrarun.request import make_state
-from hydrarun.targets import instantiate, load_class
-from hydrarun.timing import Timings
+from hydrarun.acceleration.cache.base import NoCache
+from hydrarun.config.compose import compose_raw
+from hydrarun.config.targets import instantiate, load_class
+from hydrarun.core.device import peak_bytes
+from hydrarun.core.errors import UsageError
+from hydrarun.core.progress import Progress
+from hydrarun.core.timing import Timings
+from hydrarun.engine.plan.configs import known
+from hydrarun.engine.plan.dry_forward import Rehearsal
+from hydrarun.engine.plan.estimate import shorten, structure
+from hydrarun.engine.plan.meter import META, Meter, Work
+from hydrarun.models.experts import Experts
+from hydrarun.pipeline.components import quiet_libraries
+from hydrarun.pipeline.guidance import NEGATIVE, POSITIVE
+from hydrarun.pipeline.request import make_state
+from hydrarun.pipeline.stage import Parts, Stage, run_stages
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ import torch
 from full_size import CASES, REFERENCE, ROWS, Bench, Row
 from measuring import Drawn, difference, in_turns, keep, machine, missing, ratio
 
-from hydrarun.build import DTYPES
-from hydrarun.listing import Table, markdown, plain
-from hydrarun.memory.device import synchronize
-from hydrarun.plan.devices import GIB
+from hydrarun.cli.commands.list import Table, markdown, plain
+from hydrarun.core.device import synchronize
+from hydrarun.engine.build import DTYPES
+from hydrarun.engine.plan.devices import GIB
 
 HEADER = (
     "row",

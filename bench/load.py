@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from hydrarun.build import DTYPES
-from hydrarun.compose import compose_raw
-from hydrarun.listing import Table, plain
-from hydrarun.memory.loading import load_transformer, place
-from hydrarun.memory.pool import Pool
-from hydrarun.memory.safetensors_files import Checkpoint
-from hydrarun.progress import Progress
-from hydrarun.targets import load_class
+from hydrarun.cli.commands.list import Table, plain
+from hydrarun.config.compose import compose_raw
+from hydrarun.config.targets import load_class
+from hydrarun.core.progress import Progress
+from hydrarun.core.threads import Pool
+from hydrarun.engine.build import DTYPES
+from hydrarun.models.weights.loader import load_transformer, place
+from hydrarun.models.weights.safetensors import Checkpoint
 
 
 def save_random(cls: Any, folder: Path, blocks: int) -> None:

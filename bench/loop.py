@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from measuring import Drawn, asked, difference, in_turns, keep, machine, missing, ratio, theirs
 
-from hydrarun.components import quiet_libraries
-from hydrarun.compose import compose
-from hydrarun.listing import Table, markdown, plain
-from hydrarun.runner import Runner
-from hydrarun.state import State
-from hydrarun.timing import Timings
+from hydrarun.cli.commands.list import Table, markdown, plain
+from hydrarun.config.compose import compose
+from hydrarun.core.timing import Timings
+from hydrarun.engine.runner import Runner
+from hydrarun.pipeline.components import quiet_libraries
+from hydrarun.pipeline.state import State
 
 REFERENCE, NARROW = "diffusers", "diffusers bfloat16"
 #: our rows, by what they change

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hydrarun.errors import RunError, UsageError
-from hydrarun.media.files import write_atomically
-from hydrarun.memory.device import synchronize
-from hydrarun.provenance import hardware, versions
-from hydrarun.request import PLAIN
-from hydrarun.state import State
+from hydrarun.core.device import synchronize
+from hydrarun.core.errors import RunError, UsageError
+from hydrarun.core.files import write_atomically
+from hydrarun.outputs.provenance import hardware, versions
+from hydrarun.pipeline.request import PLAIN
+from hydrarun.pipeline.state import State
 
 
 class Drawn(NamedTuple):

@@ -25,8 +25,8 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from hydrarun.models.qwen_image import QwenImageTransformer
+from hydrarun.models.transformer import Transformer
 from hydrarun.models.wan import WanTransformer
-from hydrarun.transformer import Transformer
 
 NODE = 8  # GPUs
 BYTES = 2  # of an activation: bfloat16

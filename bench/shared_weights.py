@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hydrarun.components import quiet_libraries
-from hydrarun.fit import DEPTHS
-from hydrarun.memory.loading import place, put
-from hydrarun.memory.modulation import ModulationTables, Place, swap
-from hydrarun.memory.quantize import TorchAO, stored_bytes
-from hydrarun.plan.configs import Configs
-from hydrarun.plan.estimate import structure
-from hydrarun.progress import Progress
-from hydrarun.transformer import Transformer
+from hydrarun.acceleration.offload.modulation_tables import ModulationTables, Place, swap
+from hydrarun.acceleration.quantization import TorchAO, stored_bytes
+from hydrarun.config.checks.checkpoint import DEPTHS
+from hydrarun.core.progress import Progress
+from hydrarun.engine.plan.configs import Configs
+from hydrarun.engine.plan.estimate import structure
+from hydrarun.models.transformer import Transformer
+from hydrarun.models.weights.loader import place, put
+from hydrarun.pipeline.components import quiet_libraries
 
 
 def smaller(configs: Configs, blocks: int | None, heads: int | None) -> Configs:

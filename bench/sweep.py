@@ -20,9 +20,10 @@ from contextlib import redirect_stderr
 import torch
 from measuring import machine
 
-from hydrarun import cli, launch
-from hydrarun.compose import compose
-from hydrarun.runner import Runner
+from hydrarun.cli.commands import run as cli
+from hydrarun.config.compose import compose
+from hydrarun.engine.ranks import launch
+from hydrarun.engine.runner import Runner
 
 DEFAULT = ("device=cpu", "sampling.height=64", "sampling.width=64")
 

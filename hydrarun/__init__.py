@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hydrarun.launch import Remote
-    from hydrarun.runner import Runner
+    from hydrarun.engine.ranks.launch import Remote
+    from hydrarun.engine.runner import Runner
 
 __version__ = "0.1.0"
 
@@ -15,9 +15,9 @@ def load(*overrides: str) -> Runner | Remote:
     """Compose, validate and build a run exactly as `python -m hydrarun OVERRIDES…` does, with its weights loaded.
 
     With `parallel=…` the ranks are started for it, until its `close()`; under torchrun every rank calls this and
-    `generate` alike. Raises `hydrarun.errors.UsageError` for what the command would refuse with exit code 2.
+    `generate` alike. Raises `hydrarun.core.errors.UsageError` for what the command would refuse with exit code 2.
     """
-    from hydrarun import launch
-    from hydrarun.compose import compose
+    from hydrarun.config.compose import compose
+    from hydrarun.engine.ranks import launch
 
     return launch.load(compose(overrides))

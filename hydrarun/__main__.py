@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from hydrarun import worker
+from hydrarun.engine.ranks import worker
 
 
 def main() -> int:
@@ -12,7 +12,7 @@ def main() -> int:
     if worker.launched() and worker.place().rank > 0:
         worker.follow(sys.argv[1:])
         return 0
-    from hydrarun import cli  # and Hydra, which no other rank needs
+    from hydrarun.cli.commands import run as cli  # and Hydra, which no other rank needs
 
     return cli.main()
 

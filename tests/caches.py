@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from hydrarun.cache.base import Cache, Schedule, Step
-from hydrarun.transformer import Inputs, Tokens, Transformer
+from hydrarun.acceleration.cache.base import Cache, Schedule, Step
+from hydrarun.models.transformer import Inputs, Tokens, Transformer
 
 #: a polynomial that leaves the change as it is
 SAME = [1.0, 0.0]
@@ -18,7 +18,7 @@ SAME = [1.0, 0.0]
 
 @cache
 def option(name: str, predictor: str | None) -> dict[str, Any]:
-    from hydrarun.compose import compose_raw
+    from hydrarun.config.compose import compose_raw
 
     chosen = [f"cache={name}"] + ([f"cache/predictor={predictor}"] if predictor else [])
     return compose_raw(chosen)[0]["cache"]

@@ -50,8 +50,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from hydrarun import resources
-from hydrarun.processors import without_videos
+from hydrarun.core import resources
+from hydrarun.pipeline.processors import without_videos
 
 TEXT_WIDTH = 16  # of what the text encoders hand to the transformers
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,'\"!?-"

@@ -17,7 +17,7 @@ from diffusers import (
 )
 from transformers import Qwen2VLImageProcessorPil, Qwen2VLProcessor, Qwen3Config, Qwen3Model
 
-from hydrarun.processors import without_videos
+from hydrarun.pipeline.processors import without_videos
 
 #: as FLUX.1-dev's: shifted by size
 SCHEDULER = {"max_shift": 1.15, "shift": 3.0, "use_dynamic_shifting": True}

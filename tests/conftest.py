@@ -20,7 +20,7 @@ import subjects
 import tiny
 import torch
 
-from hydrarun import listing
+from hydrarun.cli.commands import list as listing
 
 torch.set_num_threads(1)  # these models are too small for more
 
@@ -55,7 +55,7 @@ def tiny_runner(tiny_folder):
 @pytest.fixture(scope="session")
 def demo_folder() -> Path:
     """The trained model that the package ships."""
-    from hydrarun.resources import folder
+    from hydrarun.core.resources import folder
 
     return folder("weights") / "demo"
 

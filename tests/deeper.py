@@ -10,7 +10,7 @@ from pathlib import Path
 import subjects
 from safetensors.torch import load_file, save_file
 
-from hydrarun.fit import DEPTHS
+from hydrarun.config.checks.checkpoint import DEPTHS
 
 #: the config's lengths of lists of blocks, by what the lists' names hold
 LENGTHS = {

@@ -16,8 +16,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hydrarun import errors, group, targets, worker
 from hydrarun.__main__ import main
+from hydrarun.config import targets
+from hydrarun.core import errors
+from hydrarun.engine.ranks import local_group as group
+from hydrarun.engine.ranks import worker
 
 
 class FakeRunner:

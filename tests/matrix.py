@@ -26,12 +26,14 @@ from deeper import deeper_subject
 from subjects import CONFIGS, LONG, MODELS, SHORT
 from torch._dynamo.utils import counters
 
-from hydrarun import compat, listing, resources
-from hydrarun.compiling import CompileFull
-from hydrarun.parallel.degrees import shares, world_size
-from hydrarun.runner import Runner
-from hydrarun.targets import instantiate
-from hydrarun.validate import cfg_off, cfg_scale
+from hydrarun.acceleration.compilation import CompileFull
+from hydrarun.cli.commands import list as listing
+from hydrarun.config.checks import compatibility as compat
+from hydrarun.config.checks.values import cfg_off, cfg_scale
+from hydrarun.config.targets import instantiate
+from hydrarun.core import resources
+from hydrarun.core.distributed.degrees import shares, world_size
+from hydrarun.engine.runner import Runner
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 #: groups of which each option is a column, by the tables that they stand in

@@ -11,12 +11,12 @@ from typing import Any
 import subjects
 import torch
 
-from hydrarun.build import spread
-from hydrarun.parallel import comm
-from hydrarun.parallel.mesh import Mesh
-from hydrarun.runner import Runner
-from hydrarun.schema import Parallel
-from hydrarun.timing import Timings
+from hydrarun.config.schema import Parallel
+from hydrarun.core.distributed import collectives as comm
+from hydrarun.core.distributed.mesh import Mesh
+from hydrarun.core.timing import Timings
+from hydrarun.engine.build import spread
+from hydrarun.engine.runner import Runner
 
 CPU = torch.device("cpu")
 #: how tokens, branches and pictures are spread; the others change what is loaded
@@ -34,7 +34,7 @@ def config(name: str, folder: Path, chosen: dict[str, int], *more: str) -> dict[
 @cache
 def composed(name: str, folder: Path, *more: str) -> dict[str, Any]:
     """The configuration of a small run in one process."""
-    from hydrarun.compose import compose
+    from hydrarun.config.compose import compose
 
     return compose([*subjects.command(name, folder), *more])
 
@@ -73,7 +73,7 @@ def runner_for(name: str, folder: Path, chosen: dict[str, int]) -> Runner:
 
 def draw(name: str, folder: Path, chosen: dict[str, int], images: int, fields: dict[str, Any]) -> tuple[Any, Any, dict]:
     """Frames of all pictures, latents of this rank's own, bytes sent."""
-    from hydrarun.request import make_state
+    from hydrarun.pipeline.request import make_state
 
     runner = runner_for(name, folder, chosen)
     comm.sent.clear()
@@ -93,7 +93,7 @@ def draw_cached(
     name: str, folder: Path, chosen: dict[str, int], cache_node: dict[str, Any], images: int, fields: dict[str, Any]
 ) -> tuple[Any, dict[str, Any], int]:
     """Latents of this rank's own pictures, its cache's record, bytes that it sent in sums."""
-    from hydrarun.request import make_state
+    from hydrarun.pipeline.request import make_state
 
     runner = runner_for(name, folder, chosen)
     comm.sent.clear()
@@ -104,7 +104,7 @@ def draw_cached(
 
 def draw_with(name: str, folder: Path, chosen: dict[str, int], fields: dict[str, Any], *more: str) -> Any:
     """Latents of a run with more words on its command line."""
-    from hydrarun.request import make_state
+    from hydrarun.pipeline.request import make_state
 
     runner = Runner(config(name, folder, chosen, *more))
     state = make_state({**runner.config["sampling"], **fields}, [])
@@ -113,7 +113,7 @@ def draw_with(name: str, folder: Path, chosen: dict[str, int], fields: dict[str,
 
 def draw_compiled(name: str, folder: Path, chosen: dict[str, int], images: int, fields: dict[str, Any]) -> Any:
     """Latents with every block traced; the graph breaks where ranks talk."""
-    from hydrarun.request import make_state
+    from hydrarun.pipeline.request import make_state
 
     torch._dynamo.reset()
     runner = Runner(config(name, folder, chosen))
@@ -128,9 +128,9 @@ def draw_tabled(
     name: str, folder: Path, chosen: dict[str, int], images: int, fields: dict[str, Any]
 ) -> tuple[Any, int]:
     """Latents of this rank's own pictures, drawn with modulation tables, and how many rows the tables have."""
-    from hydrarun.request import make_state
+    from hydrarun.pipeline.request import make_state
 
-    offload = {"_target_": "hydrarun.memory.modulation.ModulationOffload"}
+    offload = {"_target_": "hydrarun.acceleration.offload.modulation_tables.ModulationOffload"}
     runner = Runner({**config(name, folder, chosen), "offload": offload})
     state = make_state({**runner.config["sampling"], **fields}, subjects.pictures(images, runner.config))
     latents = runner.draw(state, Timings(CPU)).latents.numpy()
@@ -139,7 +139,7 @@ def draw_tabled(
 
 def draw_offloaded(name: str, folder: Path, chosen: dict[str, int], fields: dict[str, Any]) -> tuple[Any, set[str]]:
     """Latents of the second request with `offload=text_encoder`, and where its weights are afterwards."""
-    from hydrarun.request import make_state
+    from hydrarun.pipeline.request import make_state
 
     runner = Runner(config(name, folder, chosen, "offload=text_encoder"))
     state = make_state({**runner.config["sampling"], **fields}, [])

@@ -24,7 +24,7 @@ PRELOAD = [
     "diffusers.pipelines.flux.pipeline_flux",
     "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus",
     "diffusers.pipelines.wan.pipeline_wan_i2v",
-    "hydrarun.runner",
+    "hydrarun.engine.runner",
 ]
 
 

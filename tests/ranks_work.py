@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from parallel_runs import degrees
 
-from hydrarun.layers.attention import Attention
-from hydrarun.parallel import comm
-from hydrarun.parallel.degrees import shares
-from hydrarun.parallel.mesh import Mesh
-from hydrarun.parallel.sequence import SequenceParallel
-from hydrarun.transformer import Tokens
+from hydrarun.acceleration.parallel.sequence import SequenceParallel
+from hydrarun.core.distributed import collectives as comm
+from hydrarun.core.distributed.degrees import shares
+from hydrarun.core.distributed.mesh import Mesh
+from hydrarun.models.layers.attention import Attention
+from hydrarun.models.transformer import Tokens
 
 
 def sequence(ulysses: int, ring: int) -> SequenceParallel:
@@ -47,7 +47,7 @@ def held(name: str, folder: Any, chosen: dict[str, int]) -> tuple[int, int]:
     """Bytes of the blocks' weights, and of the text encoders', that this rank holds."""
     from parallel_runs import config
 
-    from hydrarun.runner import Runner
+    from hydrarun.engine.runner import Runner
 
     parts = Runner(config(name, folder, chosen)).built.parts
     blocks = [p for transformer in parts.experts for block in transformer.all_blocks() for p in block.parameters()]
@@ -64,7 +64,7 @@ def own_bytes(parameters: list[Any]) -> int:
 
 def predictions(ranks: int, branches: list[str]) -> tuple[dict[str, float], int, int]:
     """What every rank gets when each predicts its share; a prediction is full of its branch's number."""
-    from hydrarun.parallel.cfg import predict_branches
+    from hydrarun.acceleration.parallel.cfg import predict_branches
 
     axis = Mesh(degrees(cfg_degree=ranks), torch.device("cpu"))["cfg"]
     asked: list[str] = []

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
-from hydrarun import runner, worker
-from hydrarun.errors import RunError
+from hydrarun.core.errors import RunError
+from hydrarun.engine import runner
+from hydrarun.engine.ranks import worker
 
 play = runner.Runner.play
 

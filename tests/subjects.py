@@ -18,12 +18,12 @@ import tiny
 import torch
 from PIL import Image
 
-from hydrarun import resources
-from hydrarun.compose import compose, compose_raw
-from hydrarun.fit import size_multiple, vae_factors
-from hydrarun.media import kinds
-from hydrarun.runner import Runner
-from hydrarun.validate import cfg_off, cfg_scale, is_video
+from hydrarun.config.checks.checkpoint import size_multiple, vae_factors
+from hydrarun.config.checks.values import cfg_off, cfg_scale, is_video
+from hydrarun.config.compose import compose, compose_raw
+from hydrarun.core import resources
+from hydrarun.engine.runner import Runner
+from hydrarun.outputs.media import kinds
 
 MODELS = sorted(file.stem for file in (resources.folder("conf") / "model").glob("*.yaml"))
 

@@ -3,7 +3,7 @@ from typing import Any, Literal, Optional, Union
 
 import pytest
 
-from hydrarun.annotations import describe, fits, show
+from hydrarun.config.type_check import describe, fits, show
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import pytest
 
-from hydrarun.arguments import parse
-from hydrarun.errors import UsageError
+from hydrarun.cli.arguments import parse
+from hydrarun.core.errors import UsageError
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,16 @@ import ranks
 import tiny
 import torch
 
-from hydrarun import batch_draw, batch_run, cli, group, launch, outputs
-from hydrarun.batch_ledger import Book
-from hydrarun.errors import RunError, UsageError
-from hydrarun.media import png
-from hydrarun.provenance import config_hash
+from hydrarun.cli.commands import run as cli
+from hydrarun.core.errors import RunError, UsageError
+from hydrarun.engine.ranks import launch
+from hydrarun.engine.ranks import local_group as group
+from hydrarun.engine.runs import batch as batch_run
+from hydrarun.engine.runs import batch_worker as batch_draw
+from hydrarun.engine.runs.batch_ledger import Book
+from hydrarun.outputs import writer as outputs
+from hydrarun.outputs.media import png
+from hydrarun.outputs.provenance import config_hash
 
 BARE = "output.metadata=false"  # files of equal pixels are then equal: recipes hold times
 
@@ -49,7 +54,7 @@ def config(tiny_folder, tmp_path):
 
 
 def compose_checked(words: list[str]) -> dict[str, Any]:
-    from hydrarun.compose import compose
+    from hydrarun.config.compose import compose
 
     return compose(words)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hydrarun import batches
-from hydrarun.compose import compose
-from hydrarun.errors import UsageError
+from hydrarun.config import batches
+from hydrarun.config.compose import compose
+from hydrarun.core.errors import UsageError
 
 
 @pytest.fixture

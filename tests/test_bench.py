@@ -18,7 +18,7 @@ import loop
 import measuring
 from shared_weights import own_bytes, quantized, twin
 
-from hydrarun.memory.quantize import TorchAO
+from hydrarun.acceleration.quantization import TorchAO
 
 CPU = torch.device("cpu")
 STEPS, BLOCKS, WIDTH = 4, 2, 256  # channels of two heads

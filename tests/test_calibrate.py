@@ -15,16 +15,17 @@ import tiny
 import yaml
 from test_conf import uncommented
 
-from hydrarun import calibrate, cli
-from hydrarun.cache import calibrate_mask
-from hydrarun.cache.calibrate_mask import Twins
-from hydrarun.cache.calibration import Draws
-from hydrarun.compose import compose, compose_raw
-from hydrarun.errors import UsageError
-from hydrarun.listing import first_comment
-from hydrarun.memory.safetensors_files import fingerprint
-from hydrarun.progress import Progress
-from hydrarun.prompts import texts
+from hydrarun.cli.commands import calibrate
+from hydrarun.cli.commands import run as cli
+from hydrarun.cli.commands.list import first_comment
+from hydrarun.config.compose import compose, compose_raw
+from hydrarun.config.prompts import texts
+from hydrarun.core.errors import UsageError
+from hydrarun.core.progress import Progress
+from hydrarun.engine.calibration import mask as calibrate_mask
+from hydrarun.engine.calibration.mask import Twins
+from hydrarun.engine.calibration.trial import Draws
+from hydrarun.models.weights.safetensors import fingerprint
 
 QUIET = Progress(quiet=True)
 
@@ -195,10 +196,10 @@ def test_the_option_of_a_mask(searched, tiny_folder, tmp_path, capsys):
     words = [*settings(tiny_folder, MASK[0]), "sampling.prompt=a cat", "cache=mask_qwen_image"]
     cache = compose([*words, f"hydra.searchpath=[file://{searched}]"])["cache"]
     gate = {"steps": steps(searched), "density": None, "num_inference_steps": 7}
-    assert cache["gate"] == {"_target_": "hydrarun.cache.gates.Mask", **gate}
-    assert cache["predictor"] == {"_target_": "hydrarun.cache.predictors.Taylor", "order": 1}
+    assert cache["gate"] == {"_target_": "hydrarun.acceleration.cache.gates.Mask", **gate}
+    assert cache["predictor"] == {"_target_": "hydrarun.acceleration.cache.predictors.Taylor", "order": 1}
     other = compose([*words, f"hydra.searchpath=[file://{searched}]", "cache/predictor=reuse"])["cache"]
-    assert other["predictor"] == {"_target_": "hydrarun.cache.predictors.Reuse"}
+    assert other["predictor"] == {"_target_": "hydrarun.acceleration.cache.predictors.Reuse"}
     run = [*words, f"hydra.run.dir={tmp_path}", "--config-dir", str(searched)]
     assert drawn(capsys, *run)[0] == 0
     ran = json.loads((tmp_path / "run.json").read_text())["cache"]["steps"]["transformer"]["positive"]
@@ -214,7 +215,7 @@ def test_a_recipe_carries_the_mask(searched, tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("kind", ["order", "own class"])
 def test_a_predictor_is_written_with_what_differs(kind):
-    predictor = {"_target_": "hydrarun.cache.predictors.Taylor", "order": 2}
+    predictor = {"_target_": "hydrarun.acceleration.cache.predictors.Taylor", "order": 2}
     if kind == "order":
         expected = (["override predictor: taylor"], "predictor: {order: 2}")
     else:
@@ -343,8 +344,8 @@ def test_prompts_are_read_to_the_letter(prompts):
 def test_mistakes_are_found_before_torch_is_imported():
     code = """
 import sys
-from hydrarun import calibrate
-from hydrarun.errors import UsageError
+from hydrarun.cli.commands import calibrate
+from hydrarun.core.errors import UsageError
 try:
     calibrate.main(["cache=mask", "cache.budget=2"])
 except UsageError as error:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from subjects import remembering
 
-from hydrarun.processors import load_processor
+from hydrarun.pipeline.processors import load_processor
 
 #: every builder of random weights once, by the name of one of its options
 NAMES = sorted({build: name for name, build in checkpoints.BUILDERS.items() if name != "demo"}.values())

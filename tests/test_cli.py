@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hydrarun import __version__, cli, targets
-from hydrarun.errors import RunError, UsageError
+from hydrarun import __version__
+from hydrarun.cli.commands import run as cli
+from hydrarun.config import targets
+from hydrarun.core.errors import RunError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 NASTY = [
@@ -159,7 +161,7 @@ def test_exit_codes_and_what_is_printed(runs, capsys, error, code, shown, traceb
 
 
 def test_one_process_starts_nothing(runs, monkeypatch):
-    monkeypatch.setattr("hydrarun.group.Group", lambda size: pytest.fail("ranks were started"))
+    monkeypatch.setattr("hydrarun.engine.ranks.local_group.Group", lambda size: pytest.fail("ranks were started"))
     assert cli.main(["parallel=none"]) == 0
     assert cli.main(["-m", "parallel=none", "sampling.seed=1,2"]) == 0
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
@@ -202,10 +204,10 @@ def test_a_users_own_options_and_classes_join_by_flags(runs, tmp_path):
 
 
 def test_verbs_are_handed_their_words(monkeypatch, capsys):
-    module = types.ModuleType("hydrarun.replay")
+    module = types.ModuleType("hydrarun.cli.commands.replay")
     module.main = lambda argv: print(argv) or 7
-    monkeypatch.setitem(sys.modules, "hydrarun.replay", module)
-    monkeypatch.setattr("hydrarun.replay", module, raising=False)
+    monkeypatch.setitem(sys.modules, "hydrarun.cli.commands.replay", module)
+    monkeypatch.setattr("hydrarun.cli.commands.replay", module, raising=False)
     assert cli.main(["replay", "x.png", "device=cpu"]) == 7
     assert capsys.readouterr().out == "['x.png', 'device=cpu']\n"
     assert cli.main(["replya"]) == 2

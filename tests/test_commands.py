@@ -11,8 +11,8 @@ import tiny
 from PIL import Image
 from subjects import IMAGE, pictures
 
-from hydrarun import cli
-from hydrarun.runner import Runner
+from hydrarun.cli.commands import run as cli
+from hydrarun.engine.runner import Runner
 
 
 def run(subject, folder, *overrides: str) -> dict:
@@ -90,7 +90,7 @@ def test_the_size_follows_the_image(subject):
 
 @pytest.mark.parametrize("subject", ["wan22_ti2v_5b"], indirect=True)
 def test_without_an_image_there_is_a_size_of_its_own(subject):
-    from hydrarun.request import make_state
+    from hydrarun.pipeline.request import make_state
 
     stage = subject.runner.built.stages[0]
     sizes = []
@@ -105,7 +105,7 @@ def test_without_an_image_there_is_a_size_of_its_own(subject):
 
 @pytest.mark.parametrize("subject", ["qwen_image_edit"], indirect=True)
 def test_a_placeholder_in_the_prompt_is_refused(subject):
-    from hydrarun.errors import UsageError
+    from hydrarun.core.errors import UsageError
 
     with pytest.raises(UsageError, match=r"holds <\|image_pad\|>, which stands for an input image"):
         subject.runner.generate(prompt="a <|image_pad|>", images=[str(subject.folder.parent / IMAGE)])
@@ -124,7 +124,7 @@ def test_another_scheduler_by_target(subject):
     """Flow matching in place of the checkpoint's own, against diffusers with the same one put in."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
-    from hydrarun.compose import compose
+    from hydrarun.config.compose import compose
 
     node = "model.scheduler={_target_: diffusers.FlowMatchEulerDiscreteScheduler, shift: 5.0}"
     state = tiny.draw(Runner(compose([*subject.overrides(), node])))

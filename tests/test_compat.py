@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hydrarun import compat
-from hydrarun.compose import compose, compose_raw
-from hydrarun.errors import UsageError
+from hydrarun.config.checks import compatibility as compat
+from hydrarun.config.compose import compose, compose_raw
+from hydrarun.core.errors import UsageError
 
 
 def test_a_model_with_one_transformer_has_no_expert_to_swap():
@@ -123,7 +123,7 @@ def test_a_device_that_turns_out_to_be_the_cpu_is_refused_before_weights(monkeyp
     """`device=auto` without a GPU: an offload that does nothing is no offload."""
     import torch
 
-    from hydrarun.runner import Runner
+    from hydrarun.engine.runner import Runner
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config, _ = compose_raw(["model=wan22_t2v_a14b", f"model.path={tmp_path}", "offload=expert"])

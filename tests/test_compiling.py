@@ -13,15 +13,15 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from hydrarun import timing
-from hydrarun.compiling import CACHE_DIR, CompileFull, NoCompile, keep_graphs
-from hydrarun.compose import compose
-from hydrarun.errors import UsageError
-from hydrarun.request import make_state
-from hydrarun.resources import options
-from hydrarun.runner import Runner
-from hydrarun.timing import Timings
-from hydrarun.transformer import Inputs, Transformer
+from hydrarun.acceleration.compilation import CACHE_DIR, CompileFull, NoCompile, keep_graphs
+from hydrarun.config.compose import compose
+from hydrarun.core import timing
+from hydrarun.core.errors import UsageError
+from hydrarun.core.resources import options
+from hydrarun.core.timing import Timings
+from hydrarun.engine.runner import Runner
+from hydrarun.models.transformer import Inputs, Transformer
+from hydrarun.pipeline.request import make_state
 
 #: tracing alone leaves the operations as they are, but for rotations, which are then done without complex numbers
 TOLERANCE = 1e-5

@@ -12,9 +12,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from hydrarun import components
-from hydrarun.components import quiet_libraries
-from hydrarun.errors import RunError
+from hydrarun.core.errors import RunError
+from hydrarun.pipeline import components
+from hydrarun.pipeline.components import quiet_libraries
 
 WEIGHTS = {"vae": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
 

@@ -1,9 +1,9 @@
 import pytest
 from omegaconf import OmegaConf
 
-from hydrarun.compose import compose, compose_raw
-from hydrarun.errors import UsageError
-from hydrarun.text import literal
+from hydrarun.config.compose import compose, compose_raw
+from hydrarun.core.errors import UsageError
+from hydrarun.core.quoting import literal
 
 
 def test_the_result_is_plain_data():

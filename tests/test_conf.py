@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hydrarun import resources
-from hydrarun.listing import first_comment
+from hydrarun.cli.commands.list import first_comment
+from hydrarun.core import resources
 
 CONF = resources.folder("conf")
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -69,7 +69,7 @@ def test_the_rule_finds_a_field_without_a_comment(tmp_path):
 def test_sampling_explains_every_field():
     from dataclasses import fields
 
-    from hydrarun.schema import Sampling
+    from hydrarun.config.schema import Sampling
 
     text = (CONF / "sampling" / "default.yaml").read_text()
     explained = set(re.findall(r"^#   ([\w, ]+?)  ", text, re.MULTILINE))
@@ -80,7 +80,7 @@ def test_sampling_explains_every_field():
 def test_parallel_explains_every_degree():
     from dataclasses import fields
 
-    from hydrarun.schema import Parallel
+    from hydrarun.config.schema import Parallel
 
     text = (CONF / "parallel" / "none.yaml").read_text()
     assert re.findall(r"^#   (\w+)  ", text, re.MULTILINE) == [field.name for field in fields(Parallel)]

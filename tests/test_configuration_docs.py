@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from hydrarun import arguments, listing, resources
-from hydrarun.compose import check, compose_raw
-from hydrarun.recipe import source
-from hydrarun.text import literal
+from hydrarun.cli import arguments
+from hydrarun.cli.commands import list as listing
+from hydrarun.config.compose import check, compose_raw
+from hydrarun.config.recipes import search as source
+from hydrarun.core import resources
+from hydrarun.core.quoting import literal
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = [ROOT / "docs" / "configuration.md", ROOT / "docs" / "sweeps.md"]

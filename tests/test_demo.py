@@ -8,11 +8,12 @@ import tiny
 import torch
 from diffusers import QwenImagePipeline
 
-from hydrarun.compose import compose
-from hydrarun.media import png
-from hydrarun.quality.judge import held_out_prompts, judge_all
-from hydrarun.recipe import evidence, source
-from hydrarun.runner import Runner
+from hydrarun.cli.recipe import evidence
+from hydrarun.config.compose import compose
+from hydrarun.config.recipes import search as source
+from hydrarun.engine.runner import Runner
+from hydrarun.outputs.media import png
+from hydrarun.outputs.quality.scene_judge import held_out_prompts, judge_all
 
 MAX_BYTES = 10e6
 

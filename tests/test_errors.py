@@ -1,6 +1,6 @@
 import pytest
 
-from hydrarun.errors import closest, nearest
+from hydrarun.core.errors import closest, nearest
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hydrarun.experts import HIGH_NOISE, LOW_NOISE, Experts
+from hydrarun.models.experts import HIGH_NOISE, LOW_NOISE, Experts
 
 
 @pytest.mark.parametrize(

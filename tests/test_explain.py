@@ -2,9 +2,9 @@
 
 import pytest
 
-from hydrarun.compose import compose
-from hydrarun.errors import UsageError
-from hydrarun.explain import explained
+from hydrarun.config.compose import compose
+from hydrarun.config.hydra_errors import explained
+from hydrarun.core.errors import UsageError
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import sys
 import pytest
 import tiny
 
-from hydrarun.errors import UsageError
-from hydrarun.fit import check_fit, check_guidance_scale, check_layers, vae_factors
+from hydrarun.config.checks.checkpoint import check_fit, check_guidance_scale, check_layers, vae_factors
+from hydrarun.core.errors import UsageError
 
 WAN_LIKE = {"temperal_downsample": [False, True, True]}
 

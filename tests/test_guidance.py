@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hydrarun.guidance import ClassifierFreeGuidance, SkipLayerGuidance
-from hydrarun.state import State
+from hydrarun.pipeline.guidance import ClassifierFreeGuidance, SkipLayerGuidance
+from hydrarun.pipeline.state import State
 
 PREDICTIONS = {"positive": torch.tensor([[[3.0, 4.0]]]), "negative": torch.tensor([[[1.0, 4.0]]])}
 

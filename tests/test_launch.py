@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 
 import hydrarun
-from hydrarun import __main__, cli, group, launch, targets, worker
-from hydrarun.compose import compose
-from hydrarun.errors import UsageError
-from hydrarun.worker import Place
+from hydrarun import __main__
+from hydrarun.cli.commands import run as cli
+from hydrarun.config import targets
+from hydrarun.config.compose import compose
+from hydrarun.core.errors import UsageError
+from hydrarun.engine.ranks import launch, worker
+from hydrarun.engine.ranks import local_group as group
+from hydrarun.engine.ranks.worker import Place
 
 TESTS = Path(__file__).parent
 TWO = ["parallel=ulysses2", "device=cpu"]
@@ -228,14 +232,16 @@ def test_too_few_devices_are_the_users_to_know(devices, name, count, text):
 
 def test_no_rank_imports_hydra():
     """Of all that a runner imports, only what checks a configuration comes near Hydra."""
-    modules = "hydrarun.worker, hydrarun.validate, hydrarun.targets, hydrarun.outputs"
+    modules = (
+        "hydrarun.engine.ranks.worker, hydrarun.config.checks.values, hydrarun.config.targets, hydrarun.outputs.writer"
+    )
     script = f"import sys, {modules}; sys.exit('hydra' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT).returncode == 0
 
 
 def test_several_ranks_get_the_configuration_and_the_directory(fake, monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr("hydrarun.launch.Ranks.do", lambda self, *job: seen.append(job))
+    monkeypatch.setattr("hydrarun.engine.ranks.launch.Ranks.do", lambda self, *job: seen.append(job))
     assert cli.main(["parallel=ulysses2", "sampling.seed=3", "hydra.run.dir=here"]) == 0
     [(action, config, arguments)] = seen
     assert (action, arguments) == ("run", {"output_dir": str(tmp_path / "here")})
@@ -244,8 +250,8 @@ def test_several_ranks_get_the_configuration_and_the_directory(fake, monkeypatch
 
 def test_a_rank_of_torchrun_serves_and_reads_no_configuration(monkeypatch):
     served = []
-    monkeypatch.setattr("hydrarun.worker.follow", served.append)
-    monkeypatch.setattr("hydrarun.cli.main", lambda: 7)
+    monkeypatch.setattr("hydrarun.engine.ranks.worker.follow", served.append)
+    monkeypatch.setattr("hydrarun.cli.commands.run.main", lambda: 7)
     monkeypatch.setattr(sys, "argv", ["hydrarun", "x=1"])
     monkeypatch.setenv("WORLD_SIZE", "6")
     monkeypatch.setenv("LOCAL_RANK", "0")

@@ -9,14 +9,14 @@ import pytest
 from PIL import Image
 from test_outputs import CONFIG, save, writer, written
 
-from hydrarun import recorded
-from hydrarun.errors import RunError
-from hydrarun.media import alpha, frames, png
-from hydrarun.outputs import OutputWriter
-from hydrarun.provenance import config_hash
-from hydrarun.quality.metrics import compare
-from hydrarun.recipe.pixels import fingerprint, psnr, sample
-from hydrarun.report import pictures
+from hydrarun.cli.recipe.pixel_digest import fingerprint, psnr, sample
+from hydrarun.core.errors import RunError
+from hydrarun.outputs import reader as recorded
+from hydrarun.outputs.media import alpha, frames, png
+from hydrarun.outputs.provenance import config_hash
+from hydrarun.outputs.quality.metrics import compare
+from hydrarun.outputs.report import thumbnails as pictures
+from hydrarun.outputs.writer import OutputWriter
 
 LAYERS = np.random.default_rng(1).integers(0, 256, (3, 32, 48, 4), dtype=np.uint8)
 ONE_COLOUR, TRANSPARENT = np.zeros_like(LAYERS[0]), LAYERS[1] * np.array([1, 1, 1, 0], np.uint8)

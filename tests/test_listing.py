@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from hydrarun import listing
-from hydrarun.errors import UsageError
-from hydrarun.recipe import source
+from hydrarun.cli.commands import list as listing
+from hydrarun.config.recipes import search as source
+from hydrarun.core.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("listed")
 

@@ -12,8 +12,10 @@ import pytest
 from matrix import Column, Found
 from subjects import CONFIGS, MODELS
 
-from hydrarun import compat, listing, resources
-from hydrarun.errors import UsageError
+from hydrarun.cli.commands import list as listing
+from hydrarun.config.checks import compatibility as compat
+from hydrarun.core import resources
+from hydrarun.core.errors import UsageError
 
 
 @pytest.fixture(scope="module")

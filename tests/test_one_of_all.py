@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import hydrarun
-from hydrarun import resources
+from hydrarun.core import resources
 
 PACKAGE = Path(hydrarun.__file__).parent
 MODULES = sorted(file for file in PACKAGE.rglob("*.py") if file.parent.name != "models")
@@ -66,7 +66,7 @@ def test_a_family_is_one_module_of_at_most_400_lines():
 
 def test_a_model_option_is_data():
     """No option brings code of its own beside its family's module: every target is on the shared list."""
-    from hydrarun.targets import ALLOWED
+    from hydrarun.config.targets import ALLOWED
 
     for file in (resources.folder("conf") / "model").glob("*.yaml"):
         for target in re.findall(r"_target_: (\S+)", file.read_text(encoding="utf-8")):

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hydrarun import outputs
-from hydrarun.errors import RunError
-from hydrarun.media import files, png
-from hydrarun.outputs import OutputWriter
-from hydrarun.provenance import config_hash
+from hydrarun.core import files
+from hydrarun.core.errors import RunError
+from hydrarun.outputs import writer as outputs
+from hydrarun.outputs.media import png
+from hydrarun.outputs.provenance import config_hash
+from hydrarun.outputs.writer import OutputWriter
 
 CONFIG = {
     "model": {"name": "demo", "path": "package:demo", "scheduler": None, "facts": {}},

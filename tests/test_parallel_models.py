@@ -12,7 +12,7 @@ import pytest
 from matrix import request
 from subjects import CONFIGS, SORTS, apart
 
-from hydrarun.parallel.degrees import shares, world_size
+from hydrarun.core.distributed.degrees import shares, world_size
 
 LATENTS = 1e-4
 

@@ -94,7 +94,7 @@ def test_several_images_of_several_prompts_equal_singles(subject):
 @pytest.mark.parametrize("subject", FAMILIES, indirect=True)
 def test_half_precision_follows_the_reference(subject):
     """bfloat16 keeps 8 bits: the same operations in the same precision stay close to diffusers' own bfloat16 run."""
-    from hydrarun.runner import Runner
+    from hydrarun.engine.runner import Runner
 
     half = Runner({**subject.runner.config, "dtype": "bfloat16"})
     least = subject.runner.config["model"]["input_images"][0]

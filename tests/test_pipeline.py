@@ -7,15 +7,15 @@ import shutil
 import pytest
 import tiny
 
-from hydrarun.errors import UsageError
-from hydrarun.pipeline import Stage, check_chain
-from hydrarun.runner import Runner
-from hydrarun.stages.decode import DecodeLatents
-from hydrarun.stages.denoise import Denoise
-from hydrarun.stages.encode import EncodePrompt
-from hydrarun.stages.latents import PrepareLatents
-from hydrarun.stages.timesteps import PrepareTimesteps
-from hydrarun.state import State
+from hydrarun.core.errors import UsageError
+from hydrarun.engine.runner import Runner
+from hydrarun.pipeline.stage import Stage, check_chain
+from hydrarun.pipeline.stages.decode import DecodeLatents
+from hydrarun.pipeline.stages.denoise import Denoise
+from hydrarun.pipeline.stages.encode import EncodePrompt
+from hydrarun.pipeline.stages.latents import PrepareLatents
+from hydrarun.pipeline.stages.timesteps import PrepareTimesteps
+from hydrarun.pipeline.state import State
 
 CHAIN = [EncodePrompt(["x"]), PrepareLatents(), PrepareTimesteps(), Denoise(["grid"]), DecodeLatents()]
 

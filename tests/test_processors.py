@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
-from hydrarun.components import readable
-from hydrarun.errors import RunError
-from hydrarun.processors import load_processor
+from hydrarun.core.errors import RunError
+from hydrarun.pipeline.components import readable
+from hydrarun.pipeline.processors import load_processor
 
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 #: as Qwen/Qwen-Image-Edit has it, with a smaller bound

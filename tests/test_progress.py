@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hydrarun.progress import Progress
+from hydrarun.core.progress import Progress
 
 RECORD = {
     "outputs": [{"path": f"{index:04d}-{'a-long-slug' * 12}.png"} for index in range(2)],

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from hydrarun import prompts
-from hydrarun.errors import LISTED, UsageError
+from hydrarun.config import prompts
+from hydrarun.core.errors import LISTED, UsageError
 
 
 def read(folder, name: str, content: str | bytes) -> list[dict]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hydrarun import provenance
+from hydrarun.outputs import provenance
 
 CONFIG = {
     "model": {"name": "demo", "path": "package:demo", "facts": {"parameters": "3.5M"}},

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hydrarun import cli, resources
-from hydrarun.compose import compose, compose_raw
-from hydrarun.errors import UsageError
-from hydrarun.quality.scenes import parse_caption
-from hydrarun.recipe import source
+from hydrarun.cli.commands import run as cli
+from hydrarun.config.compose import compose, compose_raw
+from hydrarun.config.recipes import search as source
+from hydrarun.core import resources
+from hydrarun.core.errors import UsageError
+from hydrarun.outputs.quality.scenes import parse_caption
 
 MARKER = "marker-of-executed-code"
 TOUCH = f"touch {MARKER}"
@@ -26,7 +27,10 @@ HOSTILE = {
     "torch.hub.load": ("model: {scheduler: {_target_: torch.hub.load, repo_or_dir: a/b}}", "scheduler._target_"),
     "urllib": ("model: {scheduler: {_target_: urllib.request.urlretrieve}}", "scheduler._target_"),
     "logging.os.system": ("attention: {_target_: logging.os.system}", "attention._target_"),
-    "an allowed target": ("attention: {_target_: hydrarun.layers.backends.SDPA}", "attention._target_"),
+    "an allowed target": (
+        "attention: {_target_: hydrarun.models.layers.attention_backends.SDPA}",
+        "attention._target_",
+    ),
     "_partial_": ("attention: {_partial_: true}", "attention._partial_"),
     "_args_": (f"attention: {{_args_: [{TOUCH}]}}", "attention._args_"),
     "_recursive_": ("model: {guidance: {_recursive_: true}}", "model.guidance._recursive_"),
@@ -167,7 +171,7 @@ def test_a_recipe_chooses_a_cache_and_its_predictor(folder):
     )
     cache = compose([override])["cache"]
     assert cache["gate"]["density"] == "fast"
-    assert cache["predictor"] == {"_target_": "hydrarun.cache.predictors.Taylor", "order": 2}
+    assert cache["predictor"] == {"_target_": "hydrarun.acceleration.cache.predictors.Taylor", "order": 2}
 
 
 def test_prompts_in_a_recipe_are_text(folder):

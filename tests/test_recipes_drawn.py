@@ -16,9 +16,9 @@ import watched
 from deeper import deeper_subject
 from matrix import Column
 
-from hydrarun.compose import compose_raw
-from hydrarun.recipe import source
-from hydrarun.runner import Runner
+from hydrarun.config.compose import compose_raw
+from hydrarun.config.recipes import search as source
+from hydrarun.engine.runner import Runner
 
 #: what a recipe chooses, but for ranks, which are in tests/test_parallel_models.py, and caches, which skip other steps
 #: of other weights

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hydrarun import recorded
-from hydrarun.errors import UsageError
-from hydrarun.media import mp4, png
-from hydrarun.outputs import OutputWriter, pixels_sha256
+from hydrarun.core.errors import UsageError
+from hydrarun.outputs import reader as recorded
+from hydrarun.outputs.media import mp4, png
+from hydrarun.outputs.writer import OutputWriter, pixels_sha256
 
 CONFIG = {
     "model": {"name": "demo", "path": "package:demo", "scheduler": None},

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import tiny
 
-from hydrarun import cli, recorded, replay
-from hydrarun.errors import UsageError
-from hydrarun.media import png
-from hydrarun.outputs import OutputWriter, pixels_sha256
+from hydrarun.cli.commands import replay
+from hydrarun.cli.commands import run as cli
+from hydrarun.core.errors import UsageError
+from hydrarun.outputs import reader as recorded
+from hydrarun.outputs.media import png
+from hydrarun.outputs.writer import OutputWriter, pixels_sha256
 
 BATCH = ('sampling.prompt=["a red circle", "一只猫, ${sitting}"]', "sampling.seed=[7, 8]")
 
@@ -22,7 +24,7 @@ BATCH = ('sampling.prompt=["a red circle", "一只猫, ${sitting}"]', "sampling.
 @pytest.fixture(scope="session")
 def finished(tiny_folder, tmp_path_factory) -> Path:
     """The directory of a finished run: two prompts of different length in one batch. Do not change it; copy it."""
-    from hydrarun.runner import Runner
+    from hydrarun.engine.runner import Runner
 
     folder = tmp_path_factory.mktemp("finished")
     Runner(tiny.config(tiny_folder, *BATCH, "sampling.true_cfg_scale=2")).run(folder)
@@ -100,8 +102,8 @@ def test_a_bad_file_is_refused_before_torch_is_imported(tmp_path):
     path.write_bytes(b"GIF89a")
     code = f"""
 import sys
-from hydrarun import replay
-from hydrarun.errors import UsageError
+from hydrarun.cli.commands import replay
+from hydrarun.core.errors import UsageError
 try:
     replay.main([{str(path)!r}])
 except UsageError as error:
@@ -154,7 +156,7 @@ def test_texts_are_taken_literally(config):
 def test_overrides_change_how_it_is_drawn(config):
     changed = configured(config, "device=cuda:1", "vae.tiling=true", "sampling.true_cfg_scale=2.5", "attention=flash")
     assert (changed["device"], changed["vae"]["tiling"], changed["sampling"]["true_cfg_scale"]) == ("cuda:1", True, 2.5)
-    assert changed["attention"] == {"_target_": "hydrarun.layers.backends.FlashAttention"}
+    assert changed["attention"] == {"_target_": "hydrarun.models.layers.attention_backends.FlashAttention"}
     assert config["device"] == "cpu"
 
 
@@ -194,7 +196,7 @@ def test_bad_overrides(config, override, said):
     ("path", "value"),
     [
         ("attention", {"_target_": "os.system"}),
-        ("attention", {"_target_": "hydrarun.layers.backends.SDPA", "_partial_": True}),
+        ("attention", {"_target_": "hydrarun.models.layers.attention_backends.SDPA", "_partial_": True}),
         ("model.scheduler", {"_target_": "torch.load"}),
         ("model.pipeline", {"_target_": "diffusers.QwenImagePipeline", "trust_remote_code": True}),
         ("model.facts", {"deep": [{"_target_": "builtins.eval"}]}),

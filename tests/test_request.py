@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hydrarun.request import make_state, sampling_of
+from hydrarun.pipeline.request import make_state, sampling_of
 
 SAMPLING = {
     "prompt": "a",

@@ -1,7 +1,7 @@
 import pytest
 
-from hydrarun import resources
-from hydrarun.errors import RunError
+from hydrarun.core import resources
+from hydrarun.core.errors import RunError
 
 
 def test_the_folders_of_a_checkout_lie_beside_the_package():

@@ -11,10 +11,11 @@ import tiny
 import torch
 
 import hydrarun
-from hydrarun import build, replay
-from hydrarun.errors import RunError, UsageError
-from hydrarun.memory.safetensors_files import Header
-from hydrarun.runner import Runner
+from hydrarun.cli.commands import replay
+from hydrarun.core.errors import RunError, UsageError
+from hydrarun.engine import build
+from hydrarun.engine.runner import Runner
+from hydrarun.models.weights.safetensors import Header
 
 
 def test_compiled_blocks_equal_plain_ones(tiny_folder, tiny_runner):

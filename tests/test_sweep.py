@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from hydrarun import cli, failures, launch, worker
-from hydrarun.compose import compose
-from hydrarun.errors import RunError, UsageError
-from hydrarun.quality import report
-from hydrarun.sweep import dry_run, order, point
-from hydrarun.sweep.objectives import values
-from hydrarun.sweep.sweep import read
-from hydrarun.text import literal
+from hydrarun.cli.commands import run as cli
+from hydrarun.cli.sweep import dry_run, order, point
+from hydrarun.cli.sweep.objectives import values
+from hydrarun.cli.sweep.space import read
+from hydrarun.config.checks import report
+from hydrarun.config.compose import compose
+from hydrarun.core.errors import RunError, UsageError
+from hydrarun.core.quoting import literal
+from hydrarun.engine.ranks import launch, worker
+from hydrarun.outputs import failure_record as failures
 
 
 @pytest.fixture

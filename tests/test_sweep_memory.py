@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from hydrarun.worker import Session
+from hydrarun.engine.ranks.worker import Session
 
 #: what allocators may keep, of a process that has built twice already
 KEPT = 16 * 2**20

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hydrarun import cli
-from hydrarun.runner import Runner
+from hydrarun.cli.commands import run as cli
+from hydrarun.engine.runner import Runner
 
 TESTS = Path(__file__).parent
 SMALL = ["device=cpu", "sampling.height=64", "sampling.width=64"]

@@ -3,8 +3,8 @@ import types
 
 import pytest
 
-from hydrarun import targets
-from hydrarun.errors import UsageError
+from hydrarun.config import targets
+from hydrarun.core.errors import UsageError
 
 HOSTILE = [
     "os.system",
@@ -30,10 +30,10 @@ HOSTILE = [
     "diffusers.DiffusionPipeline",
     "diffusers.QwenImagePipeline.from_pretrained",
     "diffusers.pipelines.qwenimage.pipeline_qwenimage.QwenImagePipeline",
-    "hydrarun.layers.backends",
-    "hydrarun.layers.backends.SDPA.__init__",
-    "hydrarun.layers.backends.torch.load",
-    "hydrarun.layers.backends.SDPA ",
+    "hydrarun.models.layers.attention_backends",
+    "hydrarun.models.layers.attention_backends.SDPA.__init__",
+    "hydrarun.models.layers.attention_backends.torch.load",
+    "hydrarun.models.layers.attention_backends.SDPA ",
     "",
     "${oc.env:HOME}",
     None,
@@ -80,7 +80,7 @@ def test_only_exact_names_are_allowed(name, wrap):
 @pytest.mark.parametrize("key", ["_partial_", "_args_", "_recursive_", "_convert_", "_call_", "__class__", "_"])
 def test_every_other_underscore_key_is_refused(key):
     with pytest.raises(UsageError, match=rf"attention\.{key}: keys with a leading underscore"):
-        targets.check({"attention": {"_target_": "hydrarun.layers.backends.SDPA", key: True}})
+        targets.check({"attention": {"_target_": "hydrarun.models.layers.attention_backends.SDPA", key: True}})
 
 
 @pytest.mark.parametrize("key", ["trust_remote_code", "custom_pipeline"])
@@ -90,12 +90,15 @@ def test_arguments_that_run_a_checkpoints_code_are_refused(key):
 
 
 def test_all_violations_come_at_once_with_their_origin_and_the_nearest_name():
-    config = {"attention": {"_target_": "hydrarun.layers.backends.SPDA"}, "compile": {"_target_": "os.system"}}
+    config = {
+        "attention": {"_target_": "hydrarun.models.layers.attention_backends.SPDA"},
+        "compile": {"_target_": "os.system"},
+    }
     with pytest.raises(UsageError) as caught:
         targets.check(config, lambda key: f"from {key}")
     first, second = str(caught.value).splitlines()
     assert first.startswith("attention._target_ (from attention._target_)")
-    assert "Did you mean 'hydrarun.layers.backends.SDPA'?" in first
+    assert "Did you mean 'hydrarun.models.layers.attention_backends.SDPA'?" in first
     assert "--allow-target" in second
 
 

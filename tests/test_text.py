@@ -7,9 +7,9 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from hydrarun.compose import compose_raw
-from hydrarun.errors import UsageError
-from hydrarun.text import escape_interpolation, literal
+from hydrarun.config.compose import compose_raw
+from hydrarun.core.errors import UsageError
+from hydrarun.core.quoting import escape_interpolation, literal
 
 NASTY = [
     "a cat",

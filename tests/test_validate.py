@@ -2,10 +2,10 @@ import copy
 
 import pytest
 
-from hydrarun.errors import UsageError
-from hydrarun.validate import check_values, problems
+from hydrarun.config.checks.values import check_values, problems
+from hydrarun.core.errors import UsageError
 
-TARGET = {"_target_": "hydrarun.layers.backends.SDPA"}
+TARGET = {"_target_": "hydrarun.models.layers.attention_backends.SDPA"}
 GOOD = {
     "model": {
         "name": "m",

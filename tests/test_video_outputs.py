@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from test_outputs import CONFIG, FACTS, VIDEO, save, writer, written
 
-from hydrarun.errors import RunError
-from hydrarun.media import frames, mp4, png
-from hydrarun.outputs import OutputWriter
-from hydrarun.provenance import config_hash
+from hydrarun.core.errors import RunError
+from hydrarun.outputs.media import frames, mp4, png
+from hydrarun.outputs.provenance import config_hash
+from hydrarun.outputs.writer import OutputWriter
 
 
 def video_writer(folder: Path, kind: str, metadata: bool = True) -> OutputWriter:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from test_replay import written
 
-from hydrarun import recorded, replay
-from hydrarun.errors import UsageError
+from hydrarun.cli.commands import replay
+from hydrarun.core.errors import UsageError
+from hydrarun.outputs import reader as recorded
 
 
 @pytest.fixture

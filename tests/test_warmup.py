@@ -7,8 +7,8 @@ import tiny
 import torch
 
 import hydrarun
-from hydrarun.errors import UsageError
-from hydrarun.timing import Timings
+from hydrarun.core.errors import UsageError
+from hydrarun.core.timing import Timings
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hydrarun.media import png
+from hydrarun.outputs.media import png
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("conf", "recipes", "weights")
@@ -68,9 +68,9 @@ def test_the_package_s_own_data_is_in_the_wheel(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     found = (path for kind in ("yaml", "html", "css", "js") for path in (ROOT / "hydrarun").rglob(f"*.{kind}"))
     files = [path.relative_to(ROOT).as_posix() for path in found]
-    assert "hydrarun/plan/devices.yaml" in files
+    assert "hydrarun/engine/plan/devices.yaml" in files
     assert "hydrarun/models/shapes/qwen_image.yaml" in files
-    assert "hydrarun/report/page.js" in files
+    assert "hydrarun/outputs/report/page.js" in files
     assert set(files) <= set(names)
 
 

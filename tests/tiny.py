@@ -161,22 +161,22 @@ def overrides(folder: Path, model: str = "qwen_image") -> list[str]:
 
 def config(folder: Path, *more: str) -> dict:
     """The configuration of that run, composed as the command does."""
-    from hydrarun.compose import compose
+    from hydrarun.config.compose import compose
 
     return compose([*overrides(folder), *more])
 
 
 def runner(folder: Path, *more: str):
-    from hydrarun.runner import Runner
+    from hydrarun.engine.runner import Runner
 
     return Runner(config(folder, *more))
 
 
 def load_transformer(cls: type, folder: Path, dtype: torch.dtype = torch.float32, **options):
-    """Ours, whole, on the CPU; `options` are `hydrarun.memory.loading.load_transformer`'s."""
-    from hydrarun.memory.loading import load_transformer
-    from hydrarun.memory.pool import Pool
-    from hydrarun.progress import Progress
+    """Ours, whole, on the CPU; `options` are `hydrarun.models.weights.loader.load_transformer`'s."""
+    from hydrarun.core.progress import Progress
+    from hydrarun.core.threads import Pool
+    from hydrarun.models.weights.loader import load_transformer
 
     given = {"device": torch.device("cpu"), "dtype": dtype, "note": print, **options}
     with Progress(quiet=True).reading("loading") as tally, Pool() as pool:
@@ -185,16 +185,16 @@ def load_transformer(cls: type, folder: Path, dtype: torch.dtype = torch.float32
 
 def predict(transformer, latents, timestep, conditioning):
     """One branch's prediction."""
-    from hydrarun.cache.base import NoCache, Step
-    from hydrarun.transformer import Inputs
+    from hydrarun.acceleration.cache.base import NoCache, Step
+    from hydrarun.models.transformer import Inputs
 
     return transformer(Inputs(latents, timestep, {"positive": conditioning}), Step(), NoCache())["positive"]
 
 
 def draw(runner, images=(), cache=None, **sampling):
     """The finished state of a run with these fields of `sampling`, these input images and another cache's node."""
-    from hydrarun.request import make_state
-    from hydrarun.timing import Timings
+    from hydrarun.core.timing import Timings
+    from hydrarun.pipeline.request import make_state
 
     fields = {**runner.config["sampling"], **sampling}
     return runner.draw(make_state(fields, images), Timings(torch.device("cpu")), cache)

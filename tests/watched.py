@@ -14,12 +14,12 @@ import torch
 from subjects import LONG, SHORT
 from torch import nn
 
-from hydrarun.compose import compose, compose_raw
-from hydrarun.pipeline import Stage
-from hydrarun.request import make_state
-from hydrarun.runner import Runner
-from hydrarun.timing import Timings
-from hydrarun.validate import cfg_off, cfg_scale
+from hydrarun.config.checks.values import cfg_off, cfg_scale
+from hydrarun.config.compose import compose, compose_raw
+from hydrarun.core.timing import Timings
+from hydrarun.engine.runner import Runner
+from hydrarun.pipeline.request import make_state
+from hydrarun.pipeline.stage import Stage
 
 
 def runner(subject: subjects.Subject, device: str, option: str = "none", **arguments: int) -> Runner:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demo import common, diffusion, pool, release, text, vae
 
-from hydrarun.quality.judge import held_out_prompts
+from hydrarun.outputs.quality.scene_judge import held_out_prompts
 
 STAGES = ("tokenizer", "vae", "pool", "transformer", "refine", "save", "judge")
 

@@ -1,1 +1,1 @@
-"""One module per model family: its transformer and what is peculiar to it."""
+"""The contract (`transformer.py`), and one file for each family of models that keeps it."""

@@ -20,13 +20,13 @@ from diffusers.models.embeddings import (
 )
 from torch import Tensor, nn
 
-from hydrarun.layers.attention import Attention
-from hydrarun.layers.dual_stream import DualStreamBlock, Stream, dual_stream_weights, within_float16
-from hydrarun.layers.linear import QKVLinear, RowLinear, UpLinear
-from hydrarun.layers.norm import AdaLayerNorm, Modulation, modulate
-from hydrarun.layers.rope import frequencies, grid_frequencies, rotate
-from hydrarun.parallel.tensor import Run
-from hydrarun.transformer import Tokens, Transformer
+from hydrarun.models.layers.attention import Attention
+from hydrarun.models.layers.dual_stream import DualStreamBlock, Stream, dual_stream_weights, within_float16
+from hydrarun.models.layers.linear import QKVLinear, RowLinear, UpLinear
+from hydrarun.models.layers.norm import AdaLayerNorm, Modulation, modulate
+from hydrarun.models.layers.rope import frequencies, grid_frequencies, rotate
+from hydrarun.models.layers.tensor_parallel import Run
+from hydrarun.models.transformer import Tokens, Transformer
 
 Grid = tuple[int, int, int]
 

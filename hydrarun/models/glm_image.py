@@ -22,21 +22,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hydrarun.errors import RunError, UsageError
-from hydrarun.guidance import NEGATIVE
-from hydrarun.latents import pack, unpack
-from hydrarun.layers.attention import Attention, Prefix
-from hydrarun.layers.linear import FeedForward, QKVLinear, RowLinear
-from hydrarun.layers.norm import AdaLayerNorm, Modulation, modulate
-from hydrarun.layers.rope import frequencies, grid_frequencies, rotate_halves
-from hydrarun.parallel.data import first_ranks
-from hydrarun.parallel.tensor import Run
-from hydrarun.pipeline import Parts, Stage
-from hydrarun.stages import images, timesteps
-from hydrarun.stages.encode import EncodePrompt, pad_to_longest, refuse_placeholder
-from hydrarun.state import Grid, State
-from hydrarun.timing import Timings
-from hydrarun.transformer import Arguments, Inputs, Tokens, Transformer
+from hydrarun.acceleration.parallel.data import first_ranks
+from hydrarun.core.errors import RunError, UsageError
+from hydrarun.core.timing import Timings
+from hydrarun.models.layers.attention import Attention, Prefix
+from hydrarun.models.layers.linear import FeedForward, QKVLinear, RowLinear
+from hydrarun.models.layers.norm import AdaLayerNorm, Modulation, modulate
+from hydrarun.models.layers.patchify import pack, unpack
+from hydrarun.models.layers.rope import frequencies, grid_frequencies, rotate_halves
+from hydrarun.models.layers.tensor_parallel import Run
+from hydrarun.models.transformer import Arguments, Inputs, Tokens, Transformer
+from hydrarun.pipeline.guidance import NEGATIVE
+from hydrarun.pipeline.stage import Parts, Stage
+from hydrarun.pipeline.stages import images, timesteps
+from hydrarun.pipeline.stages.encode import EncodePrompt, pad_to_longest, refuse_placeholder
+from hydrarun.pipeline.state import Grid, State
 
 EPS = 1e-5  # of all norms
 

@@ -15,11 +15,11 @@ from diffusers.pipelines.longcat_image.pipeline_longcat_image import split_quota
 from PIL import Image
 from torch import Tensor
 
-from hydrarun.errors import UsageError
+from hydrarun.core.errors import UsageError
 from hydrarun.models.flux import StreamsTransformer, TimeEmbedding
-from hydrarun.pipeline import Parts
-from hydrarun.stages.encode import EncodePrompt, refuse_placeholder
-from hydrarun.state import State
+from hydrarun.pipeline.stage import Parts
+from hydrarun.pipeline.stages.encode import EncodePrompt, refuse_placeholder
+from hydrarun.pipeline.state import State
 
 
 class LongCatImageTransformer(StreamsTransformer):

@@ -16,11 +16,11 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
-from hydrarun.errors import UsageError
-from hydrarun.layers.dual_stream import DualStreamBlock, dual_stream_weights
-from hydrarun.layers.norm import AdaLayerNorm
-from hydrarun.layers.rope import frequencies, grid_frequencies
-from hydrarun.transformer import Tokens, Transformer
+from hydrarun.core.errors import UsageError
+from hydrarun.models.layers.dual_stream import DualStreamBlock, dual_stream_weights
+from hydrarun.models.layers.norm import AdaLayerNorm
+from hydrarun.models.layers.rope import frequencies, grid_frequencies
+from hydrarun.models.transformer import Tokens, Transformer
 
 Grid = tuple[int, int, int]
 

@@ -12,13 +12,13 @@ import torch
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 from torch import Tensor, nn
 
-from hydrarun.errors import UsageError
-from hydrarun.layers.attention import Attention
-from hydrarun.layers.dual_stream import AttendedTo, DualStreamBlock, Stream, dual_stream_weights
-from hydrarun.layers.linear import QKVLinear, RowLinear
-from hydrarun.layers.norm import AdaLayerNorm, modulate
-from hydrarun.parallel.tensor import Run
-from hydrarun.transformer import Tokens, Transformer
+from hydrarun.core.errors import UsageError
+from hydrarun.models.layers.attention import Attention
+from hydrarun.models.layers.dual_stream import AttendedTo, DualStreamBlock, Stream, dual_stream_weights
+from hydrarun.models.layers.linear import QKVLinear, RowLinear
+from hydrarun.models.layers.norm import AdaLayerNorm, modulate
+from hydrarun.models.layers.tensor_parallel import Run
+from hydrarun.models.transformer import Tokens, Transformer
 
 
 class SelfAttention(nn.Module):

@@ -15,15 +15,15 @@ import torch
 from diffusers.models.transformers.stable_audio_transformer import StableAudioGaussianFourierProjection
 from torch import Tensor, nn
 
-from hydrarun.layers.attention import Attention, CrossAttention
-from hydrarun.layers.linear import ColumnLinear, FeedForward, KVLinear, QKVLinear, RowLinear
-from hydrarun.layers.rope import frequencies, rotate_halves
-from hydrarun.parallel.tensor import Run
-from hydrarun.pipeline import Parts
-from hydrarun.stages.encode import EncodePrompt
-from hydrarun.stages.sound import span
-from hydrarun.state import State
-from hydrarun.transformer import Tokens, Transformer
+from hydrarun.models.layers.attention import Attention, CrossAttention
+from hydrarun.models.layers.linear import ColumnLinear, FeedForward, KVLinear, QKVLinear, RowLinear
+from hydrarun.models.layers.rope import frequencies, rotate_halves
+from hydrarun.models.layers.tensor_parallel import Run
+from hydrarun.models.transformer import Tokens, Transformer
+from hydrarun.pipeline.stage import Parts
+from hydrarun.pipeline.stages.encode import EncodePrompt
+from hydrarun.pipeline.stages.sound import span
+from hydrarun.pipeline.state import State
 
 
 class CrossQuery(ColumnLinear):

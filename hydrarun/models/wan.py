@@ -17,17 +17,17 @@ from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hydrarun.errors import UsageError
-from hydrarun.layers.attention import Attention, CrossAttention
-from hydrarun.layers.linear import FeedForward, HeadsLinear, KVLinear, QKVLinear, RowLinear
-from hydrarun.layers.norm import RMSNormAcrossHeads, by_token, modulate
-from hydrarun.layers.rope import frequencies, grid_frequencies, rotate
-from hydrarun.parallel.tensor import Run
-from hydrarun.pipeline import Parts, Stage
-from hydrarun.state import State
-from hydrarun.timing import Timings
-from hydrarun.transformer import Tokens, Transformer
-from hydrarun.vae import encode
+from hydrarun.core.errors import UsageError
+from hydrarun.core.timing import Timings
+from hydrarun.models.layers.attention import Attention, CrossAttention
+from hydrarun.models.layers.linear import FeedForward, HeadsLinear, KVLinear, QKVLinear, RowLinear
+from hydrarun.models.layers.norm import RMSNormAcrossHeads, by_token, modulate
+from hydrarun.models.layers.rope import frequencies, grid_frequencies, rotate
+from hydrarun.models.layers.tensor_parallel import Run
+from hydrarun.models.transformer import Tokens, Transformer
+from hydrarun.pipeline.stage import Parts, Stage
+from hydrarun.pipeline.state import State
+from hydrarun.pipeline.vae import encode
 
 
 @dataclass

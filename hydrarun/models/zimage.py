@@ -16,13 +16,13 @@ from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hydrarun.errors import UsageError
-from hydrarun.layers.attention import Attention
-from hydrarun.layers.linear import FeedForward, QKVLinear, RowLinear
-from hydrarun.layers.norm import Modulation
-from hydrarun.layers.rope import frequencies, grid_frequencies, rotate
-from hydrarun.parallel.tensor import Run
-from hydrarun.transformer import Tokens, Transformer, token_field
+from hydrarun.core.errors import UsageError
+from hydrarun.models.layers.attention import Attention
+from hydrarun.models.layers.linear import FeedForward, QKVLinear, RowLinear
+from hydrarun.models.layers.norm import Modulation
+from hydrarun.models.layers.rope import frequencies, grid_frequencies, rotate
+from hydrarun.models.layers.tensor_parallel import Run
+from hydrarun.models.transformer import Tokens, Transformer, token_field
 
 #: pictures and captions are padded to a multiple of so many tokens
 MULTIPLE = 32

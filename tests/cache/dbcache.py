@@ -10,13 +10,13 @@ import subjects
 import torch
 import torch.distributed as dist
 
-from hydrarun.timing import Timings
-from hydrarun.validate import cfg_scale
+from hydrarun.config.checks.values import cfg_scale
+from hydrarun.core.timing import Timings
 
 
 def node(**arguments):
     """The cache's node of a configuration."""
-    return {"_target_": "hydrarun.cache.cache_dit.CacheDiT", **arguments}
+    return {"_target_": "hydrarun.acceleration.cache.cache_dit.CacheDiT", **arguments}
 
 
 def guided(subject, steps: int = 8) -> dict:
@@ -58,7 +58,7 @@ def draw(
     name: str, folder: Path, chosen: dict[str, int], images: int, fields: dict[str, Any], node: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """Latents of this rank's own pictures, and what its cache recorded."""
-    from hydrarun.request import make_state
+    from hydrarun.pipeline.request import make_state
 
     runner = parallel_runs.runner_for(name, folder, chosen)
     sampling = {**runner.config["sampling"], **fields}
@@ -70,7 +70,7 @@ def draw(
 
 def distance(kept: torch.Tensor, now: torch.Tensor, cuts: list[int]) -> float:
     """The distance between `[B, S, D]` of which each rank has the tokens between two cuts."""
-    from hydrarun.cache.cache_dit import CachedOverRanks
+    from hydrarun.acceleration.cache.cache_dit import CachedOverRanks
 
     own = slice(*cuts[dist.get_rank() :][:2])
     return CachedOverRanks([dist.group.WORLD]).distance(kept[:, own], now[:, own])

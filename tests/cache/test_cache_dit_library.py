@@ -10,8 +10,8 @@ import pytest
 import tiny
 from dbcache import Counter, guided, node, record
 
-from hydrarun.errors import UsageError
-from hydrarun.targets import instantiate
+from hydrarun.config.targets import instantiate
+from hydrarun.core.errors import UsageError
 
 
 @pytest.fixture
@@ -107,6 +107,8 @@ def test_the_library_is_quiet():
 
 
 def test_composing_such_an_option_does_not_import_the_library():
-    program = "import sys, hydrarun.compose as c; c.compose(['cache=dbcache']); print('cache_dit' in sys.modules)"
+    program = (
+        "import sys, hydrarun.config.compose as c; c.compose(['cache=dbcache']); print('cache_dit' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -10,8 +10,8 @@ import torch
 from dbcache import node, record
 from subjects import CONFIGS, LONG, SHORT
 
-from hydrarun.parallel.degrees import shares, world_size
-from hydrarun.validate import cfg_scale
+from hydrarun.config.checks.values import cfg_scale
+from hydrarun.core.distributed.degrees import shares, world_size
 
 #: thresholds between the distances of a run of 12 steps, with unequal prompts: some steps are computed, some are not
 THRESHOLDS = {"demo": 0.13, "wan22_t2v_a14b": 0.6}

@@ -11,16 +11,16 @@ import pytest
 import tiny
 from PIL import Image
 
-from hydrarun.cache import calibrate_teacache
-from hydrarun.cache.base import NoCache
-from hydrarun.cache.calibrate_teacache import complaints, fit, plot, quality
-from hydrarun.cache.calibration import Draws
-from hydrarun.cache.measuring import TeaCache
-from hydrarun.cache.recording import Recording
-from hydrarun.compose import compose
-from hydrarun.errors import UsageError
-from hydrarun.progress import Progress
-from hydrarun.targets import instantiate
+from hydrarun.acceleration.cache.adaptive_gates import TeaCache
+from hydrarun.acceleration.cache.base import NoCache
+from hydrarun.acceleration.cache.recorder import Recording
+from hydrarun.config.compose import compose
+from hydrarun.config.targets import instantiate
+from hydrarun.core.errors import UsageError
+from hydrarun.core.progress import Progress
+from hydrarun.engine.calibration import teacache as calibrate_teacache
+from hydrarun.engine.calibration.teacache import complaints, fit, plot, quality
+from hydrarun.engine.calibration.trial import Draws
 
 CURVE = [2000.0, -300.0, 10.0, 1.5, 0.01]  # rises on the range below
 QUIET = Progress(quiet=True)

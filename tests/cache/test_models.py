@@ -9,11 +9,11 @@ import torch
 from caches import mask, node
 from subjects import CONFIGS, FAMILIES, LONG, SHORT, SORTS
 
-from hydrarun.cache.base import Step
-from hydrarun.compose import compose
-from hydrarun.runner import Runner
-from hydrarun.transformer import Transformer
-from hydrarun.validate import cfg_scale
+from hydrarun.acceleration.cache.base import Step
+from hydrarun.config.checks.values import cfg_scale
+from hydrarun.config.compose import compose
+from hydrarun.engine.runner import Runner
+from hydrarun.models.transformer import Transformer
 
 STEPS = 6  # where there are two experts, both have some
 

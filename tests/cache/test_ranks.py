@@ -8,9 +8,9 @@ import pytest
 from caches import mask, node
 from subjects import CONFIGS, LONG, SHORT
 
-from hydrarun.cache.step_cache import StepCache
-from hydrarun.parallel.degrees import shares, world_size
-from hydrarun.validate import cfg_scale
+from hydrarun.acceleration.cache.step_cache import StepCache
+from hydrarun.config.checks.values import cfg_scale
+from hydrarun.core.distributed.degrees import shares, world_size
 
 LATENTS = 1e-4  # as without a cache
 

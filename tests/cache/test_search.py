@@ -8,9 +8,9 @@ import random
 
 import pytest
 
-from hydrarun.cache.scores import Scores
-from hydrarun.cache.search import moves, search, spread
-from hydrarun.errors import UsageError
+from hydrarun.core.errors import UsageError
+from hydrarun.engine.calibration.scores import Scores
+from hydrarun.engine.calibration.search import moves, search, spread
 
 FIRST = frozenset({0})
 STARTS = [spread(4, 7, FIRST, power) for power in (1.0, 2.0)]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from caches import Toy, loop, mask, node, schedule
 
-from hydrarun.cache.base import NoCache
-from hydrarun.cache.gates import scm_steps
-from hydrarun.cache.predictors import Reuse, Taylor, extrapolation
-from hydrarun.errors import UsageError
-from hydrarun.targets import instantiate
+from hydrarun.acceleration.cache.base import NoCache
+from hydrarun.acceleration.cache.gates import scm_steps
+from hydrarun.acceleration.cache.predictors import Reuse, Taylor, extrapolation
+from hydrarun.config.targets import instantiate
+from hydrarun.core.errors import UsageError
 
 FACTORS = {"positive": 1.0, "negative": -0.5}
 TIMES = [1.0, 0.96, 0.9, 0.7, 0.55, 0.5, 0.3, 0.22, 0.1, 0.02]  # at uneven distances
@@ -32,7 +32,7 @@ def furthest(made, other) -> float:
 
 @pytest.fixture
 def plain():
-    return run({"_target_": "hydrarun.cache.base.NoCache"})[0]
+    return run({"_target_": "hydrarun.acceleration.cache.base.NoCache"})[0]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def plain():
 def test_a_predictor_is_exact_where_its_order_fits(predictor, order, degree):
     """The residual is a polynomial of that degree; computed and skipped steps lie at uneven distances."""
     coefficients = [1.0, 2.0, 3.0][: degree + 1]
-    exact = run({"_target_": "hydrarun.cache.base.NoCache"}, coefficients)[0]
+    exact = run({"_target_": "hydrarun.acceleration.cache.base.NoCache"}, coefficients)[0]
     made, _, cache = run(mask([0, 1, 3, 6], predictor, order), coefficients)
     assert cache.record()["steps"]["transformer"]["negative"]["skipped"] == [2, 4, 5, 7, 8, 9]
     if degree == 2:  # a parabola needs three points; before there is a straight line
@@ -52,7 +52,7 @@ def test_a_predictor_is_exact_where_its_order_fits(predictor, order, degree):
 @pytest.mark.parametrize(("order", "degree"), [(None, 1), (1, 2)])
 def test_and_not_where_it_does_not(order, degree):
     coefficients = [1.0, 2.0, 3.0][: degree + 1]
-    exact = run({"_target_": "hydrarun.cache.base.NoCache"}, coefficients)[0]
+    exact = run({"_target_": "hydrarun.acceleration.cache.base.NoCache"}, coefficients)[0]
     made, _, _ = run(mask([0, 1, 3, 6], "taylor" if order else "reuse", order), coefficients)
     assert furthest(made, exact) > 0.01
 

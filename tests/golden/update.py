@@ -15,9 +15,11 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # the checkout, when it is not installed
 
-from hydrarun import listing, resources  # noqa: E402
-from hydrarun.compose import compose_raw  # noqa: E402
-from hydrarun.recipe import editors, source  # noqa: E402
+from hydrarun.cli.commands import list as listing  # noqa: E402
+from hydrarun.cli.recipe import json_schema as editors  # noqa: E402
+from hydrarun.config.compose import compose_raw  # noqa: E402
+from hydrarun.config.recipes import search as source  # noqa: E402
+from hydrarun.core import resources  # noqa: E402
 
 
 def golden() -> dict[str, str]:

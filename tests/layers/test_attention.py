@@ -8,9 +8,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from hydrarun.errors import UsageError
-from hydrarun.layers.attention import Attention, CrossAttention
-from hydrarun.layers.backends import SDPA, CuDNNAttention, FlashAttention, FlexAttention, SageAttention
+from hydrarun.core.errors import UsageError
+from hydrarun.models.layers.attention import Attention, CrossAttention
+from hydrarun.models.layers.attention_backends import SDPA, CuDNNAttention, FlashAttention, FlexAttention, SageAttention
 
 GENERATOR = torch.Generator().manual_seed(0)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from hydrarun.layers.linear import FeedForward, QKVLinear
-from hydrarun.layers.norm import AdaLayerNorm, Modulation, modulate
-from hydrarun.layers.rope import frequencies, grid_frequencies, rotate
+from hydrarun.models.layers.linear import FeedForward, QKVLinear
+from hydrarun.models.layers.norm import AdaLayerNorm, Modulation, modulate
+from hydrarun.models.layers.rope import frequencies, grid_frequencies, rotate
 
 
 def test_rotation_is_complex_multiplication():

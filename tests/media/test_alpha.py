@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hydrarun.media import alpha, frames, kinds, png
+from hydrarun.outputs.media import alpha, frames, kinds, png
 
 GENERATOR = np.random.default_rng(0)
 LAYERS = GENERATOR.integers(0, 256, (3, 20, 12, 4), dtype=np.uint8)

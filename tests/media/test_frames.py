@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hydrarun.errors import UsageError
-from hydrarun.media import frames, png
+from hydrarun.core.errors import UsageError
+from hydrarun.outputs.media import frames, png
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 16, 24, 3), dtype=np.uint8)
 TEXTS = [{"hydrarun": f'{{"frame": {number}}}'} for number in range(4)]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from hydrarun.errors import UsageError
-from hydrarun.media import images
+from hydrarun.core.errors import UsageError
+from hydrarun.outputs.media import images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(PIXELS)
@@ -337,6 +337,7 @@ def test_the_home_folder_and_relative_paths(tmp_path, monkeypatch):
 
 
 def test_neither_torch_nor_diffusers_is_imported():
-    code = "import sys, hydrarun.media.images as _; print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
+    heavy = "{'torch', 'diffusers', 'transformers'}"
+    code = f"import sys, hydrarun.outputs.media.images as _; print({heavy} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"

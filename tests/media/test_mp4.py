@@ -8,8 +8,8 @@ import av
 import numpy as np
 import pytest
 
-from hydrarun.errors import RunError, UsageError
-from hydrarun.media import frames, mp4
+from hydrarun.core.errors import RunError, UsageError
+from hydrarun.outputs.media import frames, mp4
 
 NASTY = 'a "cat", [sitting] = #1, ${x} \\ \n一只猫 🐈 ünï'
 
@@ -170,7 +170,7 @@ def test_anything_but_one_h264_video(tmp_path, codecs):
 
 def test_oversized_text(tmp_path, monkeypatch):
     path = write(tmp_path, hydrarun=json.dumps({"a": "猫" * 100}, ensure_ascii=False))
-    monkeypatch.setattr("hydrarun.media.container.MAX_TEXT_BYTES", 300)
+    monkeypatch.setattr("hydrarun.outputs.media.container.MAX_TEXT_BYTES", 300)
     assert refused(path) == "refused, its comment tag is larger than 300 bytes"
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hydrarun.errors import UsageError
-from hydrarun.media import png
+from hydrarun.core.errors import UsageError
+from hydrarun.outputs.media import png
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 NASTY = 'a "cat", [sitting] = #1, ${x} \\ \n一只猫 🐈 ünï'

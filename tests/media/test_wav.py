@@ -8,8 +8,8 @@ import av
 import numpy as np
 import pytest
 
-from hydrarun.errors import RunError, UsageError
-from hydrarun.media import kinds, wav, waveform
+from hydrarun.core.errors import RunError, UsageError
+from hydrarun.outputs.media import kinds, wav, waveform
 
 NASTY = 'a "cat", [sitting] = #1, ${x} \\ \n一只猫 🐈 ünï'
 

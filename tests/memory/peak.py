@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from transformers import T5Config, T5EncoderModel
 
-from hydrarun.components import load_component
-from hydrarun.memory.loading import load_transformer, place
-from hydrarun.memory.pool import Pool
+from hydrarun.core.progress import Progress
+from hydrarun.core.threads import Pool
 from hydrarun.models.qwen_image import QwenImageTransformer
-from hydrarun.progress import Progress
+from hydrarun.models.weights.loader import load_transformer, place
+from hydrarun.pipeline.components import load_component
 
 SMALL = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 3, "axes_dims_rope": (8, 4, 4)}
 LARGE = {"num_layers": 2, "attention_head_dim": 128, "num_attention_heads": 12}

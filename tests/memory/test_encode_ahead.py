@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from hydrarun import batch_draw
-from hydrarun.batch_ledger import Book
-from hydrarun.compose import compose
-from hydrarun.media import png
-from hydrarun.runner import Runner
+from hydrarun.config.compose import compose
+from hydrarun.engine.runner import Runner
+from hydrarun.engine.runs import batch_worker as batch_draw
+from hydrarun.engine.runs.batch_ledger import Book
+from hydrarun.outputs.media import png
 
 TEXTS = ("a", "bb", "ccc")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from hydrarun.errors import RunError, UsageError
-from hydrarun.memory.hub import resolve
+from hydrarun.config.hub import resolve
+from hydrarun.core.errors import RunError, UsageError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -91,7 +91,7 @@ def test_what_is_no_checkpoint_is_refused(tiny_folder, tmp_path, name, message):
 
 def test_a_run_from_the_hub_cache_equals_the_folder(cached, tiny_folder):
     """The same loading code, end to end."""
-    from hydrarun.runner import Runner
+    from hydrarun.engine.runner import Runner
 
     by_id = Runner(tiny.config(tiny_folder, "model.path=owner/tiny")).generate(num_inference_steps=2)
     by_folder = tiny.runner(tiny_folder).generate(num_inference_steps=2)

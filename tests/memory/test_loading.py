@@ -17,14 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from subjects import FAMILIES
 
-from hydrarun.errors import RunError
-from hydrarun.memory import loading, reading
-from hydrarun.memory.loading import source_names
-from hydrarun.memory.pool import Pool
-from hydrarun.memory.safetensors_files import Header, fingerprint
+from hydrarun.core.distributed.mesh import Axis
+from hydrarun.core.errors import RunError
+from hydrarun.core.progress import Progress
+from hydrarun.core.threads import Pool
 from hydrarun.models.qwen_image import QwenImageTransformer
-from hydrarun.parallel.mesh import Axis
-from hydrarun.progress import Progress
+from hydrarun.models.weights import loader as loading
+from hydrarun.models.weights import tensor_reader as reading
+from hydrarun.models.weights.loader import source_names
+from hydrarun.models.weights.safetensors import Header, fingerprint
 
 FILE = "diffusion_pytorch_model.safetensors"
 

@@ -14,14 +14,14 @@ from caches import node
 from parallel_runs import draw_tabled
 from subjects import CONFIGS, FAMILIES, LONG, MODELS, SHORT, SORTS, VARIANTS
 
-from hydrarun.compose import compose
-from hydrarun.errors import RunError
-from hydrarun.layers.norm import Modulation
-from hydrarun.memory.modulation import ModulationTables
+from hydrarun.acceleration.offload.modulation_tables import ModulationTables
+from hydrarun.config.checks.values import cfg_off, cfg_scale
+from hydrarun.config.compose import compose
+from hydrarun.core.errors import RunError
+from hydrarun.engine.runner import Runner
 from hydrarun.models.flux import FluxTransformer
+from hydrarun.models.layers.norm import Modulation
 from hydrarun.models.qwen_image import QwenImageTransformer
-from hydrarun.runner import Runner
-from hydrarun.validate import cfg_off, cfg_scale
 
 #: a product of many rows adds up in another order than one of a few
 CLOSE = 1e-5
@@ -109,7 +109,11 @@ def test_the_embedded_guidance_and_the_pooled_prompt_are_in_the_tables(subject, 
 @pytest.mark.parametrize("subject", SOME, indirect=True)
 def test_caches_skip_the_same_steps_with_the_same_numbers(subject, tabled):
     """A cache runs blocks in an order of its own, Cache-DiT without our loop over them."""
-    dbcache = {"_target_": "hydrarun.cache.cache_dit.CacheDiT", "max_warmup_steps": 2, "residual_diff_threshold": 5.0}
+    dbcache = {
+        "_target_": "hydrarun.acceleration.cache.cache_dit.CacheDiT",
+        "max_warmup_steps": 2,
+        "residual_diff_threshold": 5.0,
+    }
     for cache in (node("every_n"), node("teacache", threshold=5.0), dbcache):
         same(subject, tabled, cache=cache, num_inference_steps=6, prompt="a", seed=1, negative_prompt="x")
         plain, found = (one.runner.built.parts.cache.record() for one in (subject, tabled))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hydrarun.memory.moving import WaitsOnDisk, WaitsOnHost
+from hydrarun.acceleration.offload.module_mover import WaitsOnDisk, WaitsOnHost
 
 MIB = 2**20
 
@@ -99,7 +99,7 @@ def test_what_waits_on_disk_is_read_again():
 RESIDENT = """
 import os, torch
 from torch import nn
-from hydrarun.memory.moving import WaitsOnDisk
+from hydrarun.acceleration.offload.module_mover import WaitsOnDisk
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

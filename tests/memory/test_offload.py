@@ -14,13 +14,13 @@ from subjects import LONG, SHORT, SORTS
 from torch import nn
 from watched import Measured, draw, measured, modules, on_device, runner, size, weights
 
-from hydrarun import components
-from hydrarun.compat import violations
-from hydrarun.compose import compose_raw
-from hydrarun.errors import UsageError
-from hydrarun.memory.offload import USES, ExpertOffload, ModelOffload, use_of
-from hydrarun.pipeline import Stage, check_chain
-from hydrarun.runner import Runner
+from hydrarun.acceleration.offload.strategies import USES, ExpertOffload, ModelOffload, use_of
+from hydrarun.config.checks.compatibility import violations
+from hydrarun.config.compose import compose_raw
+from hydrarun.core.errors import UsageError
+from hydrarun.engine.runner import Runner
+from hydrarun.pipeline import components
+from hydrarun.pipeline.stage import Stage, check_chain
 
 TWO_EXPERTS = "wan22_t2v_a14b"
 UNREAD = (lambda name: None, Path(), torch.float32)  # how to read again what nobody reads
@@ -126,7 +126,7 @@ def test_on_the_cpu_the_text_encoder_is_let_go_of_and_read_again(subject, kept, 
     """Two requests in a row: the same numbers, and the files are read for the second."""
     read = []
     original = components.load_module
-    monkeypatch.setattr("hydrarun.build.load_module", lambda *asked: read.append(asked[2]) or original(*asked))
+    monkeypatch.setattr("hydrarun.engine.build.load_module", lambda *asked: read.append(asked[2]) or original(*asked))
     want = on_the_cpu(subject, kept)
     offloaded = runner(subject, "cpu", "text_encoder")
     encoders = {name: module for name, module in modules(offloaded).items() if use_of(name) == "text_encoder"}

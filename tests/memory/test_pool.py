@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from hydrarun import worker
-from hydrarun.memory import pool
-from hydrarun.memory.pool import Pool
+from hydrarun.core import threads as pool
+from hydrarun.core.threads import Pool
+from hydrarun.engine.ranks import worker
 
 
 def fail(words: str) -> None:

@@ -15,15 +15,15 @@ import tiny
 import torch
 from torch import nn
 
-from hydrarun import targets
-from hydrarun.compose import compose, compose_raw
-from hydrarun.errors import UsageError
-from hydrarun.memory import quantize
-from hydrarun.memory.quantize import TorchAO, stored_bytes
+from hydrarun.acceleration import quantization as quantize
+from hydrarun.acceleration.parallel.hsdp import repeated_layers
+from hydrarun.acceleration.quantization import TorchAO, stored_bytes
+from hydrarun.config import targets
+from hydrarun.config.compose import compose, compose_raw
+from hydrarun.core.errors import UsageError
+from hydrarun.engine.runner import Runner
+from hydrarun.models.transformer import Transformer
 from hydrarun.models.wan import WanTransformer
-from hydrarun.parallel.hsdp import repeated_layers
-from hydrarun.runner import Runner
-from hydrarun.transformer import Transformer
 
 CPU = torch.device("cpu")
 #: final latents of 2 steps against the plain run's, root mean square in parts of their deviation; about twice what this
@@ -200,7 +200,7 @@ def test_few_weights_at_a_time_are_there_in_full(tiny_folder, monkeypatch):
 
     monkeypatch.setattr(TorchAO, "quantize", watched)
     monkeypatch.setattr(TorchAO, "loaded", loaded)
-    monkeypatch.setattr("hydrarun.memory.pool.MOST", 2)
+    monkeypatch.setattr("hydrarun.core.threads.MOST", 2)
     runner = Runner(tiny.config(tiny_folder, "quantization=int8_weight_only"))
     (transformer,) = runner.built.parts.experts
     assert len(seen) == len(in_the_blocks(transformer))
@@ -208,7 +208,7 @@ def test_few_weights_at_a_time_are_there_in_full(tiny_folder, monkeypatch):
 
 
 def test_it_is_said_what_was_done(tiny_folder, capsys):
-    from hydrarun.progress import Progress
+    from hydrarun.core.progress import Progress
 
     runner = Runner(tiny.config(tiny_folder, "quantization=int8_weight_only"), Progress())
     (transformer,) = runner.built.parts.experts

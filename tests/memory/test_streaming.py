@@ -21,14 +21,15 @@ from subjects import LONG, SHORT, SORTS
 from torch import nn
 from watched import draw, modules, on_device, runner, size, weights
 
-from hydrarun.compose import compose
-from hydrarun.errors import RunError
-from hydrarun.memory import loading, streaming
-from hydrarun.memory.moving import HOST, put
-from hydrarun.memory.offload import DiskOffload
-from hydrarun.memory.packing import ALIGNMENT, Packed, packed_bytes, parts
-from hydrarun.memory.streaming import FromHost, Turns, around_blocks
-from hydrarun.runner import Runner
+from hydrarun.acceleration.offload import layerwise as streaming
+from hydrarun.acceleration.offload.layerwise import FromHost, Turns, around_blocks
+from hydrarun.acceleration.offload.module_mover import HOST, put
+from hydrarun.acceleration.offload.packed_tensors import ALIGNMENT, Packed, packed_bytes, parts
+from hydrarun.acceleration.offload.strategies import DiskOffload
+from hydrarun.config.compose import compose
+from hydrarun.core.errors import RunError
+from hydrarun.engine.runner import Runner
+from hydrarun.models.weights import loader as loading
 
 TWO_EXPERTS = "wan22_t2v_a14b"
 #: all steps are alike for cache-dit: those that need not be computed are not
@@ -413,7 +414,8 @@ def test_caches_decide_as_without(deep):
     caches = (
         node("teacache", threshold=1e9),
         node("first_block", threshold=1e9),
-        {"_target_": "hydrarun.cache.cache_dit.CacheDiT", "Bn_compute_blocks": 1, "max_warmup_steps": 2} | ALIKE,
+        {"_target_": "hydrarun.acceleration.cache.cache_dit.CacheDiT", "Bn_compute_blocks": 1, "max_warmup_steps": 2}
+        | ALIKE,
     )
     fields = {"true_cfg_scale": 3.0, "negative_prompt": LONG, "num_inference_steps": 6}
     plain, disk = Runner(compose(deep.overrides())), Runner(compose([*deep.overrides(), "offload=disk"]))

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from hydrarun.compose import compose_raw
-from hydrarun.errors import UsageError
-from hydrarun.fit import check_folder_fit
-from hydrarun.memory.offload import DiskOffload, LayerwiseOffload, ModelOffload, NoOffload
+from hydrarun.acceleration.offload.strategies import DiskOffload, LayerwiseOffload, ModelOffload, NoOffload
+from hydrarun.config.checks.checkpoint import check_folder_fit
+from hydrarun.config.compose import compose_raw
+from hydrarun.core.errors import UsageError
 
 
 @pytest.mark.parametrize(

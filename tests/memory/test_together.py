@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from hydrarun.compose import compose
-from hydrarun.runner import Runner
+from hydrarun.config.compose import compose
+from hydrarun.engine.runner import Runner
 
 QUANTIZED = ["quantization=int8_weight_only", "quantization.components=[transformer,text_encoder]"]
 

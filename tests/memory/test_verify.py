@@ -13,12 +13,12 @@ import tiny
 from rich.console import Console
 from rich.filesize import decimal
 
-from hydrarun import worker
-from hydrarun.compose import compose
-from hydrarun.errors import RunError, UsageError
-from hydrarun.memory.verify import verify
-from hydrarun.progress import Progress
-from hydrarun.runner import Runner
+from hydrarun.config.compose import compose
+from hydrarun.core.errors import RunError, UsageError
+from hydrarun.core.progress import Progress
+from hydrarun.engine.ranks import worker
+from hydrarun.engine.runner import Runner
+from hydrarun.models.weights.checksums import verify
 
 FILES = [f"{name}/{name}.safetensors" for name in ("text_encoder", "transformer", "vae")]
 QUIET = Progress(quiet=True)
@@ -149,8 +149,8 @@ def test_nothing_is_loaded_from_other_files(damaged, tmp_path, monkeypatch):
     """Without `verify` the run says that it was not verified."""
     record = tiny.runner(damaged, "sampling.num_inference_steps=2").run(tmp_path / "run")
     assert record["verified"] is False
-    monkeypatch.setattr("hydrarun.build.load_transformer", None)
-    monkeypatch.setattr("hydrarun.build.load_pipeline", None)
+    monkeypatch.setattr("hydrarun.engine.build.load_transformer", None)
+    monkeypatch.setattr("hydrarun.engine.build.load_pipeline", None)
     with pytest.raises(RunError, match=r"vae/diffusion_pytorch_model.safetensors: not the file that was recorded"):
         tiny.runner(damaged, "verify=true")
 

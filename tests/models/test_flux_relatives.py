@@ -9,13 +9,13 @@ import torch
 from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import calculate_dimensions
 from PIL import Image
 
-from hydrarun.compose import compose_raw
-from hydrarun.errors import UsageError
+from hydrarun.config.compose import compose_raw
+from hydrarun.core.errors import UsageError
+from hydrarun.engine.plan.devices import published
+from hydrarun.engine.plan.planner import planned
 from hydrarun.models.longcat_image import LongCatImageTransformer
 from hydrarun.models.ovis_image import OvisImageTransformer
-from hydrarun.plan.choose import planned
-from hydrarun.plan.devices import published
-from hydrarun.stages.images import fit_area
+from hydrarun.pipeline.stages.images import fit_area
 
 TOLERANCE = 1e-5  # float32, the same operations in another order
 TEXT = 7  # tokens

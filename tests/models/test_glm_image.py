@@ -17,24 +17,28 @@ from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from PIL import Image
 from subjects import LONG, SHORT, pictures
 
-from hydrarun.cache.base import NoCache, Step
-from hydrarun.compiling import allow_graphs
-from hydrarun.compose import compose
-from hydrarun.errors import RunError, UsageError
+from hydrarun.acceleration.cache.base import NoCache, Step
+from hydrarun.acceleration.compilation import allow_graphs
+from hydrarun.acceleration.parallel.data import first_ranks
+from hydrarun.config.compose import compose
+from hydrarun.core.distributed.degrees import world_size
+from hydrarun.core.distributed.mesh import Mesh
+from hydrarun.core.errors import RunError, UsageError
+from hydrarun.engine.plan.dry_forward import kept_by_others
+from hydrarun.engine.runner import Runner
 from hydrarun.models.glm_image import GlmImageTransformer, draw_prior, fitted
-from hydrarun.parallel.data import first_ranks
-from hydrarun.parallel.degrees import world_size
-from hydrarun.parallel.mesh import Mesh
-from hydrarun.plan.rehearse import kept_by_others
-from hydrarun.request import make_state
-from hydrarun.runner import Runner
-from hydrarun.transformer import Inputs
+from hydrarun.models.transformer import Inputs
+from hydrarun.pipeline.request import make_state
 
 TOLERANCE = 1e-5  # float32, the same operations in another order
 LATENTS, PIXELS = 1e-4, 1  # of whole runs
 IMAGES = 2
 GUIDED: dict[str, Any] = {"prompt": [SHORT, LONG], "seed": [3, 4], "guidance_scale": 3.0, "size": (2, 3)}
-DBCACHE = {"_target_": "hydrarun.cache.cache_dit.CacheDiT", "max_warmup_steps": 2, "residual_diff_threshold": 5.0}
+DBCACHE = {
+    "_target_": "hydrarun.acceleration.cache.cache_dit.CacheDiT",
+    "max_warmup_steps": 2,
+    "residual_diff_threshold": 5.0,
+}
 only = pytest.mark.parametrize("subject", ["glm_image"], indirect=True)
 
 

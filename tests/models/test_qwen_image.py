@@ -8,9 +8,9 @@ import pytest
 import tiny
 import torch
 
-from hydrarun.errors import UsageError
+from hydrarun.core.errors import UsageError
 from hydrarun.models.qwen_image import QwenImageTransformer
-from hydrarun.transformer import Tokens
+from hydrarun.models.transformer import Tokens
 
 # float32 on one machine, the same operations in another order: rounding only
 TOLERANCE = 1e-5

@@ -13,12 +13,12 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_layered import calculate_d
 from PIL import Image
 from subjects import CONFIGS, pictures
 
-from hydrarun import cli
-from hydrarun.compose import compose
-from hydrarun.errors import UsageError
-from hydrarun.media import frames
-from hydrarun.runner import Runner
-from hydrarun.stages.images import SizeFromImage
+from hydrarun.cli.commands import run as cli
+from hydrarun.config.compose import compose
+from hydrarun.core.errors import UsageError
+from hydrarun.engine.runner import Runner
+from hydrarun.outputs.media import frames
+from hydrarun.pipeline.stages.images import SizeFromImage
 
 NAME = "qwen_image_layered"
 LATENTS = 1e-4
@@ -126,7 +126,7 @@ def test_rescaled_guidance_is_diffusers_cfg_normalize(subject):
 @pytest.mark.parametrize("resolution", [640, 1024])
 @pytest.mark.parametrize("size", [(64, 100), (1920, 1080), (500, 500)])
 def test_the_size_is_of_that_resolution_in_the_images_proportions(resolution, size):
-    from hydrarun.request import make_state
+    from hydrarun.pipeline.request import make_state
 
     sampling = {**CONFIGS[NAME]["sampling"], "prompt": "", "resolution": resolution}
     state = make_state(sampling, [Image.new("RGBA", size)])

@@ -17,13 +17,13 @@ from diffusers import StableDiffusion3Pipeline
 from matrix import uncompiled
 from subjects import LONG
 
-from hydrarun.compiling import CompileFull
-from hydrarun.compose import compose
-from hydrarun.errors import UsageError
+from hydrarun.acceleration.compilation import CompileFull
+from hydrarun.config.compose import compose
+from hydrarun.core.errors import UsageError
+from hydrarun.core.timing import Timings
+from hydrarun.engine.runner import Runner
 from hydrarun.models.sd3 import SD3Transformer
-from hydrarun.request import make_state
-from hydrarun.runner import Runner
-from hydrarun.timing import Timings
+from hydrarun.pipeline.request import make_state
 
 TOLERANCE = 1e-5  # float32, the same operations in another order
 LATENTS = 1e-4  # of whole runs
@@ -123,7 +123,7 @@ def test_skip_layer_guidance_needs_guidance(subject, pushed):
 def test_caches_leave_the_third_prediction_alone(pushed):
     """Where nothing is skipped, the plain run to the bit; the record is of the two branches."""
     want = pushed.draw(**GUIDED).latents
-    dbcache = {"_target_": "hydrarun.cache.cache_dit.CacheDiT", "residual_diff_threshold": 0.0}
+    dbcache = {"_target_": "hydrarun.acceleration.cache.cache_dit.CacheDiT", "residual_diff_threshold": 0.0}
     for cache in (node("first_block", threshold=0), dbcache):
         have = pushed.draw(cache=cache, **GUIDED).latents
         assert (have - want).abs().max() <= TOLERANCE

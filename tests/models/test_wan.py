@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from hydrarun.errors import UsageError
+from hydrarun.core.errors import UsageError
 from hydrarun.models.wan import WanTokens, WanTransformer
 
 TOLERANCE = 1e-5  # float32, the same operations in another order

@@ -11,12 +11,12 @@ import tiny
 import torch
 from subjects import CONFIGS, LONG, SHORT
 
-from hydrarun.compat import check
-from hydrarun.compose import compose
-from hydrarun.errors import UsageError
+from hydrarun.config.checks.compatibility import check
+from hydrarun.config.compose import compose
+from hydrarun.core.errors import UsageError
+from hydrarun.engine.runner import Runner
 from hydrarun.models.zimage import ZImageTransformer
-from hydrarun.runner import Runner
-from hydrarun.stages.encode import pad_to_longest
+from hydrarun.pipeline.stages.encode import pad_to_longest
 
 TOLERANCE = 1e-5  # float32, the same operations in another order
 LATENTS = 1e-4  # of a whole run

@@ -6,7 +6,7 @@ import pytest
 from parallel_runs import degrees
 from ranks_work import meshes_made_again
 
-from hydrarun.parallel.degrees import problems, shares, world_size
+from hydrarun.core.distributed.degrees import problems, shares, world_size
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 import torch
 from ranks_work import attention_over_ranks, gathered
 
-from hydrarun.layers.attention import Attention
-from hydrarun.parallel.degrees import shares
+from hydrarun.core.distributed.degrees import shares
+from hydrarun.models.layers.attention import Attention
 
 TOLERANCE = 1e-5  # float32, sums in another order
 LAYOUTS = {"ulysses2": (2, 1), "ulysses4": (4, 1), "ring2": (1, 2), "ring4": (1, 4), "usp2x2": (2, 2)}

@@ -14,16 +14,16 @@ import torch.distributed as dist
 from subjects import cases
 from torch.nn import functional as F
 
-from hydrarun.errors import UsageError
-from hydrarun.layers.linear import RowLinear
-from hydrarun.layers.norm import RMSNormAcrossHeads
+from hydrarun.core.distributed import collectives as comm
+from hydrarun.core.distributed.mesh import Axis
+from hydrarun.core.errors import UsageError
 from hydrarun.models.flux import FluxTransformer
+from hydrarun.models.layers.linear import RowLinear
+from hydrarun.models.layers.norm import RMSNormAcrossHeads
+from hydrarun.models.layers.tensor_parallel import Run, shared_layers, split
 from hydrarun.models.ovis_image import OvisImageTransformer
 from hydrarun.models.qwen_image import QwenImageTransformer
 from hydrarun.models.wan import WanTransformer
-from hydrarun.parallel import comm
-from hydrarun.parallel.mesh import Axis
-from hydrarun.parallel.tensor import Run, shared_layers, split
 
 TOLERANCE = 1e-5  # float32, sums in another order
 

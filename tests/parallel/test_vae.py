@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from hydrarun.errors import UsageError
-from hydrarun.parallel import comm
-from hydrarun.parallel.degrees import shares
-from hydrarun.parallel.mesh import Axis
-from hydrarun.parallel.vae import split
+from hydrarun.acceleration.parallel.vae import split
+from hydrarun.core.distributed import collectives as comm
+from hydrarun.core.distributed.degrees import shares
+from hydrarun.core.distributed.mesh import Axis
+from hydrarun.core.errors import UsageError
 
 TOLERANCE = 3e-5  # outputs are of order 1; measured: at most 1.1e-5 (wan), 2e-7 (kl), rounding of other orders of sums
 WIDTH = 3  # of latents

@@ -12,15 +12,16 @@ import torch
 from subjects import command
 from test_memory import asked
 
-from hydrarun import cli
-from hydrarun.compose import compose
-from hydrarun.errors import RunError, UsageError
-from hydrarun.plan import choose, exhausted
-from hydrarun.plan.devices import GIB, Device
-from hydrarun.plan.plan import PHASES
-from hydrarun.request import make_state
-from hydrarun.runner import Runner
-from hydrarun.timing import Timings
+from hydrarun.cli.commands import run as cli
+from hydrarun.config.compose import compose
+from hydrarun.core.errors import RunError, UsageError
+from hydrarun.core.timing import Timings
+from hydrarun.engine.plan import out_of_memory as exhausted
+from hydrarun.engine.plan import planner as choose
+from hydrarun.engine.plan.devices import GIB, Device
+from hydrarun.engine.plan.memory_model import PHASES
+from hydrarun.engine.runner import Runner
+from hydrarun.pipeline.request import make_state
 
 
 def said(capsys, *words: str) -> tuple[int, str]:

@@ -16,17 +16,17 @@ import pytest
 import subjects
 from subjects import CONFIGS, LONG, SHORT, Subject
 
-from hydrarun.compat import violations
-from hydrarun.compose import compose
-from hydrarun.pipeline import Stage
-from hydrarun.plan.choose import planned
-from hydrarun.plan.devices import Device
-from hydrarun.plan.plan import PHASES
-from hydrarun.request import make_state
-from hydrarun.resources import options
-from hydrarun.runner import Runner
-from hydrarun.timing import Timings
-from hydrarun.validate import cfg_scale
+from hydrarun.config.checks.compatibility import violations
+from hydrarun.config.checks.values import cfg_scale
+from hydrarun.config.compose import compose
+from hydrarun.core.resources import options
+from hydrarun.core.timing import Timings
+from hydrarun.engine.plan.devices import Device
+from hydrarun.engine.plan.memory_model import PHASES
+from hydrarun.engine.plan.planner import planned
+from hydrarun.engine.runner import Runner
+from hydrarun.pipeline.request import make_state
+from hydrarun.pipeline.stage import Stage
 
 SAME = 0.05
 FAKE = Device("fake", 2**40, "cuda", float16=1e12, link=1e9, host=1e9)

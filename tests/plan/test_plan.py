@@ -12,17 +12,17 @@ import torch
 from subjects import CONFIGS, MODELS
 from test_memory import FAKE, SAME, asked, measured, runner
 
-from hydrarun.compose import compose, compose_raw
-from hydrarun.memory.offload import NoOffload
-from hydrarun.memory.quantize import stored_bytes
-from hydrarun.plan import configs
-from hydrarun.plan.choose import planned
-from hydrarun.plan.devices import published
-from hydrarun.plan.estimate import rehearse, structure
-from hydrarun.plan.plan import Setting
-from hydrarun.plan.weights import here, of_transformer
-from hydrarun.runner import Runner
-from hydrarun.targets import load_class
+from hydrarun.acceleration.offload.strategies import NoOffload
+from hydrarun.acceleration.quantization import stored_bytes
+from hydrarun.config.compose import compose, compose_raw
+from hydrarun.config.targets import load_class
+from hydrarun.engine.plan import configs
+from hydrarun.engine.plan.devices import published
+from hydrarun.engine.plan.estimate import rehearse, structure
+from hydrarun.engine.plan.memory_model import Setting
+from hydrarun.engine.plan.planner import planned
+from hydrarun.engine.plan.weights import here, of_transformer
+from hydrarun.engine.runner import Runner
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = [name for name in MODELS if "shapes" in CONFIGS[name]["model"]["facts"] and name != "demo"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import tiny
 
-from hydrarun.media import png
+from hydrarun.outputs.media import png
 
 CACHED = ["cache=every_n", "cache.gate.n=3"]
 TWO = ["sampling.num_images_per_prompt=2"]

@@ -6,8 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hydrarun.quality.judge import held_out_prompts, judge, judge_all, summarize
-from hydrarun.quality.scenes import COLORS, SHAPES, SIZES, caption, is_held_out, parse_caption, render, sample_scene
+from hydrarun.outputs.quality.scene_judge import held_out_prompts, judge, judge_all, summarize
+from hydrarun.outputs.quality.scenes import (
+    COLORS,
+    SHAPES,
+    SIZES,
+    caption,
+    is_held_out,
+    parse_caption,
+    render,
+    sample_scene,
+)
 
 
 def _scenes(count, seed=3):

@@ -10,12 +10,13 @@ import pytest
 from measured import BOTH, CACHED, config, read
 from parallel_runs import degrees
 
-from hydrarun import cli, replay
-from hydrarun.compose import compose
-from hydrarun.errors import RunError
-from hydrarun.quality.judge import judge
-from hydrarun.quality.metrics import compare, summary
-from hydrarun.runner import Runner
+from hydrarun.cli.commands import replay
+from hydrarun.cli.commands import run as cli
+from hydrarun.config.compose import compose
+from hydrarun.core.errors import RunError
+from hydrarun.engine.runner import Runner
+from hydrarun.outputs.quality.metrics import compare, summary
+from hydrarun.outputs.quality.scene_judge import judge
 
 
 def test_a_cached_run_is_compared_with_its_twin(run, runner, tmp_path):
@@ -94,7 +95,7 @@ def test_the_home_folder_is_not_published(run, tmp_path, monkeypatch):
 
 
 def test_it_is_said_what_is_done(tiny_folder, tmp_path, capsys):
-    from hydrarun.progress import Progress
+    from hydrarun.core.progress import Progress
 
     runner = Runner(config(tiny_folder, tmp_path / "twins", *CACHED, BOTH), Progress())
     for _ in range(2):

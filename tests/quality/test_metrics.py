@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from hydrarun.quality.metrics import accuracy, compare, summary
-from hydrarun.quality.scenes import parse_caption, render
+from hydrarun.outputs.quality.metrics import accuracy, compare, summary
+from hydrarun.outputs.quality.scenes import parse_caption, render
 
 BOTH = ["psnr", "ssim"]
 

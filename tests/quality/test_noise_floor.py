@@ -8,10 +8,10 @@ import pytest
 import tiny
 from measured import BOTH, CACHED, config
 
-from hydrarun.errors import UsageError
-from hydrarun.layers.backends import SDPA, FlexAttention
-from hydrarun.quality import measure
-from hydrarun.runner import Runner
+from hydrarun.core.errors import UsageError
+from hydrarun.engine.runner import Runner
+from hydrarun.engine.runs import quality as measure
+from hydrarun.models.layers.attention_backends import SDPA, FlexAttention
 
 
 class Halved(SDPA):

@@ -11,9 +11,9 @@ import pytest
 from measured import BOTH, CACHED, config, read
 from parallel_runs import degrees
 
-from hydrarun.errors import OutOfMemoryError, RunError
-from hydrarun.quality.metrics import compare
-from hydrarun.runner import Runner
+from hydrarun.core.errors import OutOfMemoryError, RunError
+from hydrarun.engine.runner import Runner
+from hydrarun.outputs.quality.metrics import compare
 
 INT8 = "quantization=int8_weight_only"
 

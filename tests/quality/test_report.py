@@ -6,10 +6,11 @@ import sys
 import pytest
 import yaml
 
-from hydrarun import resources
-from hydrarun.quality import judge, report
+from hydrarun.config.checks import report
+from hydrarun.core import resources
+from hydrarun.outputs.quality import scene_judge as judge
 
-SDPA = {"_target_": "hydrarun.layers.backends.SDPA"}
+SDPA = {"_target_": "hydrarun.models.layers.attention_backends.SDPA"}
 
 
 def found(*, prompt="a red circle", size=(64, 64), judged="scenes", **changes) -> list[tuple[str, str]]:
@@ -98,5 +99,5 @@ def test_options_are_those_of_conf():
 
 def test_checking_imports_nothing_heavy():
     heavy = ("torch", "skimage", "scipy", "numpy", "PIL", "hydra")
-    code = f"import sys, hydrarun.quality.report; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, hydrarun.config.checks.report; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"

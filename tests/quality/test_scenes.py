@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hydrarun.quality.scenes import (
+from hydrarun.outputs.quality.scenes import (
     COLORS,
     LAYOUTS,
     SHAPES,

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from test_outputs import CONFIG, FACTS, MEASURED, PIXELS, VIDEO
 
-from hydrarun import recorded
-from hydrarun.errors import RunError
-from hydrarun.outputs import OutputWriter
-from hydrarun.provenance import config_hash
-from hydrarun.quality import twins
-from hydrarun.runner import Picture
+from hydrarun.core.errors import RunError
+from hydrarun.engine.runner import Picture
+from hydrarun.engine.runs import reference as twins
+from hydrarun.outputs import reader as recorded
+from hydrarun.outputs.provenance import config_hash
+from hydrarun.outputs.writer import OutputWriter
 
-CACHED = {"_target_": "hydrarun.cache.step_cache.StepCache", "gate": {"n": 2}}
+CACHED = {"_target_": "hydrarun.acceleration.cache.step_cache.StepCache", "gate": {"n": 2}}
 PICTURES = [Picture(PIXELS, "a red circle", " ", 7), Picture(255 - PIXELS, "一只猫", " ", 8)]
 
 
@@ -41,7 +41,7 @@ def config(tmp_path) -> dict:
 
 def test_the_twin_is_the_same_without_cache_and_measuring_and_loss(tmp_path):
     twin = twins.configuration(configuration(tmp_path, output={"metadata": False, "format": "png", "fps": None}))
-    assert twin["cache"] == {"_target_": "hydrarun.cache.base.NoCache"}
+    assert twin["cache"] == {"_target_": "hydrarun.acceleration.cache.base.NoCache"}
     assert twin["output"] == {"metadata": True, "format": "png", "fps": None}
     assert twin["report"] == {"metrics": [], "noise_floor": [], "objectives": [], "twins": "outputs/twins"}
     assert twin["sampling"] == CONFIG["sampling"]

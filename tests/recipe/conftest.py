@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from undrawn import draw
 
-from hydrarun.compose import compose
+from hydrarun.config.compose import compose
 
 
 @pytest.fixture

@@ -15,13 +15,18 @@ import pytest
 import yaml
 from PIL import Image
 
-from hydrarun import cli, compat, listing, resources
-from hydrarun.compose import compose, compose_raw
-from hydrarun.plan import choose, suggest
-from hydrarun.plan.command import with_prompt
-from hydrarun.plan.devices import published
-from hydrarun.recipe import editors, source
-from hydrarun.recipe.reading import parse
+from hydrarun.cli.commands import list as listing
+from hydrarun.cli.commands import run as cli
+from hydrarun.cli.commands.plan import with_prompt
+from hydrarun.cli.recipe import json_schema as editors
+from hydrarun.config.checks import compatibility as compat
+from hydrarun.config.compose import compose, compose_raw
+from hydrarun.config.recipes import search as source
+from hydrarun.config.recipes.yaml_loader import parse
+from hydrarun.core import resources
+from hydrarun.engine.plan import planner as choose
+from hydrarun.engine.plan import suggest
+from hydrarun.engine.plan.devices import published
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -181,7 +186,7 @@ def test_the_list(capsys):
 def collection(tmp_path) -> Iterator[Path]:
     """A folder with an option, a recipe that chooses it, and things that must not be taken."""
     for name, text in {
-        "attention/ours.yaml": "_target_: hydrarun.layers.backends.SDPA\n",
+        "attention/ours.yaml": "_target_: hydrarun.models.layers.attention_backends.SDPA\n",
         "recipes/team/fast.yaml": "about: {description: Ours.}\n"
         "defaults: [override /attention: ours]\nsampling: {seed: 9}\n",
         "recipes/team/evil.yaml": "hydra: {run: {dir: /elsewhere}}\n",
@@ -199,7 +204,9 @@ def test_a_collection_brings_options_and_vetted_recipes(scheme, collection):
     where = f"hydra.searchpath=[{scheme}{collection}]"
     config = compose([where, "recipe=team/fast"])
     assert config["sampling"]["seed"] == 9
-    assert compose([where, "attention=ours"])["attention"] == {"_target_": "hydrarun.layers.backends.SDPA"}
+    assert compose([where, "attention=ours"])["attention"] == {
+        "_target_": "hydrarun.models.layers.attention_backends.SDPA"
+    }
     for recipe, said in (
         ("team/evil", "recipe team/evil: 'hydra' is not allowed"),
         ("unvetted", "recipe=unvetted: no such recipe."),

@@ -11,11 +11,13 @@ import pytest
 from PIL import Image
 from undrawn import draw
 
-from hydrarun import cli
-from hydrarun.annotations import show
-from hydrarun.compose import compose, compose_raw
-from hydrarun.provenance import asked
-from hydrarun.recipe import minimal, pixels, source
+from hydrarun.cli.commands import run as cli
+from hydrarun.cli.recipe import minimal
+from hydrarun.cli.recipe import pixel_digest as pixels
+from hydrarun.config.compose import compose, compose_raw
+from hydrarun.config.recipes import search as source
+from hydrarun.config.type_check import show
+from hydrarun.outputs.provenance import asked
 
 CASES = {
     (): {"defaults": ["model=demo"]},

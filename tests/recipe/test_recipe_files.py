@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hydrarun import cli
-from hydrarun.compose import compose
-from hydrarun.errors import UsageError
-from hydrarun.recipe import catalogue, file, source
-from hydrarun.recipe.about import CHANGED, FORMAT, Evidence, digest
-from hydrarun.recipe.reading import dump, parse
+from hydrarun.cli.commands import run as cli
+from hydrarun.config.compose import compose
+from hydrarun.config.recipes import catalogue, file
+from hydrarun.config.recipes import search as source
+from hydrarun.config.recipes.metadata import CHANGED, FORMAT, Evidence, digest
+from hydrarun.config.recipes.yaml_loader import dump, parse
+from hydrarun.core.errors import UsageError
 
 EVIDENCE = f"format: {FORMAT}, status: verified, digest: ''"
 

@@ -12,11 +12,15 @@ from pathlib import Path
 import pytest
 from undrawn import FINGERPRINT, TIMINGS, draw
 
-from hydrarun import cli, launch
-from hydrarun.compose import compose
-from hydrarun.errors import RunError, UsageError
-from hydrarun.recipe import evidence, file, pixels, source, verify
-from hydrarun.recipe.about import CHANGED, FORMAT, Evidence
+from hydrarun.cli.commands import run as cli
+from hydrarun.cli.recipe import evidence, verify
+from hydrarun.cli.recipe import pixel_digest as pixels
+from hydrarun.config.compose import compose
+from hydrarun.config.recipes import file
+from hydrarun.config.recipes import search as source
+from hydrarun.config.recipes.metadata import CHANGED, FORMAT, Evidence
+from hydrarun.core.errors import RunError, UsageError
+from hydrarun.engine.ranks import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = "# mine: do not touch\nsampling:  # odd   spacing\n    seed: 4\n    num_inference_steps: 3\n"
@@ -253,7 +257,7 @@ def test_a_run_exported_here_is_verified_in_a_fresh_copy(tmp_path, monkeypatch, 
     for name in ("hydrarun", "conf", "recipes", "weights"):
         shutil.copytree(ROOT / name, tmp_path / "clone" / name, ignore=shutil.ignore_patterns("__pycache__"))
     environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
-    code = "import sys; from hydrarun import cli; from hydrarun.recipe import evidence; evidence.SLOW = 1000; "
+    code = "import sys; from hydrarun import cli; from hydrarun.cli.recipe import evidence; evidence.SLOW = 1000; "
     code += "sys.exit(cli.main())"
     command = [sys.executable, "-c", code, "recipe", "verify", str(tmp_path / "sent" / "r.yaml")]
     done = subprocess.run(command, cwd=tmp_path / "clone", env=environment, capture_output=True, text=True)

@@ -8,8 +8,8 @@ from typing import Any
 import facts as facts_of_a_run
 import numpy as np
 
-from hydrarun.outputs import OutputWriter
-from hydrarun.provenance import hardware, versions
+from hydrarun.outputs.provenance import hardware, versions
+from hydrarun.outputs.writer import OutputWriter
 
 TIMINGS = {"load_s": 1.0, "steps_s": [0.4, 0.1, 0.2], "total_s": 2.0}
 FINGERPRINT = "930362e098623e17"  # of weights/demo

@@ -13,9 +13,9 @@ import facts
 import numpy as np
 import yaml
 
-from hydrarun.compose import compose_raw
-from hydrarun.outputs import OutputWriter
-from hydrarun.text import literal
+from hydrarun.config.compose import compose_raw
+from hydrarun.core.quoting import literal
+from hydrarun.outputs.writer import OutputWriter
 
 SIDE = 64
 FACTS = {

@@ -6,10 +6,10 @@ import fake_sweep
 import pytest
 from fake_sweep import picture
 
-from hydrarun.errors import RunError, UsageError
-from hydrarun.report import axes
-from hydrarun.report.collect import collect
-from hydrarun.report.layout import Layout, arrange
+from hydrarun.core.errors import RunError, UsageError
+from hydrarun.outputs.report import axes
+from hydrarun.outputs.report.collect import collect
+from hydrarun.outputs.report.layout import Layout, arrange
 
 
 def laid_out(folder, reference=None) -> Layout:

@@ -9,9 +9,9 @@ import pytest
 from fake_sweep import measured, picture
 from PIL import Image
 
-from hydrarun import report
-from hydrarun.errors import RunError
-from hydrarun.media import mp4
+from hydrarun.core.errors import RunError
+from hydrarun.outputs import report
+from hydrarun.outputs.media import mp4
 
 pytestmark = pytest.mark.skipif(browser.EXECUTABLE is None, reason="there is no chromium here")
 

@@ -8,9 +8,9 @@ import fake_sweep
 import pytest
 from fake_sweep import measured, picture
 
-from hydrarun.errors import RunError, UsageError
-from hydrarun.report import numbers
-from hydrarun.report.collect import Output, collect
+from hydrarun.core.errors import RunError, UsageError
+from hydrarun.outputs.report import run_numbers as numbers
+from hydrarun.outputs.report.collect import Output, collect
 
 
 def test_points_come_by_their_numbers(tmp_path):

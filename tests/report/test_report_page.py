@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from fake_sweep import measured, picture
 
-from hydrarun import cli, report
-from hydrarun.errors import RunError
-from hydrarun.report import page
+from hydrarun.cli.commands import run as cli
+from hydrarun.core.errors import RunError
+from hydrarun.outputs import report
+from hydrarun.outputs.report import page
 
 ROOT = Path(__file__).resolve().parents[2]
 

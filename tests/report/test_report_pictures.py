@@ -13,11 +13,11 @@ import pytest
 from fake_sweep import picture
 from PIL import Image
 
-from hydrarun.media import frames, mp4, png
-from hydrarun.quality.metrics import compare
-from hydrarun.report import pictures
-from hydrarun.report.collect import collect
-from hydrarun.report.layout import arrange
+from hydrarun.outputs.media import frames, mp4, png
+from hydrarun.outputs.quality.metrics import compare
+from hydrarun.outputs.report import thumbnails as pictures
+from hydrarun.outputs.report.collect import collect
+from hydrarun.outputs.report.layout import arrange
 
 NOISE = np.random.default_rng(3).integers(0, 256, (2, 90, 60, 3), dtype=np.uint8)
 VIDEO = np.stack([np.roll(picture(7), 4 * number, 1) for number in range(9)])

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from hydrarun.report.plot import HEIGHT, WIDTH, Mark, Scales, draw, pareto, ticks
+from hydrarun.outputs.report.plot import HEIGHT, WIDTH, Mark, Scales, draw, pareto, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -11,11 +11,12 @@ from fake_sweep import picture
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from hydrarun import arguments, cli
-from hydrarun.compose import compose_raw
-from hydrarun.report import repeat
-from hydrarun.report.collect import collect
-from hydrarun.text import escape_interpolation, literal
+from hydrarun.cli import arguments
+from hydrarun.cli.commands import run as cli
+from hydrarun.config.compose import compose_raw
+from hydrarun.core.quoting import escape_interpolation, literal
+from hydrarun.outputs.report import command_line as repeat
+from hydrarun.outputs.report.collect import collect
 
 NASTY = [
     "a cat",
@@ -50,7 +51,7 @@ def swept(tmp_path, monkeypatch):
             seen[folder.name] = config
             (folder / "run.json").write_text('{"format": 1, "status": "complete", "outputs": []}')
 
-        monkeypatch.setattr("hydrarun.launch.run", keep)
+        monkeypatch.setattr("hydrarun.engine.ranks.launch.run", keep)
         assert cli.main([*words, f"hydra.sweep.dir={tmp_path / 'sweep'}", "-m"]) == 0
         return seen
 

@@ -9,9 +9,9 @@ import tiny
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from hydrarun.errors import UsageError
-from hydrarun.request import make_state
-from hydrarun.stages.timesteps import PrepareTimesteps, shift
+from hydrarun.core.errors import UsageError
+from hydrarun.pipeline.request import make_state
+from hydrarun.pipeline.stages.timesteps import PrepareTimesteps, shift
 
 
 def test_shift_is_a_line_through_the_schedulers_two_points():
@@ -52,7 +52,7 @@ def test_another_scheduler_equals_diffusers_with_it(tiny_folder, tiny_pipeline):
 
 
 def test_noise_belongs_to_the_seed_not_to_the_batch(tiny_runner):
-    from hydrarun.stages.latents import PrepareLatents
+    from hydrarun.pipeline.stages.latents import PrepareLatents
 
     def noise(seeds):
         state = make_state({**tiny_runner.config["sampling"], "seed": seeds})

@@ -12,7 +12,7 @@ from transformers import Qwen2Tokenizer
 from demo import vae as auto_encoder
 from demo.common import default_device, log
 from demo.text import tokenize
-from hydrarun.quality.scenes import caption, render, sample_scene
+from hydrarun.outputs.quality.scenes import caption, render, sample_scene
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:

@@ -16,9 +16,9 @@ from transformers import Qwen2Tokenizer
 from demo import vae as auto_encoder
 from demo.common import default_device, log
 from demo.diffusion import load_average
-from hydrarun.memory import verify
-from hydrarun.quality.judge import Accuracy, Verdict, judge, summarize
-from hydrarun.quality.scenes import caption, render, sample_scene
+from hydrarun.models.weights import checksums as verify
+from hydrarun.outputs.quality.scene_judge import Accuracy, Verdict, judge, summarize
+from hydrarun.outputs.quality.scenes import caption, render, sample_scene
 
 # Qwen-Image's own scheduler settings.
 SCHEDULER = {

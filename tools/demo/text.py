@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from hydrarun.quality.scenes import caption, sample_scene
+from hydrarun.outputs.quality.scenes import caption, sample_scene
 
 # The prompt template of QwenImagePipeline. The pipeline drops the first 34 hidden states, which are the template's
 # words before the prompt in Qwen's own vocabulary; the vocabulary made here must split them into as many tokens.

@@ -19,7 +19,7 @@ from diffusers.models.autoencoders import autoencoder_kl_qwenimage as qwen_vae
 from torch import nn
 
 from demo.common import MUON_MOMENTUM, agree, average_gradients, default_device, log, orthogonalize
-from hydrarun.quality.scenes import Scene, random_scene, render, sample_scene
+from hydrarun.outputs.quality.scenes import Scene, random_scene, render, sample_scene
 
 PICTURE = 128  # pixels a side
 CROP = 64  # pixels a side in the first part of the training

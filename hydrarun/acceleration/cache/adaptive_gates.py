@@ -1,0 +1,86 @@
+"""Gates that look at the numbers: they skip steps while what they compare changes little.
+
+With a threshold of 0 every step is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from hydrarun.acceleration.cache.base import Schedule, Step
+from hydrarun.acceleration.cache.gates import Gate, always, ends
+from hydrarun.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from hydrarun.models.transformer import Call, Transformer
+
+
+class MeasuringGate(Gate):
+    """Computes the request's `first` and `last` steps, and those between where its rule says so."""
+
+    measures = True
+
+    def __init__(self, threshold: float, first: int, last: int) -> None:
+        if not (math.isfinite(threshold) and threshold >= 0):
+            raise UsageError(f"cache.gate.threshold: {threshold} is not a finite number >= 0")
+        self.threshold = threshold
+        self.first, self.last = ends(first, last)
+
+    def start(self, schedule: Schedule) -> None:
+        self.always = always(schedule, self.first, self.last)
+
+
+class TeaCache(MeasuringGate):
+    """Accumulates the change of the first block's modulated input, rescaled to that of the output by a polynomial.
+
+    A step is computed once the sum since the last computed one reaches `threshold` (TeaCache,
+    https://arxiv.org/abs/2411.19108). `fit` holds the polynomial of each expert, highest power first, as
+    `coefficients: {transformer: […]}`, and says which model it was fitted on (`hydrarun calibrate` writes it).
+    """
+
+    follows = True
+
+    def __init__(self, threshold: float, fit: dict[str, Any], first: int = 1, last: int = 1) -> None:
+        super().__init__(threshold, first, last)
+        self.coefficients: dict[str, list[float]] = fit["coefficients"]
+
+    def start(self, schedule: Schedule) -> None:
+        super().start(schedule)
+        self.accumulated: dict[tuple[str, str], float] = {}
+
+    def signal(self, transformer: Transformer, call: Call, start: Tensor) -> Tensor:
+        return transformer.gate_signal(call.tokens)
+
+    def computes(self, step: Step, changes: Mapping[str, float]) -> bool:
+        for branch, change in changes.items():
+            expected = max(0.0, float(np.polyval(self.coefficients[step.expert], change)))
+            self.accumulated[step.expert, branch] = self.accumulated.get((step.expert, branch), 0.0) + expected
+        reached = any(self.accumulated[step.expert, branch] >= self.threshold for branch in changes)
+        computes = not changes or reached or step.index in self.always
+        if computes:
+            self.accumulated = {owner: value for owner, value in self.accumulated.items() if owner[0] != step.expert}
+        return computes
+
+
+class FirstBlock(MeasuringGate):
+    """Runs the first block and compares what it adds with what it added in the last computed step.
+
+    A step is computed once the relative L1 distance reaches `threshold` (first-block cache, ParaAttention).
+    """
+
+    prefix = 1
+
+    def __init__(self, threshold: float, first: int = 1, last: int = 1) -> None:
+        super().__init__(threshold, first, last)
+
+    def signal(self, transformer: Transformer, call: Call, start: Tensor) -> Tensor:
+        return call.tokens.hidden_states - start
+
+    def computes(self, step: Step, changes: Mapping[str, float]) -> bool:
+        reached = any(change >= self.threshold for change in changes.values())
+        return not changes or reached or step.index in self.always

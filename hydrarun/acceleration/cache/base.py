@@ -1,0 +1,129 @@
+"""What a cache is: it stands between the loop and the transformer's blocks, and keeps what it needs from step to step.
+
+Everything that it keeps is by expert and branch, which the loop names in each call; nothing counts calls.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from hydrarun.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from hydrarun.core.distributed.mesh import Mesh
+    from hydrarun.models.transformer import Inputs, Transformer
+
+#: whose state: the expert's name, the branch's name
+Owner = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the loop: its place from 0, its timestep (the scheduler's own value), and whose step it is."""
+
+    index: int = 0
+    timestep: float = 0.0
+    expert: str = "transformer"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All steps of a request, known before the first."""
+
+    steps: tuple[Step, ...]
+
+    @property
+    def firsts(self) -> frozenset[int]:
+        """The first step of each expert, which has nothing to reuse."""
+        first: dict[str, int] = {}
+        for step in self.steps:
+            first.setdefault(step.expert, step.index)
+        return frozenset(first.values())
+
+    def of(self, expert: str) -> list[int]:
+        """The steps of one expert."""
+        return [step.index for step in self.steps if step.expert == expert]
+
+
+class Cache:
+    """Computes every step: the base of caches that do not.
+
+    For each request the loop calls `start`, `predict` for every step in order, `end`.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the last request."""
+        self.branches: tuple[str, ...] = ()
+        self.mesh: Mesh | None = None
+        self.computed: dict[Owner, list[int]] = defaultdict(list)
+        self.skipped: dict[Owner, list[int]] = defaultdict(list)
+        self.blocks_run = self.blocks_in_all = 0
+
+    def start(self, schedule: Schedule, branches: Sequence[str], mesh: Mesh | None) -> None:
+        """A new request. `branches`: those of all ranks; `mesh`: this rank's place."""
+        self.clear()
+        self.branches = tuple(branches)
+        self.mesh = mesh
+
+    def predict(self, transformer: Transformer, inputs: Inputs, step: Step) -> dict[str, Tensor]:
+        """`{branch: prediction}` of this rank's branches."""
+        predictions = {branch: transformer.predict(inputs, branch) for branch in inputs.conditioning}
+        self.note(step, transformer, inputs, computed=True)
+        return predictions
+
+    def end(self) -> None:
+        """The request is done: let go of what was kept for it, but for the record."""
+
+    def note(self, step: Step, transformer: Transformer, inputs: Inputs, computed: bool, always: int = 0) -> None:
+        """Record a decision that holds for all branches; `always` blocks are run in a skipped step too.
+
+        A step may have fewer branches than the request, where all of them are this rank's.
+        """
+        apart = self.mesh is not None and self.mesh["cfg"] is not None
+        for branch in self.branches if apart else inputs.conditioning:
+            (self.computed if computed else self.skipped)[step.expert, branch].append(step.index)
+            self.blocks_in_all += transformer.depth
+            self.blocks_run += transformer.depth if computed else always
+
+    def results(self, steps_s: Sequence[float]) -> dict[str, Any]:
+        """What run.json says of the last request: the record, and median seconds of its two kinds of steps.
+
+        A step counts as computed if it was for any branch; null: there was no such step.
+        """
+        computed = {index for steps in self.computed.values() for index in steps}
+        kinds = {
+            "computed_step_s": [seconds for index, seconds in enumerate(steps_s) if index in computed],
+            "skipped_step_s": [seconds for index, seconds in enumerate(steps_s) if index not in computed],
+        }
+        return self.record() | {name: median(seconds) if seconds else None for name, seconds in kinds.items()}
+
+    def record(self) -> dict[str, Any]:
+        """The steps that were computed and skipped, by expert and branch, and how many blocks were run."""
+        owners = sorted({*self.computed, *self.skipped}, key=lambda owner: (owner[0], self.branches.index(owner[1])))
+        steps: dict[str, dict[str, Any]] = defaultdict(dict)
+        for expert, branch in owners:
+            steps[expert][branch] = {
+                "computed": self.computed[expert, branch],
+                "skipped": self.skipped[expert, branch],
+            }
+        return {"steps": dict(steps), "blocks": {"run": self.blocks_run, "all": self.blocks_in_all}}
+
+
+class NoCache(Cache):
+    """Every step is computed."""
+
+
+def at_least(key: str, value: int, least: int) -> int:
+    """The same value. Raises `UsageError`, which names the `key`, if it is less."""
+    if value < least:
+        raise UsageError(f"{key}: {value} is below {least}")
+    return value

@@ -1,0 +1,55 @@
+"""A cache that skips nothing and records what a gate would have seen."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from hydrarun.acceleration.cache.base import Cache, Owner, Schedule, Step
+from hydrarun.acceleration.cache.step_cache import change_and_size, relative
+
+if TYPE_CHECKING:
+    from hydrarun.core.distributed.mesh import Mesh
+    from hydrarun.models.transformer import Inputs, Transformer
+
+
+class Recording(Cache):
+    """Computes every step and compares it with the last one of the same expert, in one process.
+
+    `pairs` has, for each expert and branch and over all requests, how far TeaCache's signal and the prediction
+    changed: relative L1 distances over the whole batch, as `StepCache` measures them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs: dict[Owner, list[tuple[float, float]]] = defaultdict(list)
+        self.last: dict[Owner, tuple[Tensor, Tensor]] = {}
+
+    def start(self, schedule: Schedule, branches: Sequence[str], mesh: Mesh | None) -> None:
+        super().start(schedule, branches, mesh)
+        self.last.clear()
+
+    def predict(self, transformer: Transformer, inputs: Inputs, step: Step) -> dict[str, Tensor]:
+        predictions = {}
+        for branch in inputs.conditioning:
+            call = transformer.begin(inputs, branch)
+            signal = transformer.gate_signal(call.tokens)
+            transformer.run(call)
+            predictions[branch] = transformer.finish(call)
+            self.keep((step.expert, branch), (signal, predictions[branch]))
+        self.note(step, transformer, inputs, computed=True)
+        return predictions
+
+    def keep(self, owner: Owner, now: tuple[Tensor, Tensor]) -> None:
+        """Compare a step's signal and prediction with the last ones, and keep them for the next."""
+        if owner in self.last:
+            changes = [change_and_size(new, old) for new, old in zip(now, self.last[owner], strict=True)]
+            x, y = (relative(*change.tolist()) for change in changes)
+            self.pairs[owner].append((x, y))
+        self.last[owner] = now
+
+    def end(self) -> None:
+        self.last.clear()

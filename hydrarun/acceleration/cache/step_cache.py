@@ -1,0 +1,108 @@
+"""Skip whole steps: a gate decides which, a predictor stands in for their blocks.
+
+What the blocks change is kept as a residual (what they add to the latent tokens). A skipped step embeds its input, adds
+the residual that the predictor expects, and has the head read the sum: TeaCache's way (https://arxiv.org/abs/2411.19108).
+
+A decision holds for all branches, items and ranks: it is taken from sums over all of them. Branches decided apart would
+guide with a fresh prediction against a stale one; ranks decided apart would wait for each other for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hydrarun.acceleration.cache.base import Cache, Owner, Schedule, Step
+from hydrarun.acceleration.cache.gates import Gate
+from hydrarun.acceleration.cache.predictors import Predictor
+from hydrarun.config.targets import instantiate
+from hydrarun.core.distributed.collectives import all_reduce, everyone
+
+if TYPE_CHECKING:
+    from hydrarun.core.distributed.mesh import Mesh
+    from hydrarun.models.transformer import Call, Inputs, Transformer
+
+
+class StepCache(Cache):
+    """A `gate` x a `predictor`, both `_target_` nodes."""
+
+    def __init__(self, gate: dict[str, Any], predictor: dict[str, Any]) -> None:
+        super().__init__()
+        self.gate: Gate = instantiate(gate, "cache.gate")
+        self.predictor: Predictor = instantiate(predictor, "cache.predictor")
+        self.signals: dict[Owner, Tensor] = {}
+
+    def start(self, schedule: Schedule, branches: Sequence[str], mesh: Mesh | None) -> None:
+        super().start(schedule, branches, mesh)
+        self.firsts = schedule.firsts
+        self.forget()
+        self.gate.start(schedule)
+
+    def predict(self, transformer: Transformer, inputs: Inputs, step: Step) -> dict[str, Tensor]:
+        calls = {branch: transformer.begin(inputs, branch) for branch in inputs.conditioning}
+        prefix = self.gate.prefix
+        starts = {branch: call.tokens.hidden_states for branch, call in calls.items()}
+        if prefix:
+            for call in calls.values():
+                transformer.run(call, 0, prefix)
+        computes = self.decide(transformer, calls, starts, step)
+        predictions = {}
+        for branch in list(calls):
+            call, owner = calls.pop(branch), (step.expert, branch)
+            before = call.tokens.hidden_states
+            if computes:
+                transformer.run(call, prefix)
+                self.predictor.learn(owner, step.timestep, call.tokens.hidden_states - before)
+            else:
+                call.tokens.hidden_states = before + self.predictor.expect(owner, step.timestep)
+            predictions[branch] = transformer.finish(call)
+        self.note(step, transformer, inputs, computes, always=prefix)
+        return predictions
+
+    def decide(
+        self, transformer: Transformer, calls: Mapping[str, Call], starts: Mapping[str, Tensor], step: Step
+    ) -> bool:
+        """Whether this step's blocks are run."""
+        signals = {
+            (step.expert, branch): self.gate.signal(transformer, call, starts[branch])
+            for branch, call in calls.items()
+            if self.gate.measures
+        }
+        first = step.index in self.firsts
+        changes = self.changes(signals, step) if self.gate.measures and not first else {}
+        computes = self.gate.computes(step, changes) or first
+        if computes or self.gate.follows:
+            self.signals.update(signals)
+        return computes
+
+    def changes(self, signals: Mapping[Owner, Tensor], step: Step) -> dict[str, float]:
+        """How far each branch's signal is from the one kept: the relative L1 distance, over all items and ranks."""
+        sums = torch.zeros(len(self.branches), 2)
+        for owner, signal in signals.items():
+            change = change_and_size(signal, self.signals[owner])
+            sums = sums.to(change.device)
+            sums[self.branches.index(owner[1])] = change
+        if self.mesh:
+            all_reduce(sums, everyone())
+        return {branch: relative(*both) for branch, both in zip(self.branches, sums.tolist(), strict=True)}
+
+    def end(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of all that was kept of a request."""
+        self.signals.clear()
+        self.predictor.forget()
+
+
+def change_and_size(new: Tensor, old: Tensor) -> Tensor:
+    """`[2]` float32: the sums of `|new - old|` and of `|old|`."""
+    return torch.stack([(new - old).abs().sum(dtype=torch.float32), old.abs().sum(dtype=torch.float32)])
+
+
+def relative(change: float, size: float) -> float:
+    """The relative L1 distance; 0 from nothing."""
+    return change / size if size else 0.0

@@ -1,0 +1,159 @@
+"""Modulation tables: a block's shifts, scales and gates for all steps at once, instead of the weights that make them.
+
+They depend on the timestep and on what of the conditioning is global, not on the tokens, and both are known before the
+first step. Their weights, up to a third of a model's, are never loaded, but read when a table is made, one layer after
+the other, and let go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hydrarun.acceleration.cache.base import Step
+from hydrarun.acceleration.offload.strategies import NoOffload
+from hydrarun.acceleration.parallel.hsdp import whole_around_blocks
+from hydrarun.core.progress import Progress
+from hydrarun.models.layers.norm import Modulation, by_token
+from hydrarun.models.transformer import Transformer
+from hydrarun.models.weights.loader import Placement, fill, place, put
+from hydrarun.models.weights.safetensors import Checkpoint
+
+MIB = 2**20
+
+
+class ModulationOffload(NoOffload):
+    """Tables take the place of the modulation weights, which stay in their files, on every device."""
+
+    def left(self, transformer: Transformer) -> list[str]:
+        return [name for name, module in transformer.named_modules() if isinstance(module, Modulation)]
+
+
+class ModulationTable(nn.Module):
+    """Takes a `Modulation`'s place: its values `[R, parts * D]`, one row for each conditioning."""
+
+    table: Tensor | None
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.register_buffer("table", None, persistent=False)
+
+    def forward(self, rows: Tensor, index: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Rows `[B, K]` to `parts` tensors `[B, K, D]`, or `[B, S, D]` by each token's `index` `[S]`."""
+        assert self.table is not None
+        return by_token(self.table[rows], index).chunk(self.parts, dim=-1)
+
+
+class Place(NamedTuple):
+    """Where a table stands, and the module on the meta device, with its weights' sources, that it is made by."""
+
+    table: ModulationTable
+    modulation: Modulation
+    sources: Mapping[str, Placement]  # {parameter of the modulation: where it comes from}
+
+
+class ModulationTables:
+    """The tables of one transformer, in the places of all its `Modulation`s.
+
+    They are made anew when a request has other timesteps, or other global conditioning, than the last one.
+    """
+
+    def __init__(
+        self, transformer: Transformer, folder: Path, device: torch.device, dtype: torch.dtype, progress: Progress
+    ) -> None:
+        """`transformer` was loaded from `folder` without the modulations' weights; it is changed in place."""
+        self.transformer = transformer
+        self.checkpoint = Checkpoint(folder)
+        self.device = device
+        self.dtype = dtype
+        self.progress = progress
+        self.places = list(swap(transformer))
+        self.made_of: Tensor | None = None
+
+    def rows(self, timesteps: Tensor, conditioning: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Tensor]]:
+        """`{branch: [B, K]}` for each of the timesteps `[N]`: the rows that stand for `temb` in the call.
+
+        What is conditioned equally shares a row. Raises `RunError` for weights that can no longer be read.
+        """
+        with whole_around_blocks(self.transformer):
+            each = [self.temb(timesteps, one) for one in conditioning.values()]
+        temb = torch.stack(each, dim=1)  # [N, branches, B, K, D]
+        # float32 holds every value of the narrower types, for which not every device can sort
+        found, rows = temb.flatten(0, -2).float().unique(dim=0, return_inverse=True)
+        self.make(found.to(temb.dtype))
+        return [dict(zip(conditioning, step, strict=True)) for step in rows.view(temb.shape[:-1])]
+
+    def temb(self, timesteps: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
+        """What one branch's items `[B]` are modulated by at the timesteps `[N]`: `[N, B, K, D]`."""
+        items = next(len(value) for value in conditioning.values() if isinstance(value, Tensor))
+        return torch.stack(
+            [self.transformer.make_temb(timesteps, self.dtype, **item(conditioning, i)) for i in range(items)], dim=1
+        )
+
+    def make(self, temb: Tensor) -> None:
+        """The tables of `temb` `[R, D]`, unless they are those that are there."""
+        if self.made_of is not None and torch.equal(self.made_of, temb):
+            return
+        self.made_of = None  # whatever happens in between, they are not the old ones
+        with self.progress.phase("making modulation tables"):
+            for place in self.places:
+                place.table.table = None  # the old one goes before the new one comes
+                place.table.table = self.values(place, temb)
+        self.made_of = temb
+        tables, weights = self.sizes()
+        self.progress.note(f"modulation tables: {tables / MIB:.1f} MiB instead of {weights / MIB:.1f} MiB of weights")
+
+    def values(self, place: Place, temb: Tensor) -> Tensor:
+        """One table: the weights are on the device for as long as this takes."""
+        weights = {
+            name: fill(source, self.checkpoint, self.device, self.dtype) for name, source in place.sources.items()
+        }
+        for name, weight in weights.items():
+            put(place.modulation, name, weight)
+        values = place.modulation.values(temb)
+        place.modulation.to("meta")
+        return values
+
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of all tables, and of the weights that they stand for."""
+        tables = sum(place.table.table.nbytes for place in self.places if place.table.table is not None)
+        numbers = sum(p.numel() for place in self.places for p in place.modulation.parameters())
+        return tables, numbers * self.dtype.itemsize
+
+
+def swap(transformer: Transformer) -> Iterator[Place]:
+    """Put a table into every modulation's place."""
+    for name, module in list(transformer.named_modules()):
+        if isinstance(module, Modulation):
+            weights = {leaf: tuple(parameter.shape) for leaf, parameter in module.named_parameters()}
+            sources = {leaf: place(transformer, f"{name}.{leaf}", shape) for leaf, shape in weights.items()}
+            owner, _, attribute = name.rpartition(".")
+            table = ModulationTable(module.parts)
+            setattr(transformer.get_submodule(owner), attribute, table)
+            yield Place(table, module, sources)
+
+
+def item(conditioning: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """What one item is conditioned on, as one row that serves all timesteps."""
+    return {
+        name: value[index : index + 1] if isinstance(value, Tensor) else value for name, value in conditioning.items()
+    }
+
+
+def rows_of_steps(
+    tables: Mapping[str, ModulationTables],
+    steps: Sequence[Step],
+    timesteps: Tensor,
+    conditioning: Mapping[str, Mapping[str, Any]],
+) -> dict[int, dict[str, Tensor]]:
+    """`{step: {branch: [B, K]}}`, the rows of each step in its transformer's tables, which are made; {} without any."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, own in tables.items():
+        indices = [step.index for step in steps if step.expert == name]
+        found |= zip(indices, own.rows(timesteps[indices], conditioning), strict=True)
+    return found

@@ -1,0 +1,231 @@
+"""Sequence parallel: each rank has a part of the tokens; only attention needs to see the others' (DeepSpeed-Ulysses,
+https://arxiv.org/abs/2309.14509; ring attention, https://arxiv.org/abs/2310.01889; both together: USP, https://arxiv.org/abs/2405.07719).
+
+Text tokens are cut like latent tokens. Replicated, every rank would compute all of the text's projections and
+feed-forwards and, with the heads apart, its attention output would have to be gathered whole; cut, each rank does its
+share and sends its share. A context that is only cross-attended stays whole: nobody asks for its outputs.
+
+Lengths and head counts need not divide: shares differ by at most one, and nothing is padded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from hydrarun.core.distributed.collectives import Exchange, all_gather, all_to_all
+from hydrarun.core.distributed.degrees import shares
+from hydrarun.core.distributed.mesh import Axis
+from hydrarun.models.layers.attention import QKV, AttentionBackend, Prefix, behind, join_masks
+
+T = TypeVar("T", bound=Any)
+Masks = Mapping[str, Tensor | None]
+
+
+class SequenceParallel:
+    """The tokens of one call, over `ring x ulysses` ranks: part `r * U + u` is that of ring place r, Ulysses place u.
+
+    Bytes sent by a rank, for one attention over local `[B, s, H, d]` in elements of e bytes, with h of the H heads here
+    and S tokens in this place of the ring: Ulysses `3 B s (H - h) d e` for queries, keys and values, in one exchange,
+    and `B (S - s) h d e` for the result; ring `2 B S h d e` for each of its `R - 1` turns. At the end of the blocks
+    the hidden states are gathered once: `B s D e` to each other rank of the Ulysses group, then `B S D e` to each of
+    the ring's.
+    """
+
+    def __init__(self, ulysses: Axis | None, ring: Axis | None) -> None:
+        self.ulysses, self.ring = ulysses, ring
+        self.width = ulysses.size if ulysses else 1  # ranks in a place of the ring
+        self.size = self.width * (ring.size if ring else 1)
+        self.place = ring.rank if ring else 0
+        self.rank = self.place * self.width + (ulysses.rank if ulysses else 0)
+        #: tokens of each stream in all ranks, of the call that is running
+        self.lengths: dict[str, int] = {}
+
+    def shard(self, tokens: T, streams: Sequence[str]) -> T:
+        """This rank's part of every field that counts tokens of one of these streams, as far as they are there."""
+        present = {name: getattr(tokens, name) for name in streams}
+        self.lengths = {name: stream.shape[1] for name, stream in present.items() if stream is not None}
+        parts = {}
+        for field, (dim, stream) in tokens.token_dims().items():
+            value = getattr(tokens, field)
+            if value is not None and stream in self.lengths:
+                parts[field] = value.split(shares(value.shape[dim], self.size), dim)[self.rank].contiguous()
+        return dataclasses.replace(tokens, **parts)
+
+    def gather(self, hidden_states: Tensor) -> Tensor:
+        """`[B, s, D]` of each rank to `[B, S, D]` on every one."""
+        if self.ulysses:
+            sizes = self.place_lengths("hidden_states", self.place)
+            hidden_states = all_gather(hidden_states, 1, sizes, self.ulysses.group)
+        if self.ring:
+            rows = [sum(self.place_lengths("hidden_states", place)) for place in range(self.ring.size)]
+            hidden_states = all_gather(hidden_states, 1, rows, self.ring.group)
+        return hidden_states
+
+    def place_lengths(self, stream: str, place: int) -> list[int]:
+        """Tokens of a stream on each rank of a place of the ring."""
+        return shares(self.lengths[stream], self.size)[place * self.width : (place + 1) * self.width]
+
+    @torch.compiler.disable
+    def __call__(
+        self, streams: Mapping[str, QKV], masks: Masks, backend: AttentionBackend, prefix: Prefix | None = None
+    ) -> list[Tensor]:
+        """As `Attention.forward`, for this rank's tokens."""
+        heads = next(iter(streams.values()))[0].shape[2]
+        gathered = {name: torch.stack(parts) for name, parts in streams.items()}
+        if self.ulysses:
+            gathered = self.exchange_heads(gathered, heads, self.ulysses)
+        query, key, value = torch.cat(list(gathered.values()), dim=2).unbind(0)
+        if query.shape[2] == 0:  # more ranks than heads
+            output = query
+        elif self.ring:
+            before = (
+                None
+                if prefix is None
+                else attend(query, *behind(prefix, key[:, :0], value[:, :0], {})[:2], None, backend)
+            )
+            output = self.attend_in_ring(query, key, value, list(streams), masks, backend, self.ring, before)
+        else:
+            lengths: Mapping[str, int] = {name: sum(self.place_lengths(name, 0)) for name in streams}
+            key, value, lengths = behind(prefix, key, value, lengths)
+            output = backend(query, key, value, join_masks(masks, lengths))
+        lengths_here = [part.shape[2] for part in gathered.values()]
+        outputs = dict(zip(streams, output.split(lengths_here, dim=1), strict=True))
+        if self.ulysses:
+            outputs = self.return_heads(outputs, heads, self.ulysses)
+        return [part.flatten(2) for part in outputs.values()]
+
+    @torch.compiler.disable
+    def keep(self, stream: str, key: Tensor, value: Tensor) -> Prefix:
+        """As `Attention.keep`: of this rank's tokens `[1, s, H, d]` to all ranks' `[1, S, h, d]`, for its own heads.
+
+        Later calls send nothing for them: each rank has what its heads attend to.
+        """
+        both = torch.stack([key, value])
+        if self.ulysses:
+            both = self.exchange_heads({stream: both}, key.shape[2], self.ulysses)[stream]
+        if self.ring:
+            counts = [sum(self.place_lengths(stream, place)) for place in range(self.ring.size)]
+            both = all_gather(both, 2, counts, self.ring.group)
+        return both[0], both[1]
+
+    def exchange_heads(self, streams: Mapping[str, Tensor], heads: int, axis: Axis) -> dict[str, Tensor]:
+        """`[n, B, s, H, d]` of each stream to `[n, B, S, h, d]`: all tokens of this place, this rank's heads."""
+        per_rank = shares(heads, axis.size)
+        cut = {name: part.split(per_rank, dim=3) for name, part in streams.items()}
+        outgoing = [torch.cat([cut[name][rank].reshape(-1) for name in cut]) for rank in range(axis.size)]
+        parts, batch, _, _, channels = next(iter(streams.values())).shape
+        lengths = {name: self.place_lengths(name, self.place) for name in streams}
+        shapes = [
+            {name: (parts, batch, lengths[name][rank], per_rank[axis.rank], channels) for name in streams}
+            for rank in range(axis.size)
+        ]
+        return self.join(all_to_all(outgoing, sizes(shapes), axis.group), shapes, dim=2)
+
+    def return_heads(self, outputs: Mapping[str, Tensor], heads: int, axis: Axis) -> dict[str, Tensor]:
+        """`[B, S, h, d]` of each stream back to `[B, s, H, d]`: this rank's tokens, all heads."""
+        per_rank = shares(heads, axis.size)
+        cut = {name: part.split(self.place_lengths(name, self.place), dim=1) for name, part in outputs.items()}
+        outgoing = [torch.cat([cut[name][rank].reshape(-1) for name in cut]) for rank in range(axis.size)]
+        batch, _, _, channels = next(iter(outputs.values())).shape
+        mine = {name: self.place_lengths(name, self.place)[axis.rank] for name in outputs}
+        shapes = [
+            {name: (batch, mine[name], per_rank[rank], channels) for name in outputs} for rank in range(axis.size)
+        ]
+        return self.join(all_to_all(outgoing, sizes(shapes), axis.group), shapes, dim=2)
+
+    @staticmethod
+    def join(
+        received: Sequence[Tensor], shapes: Sequence[Mapping[str, tuple[int, ...]]], dim: int
+    ) -> dict[str, Tensor]:
+        """Flat buffers, one from each rank with all streams one after the other, to each stream's parts along `dim`."""
+        parts: dict[str, list[Tensor]] = {name: [] for name in shapes[0]}
+        for buffer, by_stream in zip(received, shapes, strict=True):
+            counts = [numel(shape) for shape in by_stream.values()]
+            for (name, shape), flat in zip(by_stream.items(), buffer.split(counts), strict=True):
+                parts[name].append(flat.view(shape))
+        return {name: torch.cat(found, dim=dim) for name, found in parts.items()}
+
+    def attend_in_ring(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        streams: Sequence[str],
+        masks: Masks,
+        backend: AttentionBackend,
+        ring: Axis,
+        total: Partial | None = None,
+    ) -> Tensor:
+        """Attention of `[B, S, h, d]` to every place's keys and values, which go round while the last ones are used.
+
+        `total`: to other keys, so far.
+        """
+        for turn in range(ring.size):
+            place = (self.place - turn) % ring.size  # whose keys are here now
+            exchange = None
+            if turn + 1 < ring.size:
+                length = sum(sum(self.place_lengths(name, (place - 1) % ring.size)) for name in streams)
+                incoming = [key.new_empty(key.shape[0], length, *key.shape[2:]) for _ in range(2)]
+                exchange = Exchange([key, value], incoming, ring.group)
+            part = attend(query, key, value, self.mask_of(place, streams, masks), backend)
+            total = part if total is None else merge(total, part)
+            if exchange is not None:
+                key, value = exchange.wait()
+        assert total is not None
+        return total[0].to(query.dtype)
+
+    def mask_of(self, place: int, streams: Sequence[str], masks: Masks) -> Tensor | None:
+        """The mask over the keys of a place of the ring."""
+        lengths = {name: sum(self.place_lengths(name, place)) for name in streams}
+        here = {}
+        for name, mask in masks.items():
+            start = sum(sum(self.place_lengths(name, before)) for before in range(place))
+            here[name] = None if mask is None else mask[:, start : start + lengths[name]]
+        return join_masks(here, lengths)
+
+
+#: attention to some of the keys, `[B, S, H, d]` float32, and the logarithm of the sum of its weights, `[B, S, H, 1]`
+Partial = tuple[Tensor, Tensor]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, backend: Any) -> Partial:
+    """Attention to these keys alone. Masked ones are left out, sample by sample: such kernels take no masks."""
+    if mask is None:
+        return part(backend, query, key, value)
+    samples = [
+        part(backend, query[i : i + 1], key[i : i + 1, mask[i]], value[i : i + 1, mask[i]]) for i in range(len(query))
+    ]
+    outputs, logs = zip(*samples, strict=True)
+    return torch.cat(outputs), torch.cat(logs)
+
+
+def part(backend: Any, query: Tensor, key: Tensor, value: Tensor) -> Partial:
+    """The same without a mask; no keys weigh nothing."""
+    if key.shape[1] == 0:
+        nothing = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+        return nothing, nothing[..., :1] - torch.inf
+    output, log = backend.with_log_sum(query, key, value)
+    return output.float(), log.float().unsqueeze(-1)
+
+
+def merge(one: Partial, other: Partial) -> Partial:
+    """Attention to the keys of both (online softmax)."""
+    log = torch.logaddexp(one[1], other[1])
+    known = log.isfinite()  # no key at all, so far: 0 x 0
+    weights = [torch.where(known, (x[1] - log).exp(), 0.0) for x in (one, other)]
+    return one[0] * weights[0] + other[0] * weights[1], log
+
+
+def numel(shape: Sequence[int]) -> int:
+    """Elements of a tensor of this shape."""
+    return torch.Size(shape).numel()
+
+
+def sizes(shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> list[int]:
+    """Elements that come from each rank."""
+    return [sum(map(numel, by_stream.values())) for by_stream in shapes]

@@ -1,0 +1,185 @@
+"""VAE patch parallel: every rank encodes and decodes its rows of the picture; no tiles, no seams, the unsplit result.
+
+The maps inside encoder and decoder are cut by rows, in the shares of the latent rows, so that a rank's rows at a finer
+level are those under its latent rows. What looks beyond a row gets what it needs from the other ranks: convolutions
+their neighbours' rows, `GroupNorm` its sums over all rows, attention the keys and values of all rows. All else a VAE
+does is done position by position (other norms, activations, nearest upsampling, patches) and stays as it is.
+
+Bytes sent by one of n ranks, in elements of e bytes:
+- halo, for a convolution over local `[N, C, F, h, W]` that looks `a` rows up and `b` down: `N C F W e (a + b)`, of
+  which the first rank does not send `b` and the last not `a`; F counts the frames of a causal convolution's cache too
+  (3 x 3: a = b = 1; the halving ones of the encoders: a = 0, b = 1; 1 x 1: none);
+- all_reduce, for a `GroupNorm` of G groups: `2 (n - 1) / n N G 24`;
+- all_gather, for attention over N pictures or frames of width W and C channels with at most h rows on a rank:
+  `(n - 1) N h W 2 C e`; and the output of encoder or decoder, `(n - 1) N C F h W e`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from hydrarun.core.distributed import collectives as comm
+from hydrarun.core.distributed.degrees import shares
+from hydrarun.core.distributed.mesh import Axis
+from hydrarun.core.errors import UsageError
+
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+
+
+def split(vae: nn.Module, axis: Axis) -> None:
+    """Change a diffusers VAE in place: its `encode` and `decode`, called on every rank of `axis` with the same whole
+    input, return the same whole output on every rank, and each rank has computed its rows.
+
+    For VAEs of an `encoder` and a `decoder` made of convolutions, `GroupNorm`, attention, and what works position by
+    position. For inference: no gradients. Calls raise UsageError for fewer latent rows than ranks.
+
+    Raises UsageError if tiling is on.
+    """
+    if getattr(vae, "use_tiling", False):
+        raise UsageError(
+            "vae.tiling=true does not go together with parallel.vae_degree > 1: each rank has only its rows of the "
+            "picture already. Leave out one of the two."
+        )
+    for half in (vae.encoder, vae.decoder):
+        convolutions = [module for module in half.modules() if isinstance(module, CONVOLUTIONS)]
+        # strides are the encoder's: a decoder grows by upsampling
+        factor = math.prod(convolution.stride[-2] for convolution in convolutions)
+        half.forward = partial(_by_rows, half.forward, factor, axis)
+        for convolution in convolutions:
+            _give_neighbours_rows(convolution, axis)
+        for module in half.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.forward = partial(_group_norm, module, axis)
+
+
+@torch.no_grad()
+def _by_rows(forward: Callable[..., Tensor], factor: int, axis: Axis, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`forward` on this rank's rows of the whole `x`, `[..., H, W]`, and then everybody's joined.
+
+    `factor`: rows of `x` to a latent row.
+    """
+    parts = _shares(x.shape[-2], factor, axis.size)
+    own = x.split([part * factor for part in parts], dim=-2)[axis.rank]
+    with _WholeKeys(parts, axis):
+        out = forward(own, *args, **kwargs)
+    return _gather(out, parts, axis)
+
+
+def _shares(rows: int, factor: int, ranks: int) -> list[int]:
+    """Latent rows of each rank."""
+    latent, rest = divmod(rows, factor)
+    if rest:
+        raise UsageError(f"parallel.vae_degree: the VAE's encoder takes a multiple of {factor} rows, not {rows}.")
+    if latent < ranks:
+        raise UsageError(
+            f"parallel.vae_degree={ranks} is more than the {latent} latent rows of this picture: choose a degree of at "
+            f"most {latent}, or a larger sampling.height."
+        )
+    return shares(latent, ranks)
+
+
+def _gather(x: Tensor, parts: Sequence[int], axis: Axis) -> Tensor:
+    """Join dim -2 of every rank's `x`: rows, or the tokens of whole rows. `parts`: latent rows of each rank."""
+    scale = x.shape[-2] // parts[axis.rank]
+    return comm.all_gather(x, -2, [part * scale for part in parts], axis.group)
+
+
+class _WholeKeys(TorchFunctionMode):
+    """Attention inside sees the keys and values of all ranks, beside its own queries.
+
+    It is known by the function that it calls, not by its module: classes differ from VAE to VAE, while the tokens are
+    on dim -2, row by row, in all.
+    """
+
+    def __init__(self, parts: Sequence[int], axis: Axis) -> None:
+        super().__init__()
+        self.parts, self.axis = parts, axis
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query, key, value, *rest = args
+        pair = _gather(torch.cat([key, value], dim=-1), self.parts, self.axis)
+        return func(query, *pair.split([key.shape[-1], value.shape[-1]], dim=-1), *rest, **kwargs)
+
+
+def _give_neighbours_rows(convolution: nn.Module, axis: Axis) -> None:
+    """Take away the zeros that `convolution` pads above and below; from now on it is handed those rows."""
+    kernel, stride = convolution.kernel_size[-2], convolution.stride[-2]
+    if kernel == 1:
+        return
+    if hasattr(convolution, "_padding"):  # a causal one pads by itself: width, height, frames, as F.pad takes them
+        left, right, above, _, *frames = convolution._padding
+        convolution._padding = (left, right, 0, 0, *frames)
+    else:
+        *frames, above, width = convolution.padding
+        convolution.padding = (*frames, 0, width)
+    below = max(0, kernel - stride - above)  # the last output's rows start at `-stride - above` from this rank's end
+    convolution.register_forward_pre_hook(partial(_with_neighbours_rows, above, below, axis))
+
+
+def _with_neighbours_rows(above: int, below: int, axis: Axis, convolution: nn.Module, args: Any) -> Any:
+    """A convolution's input, and a causal one's frame cache, with the rows around: `[..., above + h + below, W]`.
+
+    The cache holds this rank's rows alone, as it was kept before the convolution.
+    """
+    parts = [part for part in args if part is not None]
+    rows = parts[0].shape[-2]
+    rows -= rows % convolution.stride[-2]  # what a halving one is given beyond is its padding, a row of zeros
+    own = [part[..., :rows, :] for part in parts]
+    # one message for both: frames are on dim -3 (of pictures, which come alone, channels are)
+    first = torch.cat([part[..., :below, :] for part in own], dim=-3)
+    last = torch.cat([part[..., rows - above :, :] for part in own], dim=-3)
+    lengths = [part.shape[-3] for part in own]
+    over, under = (halo.split(lengths, dim=-3) for halo in neighbours(first, last, axis))
+    return tuple(torch.cat(whole, dim=-2) for whole in zip(over, own, under, strict=True))
+
+
+@torch.compiler.disable
+def neighbours(first: Tensor, last: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """Hand `first` to the rank before and `last` to the one after; what they hand over, shaped like `last` and `first`.
+
+    Zeros where there is no rank. Counted as `halo`.
+    """
+    outgoing = [first.contiguous(), last.contiguous()]
+    incoming = [last.new_zeros(last.shape), first.new_zeros(first.shape)]
+    operations = []
+    for place, sent, received in zip((axis.rank - 1, axis.rank + 1), outgoing, incoming, strict=True):
+        if 0 <= place < axis.size:
+            other = dist.get_global_rank(axis.group, place)
+            comm.sent["halo"] += sent.nbytes
+            operations += [dist.P2POp(dist.isend, sent, other, axis.group)] if sent.numel() else []
+            operations += [dist.P2POp(dist.irecv, received, other, axis.group)] if received.numel() else []
+    for work in dist.batch_isend_irecv(operations) if operations else []:
+        work.wait()
+    return incoming[0], incoming[1]
+
+
+def _group_norm(norm: nn.GroupNorm, axis: Axis, x: Tensor) -> Tensor:
+    """`norm` of `[N, C, ...]` by the mean and variance over all ranks' rows."""
+    groups = x.reshape(len(x), norm.num_groups, -1)
+    variance, mean = (value.double() for value in torch.var_mean(groups.float(), dim=-1, correction=0))
+    size = torch.full_like(mean, groups.shape[-1])
+    sums = comm.all_reduce(torch.stack([size, size * mean, size * (variance + mean**2)]), axis.group)
+    mean = sums[1] / sums[0]
+    variance = sums[2] / sums[0] - mean**2
+    scale = (variance + norm.eps).rsqrt().repeat_interleave(norm.num_channels // norm.num_groups, dim=1)
+    shift = -mean.repeat_interleave(norm.num_channels // norm.num_groups, dim=1) * scale
+    if norm.affine:
+        scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
+    shape = (*scale.shape, *[1] * (x.ndim - 2))
+    scale, shift = (value.float().view(shape) for value in (scale, shift))
+    # computed in float32, written in x's type: no float32 copy of a large map
+    return torch.addcmul(shift, x, scale, out=torch.empty_like(x))

@@ -1,0 +1,184 @@
+"""`hydrarun calibrate`: fits TeaCache's polynomial, or searches the steps of a mask, for a model and its settings.
+
+What comes out is an option of the group `cache`. Nothing heavy is imported before the configuration is checked.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydrarun.config import prompts as prompt_files
+from hydrarun.config import targets
+from hydrarun.config.checks import compatibility as compat
+from hydrarun.config.compose import Origin, check, compose_raw
+from hydrarun.core.distributed.degrees import world_size
+from hydrarun.core.errors import UsageError
+from hydrarun.core.quoting import literal
+from hydrarun.engine.ranks import launch
+
+USAGE = """\
+usage: hydrarun calibrate cache=teacache input.prompts=FILE [KEY=VALUE ...]
+       hydrarun calibrate cache=mask cache.budget=0.5 input.prompts=FILE [KEY=VALUE ...]
+
+Fits a cache to a model and its settings (model=..., sampling.num_inference_steps=..., ...), and writes it as an option.
+  cache=teacache  draws every prompt with all steps computed, and fits the polynomial that tells the change of the
+                  output from that of the gate's signal: DIR/cache/teacache_MODEL.yaml, and a plot of it
+  cache=mask      searches the computed steps, cache.budget (a share of all) of them, with which the prompts' latents
+                  are nearest to those of the uncached run: DIR/cache/mask_MODEL.yaml
+                  cache.evaluations=200 is the most masks it tries; cache/predictor=taylor is searched with if chosen
+FILE has the prompts: .txt with one per line, or .csv or .jsonl with that field alone. Without it sampling.prompt is
+drawn. hydra.run.dir=DIR says where to write; a search that was stopped goes on there.
+Use the result with: hydrarun --config-dir DIR cache=teacache_MODEL ..."""
+
+RUN_DIR = "hydra.run.dir"
+BUDGET, EVALUATIONS = "cache.budget", "cache.evaluations"
+
+#: the settings that are not the composed configuration's
+OWN = (RUN_DIR, BUDGET, EVALUATIONS)
+
+
+class Job(NamedTuple):
+    """What is calibrated."""
+
+    config: dict[str, Any]  # checked, without a cache
+    cache: dict[str, Any]  # the node of the one that is calibrated
+    prompts: list[str]
+    folder: Path
+    words: list[str]  # of the command line, those that a run with the result needs too
+    budget: float  # share of computed steps, for a mask
+    evaluations: int  # most masks that are tried
+
+    def option(self, kind: str) -> Path:
+        """The file of the option that comes out."""
+        name = re.sub(r"\W+", "_", self.config["model"]["name"])
+        return self.folder / "cache" / f"{kind}_{name}.yaml"
+
+    def command(self, file: Path) -> str:
+        """The line that draws with what was written."""
+        return shlex.join(["hydrarun", "--config-dir", str(self.folder), *self.words, f"cache={file.stem}"])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Calibrate as `argv` says; the exit code. Raises UsageError, and RunError from what is drawn."""
+    if {"-h", "--help"} & set(argv):
+        print(USAGE)
+        return 0
+    own, overrides = parse(argv)
+    config, origin = compose_raw(literal(overrides))
+    targets.check(config, origin)
+    is_mask = check_cache(config, own)
+    prompts = choose_prompts(config, origin)
+    job = Job(
+        configure(config, origin, prompts),
+        config["cache"],
+        prompts,
+        Path(own.get(RUN_DIR, f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-calibrate")),
+        words(overrides, prompts[0]),
+        budget(own[BUDGET]) if is_mask else 1.0,
+        evaluations(own.get(EVALUATIONS, "200")),
+    )
+    # these import torch: only now that the configuration is checked
+    if is_mask:
+        from hydrarun.engine.calibration import mask as calibrate_mask
+
+        file = calibrate_mask.calibrate(job)
+    else:
+        from hydrarun.engine.calibration import teacache as calibrate_teacache
+
+        file = calibrate_teacache.calibrate(job)
+    print(f"\n{file}\n{job.command(file)}")
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Calibrate's own settings by key, and the other overrides."""
+    own: dict[str, str] = {}
+    overrides: list[str] = []
+    for word in argv:
+        key, equals, value = word.partition("=")
+        if word.startswith("-") or not (equals or word.startswith("~")):
+            raise UsageError(
+                f"calibrate: {word}: it takes key=value and no flags; a folder of your own options:"
+                " 'hydra.searchpath=[file:///folder]'"
+            )
+        if key in OWN:
+            own[key] = value
+        else:
+            overrides.append(word)
+    return own, overrides
+
+
+def check_cache(config: dict[str, Any], own: dict[str, str]) -> bool:
+    """Whether the cache is a mask; else it is TeaCache. Raises UsageError for others, and for settings of the other."""
+    is_mask = compat.gated(config, "Mask")
+    if not (is_mask or compat.gated(config, "TeaCache")):
+        raise UsageError(
+            "calibrate: choose cache=teacache, whose polynomial it fits, or cache=mask, whose steps it searches"
+        )
+    if not is_mask:
+        for key in sorted({BUDGET, EVALUATIONS} & own.keys()):
+            raise UsageError(f"{key}: a setting of calibrate for cache=mask; cache=teacache has none of its own")
+    elif config["cache"]["gate"]["steps"] is not None:
+        raise UsageError("cache.gate.steps: calibrate searches them; leave them out")
+    elif BUDGET not in own:
+        raise UsageError(f"{BUDGET} is missing: the share of steps that may be computed, {BUDGET}=0.5")
+    return is_mask
+
+
+def choose_prompts(config: dict[str, Any], origin: Origin) -> list[str]:
+    """Those of `input.prompts`, or of `sampling.prompt`."""
+    file, given = config["input"]["prompts"], config["sampling"]["prompt"]
+    if file is None:
+        return given if isinstance(given, list) and given else [given]
+    if origin("sampling.prompt") == "command line":
+        raise UsageError("input.prompts and sampling.prompt are both given: leave one out")
+    return prompt_files.texts(file)
+
+
+def configure(config: dict[str, Any], origin: Origin, prompts: Sequence[str]) -> dict[str, Any]:
+    """The configuration without a cache, checked; its prompt is the longest. Raises UsageError."""
+    longest = max(prompts, key=lambda prompt: len(str(prompt)))
+    changed = {
+        **config,
+        "sampling": {**config["sampling"], "prompt": longest},
+        "input": {**config["input"], "prompts": None},
+        "cache": compose_raw(["cache=none"])[0]["cache"],
+    }
+    check(changed, origin)
+    launch.check_size(config["parallel"])
+    if config["warmup"]:
+        raise UsageError("warmup: calibrate measures no times; leave it out")
+    if world_size(config["parallel"]) > 1:
+        raise UsageError("parallel: calibrate in one process (parallel=none); the result holds for any layout")
+    return changed
+
+
+def budget(text: str) -> float:
+    """A share of the steps. Raises UsageError."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise UsageError(f"{BUDGET}={text}: not a share of the steps, above 0 and below 1: {BUDGET}=0.5")
+    return share
+
+
+def evaluations(text: str) -> int:
+    """A count. Raises UsageError."""
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise UsageError(f"{EVALUATIONS}={text}: not a whole number >= 1")
+    return int(text)
+
+
+def words(overrides: Sequence[str], prompt: str) -> list[str]:
+    """The overrides of a run with the result: without those about calibration, with a prompt if a file had it."""
+    kept = [word for word in overrides if not re.match(r"\+*(cache|input\.prompts)\b", word)]
+    from_file = any(word.startswith("input.prompts=") for word in overrides)
+    return [*kept, f"sampling.prompt={prompt}"] if from_file else kept

@@ -1,0 +1,172 @@
+"""`hydrarun recipe`: list, run, export and verify recipes, and the schema for editors."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from hydrarun.core.errors import UsageError, nearest
+
+USAGE = """\
+usage: hydrarun recipe list [hydra.searchpath=[DIR]] [--json]
+       hydrarun recipe run FILE|DIR [KEY=VALUE ...] [--yes]
+       hydrarun recipe export RUN_DIR [FILE.yaml]
+       hydrarun recipe verify FILE|NAME [model.path=...] [hydra.run.dir=DIR]
+       hydrarun recipe schema
+
+list     shows the shipped recipes, and those of collections
+run      one received from a stranger: shows what it will do, asks, runs it; --yes does not ask
+export   writes the recipe of a finished run: what differs from the defaults, and what came of it as evidence
+verify   runs a recipe, compares pixels, times and quality with its evidence, and writes the result into it; one without
+         evidence is run twice and gets it. Exit code: 0 verified, 1 not, 2 it cannot be run as it is
+schema   prints the JSON schema with which editors check and complete recipes
+docs/recipes.md says more."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Do what `argv` says; the exit code. Raises UsageError and RunError."""
+    if not argv or {"-h", "--help"} & set(argv):
+        print(USAGE)
+        return 0 if argv else 2
+    name, *words = argv
+    if name not in VERBS:
+        raise UsageError(f"recipe {name}: no such verb.{nearest(name, VERBS)} Verbs: {', '.join(VERBS)}.\n{USAGE}")
+    return VERBS[name](words)
+
+
+def show_list(words: Sequence[str]) -> int:
+    """The recipes that have a name."""
+    from hydrarun.cli.commands import list as listing
+    from hydrarun.config.recipes import catalogue
+    from hydrarun.config.recipes import search as source
+
+    flags = _flags("list", words, "--json")
+    overrides = [word for word in words if not word.startswith("-")]
+    if strange := [word for word in overrides if not word.startswith(f"{source.SEARCHPATH}=")]:
+        raise UsageError(f"recipe list: {strange[0]}: it takes {source.SEARCHPATH}=[DIR] and --json.")
+    source.look_in(overrides)
+    if flags:
+        print(json.dumps([asdict(entry) for entry in catalogue.entries()], indent=2, ensure_ascii=False))
+    else:
+        listing.show([listing.table("recipes")])
+    return 0
+
+
+def run(words: Sequence[str]) -> int:
+    """Show what a stranger's recipe does, ask, and run it as `recipe=FILE` is run."""
+    from hydrarun.cli.commands import run as cli
+    from hydrarun.cli.recipe.preview import described, quoted
+    from hydrarun.config.compose import check, compose_raw
+    from hydrarun.config.recipes import search as source
+    from hydrarun.core.quoting import literal
+
+    flags, (name,) = _flags("run", words, "--yes"), _names("run", words, 1, 1)
+    file = str(received(Path(name)))
+    overrides = [quoted(file), *literal(_settings(words))]
+    config, origin = compose_raw(overrides)
+    config = check(config, origin)
+    for line in described(source.recipe(file), file, config, destination(overrides)):
+        print(line, file=sys.stderr)
+    if not flags:
+        if not sys.stdin.isatty():
+            raise UsageError("recipe run: add --yes to run it; there is no terminal to ask on.")
+        if not agreed():
+            print("not run", file=sys.stderr)
+            return 1
+    return cli.run(overrides, [])
+
+
+def received(path: Path) -> Path:
+    """The recipe that a file or a folder is. Raises UsageError."""
+    if path.is_dir():
+        found = sorted(path.glob("*.yaml"))
+        if len(found) != 1:
+            listed = f": {', '.join(one.name for one in found)}; give the path of one" if found else ""
+            raise UsageError(f"recipe run: {path} holds {len(found) or 'no'} files that end in .yaml{listed}.")
+        (path,) = found
+        if path.is_symlink():
+            raise UsageError(f"recipe run: {path} is a link; give the path of the file itself.")
+    if path.suffix != ".yaml" or not path.is_file():
+        raise UsageError(f"recipe run: {path}: not a file that ends in .yaml, nor a folder that holds one.")
+    return path.absolute()
+
+
+def destination(overrides: Sequence[str]) -> str:
+    """Where the run will write, as far as it is known before."""
+    given = [override.partition("=")[2] for override in overrides if override.startswith("hydra.run.dir=")]
+    return given[-1] if given else os.path.join(os.getcwd(), "outputs/…")
+
+
+def agreed() -> bool:
+    """Whether the user, asked on the terminal, says yes."""
+    print("run this? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def export(words: Sequence[str]) -> int:
+    """Write the recipe of a finished run."""
+    from hydrarun.cli.recipe.export import export
+
+    _flags("export", words)
+    run_dir, *file = (Path(word) for word in _names("export", words, 1, 2))
+    export(run_dir, file[0] if file else run_dir / "recipe.yaml")
+    return 0
+
+
+def verify(words: Sequence[str]) -> int:
+    """Run a recipe and compare."""
+    from hydrarun.cli.recipe.verify import verify
+
+    _flags("verify", words)
+    (name,) = _names("verify", words, 1, 1)
+    return verify(name, _settings(words))
+
+
+def schema(words: Sequence[str]) -> int:
+    """Print the JSON schema."""
+    from hydrarun.cli.recipe.json_schema import schema_text
+
+    if words:
+        raise UsageError(f"recipe schema: {words[0]}: it takes nothing.")
+    print(schema_text(), end="")
+    return 0
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "list": show_list,
+    "run": run,
+    "export": export,
+    "verify": verify,
+    "schema": schema,
+}
+
+
+def _flags(verb: str, words: Sequence[str], *known: str) -> list[str]:
+    flags = [word for word in words if word.startswith("-")]
+    if unknown := [flag for flag in flags if flag not in known]:
+        takes = f"it takes {known[0]}" if known else "it takes none"
+        raise UsageError(f"recipe {verb}: {unknown[0]}: no such flag; {takes}.")
+    return flags
+
+
+def _names(verb: str, words: Sequence[str], least: int, most: int) -> list[str]:
+    """The words that are files, folders or names."""
+    names = [word for word in words if _is_name(word)]
+    if not least <= len(names) <= most:
+        raise UsageError(
+            f"recipe {verb} takes {'one file' if most == 1 else 'a folder, and a file to write'}.\n{USAGE}"
+        )
+    return names
+
+
+def _settings(words: Sequence[str]) -> list[str]:
+    """The words that are `key=value`."""
+    return [word for word in words if not _is_name(word) and not word.startswith("-")]
+
+
+def _is_name(word: str) -> bool:
+    return not word.startswith("-") and ("=" not in word or os.path.exists(word))

@@ -1,0 +1,246 @@
+"""`hydrarun replay FILE`: draw what is in a file again from the recipe inside it, and say whether it is the same.
+
+The recipe may come from a stranger. It passes the same checks as a configuration from the command line; it never goes
+through OmegaConf, so no interpolation in it is resolved.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+
+from hydrarun.config import batches, schema, targets
+from hydrarun.config.checks import compatibility as compat
+from hydrarun.config.checks.values import check_values, image_paths
+from hydrarun.config.compose import compose
+from hydrarun.config.schema import Report
+from hydrarun.core.errors import UsageError, nearest
+from hydrarun.core.progress import Progress
+from hydrarun.core.quoting import literal, printable
+from hydrarun.engine.ranks import launch
+from hydrarun.outputs.media import frames, kinds
+from hydrarun.outputs.media.read import read
+from hydrarun.outputs.provenance import expand
+from hydrarun.outputs.reader import FACTS, Picture, Recorded, is_lossy, load
+from hydrarun.outputs.writer import WHICH, pixels_sha256
+
+USAGE = """\
+usage: hydrarun replay FILE [hydra.run.dir=DIR] [KEY=VALUE ...]
+
+Draws FILE again from the recipe inside it and compares the pixels or samples. FILE is a picture (PNG), a sound (WAV), a
+video (MP4, a folder of frames, or one frame-00000.png of it), a folder of layers or one layer-0.png of it, or the
+run.json of a whole run.
+KEY=VALUE changes how it is drawn: device=cuda, dtype=bfloat16, attention=sdpa, model.path=/elsewhere
+input.images=[/elsewhere/a.png] says where the input images lie on this machine.
+Exit code: 0 identical, 1 different, 2 FILE cannot be replayed."""
+
+RUN_DIR = "hydra.run.dir="
+
+# the groups that say how to draw; `model` and `sampling` say what, which is the file's to say
+GROUPS = ("parallel", "cache", "attention", "compile", "quantization", "offload")
+
+
+# what is given as a whole list
+LISTS = ("input.images", "report.metrics", "report.noise_floor")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Replay `argv`'s file; the exit code. Raises UsageError, and RunError from the run itself."""
+    if {"-h", "--help"} & set(argv):
+        print(USAGE)
+        return 0
+    file, output_dir, overrides = parse(argv)
+    recorded = load(file)
+    config = configure(recorded, overrides)
+    progress = Progress()
+    for line in describe(config):
+        progress.note(printable(line))
+
+    check_frames(recorded, config["output"]["format"])
+    check_places(recorded, len(batches.items(config)))
+    record = launch.run(config, output_dir)
+    same = [compare(picture, record, output_dir) for picture in recorded.pictures]
+    for line in differences(recorded.facts, record):
+        print(printable(line))
+    return 0 if all(same) else 1
+
+
+def parse(argv: Sequence[str]) -> tuple[Path, Path, list[str]]:
+    """The file, where to write, and the other overrides."""
+    files = [argument for argument in argv if "=" not in argument or os.path.exists(argument)]
+    overrides = [argument for argument in argv if argument not in files]
+    if len(files) != 1 or files[0].startswith("-"):
+        raise UsageError(f"replay takes one file, not {' '.join(files) or 'none'}\n{USAGE}")
+    file = Path(files[0])
+    output_dir = Path(f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-replay")
+    for override in [override for override in overrides if override.startswith(RUN_DIR)]:
+        output_dir = Path(override.removeprefix(RUN_DIR))
+        overrides.remove(override)
+    made_in = file.parent.parent if frames.NAME.fullmatch(file.name) else file.parent
+    if output_dir.resolve() in (made_in.resolve(), file.parent.resolve()):
+        raise UsageError(f"hydra.run.dir={output_dir}: {file.name} itself is there and would be overwritten")
+    return file, output_dir, overrides
+
+
+def configure(recorded: Recorded, overrides: Sequence[str]) -> dict[str, Any]:
+    """The recorded configuration with `overrides`, checked like one from the command line.
+
+    Raises UsageError with all that is wrong.
+    """
+    try:
+        config = schema.filled(copy.deepcopy(recorded.config))
+        _pin(config, recorded.facts)
+        config["report"] = asdict(Report())  # a replay compares with the file; and a stranger names no folder here
+        config["warmup"] = 0
+        if isinstance(config.get("compile"), dict) and "cache_dir" in config["compile"]:
+            config["compile"]["cache_dir"] = None
+        for override in overrides:
+            _apply(config, override)
+        config = expand(config)
+        targets.check(config)
+        check_values(config)
+        compat.check(config)
+    except RecursionError:
+        raise UsageError("the file's configuration is nested too deeply") from None
+    return config
+
+
+def _pin(config: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Ask for what was really used where the configuration left it open: the hub commit, an `auto` device and dtype."""
+    weights, model = facts["weights"], config.get("model")
+    if isinstance(weights, dict) and weights.get("revision") and isinstance(model, dict):
+        model["revision"] = weights["revision"]
+    for key in ("device", "dtype"):
+        if config.get(key) == "auto" and facts[key]:
+            config[key] = facts[key]
+
+
+def _apply(config: dict[str, Any], text: str) -> None:
+    override = _parse(text)
+    *path, name = override.key_or_group.split(".")
+    key = ".".join((*path, name))
+    if path == ["sampling"] and name in WHICH:
+        raise UsageError(f"{key}: a replay draws what the file says; for another picture: hydrarun {text}")
+    if key in GROUPS:
+        config[key] = compose([text])[key]
+        return
+    section: Any = config
+    for part in path:
+        section = section.get(part) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or name not in section:
+        known = map(str, section) if isinstance(section, dict) else ()
+        raise UsageError(f"{key}: the file's configuration has no such key.{nearest(name, known)}")
+    if isinstance(section[name], (dict, list)) and key not in LISTS:
+        raise UsageError(f"{key}: a replay changes single values, not whole sections")
+    section[name] = override.value()
+    if key == "model.path":
+        section["revision"] = None  # the recorded one belongs to the recorded checkpoint
+
+
+def _parse(text: str) -> Override:
+    override = OverridesParser.create().parse_override(literal([text])[0])
+    if override.is_sweep_override() or override.is_delete() or override.is_add():
+        raise UsageError(f"{text}: a replay draws once and only changes values: KEY=VALUE")
+    return override
+
+
+def check_frames(recorded: Recorded, output_format: str) -> None:
+    """A single frame must be drawn again as frames: no other format would hold its pixels."""
+    for picture in recorded.pictures:
+        if picture.part is not None and output_format not in frames.STEMS:
+            raise UsageError(
+                f"{printable(picture.name)}: one frame of a video; its pixels can only be compared with "
+                f"output.format=frames, not {output_format}"
+            )
+
+
+def check_places(recorded: Recorded, count: int) -> None:
+    """Each recorded picture must be one of the `count` that its configuration draws."""
+    for picture in recorded.pictures:
+        if picture.index not in range(count):
+            name = printable(picture.name)
+            raise UsageError(f"{name}: said to be number {picture.index} (from 0) of a run that draws {count}")
+
+
+def describe(config: dict[str, Any]) -> Iterator[str]:
+    """Lines that say what a stranger's file is about to make this machine do, and which images it reads for it."""
+    model, sampling, output = config["model"], config["sampling"], config["output"]
+    revision = f" at {model['revision']}" if model["revision"] else ""
+    kind = kinds.drawn_by(config["model"])
+    what = [kind.size(sampling)]
+    if length := kind.length(sampling):
+        what.append(length if output["fps"] is None else f"{length} at {output['fps']} fps")
+    what.append(f"{sampling['num_inference_steps']} steps")
+    yield f"replaying {model['name']} from {model['path']}{revision}: {', '.join(what)}"
+    yield from (f"  input image {path}" for path in image_paths(config))
+
+
+def compare(picture: Picture, record: dict[str, Any], folder: Path) -> bool:
+    """Say how the redrawn picture, listed in `record` and lying in `folder`, compares; whether it is identical."""
+    name = printable(picture.name)
+    output = next(output for output in record["outputs"] if output["index"] == picture.index)
+    file, digest = folder / output["path"], output["pixels_sha256"]
+    of_them = "samples" if "samples" in output else "pixels"
+    if picture.part is not None:
+        file /= picture.part
+        digest = pixels_sha256(read(file)[0])
+    if digest == picture.pixels_sha256:
+        print(f"{name}: identical {of_them}")
+        return True
+    lossy = " (as decoded from mp4, which is lossy)" if picture.lossy or is_lossy(file) else ""
+    print(f"{name}: different {of_them}, {_distance(picture.pixels, read(file)[0])}{lossy}")
+    return False
+
+
+def _distance(old: np.ndarray | None, new: np.ndarray) -> str:
+    if old is None:
+        return "by their hash; the pixels that were recorded are no longer there to measure how far"
+    if old.shape != new.shape:
+        return f"{_size(old)} then, {_size(new)} now"
+    # frame by frame: a whole video as wide numbers would not fit beside itself
+    pairs = zip(old.reshape(-1, *old.shape[-3:]), new.reshape(-1, *new.shape[-3:]), strict=True)
+    apart = (a.astype(np.int32) - b for a, b in pairs)
+    measured = [(int(np.abs(d).max()), float(np.square(d, dtype=np.int64).mean())) for d in apart]
+    largest, error = max(most for most, _ in measured), sum(mean for _, mean in measured) / len(measured)
+    if largest == 0:  # of two lossy files of different pixels
+        return "too little to be measured"
+    levels = kinds.of(old).levels
+    return f"largest difference {largest} of {levels}, PSNR {10 * math.log10(levels**2 / error):.1f} dB"
+
+
+def _size(pixels: np.ndarray) -> str:
+    kind = kinds.of(pixels)
+    if kind is kinds.SOUND:
+        return f"{len(pixels)} samples"
+    count = f"{len(pixels)} {kind.parts} of " if kind.parts else ""
+    return f"{count}{pixels.shape[-2]}x{pixels.shape[-3]}"
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """One line for each fact about the two runs (versions, hardware, weights, device...) that is not the same."""
+    old = dict(_flat({key: then.get(key) for key in FACTS}))
+    new = dict(_flat({key: now.get(key) for key in FACTS}))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            yield f"  {key}: {old.get(key)} then, {new.get(key)} now"
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _flat(child, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield from _flat(child, f"{prefix}[{index}]")
+    else:
+        yield prefix, value

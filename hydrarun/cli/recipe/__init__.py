@@ -1,0 +1,1 @@
+"""What the verb `recipe` does: run, export, verify, list, schema."""

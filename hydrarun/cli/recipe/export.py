@@ -1,0 +1,181 @@
+"""`hydrarun recipe export`: a finished run as a recipe, with what came of it as evidence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hydrarun.cli.recipe import evidence, minimal
+from hydrarun.cli.recipe import pixel_digest as pixels
+from hydrarun.cli.recipe.preview import drawn, quoted
+from hydrarun.config import targets
+from hydrarun.config.checks import compatibility as compat
+from hydrarun.config.checks.values import check_values, image_paths
+from hydrarun.config.compose import compose
+from hydrarun.config.prompts import LINE
+from hydrarun.config.recipes import file
+from hydrarun.config.recipes.metadata import FORMAT, Evidence, Measured
+from hydrarun.config.recipes.yaml_loader import dump, parse
+from hydrarun.config.schema import filled
+from hydrarun.core.errors import UsageError
+from hydrarun.core.files import write_atomically
+from hydrarun.core.resources import options
+from hydrarun.outputs.provenance import asked, expand
+from hydrarun.outputs.reader import run_json
+
+MAX_IMAGES = 16 * 2**20  # bytes of input images that are copied beside a recipe
+
+
+def export(run_dir: Path, path: Path) -> None:
+    """Write the recipe of the run in `run_dir` to `path`, its thumbnail and input images beside it, and say so.
+
+    Raises UsageError for a run that no recipe can say, and for files that are there already.
+    """
+    if path.suffix != ".yaml":
+        raise UsageError(f"recipe export: {path}: the name of a recipe ends in .yaml.")
+    record = finished(run_dir)
+    config = checked(record)
+    measured = evidence.measured(record, run_dir, path.with_suffix(".webp").name)
+    images, lines = copies(config, measured, path), prompts(config, path)
+    thumbnail = path.with_suffix(".webp")
+    for target in (path, thumbnail, *images, *lines):
+        if target.exists():
+            raise UsageError(
+                f"recipe export: {target} exists; choose another: hydrarun recipe export {run_dir} FILE.yaml"
+            )
+    wanted = pinned(config, measured)
+    try:
+        content = minimal.recipe(wanted)
+    except minimal.Inexpressible as reason:
+        raise UsageError(f"recipe export: {run_dir}: {reason}") from None
+    if images or lines:
+        given = {"images": [image.name for image in images], "prompts": next((one.name for one in lines), None)}
+        content["input"] = {key: value for key, value in given.items() if value}
+    beside = {**images, **lines, thumbnail: pixels.sample(evidence.drawn(record, run_dir))}
+    recipe = parsed(path, text_of(content, config))
+    text = file.with_evidence(recipe, Evidence(FORMAT, "unverified", "", measured))
+    put(path, text, beside, wanted)
+    say(path, config, list(beside))
+
+
+def finished(run_dir: Path) -> dict[str, Any]:
+    """The run.json of a complete run. Raises UsageError."""
+    where = f"recipe export: {run_dir}"
+    points = sorted(point.parent.name for point in run_dir.glob("*/run.json"))
+    if not (run_dir / "run.json").is_file():
+        if points:
+            raise UsageError(f"{where}: a sweep of {len(points)} runs; give the folder of one: {run_dir / points[0]}")
+        raise UsageError(f"{where}: holds no run.json; give the folder of a finished run.")
+    record = run_json(run_dir / "run.json")
+    if record.get("status") != "complete":
+        raise UsageError(
+            f"{where}: the run did not finish (status {record.get('status')!r}); a recipe is of one that did."
+        )
+    return record
+
+
+def checked(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's configuration, which may be a stranger's, checked as one from the command line."""
+    config = record.get("config")
+    if not isinstance(config, dict):
+        raise UsageError("recipe export: run.json holds no configuration.")
+    config = filled(expand(config))
+    targets.check(config)
+    check_values(config)
+    compat.check(config)
+    if any("images" in line for line in config["input"]["prompts"] or ()):
+        raise UsageError(
+            "recipe export: the run's prompts have input images of their own: export a run of one of them."
+        )
+    return config
+
+
+def copies(config: Mapping[str, Any], measured: Measured, path: Path) -> dict[Path, bytes]:
+    """The input images under the names that they get beside the recipe. Raises UsageError for ones that changed."""
+    found: dict[Path, bytes] = {}
+    for index, (name, known) in enumerate(zip(image_paths(config), measured.inputs, strict=False)):
+        try:
+            data = Path(name).read_bytes()
+        except OSError as error:
+            raise UsageError(f"recipe export: the input image {name}: {error.strerror}.") from None
+        if hashlib.sha256(data).hexdigest() != known:
+            raise UsageError(f"recipe export: the input image {name} was changed since the run.")
+        found[path.with_name(f"{path.stem}-input-{index}{Path(name).suffix.lower()}")] = data
+    if sum(map(len, found.values())) > MAX_IMAGES:
+        raise UsageError(
+            f"recipe export: the input images are more than {MAX_IMAGES >> 20} MiB, too much to go with a recipe."
+        )
+    return found
+
+
+def prompts(config: Mapping[str, Any], path: Path) -> dict[Path, bytes]:
+    """The lines of `input.prompts` as the file that the recipe names; nothing where there are none."""
+    lines = config["input"]["prompts"]
+    if lines is None:
+        return {}
+    own = ({key: value for key, value in line.items() if key != LINE} for line in lines)
+    return {path.with_suffix(".jsonl"): "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in own).encode()}
+
+
+def pinned(config: Mapping[str, Any], measured: Measured) -> dict[str, Any]:
+    """What the recipe must compose to: the run's configuration with what was really used, without its machine's places.
+
+    Pixels depend on the kind of device and on the dtype, so both are said.
+    """
+    model = {**config["model"]}
+    if evidence.is_folder(model["path"]):
+        model["path"] = options("model").get(model["name"], {}).get("model", {}).get("path", model["path"])
+    elif measured.weights.revision:
+        model["revision"] = measured.weights.revision
+    used = {"device": measured.device.partition(":")[0], "dtype": measured.dtype}
+    return {**config, **used, "model": model, "input": {"images": None, "prompts": None}}
+
+
+def text_of(content: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The recipe's file, without its evidence."""
+    about = {"about": {"description": f"{config['model']['name']}: {drawn(config)}"}}
+    parts = ({key: value} for key, value in {**about, **content}.items())
+    return "\n".join(map(dump, parts))
+
+
+def parsed(path: Path, text: str) -> file.Recipe:
+    """A recipe that is not on the disk yet."""
+    _, whole = parse(text.encode())
+    return file.Recipe(path, text, whole, whole, None, None)
+
+
+def put(path: Path, text: str, beside: Mapping[Path, bytes], wanted: Mapping[str, Any]) -> None:
+    """Write all files, if what the recipe composes to is what is wanted; else none of them."""
+    files = {**beside, path: text.encode()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for target, data in files.items():
+            write_atomically(target, data)
+        composed = compose([quoted(str(path.absolute()))])
+        if found := differences(composed, wanted):
+            raise UsageError(f"recipe export: a recipe cannot say this run: {', '.join(found)} would be another.")
+    except BaseException as error:
+        for target in files:
+            with suppress(OSError):
+                target.unlink()
+        if isinstance(error, OSError):
+            raise UsageError(f"recipe export: {path} cannot be written: {error.strerror}.") from None
+        raise
+
+
+def differences(composed: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The sections in which what reaches the pixels is not the same; the input apart, which are copies."""
+    one, other = (asked({**config, "input": None}) for config in (composed, wanted))
+    return [key for key in one if one[key] != other.get(key)]
+
+
+def say(path: Path, config: Mapping[str, Any], beside: list[Path]) -> None:
+    """What was written, and what is left to do."""
+    print(f"{path}, and beside it {', '.join(one.name for one in beside)}")
+    if evidence.is_folder(config["model"]["path"]):
+        print("the run's weights are a folder, which the recipe does not name; its evidence is of those all the same")
+    print(f"unverified yet: hydrarun recipe verify {path}")

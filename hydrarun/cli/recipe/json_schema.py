@@ -1,0 +1,151 @@
+"""The JSON schema of recipes, for editors: made from hydrarun.config.schema and the comments in conf/."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hydrarun.config.recipes import metadata as about
+from hydrarun.config.recipes.vet import groups
+from hydrarun.config.schema import Config
+from hydrarun.core import resources
+
+Schema = dict[str, Any]
+
+PLAIN = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
+
+#: sections that are filled by the options of a group of `_target_` nodes
+NODES = ("cache", "attention", "compile", "quantization", "offload")
+
+#: what a recipe may not set
+BARRED = ("report.twins", "compile.cache_dir")
+
+FIELD = re.compile(r"^( *)(?:- )?([A-Za-z_]\w*):")
+
+
+def schema_text() -> str:
+    """recipes/schema.json."""
+    return json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def schema() -> Schema:
+    """The JSON schema (draft 7) of a recipe."""
+    properties = {"about": of_class(about.About, "about"), "defaults": choices(), **of_class(Config, "")["properties"]}
+    evidence = {"type": "object", "description": "Written by `hydrarun recipe verify`, never by hand."}
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "hydrarun recipe",
+        "description": "Choices and values that are used as recipe=NAME or recipe=FILE.yaml: docs/recipes.md.",
+        "type": "object",
+        "properties": {**properties, "evidence": evidence},
+        "additionalProperties": False,
+    }
+
+
+def choices() -> Schema:
+    """The list `defaults`."""
+    entries = [{"const": "_self_"}, *(choice(group) for group in groups())]
+    return {"type": "array", "items": {"anyOf": entries}, "description": "Options of groups: `hydrarun list`."}
+
+
+def choice(group: str) -> Schema:
+    """An entry of it."""
+    names = sorted(file.stem for file in (resources.folder("conf") / group).glob("*.yaml"))
+    key = f"override /{group}"
+    return {
+        "type": "object",
+        "properties": {key: {"enum": names}},
+        "required": [key],
+        "additionalProperties": False,
+    }
+
+
+def of_class(kind: Any, path: str) -> Schema:
+    """A section by its dataclass; no key is required, as a recipe says only what differs."""
+    properties = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        here = f"{path}.{name}" if path else name
+        if here in BARRED:
+            continue
+        if here in NODES:
+            properties[name] = of_group(name)
+        elif dataclasses.is_dataclass(hint):
+            properties[name] = of_class(hint, here)
+        else:
+            properties[name] = of_hint(hint) | described(here)
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def of_group(group: str) -> Schema:
+    """A `_target_` node: the arguments of all options, as any value; which go together the run says."""
+    properties: Schema = {}
+    root = resources.folder("conf") / group
+    for file in sorted(root.rglob("*.yaml")):
+        inner = file.parent.relative_to(root).parts  # the predictor's options are in cache/predictor
+        for key, text in sorted(comments(file).items()):
+            node = properties
+            *above, name = (*inner, *key.split("."))
+            for part in above:
+                node = node.setdefault(part, {"type": "object"}).setdefault("properties", {})
+            if name not in ("_target_", "defaults") and f"{group}.{key}" not in BARRED:
+                node.setdefault(name, {}).setdefault("description", text)
+    return {"type": "object", "properties": properties}
+
+
+def of_hint(hint: Any) -> Schema:
+    """A type annotation."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return {"type": [PLAIN[one] for one in inner]}
+    if origin is list:
+        return {"type": "array", "items": of_hint(inner[0])}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": of_hint(inner[1])}
+    return {"type": PLAIN[hint]} if hint in PLAIN else {}
+
+
+def described(path: str) -> Schema:
+    """What conf/ says of a field."""
+    text = descriptions().get(path)
+    return {"description": text} if text else {}
+
+
+@cache
+def descriptions() -> dict[str, str]:
+    """The comment of each field of the fixed sections."""
+    conf = resources.folder("conf")
+    default = conf / "model" / f"{resources.defaults()['model']}.yaml"
+    base = yaml.safe_load(default.read_text(encoding="utf-8"))["defaults"][0]  # it says what each field is
+    found = comments(conf / "config.yaml") | comments(default.with_stem(base))
+    found |= {f"plan.{key}": text for key, text in comments(conf / "plan" / "none.yaml").items()}
+    return found | dict(listed(conf / "sampling" / "default.yaml")) | dict(listed(conf / "parallel" / "none.yaml"))
+
+
+def listed(file: Path) -> Iterator[tuple[str, str]]:
+    """The fields that an option explains in a list at its head: `#   name, name   what it is`."""
+    for names, text in re.findall(r"^#   ([\w, ]+?)  +(\S.*)$", file.read_text(encoding="utf-8"), re.MULTILINE):
+        yield from ((f"{file.parent.name}.{name}", text) for name in names.split(", "))
+
+
+def comments(file: Path) -> dict[str, str]:
+    """The comment above each field of a YAML file, by the field's path."""
+    found: dict[str, str] = {}
+    above: list[tuple[int, str]] = []  # indent and name of the fields that this one is in
+    said: list[str] = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if match := FIELD.match(line):
+            indent = len(match[1])
+            above = [*((depth, name) for depth, name in above if depth < indent), (indent, match[2])]
+            if said:
+                found[".".join(name for _, name in above)] = " ".join(said)
+        said = [*said, line.strip(" #")] if line.strip().startswith("#") else []
+    return found

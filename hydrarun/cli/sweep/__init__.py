@@ -1,0 +1,1 @@
+"""Many runs from one command line: points, their order, dry runs, the driver."""

@@ -1,0 +1,152 @@
+"""A sweep: hands its points to Hydra, and says in the end which of them failed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from hydra.core.override_parser.types import Quote, QuotedString
+
+from hydrarun.cli.commands import run as cli
+from hydrarun.cli.sweep import order, point
+from hydrarun.cli.sweep.space import BASIC, Sweep, read
+from hydrarun.config import batches, targets
+from hydrarun.core.errors import UsageError
+from hydrarun.core.quoting import escape_interpolation
+from hydrarun.outputs import report
+from hydrarun.outputs.failure_record import Stamp, stamp
+from hydrarun.outputs.report import collect
+from hydrarun.outputs.report.collect import Point
+
+PLACE = "hydra.sweep.dir"
+
+
+def run(overrides: list[str], flags: list[str], fail_fast: bool) -> int:
+    """Run a sweep of quoted overrides; the highest exit code of its points. Raises UsageError.
+
+    `fail_fast`: end at the first point that fails.
+    """
+    words = [*overrides, *own_place(overrides)]
+    sweep = read(words, flags)
+    for note in order.notes(words, sweep.overrides):
+        print(note, file=sys.stderr)
+    check(sweep, fail_fast)
+    before = stamps(sweep.folder)
+    task = partial(point.run, targets.allowed_by_user(), fail_fast)
+    words = [*sweep.overrides, *settled(sweep)]
+    words += ["fail_fast=true"] if fail_fast and batches.batched(sweep.shared) else []
+    enough = False
+    try:
+        cli.hand_over(task, words, flags)
+    except point.PointFailedError:
+        pass  # Optuna's sweeper gives up after too many; they have been printed
+    except point.Enough:
+        enough = True
+    finally:
+        ended = close(sweep, before)
+    return max([0 if enough else missing(sweep, ended), *map(code, ended)])
+
+
+def own_place(overrides: Sequence[str]) -> list[str]:
+    """Where a sweep with `input.prompts` goes if nothing else is said: to the same place again, to be resumed."""
+    keys = {order.key(one) for one in overrides}
+    if "input.prompts" not in keys or PLACE in keys:
+        return []
+    digest = hashlib.sha256(json.dumps(sorted(overrides)).encode(errors="surrogatepass")).hexdigest()[:8]
+    return [f"{PLACE}=outputs/prompts-{digest}-sweep"]
+
+
+def close(sweep: Sweep, before: dict[Path, Stamp | None]) -> list[Point]:
+    """What is done when the sweep has ended, however it has: with failed points, or by Ctrl-C too."""
+    places = [place for place, seen in stamps(sweep.folder).items() if before.get(place) != seen]
+    ended = sorted((collect.point(sweep.folder, place) for place in places), key=lambda one: collect.natural(one.name))
+    failed = [one for one in ended if code(one)]
+    if failed:
+        count = len(ended) if sweep.points is None else len(sweep.points)
+        print(f"{len(failed)} of {count} point{'' if count == 1 else 's'} failed:", file=sys.stderr)
+        for one in failed:
+            print(f"  {named(sweep, one)}: {in_short(one.error or '')}", file=sys.stderr)
+    if ended:
+        tell_of_all(sweep.folder)
+    return ended
+
+
+def tell_of_all(folder: Path) -> None:
+    """Write the report. What goes wrong with it is said, and changes nothing about the points."""
+    try:
+        print(f"report: {report.write(folder)}", file=sys.stderr)
+    except Exception as error:
+        print("the report could not be written:", file=sys.stderr)
+        cli.tell(error)
+
+
+def code(point: Point) -> int:
+    """As `cli.main` returns it for a single run."""
+    if point.status == "complete":
+        return 0
+    return 2 if collect.at(point.record, "error", "type", kind=str) == UsageError.__name__ else 1
+
+
+def named(sweep: Sweep, point: Point) -> str:
+    """A point's directory, and what tells it from the others."""
+    swept = order.swept(sweep.overrides)
+    own = [one for one in point.overrides or () if order.key(one) in swept]
+    return f"{point.name} ({' '.join(own)})" if own else point.name
+
+
+def in_short(error: str) -> str:
+    """One line of an error: the first, but of a traceback the last."""
+    lines = error.strip().splitlines() or [""]
+    return lines[-1 if lines[0].startswith("Traceback") else 0]
+
+
+def missing(sweep: Sweep, ended: Sequence[Point]) -> int:
+    """1, and a line, if there are points that left no record where this process looks for it; else 0."""
+    lost = len(sweep.points or []) - len(ended)
+    if lost <= 0 and ended:
+        return 0
+    many = f"{lost} of {len(sweep.points)} points" if sweep.points else "the points"
+    print(f"{many} left no run.json in {sweep.folder}: do all machines share that folder?", file=sys.stderr)
+    return 1
+
+
+def check(sweep: Sweep, fail_fast: bool) -> None:
+    """Raises UsageError for objectives that nobody reads, or that are not as many as the sweeper's directions.
+
+    And for `fail_fast` where points run beside each other.
+    """
+    if fail_fast and sweep.engine("launcher") != BASIC:
+        raise UsageError(f"--fail-fast: hydra/launcher={sweep.engine('launcher')} runs points beside each other")
+    objectives, sweeper = list(sweep.shared.report.objectives), sweep.engine("sweeper")
+    _ = sweep.points  # refuses what cannot be swept over
+    if sweeper == BASIC and objectives:
+        raise UsageError("report.objectives: for a sweeper that searches: add hydra/sweeper=optuna, or leave it out")
+    if sweeper == "optuna":
+        direction = sweep.shared.hydra.sweeper.direction
+        wanted = 1 if isinstance(direction, str) or not hasattr(direction, "__len__") else len(direction)
+        if len(objectives) != wanted:
+            raise UsageError(
+                f"report.objectives has {len(objectives)}, and hydra.sweeper.direction {wanted}: give each objective "
+                "its direction: 'report.objectives=[denoise_s,psnr]' 'hydra.sweeper.direction=[minimize,maximize]'"
+            )
+
+
+def settled(sweep: Sweep) -> list[str]:
+    """Overrides that are the same for whoever runs a point: the sweep's folder, and that Ray's workers stay."""
+    folder = QuotedString(escape_interpolation(str(sweep.folder)), Quote.double).with_quotes()
+    words = [f"hydra.sweep.dir={folder}"]
+    if sweep.engine("launcher") == "ray":
+        remote = sweep.shared.hydra.launcher.ray.remote
+        if remote.get("num_gpus") and "max_calls" not in remote:
+            print("ray: max_calls=0: a worker keeps what it has loaded for its next point", file=sys.stderr)
+            words.append("+hydra.launcher.ray.remote.max_calls=0")
+    return words
+
+
+def stamps(folder: Path) -> dict[Path, Stamp | None]:
+    """The points' directories, and when their records were written."""
+    return {place: stamp(place / collect.RECORD) for place in collect.places(folder)}

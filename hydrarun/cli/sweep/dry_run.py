@@ -1,0 +1,122 @@
+"""`--dry-run`: the points of a command line in their order, what each loads, and whether it would fit. Nothing runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from hydrarun.cli.commands.plan import hurried
+from hydrarun.cli.sweep import order
+from hydrarun.cli.sweep.space import BASIC, read
+from hydrarun.config.compose import Origin, check
+from hydrarun.core.errors import UsageError
+from hydrarun.engine.plan.devices import gib
+from hydrarun.engine.plan.planner import Plan, chosen, make
+from hydrarun.engine.ranks import launch, worker
+
+#: flags that say where options are, with which a run can be foreseen
+TAKEN = ("-m", "--multirun", "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
+
+NO_PLAN = {"auto": False, "device": None}
+
+
+class Point(NamedTuple):
+    """A point before it runs."""
+
+    #: what tells it from the others
+    overrides: list[str]
+    #: what is loaded for it, in words, and `worker.build_key`; None if it is refused
+    load: tuple[str, str] | None
+    verdict: str
+    good: bool
+
+
+def main(overrides: list[str], flags: list[str]) -> int:
+    """List what quoted overrides would run; 0 if all of it would and fits, else 1. Raises UsageError."""
+    if strange := [flag for flag in flags if flag.startswith("-") and flag.partition("=")[0] not in TAKEN]:
+        raise UsageError(f"--dry-run: shows what would run, which {strange[0]} does not: leave one of them out")
+    sweep = read(overrides, flags)
+    many = bool({"-m", "--multirun"} & set(flags))
+    points = sweep.points if many else [list(sweep.shared.hydra.overrides.task)]
+    if points is None:
+        raise UsageError(f"--dry-run: hydra/sweeper={sweep.engine('sweeper')} decides on its points while it runs")
+    own = order.swept(sweep.overrides)
+    for note in order.notes(overrides, sweep.overrides) if many else ():
+        print(note, file=sys.stderr)
+    with hurried():
+        found = list(judged(((point, *sweep.compose(point)) for point in points), own if many else None))
+    print("\n".join(lines(found)))
+    if many and sweep.engine("launcher") != BASIC:
+        print(f"hydra/launcher={sweep.engine('launcher')}: each of its processes loads for itself")
+    return int(not all(point.good for point in found))
+
+
+def judged(
+    points: Iterable[tuple[Sequence[str], dict[str, Any], Origin]], own: Sequence[str] | None
+) -> Iterator[Point]:
+    """Each point with what is to be said of it; equal plans are made once. `own`: keys that are shown; None: all."""
+    plans: dict[str, Plan] = {}
+    for overrides, config, origin in points:
+        shown = [one for one in overrides if own is None or order.key(one) in own]
+        try:
+            made = planned(config, origin, plans)
+        except UsageError as error:
+            yield Point(shown, None, f"refused: {error}", False)
+            continue
+        instead = made.suggestions[0] if config["plan"]["auto"] and not made.fits and made.suggestions else None
+        built = {**config, **(instead.changes if instead else {})}
+        slow = [one for one in overrides if order.is_slow(one) and order.key(one) != "model"]
+        words = " ".join([f"model={config['model']['name']}", *slow])
+        yield Point(shown, (words, worker.build_key(built)), verdict(made), made.fits or instead is not None)
+
+
+def planned(config: dict[str, Any], origin: Origin, plans: dict[str, Plan]) -> Plan:
+    """The plan of a point, from `plans` if one that differs by its seeds alone has it.
+
+    Raises UsageError with what a run on the planned device would be refused for.
+    """
+    asked = check({**config, "device": chosen(config).kind, "plan": NO_PLAN}, origin)
+    launch.check_size(config["parallel"])
+    sampling = asked["sampling"]
+    count = len(sampling["seed"]) if isinstance(sampling["seed"], list) else None
+    key = json.dumps([config["plan"], {**asked, "sampling": {**sampling, "seed": count}}], sort_keys=True)
+    if key not in plans:
+        plans[key] = make({**asked, "device": config["device"], "plan": config["plan"]}, origin)
+    return plans[key]
+
+
+def verdict(made: Plan) -> str:
+    """Whether it fits, by how much not, and what would."""
+    assert made.asked is not None
+    needs = f"{gib(made.asked.peak)} of {gib(made.device.memory)}"
+    if made.fits:
+        return f"fits: {needs}"
+    over = made.asked.peak - made.device.memory
+    by = f", {gib(over)} too much" if over > 0 else ""
+    instead = " ".join(made.suggestions[0].overrides) if made.suggestions else ""
+    return f"does NOT fit: {needs}{by}" + (f"; would with {instead}" if instead else "")
+
+
+def lines(points: Sequence[Point]) -> Iterator[str]:
+    """The list for people; points that share a load are below it."""
+    texts = [" ".join(point.overrides) for point in points]
+    width = max(map(len, texts))
+    loads = 0
+    before = None
+    body = []
+    for number, (point, text) in enumerate(zip(points, texts, strict=True)):
+        if point.load and point.load != before:
+            loads += 1
+            before = point.load
+            body.append(f"load {loads}: {point.load[0]}")
+        margin = f"\n{' ' * (len(f'{number:4}') + width + 4)}"
+        body.append(f"{number:4}  {text:{width}}  {margin.join(point.verdict.splitlines())}".rstrip())
+    yield f"{counted(len(points), 'point')}, {counted(loads, 'load')}"
+    yield from body
+
+
+def counted(count: int, thing: str) -> str:
+    """`1 point`, `2 points`…"""
+    return f"{count} {thing}{'' if count == 1 else 's'}"

@@ -1,0 +1,55 @@
+"""One point of a sweep. It may run in another process, or on another machine, which Hydra's launchers send it to."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from hydrarun.cli.commands import run as cli
+from hydrarun.cli.sweep.objectives import values
+from hydrarun.cli.sweep.space import BASIC
+from hydrarun.config import targets
+from hydrarun.core.errors import RunError
+from hydrarun.engine.ranks import launch
+
+
+class PointFailedError(RunError):
+    """What a sweeper that searches is told of a point that failed; the user has been told the reason."""
+
+
+class Enough(BaseException):
+    """The sweep ends with this point, which failed."""
+
+
+def run(allowed: Sequence[str], fail_fast: bool, composed: DictConfig) -> Any:
+    """Run a point; returns what `report.objectives` names of it: None, a number or a list.
+
+    `allowed`: classes that the user allows by `--allow-target`. A failure is printed, and recorded in the point's
+    directory. Raises Enough for it with `fail_fast`, PointFailedError where there are objectives.
+    """
+    for name in allowed:
+        targets.allow(name)
+    if HydraConfig.get().runtime.choices["hydra/launcher"] != BASIC:
+        _close_at_exit()
+    objectives = list(composed.report.objectives)
+    try:
+        record = cli.run_point(composed)
+    except Exception as error:
+        cli.tell(error)
+        if fail_fast:
+            raise Enough from None
+        if objectives:
+            raise PointFailedError("the point failed") from None
+        return None
+    return values(record, objectives) if objectives else None
+
+
+@cache
+def _close_at_exit() -> None:
+    """In a process that is a launcher's, which keeps what is loaded from point to point, let it go in the end."""
+    atexit.register(launch.close)

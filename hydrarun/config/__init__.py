@@ -1,0 +1,1 @@
+"""From overrides to one checked configuration, without torch."""

@@ -1,0 +1,1 @@
+"""What a configuration must satisfy before weights are read."""

@@ -1,0 +1,196 @@
+"""Does a request fit a checkpoint? Reads JSON only, so that what cannot be is refused before anything heavy."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydrarun.core.errors import UsageError
+
+#: what a transformer's config.json calls the lengths of its lists of blocks
+DEPTHS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")
+#: and its heads
+HEADS = ("num_attention_heads", "n_heads")
+#: and heads that groups of those share
+SHARED_HEADS = "num_key_value_attention_heads"
+
+
+def check_folder_fit(config: dict[str, Any], folder: Path) -> None:
+    """Refuse what the checkpoint in `folder` cannot make or would ignore; says nothing where its JSON does not tell."""
+    vae, transformer = (read(folder / name / "config.json") for name in ("vae", "transformer"))
+    check_configs(config, read(folder / "model_index.json"), vae, transformer)
+
+
+def check_configs(
+    config: dict[str, Any], index: Mapping[str, Any], vae: Mapping[str, Any], transformer: Mapping[str, Any]
+) -> None:
+    """The same for a checkpoint with this index and these configs."""
+    check_heads(config["parallel"]["tensor_degree"], transformer)
+    depth = sum(transformer.get(key) or 0 for key in DEPTHS)
+    check_blocks(config["offload"], depth)
+    check_layers(config["model"]["guidance"].get("layers"), depth)
+    check_experts(config["model"], index)
+    check_fitted(config, index)
+    check_fit(config["sampling"], vae, transformer, config["model"]["patch_size"])
+
+
+def check_fit(sampling: Mapping[str, Any], vae: Mapping[str, Any], transformer: Mapping[str, Any], patch: int) -> None:
+    """Refuse what the checkpoint with these configs cannot make; `patch` is the number of latent pixels per token side.
+
+    Raises `UsageError` naming what would do.
+    """
+    frames, side = vae_factors(vae)
+    multiple = size_multiple(side or 0, transformer, patch)
+    for key in ("height", "width"):
+        value = sampling[key]
+        if multiple and value is not None and value % multiple:
+            raise UsageError(
+                f"sampling.{key}={value}: this checkpoint needs a {nearest_multiples(key, value, multiple)}"
+            )
+        places = transformer.get("pos_embed_max_size")
+        if side and value is not None and places and value > side * patch * places:
+            raise UsageError(
+                f"sampling.{key}={value}: this checkpoint has places for {places} tokens to a side;"
+                f" sampling.{key}={side * patch * places} at most"
+            )
+    count = sampling["num_frames"]
+    if frames and count is not None and (count - 1) % frames:
+        below = (count - 1) // frames * frames + 1
+        raise UsageError(
+            f"sampling.num_frames={count}: this checkpoint needs a multiple of {frames} plus 1:"
+            f" sampling.num_frames={below} or sampling.num_frames={below + frames}"
+        )
+    if "guidance_embeds" in transformer:
+        check_guidance_scale(sampling["guidance_scale"], transformer["guidance_embeds"])
+    if "sampling_rate" in vae and "sample_size" in transformer:
+        check_seconds(sampling, vae, transformer)
+
+
+def check_seconds(sampling: Mapping[str, Any], vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for seconds of a sound that the checkpoint does not make, or none of them."""
+    most = longest(vae, transformer)
+    start, end = sampling["audio_start_in_s"] or 0.0, sampling["audio_end_in_s"]
+    if end is not None and end > most:
+        raise UsageError(
+            f"sampling.audio_end_in_s={end:g}: this checkpoint's sounds are {most:.2f} s long;"
+            " sampling.audio_end_in_s=null for all of it"
+        )
+    first, stop = (int(second * vae["sampling_rate"]) for second in (start, most if end is None else end))
+    if first >= stop:
+        raise UsageError(
+            f"sampling.audio_start_in_s={start:g}: leaves nothing of a sound that ends at"
+            f" {most if end is None else end:g} s; sampling.audio_start_in_s=0"
+        )
+
+
+def longest(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> float:
+    """Seconds of a whole sound."""
+    return transformer["sample_size"] * math.prod(vae["downsampling_ratios"]) / vae["sampling_rate"]
+
+
+def check_experts(model: Mapping[str, Any], index: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for a checkpoint that has more or fewer transformers than the model option runs."""
+    second = (index.get("transformer_2") or [None])[0] is not None
+    if index and (second != (model["experts"] > 1) or second != (index.get("boundary_ratio") is not None)):
+        raise UsageError(
+            f"model.path={model['path']}: model {model['name']} runs {model['experts']} transformer(s), and this"
+            f" checkpoint's model_index.json has transformer_2={index.get('transformer_2')} and"
+            f" boundary_ratio={index.get('boundary_ratio')}: it is another model's"
+        )
+
+
+def check_fitted(config: Mapping[str, Any], index: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for TeaCache coefficients that were fitted with another scheduler than the run's."""
+    fit = (config["cache"].get("gate") or {}).get("fit")
+    chosen = config["model"]["scheduler"]
+    name = chosen["_target_"].rpartition(".")[2] if chosen else (index.get("scheduler") or [None, None])[1]
+    if fit and fit["scheduler"] and name and name != fit["scheduler"]:
+        raise UsageError(
+            f"cache.gate.fit: the coefficients were fitted with {fit['scheduler']}, not {name}; make them for it:"
+            f" hydrarun calibrate model={config['model']['name']} cache=teacache input.prompts=prompts.txt"
+        )
+
+
+def check_heads(ranks: int, transformer: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for more ranks of tensor parallel than heads, which stay whole."""
+    heads = next((transformer[key] for key in (SHARED_HEADS, *HEADS) if key in transformer), None)
+    if heads is not None and ranks > heads:
+        kind = "groups of heads" if SHARED_HEADS in transformer else "heads"
+        raise UsageError(
+            f"parallel.tensor_degree={ranks}: this checkpoint has {heads} {kind}, and each stays whole;"
+            f" parallel.tensor_degree={heads} at most"
+        )
+
+
+def check_blocks(offload: Mapping[str, Any], depth: int) -> None:
+    """Raises `UsageError` where none of `depth` blocks waits: those that stay and those in turn are all of them.
+
+    A depth of 0 is unknown.
+    """
+    resident, ahead = offload.get("resident_blocks"), offload.get("prefetch_blocks")
+    if depth and isinstance(resident, int) and isinstance(ahead, int) and resident + ahead + 1 >= depth:
+        raise UsageError(
+            f"offload.resident_blocks={resident} offload.prefetch_blocks={ahead}: {resident} blocks that stay and"
+            f" {ahead + 1} in turn leave none of this checkpoint's {depth} to wait: use offload=model, or fewer"
+        )
+
+
+def check_layers(layers: Any, depth: int) -> None:
+    """Raises `UsageError` for blocks to be left out that are not there. A depth of 0 is unknown."""
+    wrong = [layer for layer in layers if layer not in range(depth)] if isinstance(layers, list) else []
+    if depth and wrong:
+        raise UsageError(
+            f"model.guidance.layers={layers}: this checkpoint has no block {wrong[0]};"
+            f" its {depth} blocks are 0 to {depth - 1}"
+        )
+
+
+def vae_factors(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Frames per latent frame and pixels per latent pixel side; None for what the VAE's config does not tell."""
+    halvings = config.get("temperal_downsample")  # sic: one entry per halving of the sides, true: of the frames too
+    if halvings is not None:
+        frames, side = 2 ** sum(map(bool, halvings)), 2 ** len(halvings)
+        return config.get("scale_factor_temporal") or frames, config.get("scale_factor_spatial") or side
+    blocks = config.get("block_out_channels")
+    return None, None if blocks is None else 2 ** (len(blocks) - 1)
+
+
+def size_multiple(side: int, transformer: Mapping[str, Any], patch: int) -> int:
+    """What height and width are a multiple of: a token's pixels, or those of two where a prior model draws first.
+
+    Each of its tokens stands for two by two. `side`: pixels of a latent pixel's side.
+    """
+    return side * patch * (2 if "prior_vq_quantizer_codebook_size" in transformer else 1)
+
+
+def nearest_multiples(key: str, value: int, multiple: int) -> str:
+    """What would do instead of `value`."""
+    below, above = value // multiple * multiple, (value // multiple + 1) * multiple
+    choice = f"sampling.{key}={below} or sampling.{key}={above}" if below else f"sampling.{key}={above}"
+    return f"multiple of {multiple}: {choice}"
+
+
+def check_guidance_scale(scale: float | None, distilled: bool) -> None:
+    """Raises `UsageError` for a scale that a checkpoint ignores, not being guidance-distilled, or needs and lacks."""
+    if scale is not None and not distilled:
+        raise UsageError(
+            f"sampling.guidance_scale={scale}: this checkpoint is not guidance-distilled and would ignore it;"
+            " sampling.guidance_scale=null, and sampling.true_cfg_scale to guide"
+        )
+    if scale is None and distilled:
+        raise UsageError(
+            "sampling.guidance_scale=null: this checkpoint is guidance-distilled and takes it as an input;"
+            " sampling.guidance_scale=3.5"
+        )
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where there is none to read: loading says what is wrong with it."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

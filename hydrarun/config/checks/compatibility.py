@@ -1,0 +1,352 @@
+"""What goes together: a table of rules over a configuration, checked before weights are read.
+
+Each rule says what it is about, when it is broken, in a sentence, and the override that fixes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from hydrarun.config.batches import each, expand
+from hydrarun.config.checks.report import REPEAT
+from hydrarun.config.checks.values import cfg_off, cfg_scale
+from hydrarun.core.errors import refuse
+from hydrarun.outputs.media import kinds
+
+Config = Mapping[str, Any]
+
+
+#: offloads that bring weights to the device and let them go, by `offloads`' names
+MOVING = ("Expert", "Model", "Layerwise", "Disk", "TextEncoder")
+
+
+class Rule(NamedTuple):
+    """`broken(config)` tells whether the rule is; sentence and fix may name `{model}`, `{steps}` and `{off}`."""
+
+    group: str
+    broken: Callable[[Config], bool]
+    sentence: str
+    fix: str
+
+
+def uses(config: Config, group: str, name: str) -> bool:
+    """Whether the option of `group` is the class `name`."""
+    return str(config[group].get("_target_", "")).rpartition(".")[2] == name
+
+
+def quantized(config: Config) -> Sequence[str]:
+    """The components whose weights are quantized."""
+    return config["quantization"].get("components") or ()
+
+
+def multiplies_float8(config: Config) -> bool:
+    """Whether activations are float8 too."""
+    return config["quantization"].get("activations") == "float8"
+
+
+def offloads(config: Config, *whats: str) -> bool:
+    """Whether the offload is that of one of these."""
+    return any(uses(config, "offload", f"{what}Offload") for what in whats)
+
+
+def graphed(config: Config) -> bool:
+    """Whether compiled blocks are CUDA graphs."""
+    return config["compile"].get("mode") in ("reduce-overhead", "max-autotune")
+
+
+def degree(config: Config, name: str) -> int:
+    """Ranks of one dimension."""
+    return config["parallel"][f"{name}_degree"]
+
+
+def guided(config: Config) -> bool:
+    """Whether there are two branches to predict."""
+    name, scale = cfg_scale(config)
+    return name in config["model"]["takes"] and scale is not None and scale > cfg_off(config)
+
+
+def draws_sounds(config: Config) -> bool:
+    """Whether the model draws sounds."""
+    return kinds.drawn_by(config["model"]) is kinds.SOUND
+
+
+def left_out(config: Config) -> Sequence[int]:
+    """Blocks that a third prediction of some steps is made without."""
+    return listed(config["model"]["guidance"].get("layers")) if guided(config) else ()
+
+
+def pictures(config: Config) -> int:
+    """How many are drawn together."""
+    return config["batch_size"] or len(expand(config["sampling"]))
+
+
+def encodes_one_by_one(config: Config) -> bool:
+    """Whether the text encoder runs once for each prompt, so that ranks with other prompts run it other times."""
+    stages = (str(stage.get("_target_", "")) for stage in config["model"]["stages"])
+    return any(stage.endswith((".EncodePromptWithImages", ".EncodePromptAndDrawPrior")) for stage in stages)
+
+
+def gate(config: Config) -> Config:
+    """The node of the cache's gate, empty where there is none."""
+    return config["cache"].get("gate") or {}
+
+
+def gated(config: Config, name: str) -> bool:
+    """Whether the cache's gate is the class `name`."""
+    return str(gate(config).get("_target_", "")).rpartition(".")[2] == name
+
+
+def fit(config: Config) -> Config | None:
+    """What TeaCache's coefficients were fitted on; None where there are none or they are not asked for."""
+    return gate(config).get("fit") if gated(config, "TeaCache") else None
+
+
+def steps(config: Config) -> int:
+    """Steps of the schedule."""
+    return config["sampling"]["num_inference_steps"]
+
+
+def whole(value: Any) -> int:
+    """A whole number; 0 for anything else, which is refused where it is taken."""
+    return value if isinstance(value, int) else 0
+
+
+def listed(value: Any) -> Sequence[Any]:
+    """A list; an empty one for anything else."""
+    return value if isinstance(value, list) else ()
+
+
+def in_range(value: int, ends: Sequence[int] | None) -> bool:
+    """Whether a value lies between two; None: any does."""
+    return ends is None or ends[0] <= value <= ends[1]
+
+
+def density(config: Config) -> bool:
+    """Whether the computed steps are a density of SCM's."""
+    return (gate(config).get("density") or config["cache"].get("steps_computation_mask")) is not None
+
+
+RULES = (
+    Rule(
+        "cache.gate.fit",
+        lambda config: gated(config, "TeaCache") and fit(config) is None,
+        "TeaCache has no coefficients for model {model}",
+        "cache=first_block, or make them: hydrarun calibrate model={model} cache=teacache input.prompts=prompts.txt",
+    ),
+    Rule(
+        "cache.gate.fit",
+        lambda config: (fit(config) or {"model": config["model"]["name"]})["model"] != config["model"]["name"],
+        "the coefficients were fitted on another model than {model}",
+        "cache=first_block, or make them: hydrarun calibrate model={model} cache=teacache input.prompts=prompts.txt",
+    ),
+    Rule(
+        "cache.gate.fit",
+        lambda config: not in_range(steps(config), (fit(config) or {}).get("num_inference_steps")),
+        "the coefficients were fitted on other numbers of steps than {steps}",
+        "cache=first_block, or make them for that number: hydrarun calibrate model={model} cache=teacache"
+        " sampling.num_inference_steps={steps} input.prompts=prompts.txt",
+    ),
+    Rule(
+        "cache.gate",
+        lambda config: whole(gate(config).get("first")) + whole(gate(config).get("last")) >= steps(config),
+        "the first and last steps, which are always computed, are all {steps}: there is none to skip",
+        "cache.gate.first=1, or more sampling.num_inference_steps",
+    ),
+    Rule(
+        "cache.gate.steps",
+        # a scheduler of Heun's kind has twice the steps
+        lambda config: any(whole(step) >= 2 * steps(config) - 1 for step in listed(gate(config).get("steps"))),
+        "a step is listed that a run of {steps} does not have",
+        "cache=none, or a list of steps below {steps}",
+    ),
+    Rule(
+        "cache.gate.steps",
+        lambda config: (gate(config).get("num_inference_steps") or steps(config)) != steps(config),
+        "the list of computed steps is for another sampling.num_inference_steps than {steps}",
+        "cache=every_n, or a list for {steps}: hydrarun calibrate model={model} cache=mask"
+        " sampling.num_inference_steps={steps} input.prompts=prompts.txt",
+    ),
+    Rule(
+        "cache",
+        lambda config: density(config) and steps(config) < 8,
+        "the densities are made for 8 steps and more, not {steps}",
+        "cache=every_n, or a list cache.gate.steps=[0,1,3] with cache=mask cache.gate.density=null",
+    ),
+    Rule(
+        "cache.max_warmup_steps",
+        lambda config: whole(config["cache"].get("max_warmup_steps")) >= steps(config),
+        "the warm-up alone takes all {steps} steps: there is none to skip",
+        "cache.max_warmup_steps=1, or more sampling.num_inference_steps",
+    ),
+    Rule(
+        "cache",
+        lambda config: uses(config, "cache", "CacheDiT") and degree(config, "hsdp") > 1 and degree(config, "cfg") > 1,
+        "cache-dit decides for each branch by itself: ranks with the other branch would not be there to lend their"
+        " weights",
+        "parallel.cfg_degree=1, or one of cache=teacache, first_block, mask, every_n",
+    ),
+    Rule(
+        "model.guidance.layers",
+        lambda config: bool(left_out(config)) and degree(config, "hsdp") > 1 and degree(config, "cfg") > 1,
+        "ranks that predict the negative prompt make one forward less, and would not be there to lend their weights",
+        "parallel.cfg_degree=1, or model.guidance.layers=null",
+    ),
+    Rule(
+        "parallel.cfg_degree",
+        lambda config: degree(config, "cfg") > 1 and not guided(config),
+        "with guidance off, or only as an input of the model, there is one branch to predict",
+        "parallel.cfg_degree=1, or a scale above {off}",
+    ),
+    Rule(
+        "parallel.cfg_degree",
+        lambda config: degree(config, "cfg") > 2,
+        "guidance has two branches, the prompt's and the negative prompt's",
+        "parallel.cfg_degree=2",
+    ),
+    Rule(
+        "parallel.data_degree",
+        lambda config: degree(config, "data") > pictures(config),
+        "there are fewer pictures than ranks to draw them",
+        "parallel.data_degree=1, or more prompts, seeds or sampling.num_images_per_prompt; or a larger batch_size",
+    ),
+    Rule(
+        "parallel.hsdp_degree",
+        lambda config: degree(config, "hsdp") > 1 and degree(config, "data") > 1 and encodes_one_by_one(config),
+        "model {model} encodes one prompt at a time: ranks with fewer prompts would not be there to lend their weights",
+        "parallel.data_degree=1",
+    ),
+    Rule(
+        "parallel.ring_degree",
+        lambda config: degree(config, "ring") > 1 and not uses(config, "attention", "SDPA"),
+        "a ring needs the log-sum of the weights, which this attention kernel does not give here",
+        "attention=sdpa, or parallel.ulysses_degree instead",
+    ),
+    Rule(
+        "report.noise_floor",
+        lambda config: degree(config, "ring") > 1 and bool({*config["report"]["noise_floor"]} - {REPEAT}),
+        "a ring needs the log-sum of the weights, which the other attention kernels do not give here",
+        "report.noise_floor=[repeat], or parallel.ulysses_degree instead",
+    ),
+    Rule(
+        "parallel.vae_degree",
+        lambda config: degree(config, "vae") > 1 and draws_sounds(config),
+        "ranks share the rows of a picture, and a sound has none",
+        "parallel.vae_degree=1, or vae.tiling=true with it, which decodes with less memory",
+    ),
+    Rule(
+        "vae.channels_last",
+        lambda config: config["vae"]["channels_last"] and draws_sounds(config),
+        "it is a layout of pictures, and the VAE of model {model} has none",
+        "vae.channels_last=false",
+    ),
+    Rule(
+        "parallel.vae_degree",
+        lambda config: degree(config, "vae") > 1 and config["vae"]["tiling"],
+        "the ranks' rows take the place of tiles",
+        "vae.tiling=false",
+    ),
+    Rule(
+        "compile",
+        lambda config: (
+            uses(config, "compile", "CompileFull")
+            and any(degree(config, name) > 1 for name in ("ring", "ulysses", "tensor", "hsdp"))
+        ),
+        "ranks talk between the layers of a transformer that is to be one graph",
+        "compile=blocks, or parallel.cfg_degree or parallel.data_degree instead",
+    ),
+    Rule(
+        "compile",
+        lambda config: uses(config, "compile", "CompileFull") and uses(config, "cache", "CacheDiT"),
+        "cache-dit runs block by block what is to be one graph",
+        "compile=blocks, or one of cache=teacache, first_block, mask, every_n",
+    ),
+    Rule(
+        "quantization",
+        lambda config: "transformer" in quantized(config) and degree(config, "tensor") > 1,
+        "each rank's share of a row would have a scale of its own, and the picture would depend on the number of ranks",
+        "quantization=none, or parallel.tensor_degree=1 and parallel.ulysses_degree instead",
+    ),
+    Rule(
+        "quantization",
+        lambda config: bool(quantized(config)) and degree(config, "hsdp") > 1,
+        "HSDP cannot cut quantized weights into shares",
+        "quantization=none, or parallel.hsdp_degree=1",
+    ),
+    Rule(
+        "quantization",
+        lambda config: config["quantization"].get("weights") == "int8" and config["dtype"] == "float16",
+        "products with int8 weights leave float16's range before they are scaled",
+        "quantization=none, or dtype=bfloat16",
+    ),
+    Rule(
+        "quantization",
+        lambda config: multiplies_float8(config) and config["dtype"] not in ("auto", "bfloat16"),
+        "products of float8 weights and activations, with a scale for each row, come out in bfloat16",
+        "quantization=none, or dtype=bfloat16",
+    ),
+    Rule(
+        "quantization",
+        lambda config: multiplies_float8(config) and config["device"] == "cpu",
+        "float8 numbers are multiplied by GPUs only",
+        "quantization=none, or quantization=fp8_weight_only",
+    ),
+    Rule(
+        "offload",
+        lambda config: offloads(config, *MOVING) and degree(config, "hsdp") > 1,
+        "HSDP's shares of the weights stay where they are",
+        "offload=none",
+    ),
+    Rule(
+        "offload",
+        lambda config: offloads(config, "Expert") and config["model"]["experts"] < 2,
+        "model {model} has one transformer: there is no expert to swap",
+        "offload=none",
+    ),
+    Rule(
+        "offload",
+        lambda config: offloads(config, "Expert", "Model", "Layerwise") and config["device"] == "cpu",
+        "on device=cpu the host is the device: there is nothing to offload to",
+        "offload=none",
+    ),
+    Rule(
+        "offload",
+        lambda config: offloads(config, "Disk") and "transformer" in quantized(config),
+        "the blocks are read from their files in every step, and would be quantized anew each time",
+        "quantization=none, or offload=layerwise, which keeps them quantized on the host",
+    ),
+    Rule(
+        "compile",
+        lambda config: offloads(config, "Layerwise", "Disk") and uses(config, "compile", "CompileFull"),
+        "in one graph no block could wait for its turn",
+        "compile=blocks",
+    ),
+    Rule(
+        "compile.mode",
+        lambda config: offloads(config, "Layerwise", "Disk") and graphed(config),
+        "a CUDA graph reads weights where they were when it was recorded, and those of the blocks change places",
+        "compile.mode=default",
+    ),
+    Rule(
+        "offload",
+        lambda config: uses(config, "offload", "ModulationOffload") and "modulation" not in config["model"]["facts"],
+        "the blocks of model {model} have no modulation weights of their own",
+        "offload=none",
+    ),
+)
+
+
+def violations(config: Config) -> Iterator[Rule]:
+    """The rules that are broken."""
+    return (rule for rule in RULES if rule.broken(config))
+
+
+def lines(config: Config) -> list[str]:
+    """One line for each broken rule."""
+    names = {"model": config["model"]["name"], "steps": steps(config), "off": f"{cfg_off(config):g}"}
+    return [f"{rule.group}: {rule.sentence}. Use {rule.fix}.".format(**names) for rule in violations(config)]
+
+
+def check(config: Config) -> None:
+    """Raise `UsageError` with one line for each broken rule, whatever line of `input.prompts` breaks it."""
+    refuse(text for _, one in each(dict(config)) for text in lines(one))

@@ -1,0 +1,111 @@
+"""The section `report`: what can be measured of a run, and what is refused before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hydrarun.core import resources
+from hydrarun.core.errors import nearest
+from hydrarun.outputs.media import kinds
+
+#: between an output and its twin, and of all outputs
+PAIRED = ("psnr", "ssim", "snr")
+METRICS = (*PAIRED, "accuracy")
+
+#: numbers of every run, beside the metrics, that a sweeper can search by
+MEASURED = ("total_s", "denoise_s", "steady_step_s", "peak_host_bytes", "peak_device_bytes")
+
+#: of the noise floor: the plain run once more; its other entries are options of `attention`
+REPEAT = "repeat"
+
+#: what `model.judge` can name
+JUDGES = ("scenes",)
+
+#: pixels a side that the judge needs
+SMALLEST_SIDE = 64
+
+LPIPS = (
+    "'lpips': the published packages ship only its linear layers (as pickles); the network underneath, AlexNet or VGG "
+    "from torchvision, would have to be downloaded, and nothing is downloaded to measure. Use psnr, ssim."
+)
+
+Problem = tuple[str, str]  # the key, and the sentence about it
+
+
+def problems(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Every violation in `report`; the rest of the configuration is known to be right."""
+    report = config["report"]
+    names = [name for name in report["metrics"] if name != "lpips"]
+    if len(names) < len(report["metrics"]):
+        yield "report.metrics", LPIPS
+    yield from _names("report.metrics", names, METRICS)
+    yield from _of_its_kind(config, names)
+    if "accuracy" in names:
+        yield from _judged(config)
+    yield from _noise_floor(config)
+    yield from _objectives(report)
+    if not report["twins"]:
+        yield "report.twins", "names no folder: report.twins=outputs/twins"
+
+
+def _names(key: str, names: Sequence[str], known: Sequence[str]) -> Iterator[Problem]:
+    for name, count in Counter(names).items():
+        if name not in known:
+            yield key, f"{name!r} is none of {', '.join(known)}.{nearest(name, known)}"
+        elif count > 1:
+            yield key, f"lists {name!r} {'twice' if count == 2 else f'{count} times'}."
+
+
+def _of_its_kind(config: Mapping[str, Any], names: Sequence[str]) -> Iterator[Problem]:
+    """Pictures and sounds are compared in other ways."""
+    kind, model = kinds.drawn_by(config["model"]), config["model"]["name"]
+    for name in names:
+        if name in PAIRED and name not in kind.metrics:
+            others = ", ".join(other.many for other in kinds.KINDS if name in other.metrics)
+            known = ", ".join(kind.metrics)
+            yield "report.metrics", f"{name!r} is of {others}, and model {model} draws {kind.many}. Use {known}."
+
+
+def _judged(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """`accuracy` is for the pictures, and the prompts, that the judge understands."""
+    model, sampling = config["model"], config["sampling"]
+    if model["judge"] is None:
+        known = ", ".join(kinds.drawn_by(config["model"]).metrics)
+        yield "report.metrics", f"'accuracy': model {model['name']} has no judge (model.judge). Use {known}."
+        return
+    height, width = sampling["height"], sampling["width"]
+    if height != width or (height or 0) < SMALLEST_SIDE:
+        yield (
+            "report.metrics",
+            f"'accuracy' judges square pictures of at least {SMALLEST_SIDE} pixels a side, not {width}x{height}.",
+        )
+    from hydrarun.outputs.quality.scenes import parse_caption  # numpy and Pillow only then
+
+    prompts = sampling["prompt"]
+    for prompt in prompts if isinstance(prompts, list) else [prompts]:
+        try:
+            parse_caption(prompt)
+        except ValueError as error:
+            yield "report.metrics", f"'accuracy' judges only scenes as docs/demo-model.md words them: {error}."
+            return
+
+
+def _noise_floor(config: Mapping[str, Any]) -> Iterator[Problem]:
+    metrics, names = config["report"]["metrics"], config["report"]["noise_floor"]
+    attention = resources.options("attention")
+    yield from _names("report.noise_floor", names, (REPEAT, *attention))
+    if names and not metrics:
+        yield "report.noise_floor", "without report.metrics it has no effect: report.metrics=[psnr,ssim]"
+    for name in names:
+        if attention.get(name) == config["attention"]:
+            yield "report.noise_floor", f"{name!r} is the run's own attention: {REPEAT} draws with that again."
+
+
+def _objectives(report: Mapping[str, Any]) -> Iterator[Problem]:
+    names, metrics = report["objectives"], report["metrics"]
+    yield from _names("report.objectives", names, (*MEASURED, *METRICS))
+    for name in names:
+        if name in METRICS and name not in metrics:
+            yield "report.objectives", f"{name!r} is not measured: report.metrics=[{','.join([*metrics, name])}]"

@@ -1,0 +1,381 @@
+"""Checks of the values in a composed configuration: presence, types, ranges, and how fields fit together.
+
+What depends on the checkpoint (sizes its VAE can make) is checked by the runner, before it loads weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from hydrarun.config import batches, prompts
+from hydrarun.config.checks import report
+from hydrarun.config.schema import MISSING, Config, Fit
+from hydrarun.config.type_check import describe, fits, show
+from hydrarun.core.distributed import degrees
+from hydrarun.core.errors import nearest, refuse
+from hydrarun.outputs.media import kinds
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+MAX_SEED = 2**63 - 1
+EXPERTS = ("transformer", "transformer_2")
+#: fields of `sampling` that not every model takes, and those of them that a model that does cannot do without
+OPTIONAL = (
+    "negative_prompt",
+    "true_cfg_scale",
+    "guidance_scale",
+    "guidance_scale_2",
+    "num_frames",
+    "layers",
+    "resolution",
+    "max_sequence_length",
+    "audio_start_in_s",
+    "audio_end_in_s",
+)
+NEEDED = ("num_frames", "layers", "resolution", "max_sequence_length", "audio_start_in_s")
+MAX_PROMPTS = 100_000  # characters of all prompts of a run: with room to spare in a picture's metadata
+
+Problem = tuple[str, str]  # the key, and the sentence about it
+
+
+def check_values(config: Mapping[str, Any], origin: Callable[[str], str] | None = None) -> None:
+    """Raise UsageError with one line for each violation; `origin` tells where a key's value came from."""
+
+    def place(line: batches.Line | None, key: str) -> str:
+        if line and key.partition(".")[2] in line:
+            return f" (line {line.get(batches.LINE, '?')} of input.prompts)"
+        return f" ({origin(key)})" if origin else ""
+
+    refuse(f"{key}{place(line, key)}: {text}" for line, key, text in _found(config))
+
+
+def problems(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Every violation in a plain, resolved configuration."""
+    return ((key, text) for _, key, text in _found(config))
+
+
+def _found(config: Mapping[str, Any]) -> Iterator[tuple[batches.Line | None, str, str]]:
+    """Every violation; with the line of `input.prompts` that asks for what is wrong, where it is one that does."""
+    shape = list(_shape(config))
+    yield from ((None, *problem) for problem in shape)
+    if shape:
+        return
+    yield from ((None, *problem) for problem in _settings(config))
+    broken = list(_model(config["model"])) or list(_batches(config))
+    yield from ((None, *problem) for problem in broken)
+    if not broken:  # what follows goes by what the model says of itself
+        yield from ((None, *problem) for problem in _output(config))
+        for line, one in batches.each(dict(config)):
+            yield from ((line, *problem) for problem in _request(one))
+
+
+def _shape(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Keys, types, and what is missing; where prompts are listed, there need be no other."""
+    wrong = list(_structure(config, Config, ""))
+    yield from wrong
+    prompted = not wrong and config["input"]["prompts"] is not None
+    yield from (problem for problem in _missing(config, "") if not (prompted and problem[0] == "sampling.prompt"))
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong whatever the model."""
+    yield from _device(config["device"])
+    yield from _dtype(config["dtype"])
+    yield from ((f"parallel.{key}", text) for key, text in degrees.problems(config["parallel"]))
+    yield from _vae(config["vae"]["dtype"])
+    yield from _plan(config["plan"])
+    yield from _fit("cache.gate.fit", (config["cache"].get("gate") or {}).get("fit"), config["model"]["experts"])
+
+
+def _request(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong with what is drawn, and with what is measured of it."""
+    yield from _taken(config["model"], config["sampling"])
+    yield from _sampling(config["sampling"], config["model"])
+    yield from _warmup(config["warmup"], config["sampling"]["num_inference_steps"])
+    yield from _guidance(config)
+    yield from _size(config)
+    yield from _input_images(config)
+    yield from report.problems(config)
+
+
+def _batches(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """What makes of a run one of batches."""
+    yield from _at_least("batch_size", config["batch_size"], 1)
+    yield from _at_least("retry", config["retry"], 0)
+    if not batches.batched(config):
+        for name in ("retry", "fail_fast"):
+            if config[name]:
+                yield name, "without input.prompts or batch_size it has no effect: what is drawn is drawn at once."
+    lines = config["input"]["prompts"]
+    if lines is None:
+        return
+    if not (isinstance(lines, list) and lines):
+        yield "input.prompts", f"{show(lines)} is not a file or a list of prompts."
+        return
+    for number, line in enumerate(lines, start=1):
+        own = {name: value for name, value in line.items() if name != batches.LINE} if isinstance(line, dict) else line
+        yield from (("input.prompts", f"number {number}: {text}.") for text in prompts.problems(own))
+    for name in ("seed", "negative_prompt"):
+        if isinstance(config["sampling"][name], list):
+            yield f"sampling.{name}", "lists several: with input.prompts give one for all, or one in each line."
+
+
+def cfg_scale(config: Mapping[str, Any]) -> tuple[str, float | None]:
+    """The field of `sampling` that is the scale of classifier-free guidance for this model, and its value."""
+    name = config["model"]["guidance"].get("scale", "true_cfg_scale")
+    return name, config["sampling"].get(name)
+
+
+def cfg_off(config: Mapping[str, Any]) -> float:
+    """The scale up to which this model is not guided."""
+    return config["model"]["guidance"].get("unguided", 1)
+
+
+def is_video(config: Mapping[str, Any]) -> bool:
+    """Whether the model draws videos."""
+    return kinds.drawn_by(config["model"]) is kinds.VIDEO
+
+
+def captions(model: Mapping[str, Any]) -> bool:
+    """Whether the model describes its input image by itself where the prompt is blank."""
+    return any(str(stage.get("_target_", "")).endswith(".EncodePromptOrCaption") for stage in model["stages"])
+
+
+def image_paths(config: Mapping[str, Any]) -> list[str]:
+    """`input.images` as a list."""
+    images = config["input"]["images"]
+    return [images] if isinstance(images, str) else list(images or [])
+
+
+def _structure(node: Any, section: type, path: str) -> Iterator[Problem]:
+    """Keys and types of the fixed sections; what a composed configuration has anyhow, unless `+` added to it."""
+    if not isinstance(node, Mapping):
+        yield path or "configuration", "is not a mapping."
+        return
+    hints = typing.get_type_hints(section)
+    for key in node:
+        if key not in hints:
+            yield f"{path}{key}", f"unknown key.{nearest(str(key), hints)} Known: {', '.join(hints)}."
+    for key, hint in hints.items():
+        if key not in node:
+            yield f"{path}{key}", "is missing."
+        elif dataclasses.is_dataclass(hint):
+            yield from _structure(node[key], typing.cast(type, hint), f"{path}{key}.")
+        elif node[key] != MISSING and not fits(node[key], hint):
+            yield f"{path}{key}", f"{show(node[key])} is not {describe(hint)}."
+
+
+def _missing(node: Any, path: str) -> Iterator[Problem]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _missing(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _missing(value, f"{path}[{index}]")
+    elif node == MISSING:
+        yield path, "is missing: set it, " + (f'{path}="…"' if path in ("sampling.prompt",) else f"{path}=…")
+
+
+def _device(device: str) -> Iterator[Problem]:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        yield (
+            "device",
+            f"{device!r} is none of auto, cpu, cuda, cuda:0, cuda:1….{nearest(device, ('auto', 'cpu', 'cuda'))}",
+        )
+
+
+def _dtype(dtype: str) -> Iterator[Problem]:
+    if dtype not in DTYPES:
+        yield "dtype", f"{dtype!r} is none of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}"
+
+
+def _vae(dtype: str | None) -> Iterator[Problem]:
+    if dtype is not None and dtype not in DTYPES[1:]:
+        yield "vae.dtype", f"{dtype!r} is none of null, {', '.join(DTYPES[1:])}.{nearest(dtype, DTYPES[1:])}"
+
+
+def _plan(plan: Mapping[str, Any]) -> Iterator[Problem]:
+    if plan["device"] is not None and not plan["auto"]:
+        yield "plan.device", "a run takes the device that is there: use it with `hydrarun plan`, or with plan=auto."
+
+
+def _model(model: Mapping[str, Any]) -> Iterator[Problem]:
+    for key, names in (("takes", model["takes"]), ("limits", model["limits"])):
+        for name in names:
+            if name not in OPTIONAL:
+                yield f"model.{key}", f"{name!r} is none of {', '.join(OPTIONAL)}.{nearest(str(name), OPTIONAL)}"
+    for name, limit in model["limits"].items():
+        each = limit if isinstance(limit, list) else [limit]
+        if not each or not all(fits(one, int) for one in each):
+            yield f"model.limits.{name}", f"{show(limit)} is not a whole number or a list of them."
+    counts = model["input_images"]
+    if not (len(counts) == 2 and all(fits(n, int) for n in counts) and 0 <= counts[0] <= counts[1]):
+        yield "model.input_images", f"{show(counts)} is not [least, most]."
+    yield from _at_least("model.patch_size", model["patch_size"], 1)
+    yield from _fit("model.teacache", model["teacache"], model["experts"])
+    if model["judge"] not in (None, *report.JUDGES):
+        yield "model.judge", f"{model['judge']!r} is none of null, {', '.join(report.JUDGES)}."
+
+
+def _fit(where: str, fit: Any, experts: int) -> Iterator[Problem]:
+    """What TeaCache goes by, wherever it stands."""
+    if fit is None:
+        return
+    broken = list(_structure(fit, Fit, f"{where}."))
+    yield from broken
+    if broken:
+        return
+    for name in EXPERTS[:experts]:
+        if not fit["coefficients"].get(name):
+            yield f"{where}.coefficients", f"has none for {name}."
+    counts = fit["num_inference_steps"]
+    if counts is not None and not (len(counts) == 2 and 1 <= counts[0] <= counts[1]):
+        yield f"{where}.num_inference_steps", f"{show(counts)} is not [least, most]."
+
+
+def _taken(model: Mapping[str, Any], sampling: Mapping[str, Any]) -> Iterator[Problem]:
+    """What the model does not take must not be set, and what it cannot do without must be."""
+    for key in OPTIONAL:
+        value = sampling[key]
+        if key not in model["takes"]:
+            if value is not None:
+                taken = ", ".join(model["takes"])
+                yield f"sampling.{key}", f"model {model['name']} does not take it; of such fields it takes {taken}."
+        elif value is None and key in NEEDED:
+            yield f"sampling.{key}", f"null, and model {model['name']} needs it."
+        elif key in model["limits"] and value is not None:
+            yield from _limit(f"sampling.{key}", value, model["limits"][key], model["name"])
+
+
+def _limit(key: str, value: float, limit: Any, name: str) -> Iterator[Problem]:
+    """A number is the most that a model takes, a list all that it takes."""
+    if isinstance(limit, list):
+        if value not in limit:
+            yield key, f"{value} is none of {', '.join(map(str, limit))}, which model {name} takes."
+    elif value > limit:
+        yield key, f"{value} is above {limit}, the most that model {name} takes."
+
+
+def _sampling(sampling: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[Problem]:
+    for key in ("num_inference_steps", "height", "width", "num_frames", "layers", "max_sequence_length"):
+        yield from _at_least(f"sampling.{key}", sampling[key], 1)
+    for key in ("true_cfg_scale", "guidance_scale", "guidance_scale_2"):
+        value = sampling[key] if key in model["takes"] else None
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            yield f"sampling.{key}", f"{value} is not a finite number >= 0."
+    for key in ("audio_start_in_s", "audio_end_in_s"):
+        value = sampling[key] if key in model["takes"] else None
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            yield f"sampling.{key}", f"{value} is not a finite number of seconds >= 0."
+    yield from _texts(sampling, captions(model))
+    yield from _pictures(sampling)
+
+
+def _at_least(key: str, value: int | None, least: int) -> Iterator[Problem]:
+    if value is not None and value < least:
+        yield key, f"{value} is below {least}."
+
+
+def _warmup(count: int, steps: int) -> Iterator[Problem]:
+    yield from _at_least("warmup", count, 0)
+    if count > max(steps, 0):
+        yield (
+            "warmup",
+            f"{count} is above sampling.num_inference_steps={steps}, of which it runs the first.",
+        )
+
+
+def _guidance(config: Mapping[str, Any]) -> Iterator[Problem]:
+    (name, scale), off = cfg_scale(config), cfg_off(config)
+    if name in config["model"]["takes"] and scale is None:
+        yield f"sampling.{name}", f"null; {off:g} turns guidance off."
+    model = config["model"]
+    can_do_without = "negative_prompt" not in model["takes"] or model["guidance"].get("unprompted")
+    if can_do_without or config["sampling"]["negative_prompt"] is not None:
+        return
+    if scale is not None and math.isfinite(scale) and scale > off:
+        yield (
+            "sampling.negative_prompt",
+            f"null, but {name}={scale} guides away from it: set"
+            f' sampling.negative_prompt=" ", or sampling.{name}={off:g} for no guidance.',
+        )
+
+
+def _size(config: Mapping[str, Any]) -> Iterator[Problem]:
+    model, sizeless = config["model"], kinds.drawn_by(config["model"]) is kinds.SOUND
+    for key in ("height", "width"):
+        value = config["sampling"][key]
+        if sizeless and value is not None:
+            yield f"sampling.{key}", f"model {model['name']} does not take it: it draws sounds."
+        if not sizeless and value is None and model["input_images"][1] == 0:
+            yield f"sampling.{key}", f"null, and model {model['name']} has no input image to take it from."
+
+
+def _input_images(config: Mapping[str, Any]) -> Iterator[Problem]:
+    given, (least, most) = config["input"]["images"], config["model"]["input_images"]
+    if not (given is None or isinstance(given, str) or (isinstance(given, list) and all(fits(p, str) for p in given))):
+        yield "input.images", f"{show(given)} is not a file or a list of files."
+        return
+    count, name = len(image_paths(config)), config["model"]["name"]
+    if count > most:
+        least_and_most = f"{least}" if least == most else f"{least} to {most}"
+        listed = "1 image" if count == 1 else f"{count} images"
+        taken = f"{least_and_most}." if most else "none: input.images=null."
+        yield "input.images", f"lists {listed}; model {name} takes {taken}"
+    elif count < least:
+        yield "input.images", f"model {name} needs {least}: input.images=picture.png"
+
+
+def _output(config: Mapping[str, Any]) -> Iterator[Problem]:
+    output, name = config["output"], config["model"]["name"]
+    kind = kinds.drawn_by(config["model"])
+    if output["format"] not in kind.formats:
+        yield "output.format", f"{output['format']!r}: model {name} draws {kind.many}: {' or '.join(kind.formats)}."
+    if is_video(config):
+        if output["fps"] is None:
+            yield "output.fps", "null: a video needs frames per second, output.fps=16"
+        yield from _at_least("output.fps", output["fps"], 1)
+    elif output["fps"] is not None:
+        yield "output.fps", f"{output['fps']}: model {name} draws {kind.many}, which have none."
+
+
+def _texts(sampling: Mapping[str, Any], captioned: bool) -> Iterator[Problem]:
+    """`captioned`: prompts may be empty, or null."""
+    prompt, negative = sampling["prompt"], sampling["negative_prompt"]
+    prompts = prompt if isinstance(prompt, list) else ["" if captioned and prompt is None else prompt]
+    if not prompts or not all(isinstance(text, str) and (text or captioned) for text in prompts):
+        yield "sampling.prompt", f"{show(prompt)} is not a non-empty text, or a list of them."
+    elif sum(map(len, prompts)) > MAX_PROMPTS:
+        yield "sampling.prompt", f"more than {MAX_PROMPTS} characters in all, and each picture carries them."
+    if negative is None:
+        return
+    negatives = negative if isinstance(negative, list) else [negative]
+    if not all(isinstance(text, str) for text in negatives):
+        yield "sampling.negative_prompt", f"{show(negative)} is not null, a text or a list of texts."
+    elif isinstance(negative, list) and len(negative) != len(prompts):
+        yield (
+            "sampling.negative_prompt",
+            f"lists {len(negative)} texts for {len(prompts)} prompts: give one for all, or one for each.",
+        )
+
+
+def _pictures(sampling: Mapping[str, Any]) -> Iterator[Problem]:
+    seed, count = sampling["seed"], sampling["num_images_per_prompt"]
+    if count is not None:
+        yield from _at_least("sampling.num_images_per_prompt", count, 1)
+    seeds = seed if isinstance(seed, list) else [seed]
+    if not seeds or not all(fits(one, int) and 0 <= one <= MAX_SEED for one in seeds):
+        yield "sampling.seed", f"{show(seed)} is not a whole number from 0 to 2**63-1, or a list of such numbers."
+    elif isinstance(seed, list):
+        prompts = len(sampling["prompt"]) if isinstance(sampling["prompt"], list) else 1
+        wanted = prompts * (count or 1)
+        if prompts and (len(seed) != wanted if count else len(seed) % prompts):
+            each = f" x {count} pictures" if count else ""
+            yield (
+                "sampling.seed",
+                f"lists {len(seed)} seeds for {prompts} prompts{each}: give one per picture, or one number for all.",
+            )

@@ -1,0 +1,146 @@
+"""From overrides to one plain, complete, checked configuration: for the command, the Python API, replay and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import hydra
+from hydra import initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from hydrarun.config import batches, schema, targets
+from hydrarun.config.checks import compatibility as compat
+from hydrarun.config.checks.checkpoint import check_folder_fit
+from hydrarun.config.checks.values import cfg_off, cfg_scale, check_values, image_paths
+from hydrarun.config.hub import local_folder
+from hydrarun.config.hydra_errors import explained, one_option
+from hydrarun.config.recipes import search as source
+from hydrarun.config.recipes.vet import groups
+from hydrarun.core import resources
+from hydrarun.core.errors import UsageError, refuse
+from hydrarun.core.quoting import literal
+
+
+def compose(overrides: Sequence[str]) -> dict[str, Any]:
+    """The resolved and validated configuration that `hydrarun OVERRIDES…` runs. Raises UsageError."""
+    return check(*compose_raw(literal(overrides)))
+
+
+def compose_raw(overrides: Sequence[str]) -> tuple[dict[str, Any], Origin]:
+    """The resolved configuration of quoted overrides (`quoting.literal`), unchecked: what is missing is `???`."""
+    register(overrides)
+    conf = str(resources.folder("conf"))
+    with explained(overrides), initialize_config_dir(version_base="1.3", config_dir=conf, job_name="hydrarun"):
+        composed = hydra.compose("config", list(overrides), return_hydra_config=True)
+        return split(composed, composed.hydra)
+
+
+def split(composed: DictConfig, hydra_node: DictConfig) -> tuple[dict[str, Any], Origin]:
+    """The run's own part of what Hydra composed, as plain data, and where its values come from."""
+    config = plain(composed)
+    overrides = tuple(OmegaConf.to_container(hydra_node.overrides.task))
+    for override in overrides:
+        group, _, option = override.partition("=")
+        if option.startswith("[") and group in groups():
+            raise UsageError(one_option(group, option))
+    choices = hydra_node.runtime.choices
+    return config, Origin(overrides, choices.get("recipe", "none"), choices.get("model", "none"))
+
+
+def plain(composed: DictConfig) -> dict[str, Any]:
+    """The run's own part of what Hydra composed, resolved, as plain data."""
+    own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    return OmegaConf.to_container(own, resolve=True)
+
+
+def check(config: dict[str, Any], origin: Origin) -> dict[str, Any]:
+    """The same configuration, with the lines of `input.prompts` in its place, if it can be run.
+
+    Raises UsageError that lists every violation.
+    """
+    targets.check(config, origin)
+    setter = origin("sampling.prompt")
+    if config["input"]["prompts"] is not None and not setter.startswith(("model", "default")):
+        raise UsageError(f"sampling.prompt ({setter}) and input.prompts are both given: leave one out")
+    config = batches.resolved(config)
+    check_values(config, origin)
+    compat.check(config)
+    folder = local_folder(config["model"]["path"], config["model"]["revision"])
+    if folder is not None:  # a hub checkpoint is asked when it is here
+        refuse(_of_lines(config, lambda one: check_folder_fit(one, folder)))
+    refuse(_of_lines(config, _Images()))
+    return config
+
+
+def _of_lines(config: dict[str, Any], test: Callable[[dict[str, Any]], None]) -> Iterator[str]:
+    """What `test` refuses, with the line of `input.prompts` that asks for it."""
+    for line, one in batches.each(config):
+        try:
+            test(one)
+        except UsageError as error:
+            yield f"line {line[batches.LINE]} of input.prompts: {error}" if line else str(error)
+
+
+class _Images:
+    """Reads the input images, each once."""
+
+    def __init__(self) -> None:
+        self.read: set[str] = set()
+
+    def __call__(self, config: dict[str, Any]) -> None:
+        for path in image_paths(config):
+            if path not in self.read:
+                from hydrarun.outputs.media import images  # and Pillow only then
+
+                images.read(path)
+                self.read.add(path)
+
+
+def register(overrides: Sequence[str]) -> None:
+    """Make the schema and the recipes known to Hydra, with those of the collections that the overrides name."""
+    schema.register()
+    source.register()
+    source.look_in(overrides)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the values of a configuration come from."""
+
+    overrides: tuple[str, ...]
+    recipe: str
+    model: str
+
+    def __call__(self, key: str) -> str:
+        """Who set `key`: "command line", "recipe demo/quick", "model demo" or "default"."""
+        if self._on_command_line(key):
+            return "command line"
+        if _sets(source.load(self.recipe), key):
+            return f"recipe {self.recipe}"
+        return f"model {self.model}" if key.startswith(("model", "sampling")) else "default"
+
+    def notes(self, config: dict[str, Any]) -> list[str]:
+        """What the user should be told before the run: what a recipe loads, and what they set to no effect."""
+        notes = []
+        if self("model.path") == f"recipe {self.recipe}":
+            notes.append(f"recipe {self.recipe} loads weights from {config['model']['path']}")
+        setter, (name, scale) = self("sampling.negative_prompt"), cfg_scale(config)
+        chosen = config["sampling"]["negative_prompt"] is not None and not setter.startswith("model")
+        if chosen and scale is not None and scale <= cfg_off(config):  # no error: a sweep over the scale passes there
+            off = f"sampling.{name}={scale} turns guidance off"
+            notes.append(f"sampling.negative_prompt ({setter}) is not used: {off}")
+        return notes
+
+    def _on_command_line(self, key: str) -> bool:
+        keys = [override.lstrip("+").partition("=")[0] for override in self.overrides]
+        return any(key == one or key.startswith((f"{one}.", f"{one}[")) for one in keys)
+
+
+def _sets(content: Any, key: str) -> bool:
+    for part in key.split("[")[0].split("."):
+        if not isinstance(content, dict) or part not in content:
+            return False
+        content = content[part]
+    return True

@@ -1,0 +1,105 @@
+"""From `model.path` to a folder: a package's own weights, a local folder, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydrarun.core.errors import RunError, UsageError, nearest
+from hydrarun.core.resources import folder
+
+PACKAGE = "package:"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+#: weights only from the components' folders: some repositories keep the same ones once more, as a single file
+FILES = ["*.json", "*/*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights are, and the hub commit they belong to (None for a folder)."""
+
+    folder: Path
+    revision: str | None
+
+
+def local_folder(path: str, revision: str | None) -> Path | None:
+    """The folder that `path` names on this machine, or None when it is a hub id.
+
+    Raises `UsageError` when it is neither, or a folder with a revision, which only the hub has.
+    """
+    found = named_folder(path)
+    if found is not None and revision is not None:
+        raise UsageError(f"model.revision={revision} has no effect on a local folder ({path}); drop it")
+    return found
+
+
+def named_folder(path: str) -> Path | None:
+    """The same, whatever the revision."""
+    if path.startswith(PACKAGE):
+        name = path.removeprefix(PACKAGE)
+        shipped = folder("weights")
+        if "/" in name or not (shipped / name / "model_index.json").is_file():
+            names = sorted(p.parent.name for p in shipped.glob("*/model_index.json"))
+            raise UsageError(
+                f"model.path={path}: the package ships no weights of that name.{nearest(name, names)}"
+                f" It has: {', '.join(names)}"
+            )
+        return shipped / name
+    expanded = Path(path).expanduser()
+    if expanded.is_dir():
+        if not (expanded / "model_index.json").is_file():
+            raise UsageError(
+                f"model.path={path}: not a checkpoint in diffusers layout, there is no model_index.json in it"
+            )
+        return expanded
+    if expanded.exists():
+        raise UsageError(f"model.path={path}: a single file; give the folder that holds model_index.json")
+    if HUB_ID.fullmatch(path):
+        return None
+    siblings = [p.name for p in expanded.parent.iterdir()] if expanded.parent.is_dir() else []
+    raise UsageError(
+        f"model.path={path}: no such folder.{nearest(expanded.name, siblings)}"
+        " Give a folder in diffusers layout, or a hub id like owner/name"
+    )
+
+
+def snapshot(repository: str, revision: str | None) -> Path | None:
+    """The folder of a repository in the hub's local cache, or None; nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, "model_index.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def resolve(model: dict[str, Any]) -> Source:
+    """Find `model.path`, downloading it from the hub when it is an id and not in the cache.
+
+    Raises `UsageError` for a path that cannot be, `RunError` when the hub cannot give it.
+    """
+    path, revision = model["path"], model["revision"]
+    found = local_folder(path, revision)
+    return download(path, revision) if found is None else Source(found, None)
+
+
+def download(repository: str, revision: str | None) -> Source:
+    """The hub's snapshot, from the cache where it is complete (offline too)."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    where = f"model.path={repository}" + (f" model.revision={revision}" if revision else "")
+    try:
+        snapshot = Path(snapshot_download(repository, revision=revision, allow_patterns=FILES))
+    except RepositoryNotFoundError:
+        raise RunError(
+            f"{where}: the hub has no such repository or revision, or it needs `hf auth login`."
+            " A local folder is given as ./name or by its full path"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        raise RunError(
+            f"{where}: not in the local cache, and {state} ({type(error).__name__})."
+            " Download it where there is a network, or give a folder: model.path=/folder/in/diffusers/layout"
+        ) from None
+    return Source(snapshot, snapshot.name)

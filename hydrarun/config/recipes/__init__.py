@@ -1,0 +1,1 @@
+"""Recipes as untrusted files: found, read, vetted."""

@@ -1,0 +1,92 @@
+"""What a recipe may hold: choices of options and plain values. It is data, never code.
+
+No `_key_`s, no `hydra` section (Hydra runs callbacks and writes files before the program starts), no interpolations or
+resolvers, no folders that are written to.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hydrarun.config.targets import FORBIDDEN_ARGUMENTS
+from hydrarun.core import resources
+from hydrarun.core.errors import nearest
+from hydrarun.core.quoting import TEXT_KEYS, escape_interpolation
+
+NAME = re.compile(r"[\w-]+(/[\w-]+)*")
+KEY = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+#: what is taken to the letter: texts, and paths once they are absolute
+LITERAL = (*TEXT_KEYS, "input.images", "input.prompts", "model.path")
+
+
+def groups() -> list[str]:
+    """The groups whose options a recipe may choose; `cache/predictor` is one inside another."""
+    root = resources.folder("conf")
+    folders = (path.relative_to(root) for path in root.rglob("*") if path.is_dir())
+    return sorted(path.as_posix() for path in folders if path.parts[0] != "hydra")
+
+
+def problems(text: str, content: Mapping[str, Any]) -> Iterator[str]:
+    """What a recipe, its metadata apart, may not hold: a sentence for each."""
+    for line in text.splitlines():
+        if re.match(r"\s*#\s*@", line) and not re.fullmatch(r"\s*#\s*@package\s+_global_\s*", line):
+            yield f"the header '{line.strip()}' is not allowed; a recipe needs none."
+    yield from _defaults_problems(content.get("defaults", []))
+    for key, value in content.items():
+        if key != "defaults":
+            yield from _value_problems({key: value}, "")
+
+
+def literal_texts(node: Any, path: str = "") -> Any:
+    """The content with `${` in prompts, and in the folders of what it names, made literal."""
+    if isinstance(node, dict):
+        return {key: literal_texts(value, f"{path}.{key}" if path else key) for key, value in node.items()}
+    if isinstance(node, list):
+        return [literal_texts(value, path) for value in node]
+    return escape_interpolation(node) if isinstance(node, str) and path in LITERAL else node
+
+
+def _defaults_problems(defaults: Any) -> Iterator[str]:
+    example = "write `defaults: [override /model: demo]`"
+    if not isinstance(defaults, list):
+        yield f"defaults is not a list: {example}."
+        return
+    for entry in defaults:
+        key, option = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (None, None)
+        group = re.fullmatch(r"override /([\w/]+)", str(key))
+        if entry == "_self_":
+            continue
+        if not group:
+            yield f"defaults: {entry!r} is not allowed; {example}."
+        elif group[1] not in groups():
+            hint = nearest(group[1], groups())
+            yield f"defaults: a recipe may not choose '{group[1]}'.{hint} Groups: {', '.join(groups())}."
+        elif not isinstance(option, str) or not NAME.fullmatch(option):
+            yield f"defaults: {option!r} is not the name of an option of '{group[1]}'."
+
+
+def _value_problems(node: Any, path: str) -> Iterator[str]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            here = f"{path}.{key}" if path else str(key)
+            if not isinstance(key, str) or not KEY.fullmatch(key) or here == "hydra":
+                yield f"'{here}' is not allowed: a recipe chooses options and sets values, it cannot bring code."
+            elif here in ("report.twins", "compile.cache_dir"):
+                yield f"'{here}' is not allowed: where files are written is for the command line to say."
+            elif key in FORBIDDEN_ARGUMENTS:
+                yield f"'{here}' is not allowed: it would run code that comes with a checkpoint."
+            else:
+                yield from _value_problems(value, here)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _value_problems(value, path)
+    elif isinstance(node, str):
+        if "${" in node and path not in TEXT_KEYS:
+            yield f"{path}: {node!r}: interpolations and resolvers are not allowed, write the value."
+        if not node.isprintable() and path not in TEXT_KEYS:
+            yield f"{path}: {node!a} holds control characters."
+    elif not isinstance(node, (int, float, type(None))):
+        yield f"{path}: a {type(node).__name__} is not a plain value."

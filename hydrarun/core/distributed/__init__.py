@@ -1,0 +1,1 @@
+"""Ranks: their places, degrees, mesh and collectives."""

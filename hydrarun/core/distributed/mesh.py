@@ -1,0 +1,76 @@
+"""Where a rank stands in each dimension, and the groups that it talks in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from hydrarun.core.distributed.collectives import Group
+from hydrarun.core.distributed.degrees import DIMENSIONS, Degrees, product, world_size
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension, as this rank sees it: its group, its place in it and how many are in it."""
+
+    group: Group
+    rank: int
+    size: int
+
+
+_made: dict[Any, DeviceMesh] = {}
+
+
+def grid_of(ranks: torch.Tensor, names: tuple[str, ...], device: torch.device) -> DeviceMesh:
+    """All ranks in this arrangement. One that was made before is taken again: its groups have threads of their own, or
+    communicators with buffers on the device, which a sweep over many layouts would pile up."""
+    key = dist.group.WORLD, device.type, names, ranks.shape, *ranks.flatten().tolist()
+    if key not in _made:
+        for old in [old for old in _made if old[0] is not dist.group.WORLD]:
+            del _made[old]  # of another set of processes
+        _made[key] = DeviceMesh(device.type, ranks, mesh_dim_names=names)
+    return _made[key]
+
+
+class Mesh:
+    """The ranks of a run: `mesh["ulysses"]` is this rank's axis of that dimension, or None where its degree is 1.
+
+    Neighbours in the innermost dimension (tensor) have neighbouring ranks, so that the most talkative share a machine.
+    Where HSDP or the VAE bring more ranks than there is different work, the dimension `replica` repeats it.
+    """
+
+    def __init__(self, degrees: Degrees, device: torch.device) -> None:
+        """Needs an initialised process group of `world_size(degrees)` ranks."""
+        self.degrees = degrees
+        self.device = device
+        self.world = world_size(degrees)
+        sizes = {name: degrees[f"{name}_degree"] for name in DIMENSIONS}
+        names = (*DIMENSIONS[:2], "replica", *DIMENSIONS[2:])
+        shape = [sizes.get(name, self.world // product(degrees)) for name in names]
+        ranks = torch.arange(self.world)
+        grid = grid_of(ranks.view(shape), names, device)
+        self.axes = {
+            name: Axis(grid.get_group(name), grid.get_local_rank(name), size)
+            for name, size in zip(names, shape, strict=True)
+        }
+        self.rank = dist.get_rank()
+        #: ranks that hold equal weights, as replicas x shards
+        holders = ranks.view(-1, sizes["tensor"]).t().reshape(sizes["tensor"], -1, degrees["hsdp_degree"])
+        self.hsdp = grid_of(holders, ("tensor", "replicate", "shard"), device)
+        self.vae = self._vae_axis(ranks)
+
+    def __getitem__(self, name: str) -> Axis | None:
+        axis = self.axes[name]
+        return axis if axis.size > 1 else None
+
+    def _vae_axis(self, ranks: torch.Tensor) -> Axis | None:
+        """The ranks that decode together: `vae_degree` neighbours."""
+        degree = self.degrees["vae_degree"]
+        if degree == 1:
+            return None
+        grid = grid_of(ranks.view(-1, degree), ("others", "vae"), self.device)
+        return Axis(grid.get_group("vae"), grid.get_local_rank("vae"), degree)

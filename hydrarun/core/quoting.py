@@ -1,0 +1,130 @@
+"""Free text on the command line: quoted, so that Hydra's grammar does not read it as lists, sweeps or numbers.
+
+`sampling.prompt=` and `sampling.negative_prompt=` take what follows the `=` as text, whatever it holds, except
+
+- `choice("a, b","c")`: a sweep over texts (the only sweep there is for these two keys),
+- `[a, b]` and `["a, b","c"]`: a list of texts, if it is one in Hydra's grammar (`[red] cat` is not, so it is text),
+- `"a, b"` or `'a, b'`: one quoted string in Hydra's grammar, the habit of Hydra's users: the quotes go,
+- `null` for the negative prompt: none.
+
+`input.images=` takes one path to the letter, or `[a.png, b c.png]`: paths to the letter between commas, where a path
+that holds a comma stands in quotes. Either becomes a list of paths. `null` is none, `choice("a.png",["b.png","c.png"])`
+a sweep.
+
+For any other key, a value that Hydra's grammar cannot read (`model.path=/a (b)`) is text too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+
+from hydrarun.core.errors import UsageError
+
+TEXT_KEYS = ("sampling.prompt", "sampling.negative_prompt")
+PATHS_KEY = "input.images"
+
+# one path of a list, after the start or a comma: a quoted string and nothing else, or all up to the next comma
+LISTED = re.compile(r"""(?:^|,)(\s*(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')\s*(?=,|\Z)|[^,]*)""")
+
+
+def literal(overrides: Sequence[str]) -> list[str]:
+    """The overrides, quoted where needed so that Hydra hands free text through unchanged. Raises UsageError."""
+    return [_literal(override) for override in overrides]
+
+
+def escape_interpolation(text: str) -> str:
+    """Text in which OmegaConf finds no interpolation: it gives back `text` itself when it resolves the result."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def printable(text: str, most: int = 300) -> str:
+    """At most `most` characters, without control characters, by which a stranger's text could rewrite the terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text[:most])
+
+
+def _literal(override: str) -> str:
+    try:
+        override.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{override!a}: not valid UTF-8.") from None
+    key, equals, value = override.partition("=")
+    if not equals:
+        return override
+    if key.lstrip("+") in TEXT_KEYS:
+        return f"{key}={_text(key, value)}"
+    if key.lstrip("+") == PATHS_KEY:
+        return f"{key}={_paths(key, value)}"
+    quoted = f"{key}={QuotedString(value, Quote.double).with_quotes()}"
+    return quoted if _parse(override) is None and _parse(quoted) is not None else override
+
+
+def _text(key: str, value: str) -> str:
+    if _is_choice(value):
+        return ",".join(_item(key, point) for point in _points(key, value))
+    parsed = _parse(f"key={value}") if value.startswith(("'", '"', "[")) else None
+    if parsed is not None and not parsed.is_sweep_override():
+        content = parsed.value()
+        if isinstance(content, str) or all(isinstance(item, str) for item in content):
+            return _item(key, content)
+    if value == "null" and key.endswith("negative_prompt"):
+        return value
+    return _item(key, value)
+
+
+def _paths(key: str, value: str) -> str:
+    if _is_choice(value):
+        points = _points(key, value)
+        return ",".join(_item(key, point if isinstance(point, list) else [point]) for point in points)
+    if value == "null":
+        return value
+    if not (value.startswith("[") and value.endswith("]")):
+        return _item(key, [_unquoted(value)])
+    content = value[1:-1].strip()
+    paths = [path.strip() for path in LISTED.findall(content)] if content else []
+    if not all(paths):
+        raise UsageError(f"{key}: {value} has an empty place: take out a comma, or quote a path that holds one.")
+    return _item(key, [_unquoted(path) for path in paths])
+
+
+def _unquoted(text: str) -> str:
+    """What a quoted string of Hydra's grammar holds; any other text is itself."""
+    parsed = _parse(f"key={text}") if text.startswith(("'", '"')) else None
+    return text if parsed is None or parsed.is_sweep_override() else parsed.value()
+
+
+def _is_choice(value: str) -> bool:
+    return value.startswith("choice(") and value.endswith(")")
+
+
+def _points(key: str, value: str) -> list[Any]:
+    """The arguments of `choice(…)`, for a plain list of values: Hydra forgets their quotes between parsing and runs."""
+    parsed = _parse(f"key={value}")
+    if parsed is None or not parsed.is_choice_sweep():
+        raise UsageError(f'{key}: cannot read {value}: write each text in quotes, {key}=choice("…","…").')
+    return list(parsed.sweep_iterator())
+
+
+def _item(key: str, item: Any) -> str:
+    """One parsed element in Hydra's grammar again: text in quotes, a list of texts in brackets, null."""
+    if isinstance(item, QuotedString):
+        item = item.text
+    if isinstance(item, list):
+        return "[" + ",".join(_item(key, part) for part in item) + "]"
+    if item is None and key.endswith("negative_prompt"):
+        return "null"
+    if not isinstance(item, str):
+        raise UsageError(f'{key}: {item!r} is not text: write each text in quotes, {key}=choice("…","…").')
+    return QuotedString(escape_interpolation(item), Quote.double).with_quotes()
+
+
+def _parse(override: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException:
+        return None

@@ -1,0 +1,35 @@
+"""Where the folders that travel with the package lie: beside it in a checkout, inside it in a wheel."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hydrarun.core.errors import RunError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def folder(name: str) -> Path:
+    """Absolute path of `conf`, `recipes` or `weights`. Raises RunError if the installation lacks it."""
+    # Inside first: in site-packages, what lies beside the package belongs to others.
+    for place in (PACKAGE / name, PACKAGE.parent / name):
+        if place.is_dir():
+            return place
+    raise RunError(f"hydrarun: the folder '{name}' is missing beside {PACKAGE}: the installation is incomplete.")
+
+
+def options(group: str) -> dict[str, Any]:
+    """The shipped options of a group by name, as plain data: ranks have no Hydra to ask."""
+    files = sorted((folder("conf") / group).glob("*.yaml"))
+    return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
+
+
+@cache
+def defaults() -> dict[str, str]:
+    """The option of each group that is taken where none is chosen."""
+    listed = yaml.safe_load((folder("conf") / "config.yaml").read_text(encoding="utf-8"))["defaults"]
+    return {group: option for entry in listed if isinstance(entry, dict) for group, option in entry.items()}

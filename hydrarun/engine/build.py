@@ -1,0 +1,206 @@
+"""Assembly: from a configuration to loaded parts, in one readable order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hydrarun.acceleration.cache.base import Cache
+from hydrarun.acceleration.offload.modulation_tables import ModulationOffload, ModulationTables
+from hydrarun.acceleration.parallel.hsdp import shard_encoder, shard_transformer, shares_weights
+from hydrarun.acceleration.parallel.sequence import SequenceParallel
+from hydrarun.acceleration.parallel.vae import split as split_vae
+from hydrarun.acceleration.quantization import NoQuantization
+from hydrarun.config.checks.checkpoint import check_folder_fit
+from hydrarun.config.hub import Source, resolve
+from hydrarun.config.targets import instantiate, load_class
+from hydrarun.core.device import count, forget_peak
+from hydrarun.core.distributed.degrees import world_size
+from hydrarun.core.distributed.mesh import Mesh
+from hydrarun.core.errors import UsageError
+from hydrarun.core.progress import Progress
+from hydrarun.core.threads import Pool
+from hydrarun.engine.ranks import worker
+from hydrarun.models.experts import NAMES, Experts, boundary
+from hydrarun.models.layers.attention import AttentionBackend
+from hydrarun.models.transformer import Transformer
+from hydrarun.models.weights.checksums import verify
+from hydrarun.models.weights.loader import load_transformer
+from hydrarun.models.weights.safetensors import check_folder, fingerprint
+from hydrarun.pipeline.components import load_module, load_pipeline, quiet_libraries
+from hydrarun.pipeline.stage import Parts, Stage, check_chain
+from hydrarun.pipeline.vae import channels_last, one_frame_in_2d
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Built:
+    """A pipeline, ready to run."""
+
+    parts: Parts
+    stages: list[Stage]
+    source: Source
+    attention: AttentionBackend
+    quantization: NoQuantization
+    #: of weights, by this process, and the seconds that it took
+    read_bytes: int
+    read_s: float
+
+
+def build(config: dict[str, Any], progress: Progress) -> Built:
+    """Everything that can be refused is refused before the first weight is read."""
+    model = config["model"]
+    device = choose_device(config["device"], progress)
+    forget_peak(device)
+    dtype = choose_dtype(config["dtype"], device, progress)
+    attention = instantiate(config["attention"], "attention")
+    compiler = instantiate(config["compile"], "compile")
+    quantization = instantiate(config["quantization"], "quantization")
+    guidance = instantiate(model["guidance"], "model.guidance")
+    with quiet_libraries():
+        stages = [instantiate(node, f"model.stages[{index}]") for index, node in enumerate(model["stages"])]
+        scheduler = instantiate(model["scheduler"], "model.scheduler") if model["scheduler"] else None
+        transformer_class = load_class(model["transformer"], "model.transformer")
+        pipeline_class = load_class(model["pipeline"], "model.pipeline")
+        quantization.prepare(device)
+    offload = instantiate(config["offload"], "offload")
+    tabled = isinstance(offload, ModulationOffload)
+    if offload.needs_device and device.type == "cpu":  # device=auto may have become it
+        raise UsageError(
+            "offload: on the CPU the host is the device: there is nothing to offload to. Use offload=none."
+        )
+    check_chain(stages)
+    mesh = Mesh(config["parallel"], device) if world_size(config["parallel"]) > 1 else None
+    source = resolve(model)
+    check_folder_fit(config, source.folder)
+    check_folder(source.folder)
+    if config["verify"] and worker.place().local_rank == 0:  # one rank of each machine; where it fails, all end
+        verify(source.folder, progress)
+    make_cache(config["cache"], source.folder)  # for what is wrong with it
+
+    vae_dtype = DTYPES.get(config["vae"]["dtype"], dtype)
+    place = partial(offload.place, device=device)
+    with progress.reading("loading weights") as tally, Pool() as pool:
+
+        def fill_transformers() -> dict[str, Transformer]:
+            return {
+                name: load_transformer(
+                    transformer_class,
+                    source.folder / name,
+                    device=place(name),
+                    dtype=dtype,
+                    note=progress.note,
+                    pool=pool,
+                    tally=tally,
+                    axis=mesh["tensor"] if mesh else None,
+                    left=offload.left,
+                    loaded=quantization.loaded,
+                )
+                for name in NAMES[: model["experts"]]
+            }
+
+        transformers = {} if quantization.changes else fill_transformers()
+        pipeline = load_pipeline(  # meanwhile
+            pipeline_class,
+            source.folder,
+            place=place,
+            dtype=dtype,
+            vae_dtype=vae_dtype,
+            scheduler=scheduler,
+            tally=tally,
+        )
+        for name, component in pipeline.components.items():
+            quantization.component(name, component)
+        transformers = transformers or fill_transformers()
+    read_s = tally.seconds
+    if said := quantization.summary():
+        progress.note(said)
+    tables = {
+        name: ModulationTables(transformer, source.folder / name, device, dtype, progress)
+        for name, transformer in transformers.items()
+        if tabled
+    }
+    arrange_vae(pipeline.vae, config["vae"], mesh)
+    for transformer in transformers.values():
+        transformer.set_attention_backend(attention)
+        if mesh:
+            spread(transformer, mesh)
+        compiler.apply(transformer, alone=mesh is None)
+    if mesh and config["parallel"]["hsdp_degree"] > 1:
+        for name, module in pipeline.components.items():
+            if isinstance(module, nn.Module) and shares_weights(name):
+                shard_encoder(module, mesh)
+
+    def read_again(name: str) -> nn.Module:
+        module = load_module(pipeline_class, source.folder, name, dtype)
+        quantization.component(name, module)
+        return module
+
+    modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
+    offload.take(modules | transformers, device, read_again, source.folder, dtype)
+    experts = Experts(transformers, boundary(pipeline))
+    shared = {"mesh": mesh, "offload": offload, "tables": tables}
+    parts = Parts(experts, pipeline, guidance, model["patch_size"], device, dtype, progress, **shared)
+    return Built(parts, stages, source, attention, quantization, tally.done, read_s)
+
+
+def arrange_vae(vae: Any, settings: dict[str, Any], mesh: Mesh | None) -> None:
+    """How it decodes: `settings` are the section `vae`."""
+    one_frame_in_2d(vae)
+    if settings["slicing"]:
+        vae.enable_slicing()
+    if settings["tiling"]:
+        vae.enable_tiling()
+    if settings["channels_last"]:
+        channels_last(vae)
+    if mesh and mesh.vae:
+        split_vae(vae, mesh.vae)
+
+
+def make_cache(node: dict[str, Any], folder: Path) -> Cache:
+    """The cache of a `cache` node, for the weights in `folder`; every request has its own.
+
+    Raises `UsageError` for arguments that cannot be, and for TeaCache coefficients that were fitted on other weights.
+    """
+    fit = (node.get("gate") or {}).get("fit") or {}
+    if fit.get("weights") and fit["weights"] != fingerprint(folder):
+        raise UsageError(
+            f"cache.gate.fit: the coefficients were fitted on other weights than those in {folder}; make them for"
+            f" these: hydrarun calibrate model={fit['model']} model.path=… cache=teacache input.prompts=prompts.txt"
+        )
+    return instantiate(node, "cache")
+
+
+def spread(transformer: Transformer, mesh: Mesh) -> None:
+    """Spread a loaded transformer's tokens and weights over the ranks."""
+    if mesh["ulysses"] or mesh["ring"]:
+        transformer.spread_tokens(SequenceParallel(mesh["ulysses"], mesh["ring"]))
+    if mesh.degrees["hsdp_degree"] > 1:
+        shard_transformer(transformer, mesh)
+
+
+def choose_device(name: str, progress: Progress) -> torch.device:
+    """`auto` is CUDA where there is one; says what was chosen. Raises `UsageError` for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        progress.note(f"device={name} (auto)")
+    device = torch.device(name)
+    seen = count(device)
+    if (device.index or 0) >= seen:
+        kind = device.type.upper()
+        raise UsageError(f"device={name}: torch sees {seen} {kind} devices here; use device=cpu or device=auto")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device, progress: Progress) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA and float32 on the CPU; says what was chosen."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+        progress.note(f"dtype={name} (auto)")
+    return DTYPES[name]

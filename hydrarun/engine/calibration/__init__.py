@@ -1,0 +1,1 @@
+"""Fits and searches that make a cache's settings for a model."""

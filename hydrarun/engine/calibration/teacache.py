@@ -1,0 +1,202 @@
+"""TeaCache's polynomial: how far the output changes, told from how far the first block's modulated input does."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hydrarun.acceleration.cache.base import Owner
+from hydrarun.acceleration.cache.recorder import Recording
+from hydrarun.cli.commands.list import Table, plain
+from hydrarun.core.errors import UsageError
+from hydrarun.core.progress import Progress
+from hydrarun.engine.calibration.trial import Draws, entry, many, write_option
+
+if TYPE_CHECKING:
+    from hydrarun.cli.commands.calibrate import Job
+
+DEGREE = 4
+
+#: fewer pairs than this are worth a warning
+FEW = 100
+
+#: and so is a correlation of fitted and real changes below this
+POOR = 0.5
+
+Pairs = Mapping[Owner, Sequence[tuple[float, float]]]
+Coefficients = dict[str, list[float]]
+
+
+def calibrate(job: Job) -> Path:
+    """Draw, fit, report; the option that was written. Raises UsageError where there are too few steps to fit."""
+    draws = Draws(job.config, Progress())
+    pairs = record(draws, job.prompts)
+    coefficients = fit(pairs)
+    print(plain(table(pairs, coefficients)))
+    found = list(complaints(pairs, coefficients))
+    for line in found:
+        print(f"warning: {line}")
+    file = job.option("teacache")
+    write(file, facts(job, draws.runner.facts(), pairs), coefficients, found)
+    plot(job.folder / f"{file.stem}.png", pairs, coefficients)
+    return file
+
+
+def record(draws: Draws, prompts: Sequence[str]) -> Pairs:
+    """The changes from step to step in uncached runs of the prompts, one after the other."""
+    recording = Recording()
+    with draws.progress.phase("recording", total=len(prompts)) as advance:
+        for index, prompt in enumerate(prompts):
+            draws.denoise(draws.prepare(prompt), recording)
+            if index == 0:  # every prompt gives as many
+                enough(recording, draws, len(prompts))
+            advance()
+    return recording.pairs
+
+
+def enough(recording: Recording, draws: Draws, prompts: int) -> None:
+    """Raises UsageError if `prompts` like the first one give some expert too few pairs to fit."""
+    for expert in draws.parts.experts.transformers:
+        count = prompts * sum(len(found) for owner, found in recording.pairs.items() if owner[0] == expert)
+        if count <= DEGREE:
+            raise UsageError(
+                f"calibrate: {expert} gives {count} pairs of consecutive steps, and {DEGREE + 1} are the least to fit:"
+                " more prompts, or more sampling.num_inference_steps"
+            )
+
+
+def of_expert(pairs: Pairs, expert: str) -> np.ndarray:
+    """All pairs of an expert, `[N, 2]`."""
+    return np.array([pair for owner, found in pairs.items() if owner[0] == expert for pair in found])
+
+
+def fit(pairs: Pairs) -> Coefficients:
+    """For each expert the polynomial of least squares through the pairs of all its branches, highest power first."""
+    coefficients = {}
+    for expert in dict.fromkeys(expert for expert, _ in pairs):
+        x, y = of_expert(pairs, expert).T
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the rank: `complaints` looks at what came out
+            coefficients[expert] = [float(value) for value in np.polyfit(x, y, DEGREE)]
+    return coefficients
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a polynomial tells the changes: their correlation with the real ones, and the share of variance."""
+
+    correlation: float
+    r_squared: float
+
+
+def quality(found: Sequence[tuple[float, float]], coefficients: Sequence[float]) -> Quality:
+    """Of one branch's pairs. Where nothing varies there is nothing to tell: 0."""
+    x, y = np.array(found).T
+    told = np.polyval(coefficients, x)
+    if not (y.std() and told.std()):
+        return Quality(0.0, 0.0)
+    return Quality(float(np.corrcoef(told, y)[0, 1]), float(1 - np.square(y - told).mean() / y.var()))
+
+
+def table(pairs: Pairs, coefficients: Coefficients) -> Table:
+    """What was recorded and how it is fitted, for the user."""
+    rows = []
+    for (expert, branch), found in pairs.items():
+        x, y = np.array(found).T
+        how = quality(found, coefficients[expert])
+        ranges = (f"{values.min():.4g} to {values.max():.4g}" for values in (x, y))
+        rows.append((expert, branch, str(len(found)), *ranges, f"{how.correlation:.3f}", f"{how.r_squared:.3f}"))
+    header = ("expert", "branch", "pairs", "change of signal", "change of output", "correlation", "R²")
+    return Table("fit", header, rows)
+
+
+def complaints(pairs: Pairs, coefficients: Coefficients) -> Iterator[str]:
+    """What the user should know before they trust the fit."""
+    for (expert, branch), found in pairs.items():
+        if len(found) < FEW:
+            yield f"{expert}, {branch}: {len(found)} pairs; {FEW} or more make a fit that holds for other prompts"
+        correlation = quality(found, coefficients[expert]).correlation
+        if correlation < POOR:
+            yield f"{expert}, {branch}: correlation {correlation:.2f}: the signal hardly tells the change of the output"
+    for expert, polynomial in coefficients.items():
+        yield from _shape(expert, polynomial, of_expert(pairs, expert))
+
+
+def _shape(expert: str, polynomial: Sequence[float], points: np.ndarray) -> Iterator[str]:
+    """A polynomial that bends where its data lie."""
+    x, y = points.T
+    at = np.linspace(x.min(), x.max(), 201)
+    curve = np.polyval(polynomial, at)
+    largest = max(map(abs, polynomial))
+    if curve.min() < 0 or curve.max() > 2 * y.max():
+        yield (
+            f"{expert}: the polynomial runs from {curve.min():.3g} to {curve.max():.3g} where the output changes by"
+            f" {y.min():.3g} to {y.max():.3g}; its largest coefficient is {largest:.3g}: draw more, and other, prompts"
+        )
+    falls = float(np.mean(np.diff(curve) < 0))
+    if falls:
+        yield (
+            f"{expert}: the polynomial falls on {falls:.0%} of its range: there a larger change of the signal counts as"
+            " a smaller one of the output"
+        )
+
+
+def facts(job: Job, used: Mapping[str, Any], pairs: Pairs) -> dict[str, Any]:
+    """What the coefficients hold for, by the names of `schema.Fit`. `used`: what the runner says of itself."""
+    count = job.config["sampling"]["num_inference_steps"]
+    return {
+        "model": job.config["model"]["name"],
+        "revision": used["weights"]["revision"],
+        "weights": used["weights"]["fingerprint"],
+        "scheduler": used["scheduler"],
+        "num_inference_steps": [count, count],
+        "source": f"hydrarun calibrate, {many(job.prompts)}, {sum(map(len, pairs.values()))} pairs",
+    }
+
+
+def write(file: Path, told: Mapping[str, Any], coefficients: Coefficients, found: Sequence[str]) -> None:
+    """The option; `told` as `facts` gives it, `found` as `complaints` does."""
+    rounded = {expert: [float(f"{value:.9g}") for value in values] for expert, values in coefficients.items()}
+    fields = {
+        "model": ("the model it is for, by its name; another is refused", told["model"]),
+        "coefficients": ("each expert's polynomial, highest power first", rounded),
+        "revision": ("commit of the hub's repository; null: the weights are a folder's", told["revision"]),
+        "weights": ("fingerprint of the weights; others are refused", told["weights"]),
+        "scheduler": ("the scheduler's class; another is refused", told["scheduler"]),
+        "num_inference_steps": ("least and most steps; other numbers are refused", told["num_inference_steps"]),
+        "source": ("what it was fitted on", told["source"]),
+    }
+    lines = [line for key, (comment, value) in fields.items() for line in entry(comment, key, value, indent=4)]
+    steps = told["num_inference_steps"][0]
+    about = f"TeaCache with the coefficients of {told['model']} at {steps} steps, fitted by hydrarun calibrate"
+    warned = [f"  # warning: {line}" for line in found]
+    write_option(file, about, ["teacache"], ["gate:", *warned, "  # what TeaCache goes by", "  fit:", *lines])
+
+
+def plot(file: Path, pairs: Pairs, coefficients: Coefficients) -> None:
+    """Draw the pairs, coloured by branch, and the polynomial of each expert, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7 * len(coefficients), 5), dpi=120, layout="constrained")
+    panels = figure.subplots(1, len(coefficients), squeeze=False)[0]
+    for axes, (expert, polynomial) in zip(panels, coefficients.items(), strict=True):
+        for (owner, branch), found in pairs.items():
+            if owner == expert:
+                axes.scatter(*np.array(found).T, s=9, alpha=0.35, linewidths=0, label=f"{branch}, {len(found)} pairs")
+        x, y = of_expert(pairs, expert).T
+        at = np.linspace(x.min(), x.max(), 201)
+        axes.plot(at, np.polyval(polynomial, at), color="black", linewidth=2, label=f"fit of degree {DEGREE}")
+        axes.set(title=expert, xlabel="relative change of the signal", ylabel="relative change of the output")
+        axes.set_ylim(0, 1.05 * y.max())
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        for handle in axes.legend(frameon=False, loc="upper left").legend_handles:
+            handle.set_alpha(1)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(file)

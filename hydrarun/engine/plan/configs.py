@@ -1,0 +1,93 @@
+"""What a checkpoint's JSON files say, from its folder or, where it has not been downloaded, from what was published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hydrarun.config.checks.checkpoint import read
+from hydrarun.config.hub import local_folder, snapshot
+from hydrarun.core.errors import UsageError
+from hydrarun.core.resources import PACKAGE
+from hydrarun.pipeline.components import LIBRARIES, component_class, entries
+
+#: what was published of checkpoints, one file each
+SHAPES = PACKAGE / "models" / "shapes"
+#: files of a component that say how it is built
+FILES = ("config.json", "scheduler_config.json")
+
+
+@dataclass
+class Configs:
+    """The JSON of a checkpoint's components."""
+
+    #: where tokenizers and weights are too; None: nothing was downloaded
+    folder: Path | None
+    #: model_index.json
+    index: dict[str, Any]
+    #: {component: config}
+    components: dict[str, dict[str, Any]]
+    #: where this comes from, for the user
+    said: str
+
+    def __post_init__(self) -> None:
+        """The components that there are, by name: what else is in an index are settings."""
+        self.entries = entries(self.index)
+
+    def cls(self, name: str) -> Any:
+        """The class of a component, imported. Raises `UsageError` for one that is not loaded."""
+        library, called = self.entries[name]
+        found = component_class(library, called) if library in LIBRARIES else None
+        if found is None:
+            raise UsageError(f"{self.said}: {name} is of {library}'s class {called}, which is not loaded here")
+        return found
+
+    def config(self, name: str) -> dict[str, Any]:
+        """The config of a component. Raises `UsageError` if it is not there."""
+        if not self.components.get(name):
+            raise UsageError(f"{self.said}: there is no {name}/config.json, which a plan reads, or it is damaged")
+        return self.components[name]
+
+
+def find(model: dict[str, Any]) -> Configs:
+    """Of the folder or the hub's local cache, else the published ones. Raises `UsageError` where there are neither."""
+    path = local_folder(model["path"], model["revision"]) or snapshot(model["path"], model["revision"])
+    if path is not None:
+        return of_folder(path)
+    name = model["facts"].get("shapes")
+    if name is None:
+        raise UsageError(
+            f"model.path={model['path']}: not downloaded, and model {model['name']} has no published shapes here"
+            " (model.facts.shapes): download it, or give a folder: model.path=/folder/in/diffusers/layout"
+        )
+    return known(name)
+
+
+def of_folder(path: Path) -> Configs:
+    """Raises `UsageError` for a folder without an index."""
+    index = read(path / "model_index.json")
+    if not index:
+        raise UsageError(f"{path / 'model_index.json'}: not the index of a diffusers pipeline")
+    found = Configs(path, index, {}, str(path))
+    found.components = {
+        name: read(path / name / file) for name in found.entries for file in FILES if (path / name / file).is_file()
+    }
+    return found
+
+
+def known(name: str) -> Configs:
+    """The shapes of that name in `hydrarun/models/shapes`, over those that they say they are `like`."""
+    content = load(name)
+    index = content.pop("model_index")
+    return Configs(None, index, content, "published shapes: not downloaded")
+
+
+def load(name: str) -> dict[str, dict[str, Any]]:
+    """`{component: config}` and the `model_index`."""
+    content = yaml.safe_load((SHAPES / f"{name}.yaml").read_text())
+    like = content.pop("like", None)
+    base = load(like) if like else {}
+    return base | {key: base.get(key, {}) | value for key, value in content.items()}

@@ -1,0 +1,80 @@
+"""What a device can do, as data: published ones, and this machine's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from hydrarun.core.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 2**30
+#: bytes that CUDA and its libraries take for themselves
+RESERVED = GIB
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device; rates in units per second, None where they are not known."""
+
+    name: str
+    memory: int  # bytes that a run may take
+    kind: str  # of torch's devices: cuda or cpu
+    float16: float | None = None  # floating-point operations of matrix products
+    float8: float | None = None
+    link: float | None = None  # bytes to another device
+    host: float | None = None  # bytes from the host
+
+
+def published() -> dict[str, Device]:
+    """The devices of devices.yaml."""
+    content = yaml.safe_load(Path(__file__).with_name("devices.yaml").read_text())
+    return {name: published_one(name, values) for name, values in content.items()}
+
+
+def published_one(name: str, values: dict[str, float]) -> Device:
+    """One entry, in units."""
+    return Device(
+        name,
+        round(values["memory"] * GIB) - RESERVED,
+        "cuda",
+        values["float16"] * 1e12,
+        values["float8"] * 1e12 if "float8" in values else None,
+        values["link"] * 1e9,
+        values["host"] * 1e9,
+    )
+
+
+def named(name: str) -> Device:
+    """The published device of that name. Raises `UsageError` for another one."""
+    known = published()
+    if name not in known:
+        raise UsageError(f"plan.device={name}: not known here.{nearest(name, known)} Known: {', '.join(known)}")
+    return known[name]
+
+
+def this_machines(device: torch.device) -> Device:
+    """A device that is there, with what is published of its kind."""
+    import torch
+
+    from hydrarun.core.device import total_bytes
+
+    memory = total_bytes(device)
+    if device.type == "cpu":
+        return Device("this machine's memory", memory, "cpu")
+    if device.type != "cuda":
+        return Device(device.type, memory, "cuda")
+    called = torch.cuda.get_device_name(device)
+    like = [known for key, known in published().items() if key in called.lower().replace(" ", "")]
+    rates = vars(like[0]) if like else {}
+    return Device(**{**rates, "name": called, "memory": memory - RESERVED, "kind": "cuda"})
+
+
+def gib(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:,.1f} MiB"

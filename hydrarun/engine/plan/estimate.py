@@ -1,0 +1,148 @@
+"""One rehearsal of a configuration: its components' sizes, and what each stage takes beside them. For rank 0."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from hydrarun.acceleration.cache.base import Cache
+from hydrarun.acceleration.parallel.data import own_items
+from hydrarun.acceleration.parallel.sequence import SequenceParallel
+from hydrarun.config.checks.values import image_paths
+from hydrarun.config.targets import instantiate, load_class
+from hydrarun.core.distributed.degrees import Degrees, world_size
+from hydrarun.core.distributed.mesh import Mesh
+from hydrarun.core.errors import UsageError
+from hydrarun.core.progress import Progress
+from hydrarun.engine.build import DTYPES, arrange_vae
+from hydrarun.engine.plan import meta_components as stand_ins
+from hydrarun.engine.plan import weights
+from hydrarun.engine.plan.configs import Configs
+from hydrarun.engine.plan.dry_forward import Act, Rehearsal
+from hydrarun.engine.plan.meter import META, Meter, Repeated
+from hydrarun.engine.plan.weights import Component
+from hydrarun.models.experts import NAMES, Experts, boundary
+from hydrarun.models.layers.tensor_parallel import split
+from hydrarun.models.transformer import Transformer
+from hydrarun.outputs.media import images, kinds
+from hydrarun.pipeline.components import quiet_libraries
+from hydrarun.pipeline.request import make_state
+from hydrarun.pipeline.stage import Parts, Stage
+from hydrarun.pipeline.state import State
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What all settings of a plan share: the components, and the stages with everything on the device."""
+
+    components: tuple[Component, ...]
+    acts: tuple[Act, ...]
+    #: rows that modulation tables would have
+    table_rows: int
+
+
+def rehearse(config: dict[str, Any], configs: Configs, dtype: torch.dtype) -> Rehearsed:
+    """Run the stages on the meta device. Raises `UsageError` for what cannot be run."""
+    model, vae_dtype = config["model"], DTYPES.get(config["vae"]["dtype"], dtype)
+    meter = Meter()
+    with pretended_ranks(config["parallel"]) as mesh, quiet_libraries():
+        stages: list[Stage] = [instantiate(node, f"model.stages[{i}]") for i, node in enumerate(model["stages"])]
+        scheduler = instantiate(model["scheduler"], "model.scheduler") if model["scheduler"] else None
+        made = stand_ins.modules(configs, dtype, vae_dtype)
+        pipeline = stand_ins.pipeline(load_class(model["pipeline"], "model.pipeline"), configs, made, scheduler, meter)
+        cls = load_class(model["transformer"], "model.transformer")
+        transformers = {name: structure(cls, configs, name, dtype, mesh) for name in NAMES[: model["experts"]]}
+        components = (
+            *(weights.of_encoder(name, module) for name, module in made.items()),
+            *(weights.of_transformer(name, module) for name, module in transformers.items()),
+        )
+        arrange_vae(pipeline.vae, config["vae"], mesh)
+        parts = Parts(
+            experts=Experts(transformers, boundary(pipeline)),
+            pipeline=pipeline,
+            guidance=instantiate(model["guidance"], "model.guidance"),
+            patch_size=model["patch_size"],
+            device=META,
+            dtype=dtype,
+            progress=Progress(quiet=True),
+            cache=instantiate(config["cache"], "cache"),
+            mesh=mesh,
+        )
+        play = Rehearsal(stages, parts, meter)
+        for module in (*made.values(), *transformers.values()):
+            meter.leave_out(module)
+        for transformer in transformers.values():
+            shorten(transformer, meter, 2 + always_run(parts.cache))
+            if mesh and (mesh["ulysses"] or mesh["ring"]):
+                transformer.spread_tokens(SequenceParallel(mesh["ulysses"], mesh["ring"]))
+        state = make_state(config["sampling"], given_images(config))
+        if mesh and (axis := mesh["data"]):
+            state = own_items(state, axis)
+        acts = play.rehearse(state)
+    steps = config["sampling"]["num_inference_steps"]
+    return Rehearsed(components, tuple(acts), steps * tables_per_step(transformers["transformer"], state))
+
+
+def structure(
+    cls: type[Transformer], configs: Configs, name: str, dtype: torch.dtype, mesh: Mesh | None
+) -> Transformer:
+    """One transformer on the meta device, of which this rank has its share."""
+    known = inspect.signature(cls).parameters
+    arguments = {key: value for key, value in configs.config(name).items() if key in known}
+    with torch.device("meta"):
+        transformer = cls(**arguments)
+    transformer.config = arguments
+    if mesh and mesh["tensor"]:
+        split(transformer, mesh["tensor"])
+    stand_ins.cast(transformer, dtype, cls.keep_in_float32)
+    return transformer
+
+
+def shorten(transformer: Transformer, meter: Meter, kept: int) -> None:
+    """Keep a few blocks of each list, which count for all."""
+    for name in transformer.block_lists:
+        Repeated(getattr(transformer, name), meter, kept)
+
+
+def always_run(cache: Cache) -> int:
+    """Blocks that a cache needs besides those that it skips."""
+    return getattr(cache, "always", 0)
+
+
+def tables_per_step(transformer: Transformer, state: State) -> int:
+    """Rows of modulation tables for a step: one, or one for each item and branch if they are conditioned on."""
+    accepted = inspect.signature(transformer.make_temb).parameters
+    conditioned = any(accepted.keys() & one.keys() for one in state.conditioning.values())
+    return len(state.conditioning) * len(state.latents) if conditioned else 1
+
+
+def given_images(config: dict[str, Any]) -> list[Image.Image]:
+    """The input images; where they are yet to be given, as many blank ones of a megapixel as there must be."""
+    paths, alpha = image_paths(config), kinds.drawn_by(config["model"]).alpha
+    if paths:
+        return [images.read(path, alpha).image for path in paths]
+    return [Image.new("RGBA" if alpha else "RGB", (1024, 1024)) for _ in range(config["model"]["input_images"][0])]
+
+
+@contextmanager
+def pretended_ranks(degrees: Degrees) -> Iterator[Mesh | None]:
+    """The mesh of rank 0 among ranks that are not there: what is sent to them is counted, and nothing comes back."""
+    if world_size(degrees) == 1:
+        yield None
+        return
+    if dist.is_initialized():
+        raise UsageError("plan: this process has a process group already: plan in another, by `hydrarun plan …`")
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend `fake`
+
+    dist.init_process_group("cpu:fake,meta:fake", rank=0, world_size=world_size(degrees), store=FakeStore())
+    try:
+        yield Mesh(degrees, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()

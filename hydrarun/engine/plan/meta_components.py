@@ -1,0 +1,248 @@
+"""What takes the place of components with weights while a plan is made: the same classes, without numbers.
+
+Text encoders take real token ids and give zeros, so that a pipeline's own prompt encoding runs as it is; between, they
+run on the meta device, where the meter counts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+from hydrarun.acceleration.offload.module_mover import HOST
+from hydrarun.engine.plan.configs import Configs
+from hydrarun.engine.plan.meter import META, Meter
+from hydrarun.pipeline.components import OURS, load_component, quiet_libraries, read_index
+
+#: a token is about so many bytes of text, where there is no tokenizer to ask; or one such word
+BYTES_PER_TOKEN = 4
+SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")
+
+
+def modules(configs: Configs, dtype: torch.dtype, vae_dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The text encoders and the VAE on the meta device, by their names in the checkpoint."""
+    found = {}
+    for name, (library, _) in configs.entries.items():
+        if name not in OURS and issubclass(cls := configs.cls(name), nn.Module):
+            config = configs.config(name)
+            with torch.device("meta"), quiet_libraries():
+                theirs = library == "transformers"
+                module = cls(cls.config_class.from_dict(config)) if theirs else cls.from_config(config)
+            kind = vae_dtype if name == "vae" else dtype
+            found[name] = cast(module, kind, kept_by_library(module, kind))
+    return found
+
+
+def kept_by_library(module: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Names of modules that their library keeps in float32: some always, others beside float16 alone."""
+    names = ["_keep_in_fp32_modules_strict"] + ["_keep_in_fp32_modules"] * (dtype == torch.float16)
+    return {one for name in names for one in getattr(module, name, None) or ()}
+
+
+def cast(module: nn.Module, dtype: torch.dtype, kept: Collection[str]) -> nn.Module:
+    """The module with its parameters in `dtype`, but for those below the names that are `kept` in float32."""
+    for name, parameter in module.named_parameters():
+        kind = torch.float32 if set(name.split(".")) & set(kept) else dtype
+        parameter.data = torch.empty(parameter.shape, dtype=kind, device=META)
+    return module.eval().requires_grad_(False)
+
+
+def pipeline(cls: Any, configs: Configs, made: dict[str, nn.Module], scheduler: Any | None, meter: Meter) -> Any:
+    """The diffusers pipeline around the stand-ins; its scheduler is real, and its tokenizers where there are files."""
+    if configs.folder is not None:
+        read_index(configs.folder, cls)  # for what is wrong with it
+    components: dict[str, Any] = {}
+    for name, value in configs.index.items():
+        if name.startswith("_"):
+            continue
+        if not isinstance(value, list):
+            components[name] = value
+        elif name == "scheduler" and scheduler is not None:
+            components[name] = scheduler
+        elif name in OURS or name not in configs.entries:
+            components[name] = None
+        elif name in made:
+            components[name] = stand_in(name, made[name], meter, configs)
+        else:
+            components[name] = tool(configs, name, made)
+    accepted = inspect.signature(cls).parameters
+    with quiet_libraries():
+        return cls(**{name: value for name, value in components.items() if name in accepted})
+
+
+def stand_in(name: str, module: nn.Module, meter: Meter, configs: Configs) -> Any:
+    """What is called in a module's place."""
+    if name == "vae":
+        return module
+    return TextEncoder(module, meter) if configs.entries[name][0] == "transformers" else Projection(module)
+
+
+def tool(configs: Configs, name: str, made: dict[str, nn.Module]) -> Any:
+    """A component without weights: from its files, or what stands for it."""
+    cls = configs.cls(name)
+    if configs.folder is not None:
+        return load_component(configs.folder, name, configs.entries[name], device=HOST, dtype=torch.float32)
+    if name in configs.components:
+        return cls.from_config(configs.components[name])
+    return Processor(made["text_encoder"].config) if "rocessor" in cls.__name__ else Tokenizer()
+
+
+class TextEncoder:
+    """A text encoder on the meta device that is called from the host: ids in, zeros of the right shape out."""
+
+    device = HOST
+
+    def __init__(self, module: nn.Module, meter: Meter) -> None:
+        self.module = module
+        self.meter = meter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Any:
+        """Images are in the ids as placeholders; what the encoder does with their pixels before is not counted."""
+        taken = ("output_hidden_states", "logits_to_keep")
+        wants = {name: value for name, value in settings.items() if name in taken}
+        if attention_mask is not None:
+            self.meter.answer = bool(attention_mask.all())  # where nothing is padded, encoders do without a mask
+            wants["attention_mask"] = attention_mask.to(META)
+        shapes = tree_map(Shape.of, self.module(input_ids=input_ids.to(META), **wants))
+        self.meter.answer = True
+        return tree_map(Shape.zeros, shapes)  # once the outputs themselves are gone: they count only once
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **_: Any) -> Tensor:
+        """The ids and zeros. All are read in one pass: as much work as one after the other, though in less time."""
+        whole = F.pad(input_ids, (0, max_new_tokens))
+        self(whole, logits_to_keep=1)
+        return whole
+
+    def get_image_features(self, pixels: Tensor, grids: Tensor) -> Any:
+        """Of pictures with these grids of patches, the grids."""
+        return SimpleNamespace(pooler_output=grids)
+
+    def get_image_tokens(self, grids: Tensor) -> Tensor:
+        """An id for each patch."""
+        return torch.zeros(int(grids.prod(-1).sum()), dtype=torch.long)
+
+
+class Projection:
+    """What a pipeline has behind its text encoders, on the meta device and called from the host."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        given = {name: value.to(META) for name, value in inputs.items()}
+        return tree_map(Shape.zeros, tree_map(Shape.of, self.module(**given)))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What there is to know of a tensor without numbers."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        """Of a tensor; anything else is left as it is."""
+        return cls(value.shape, value.dtype) if isinstance(value, Tensor) else value
+
+    @staticmethod
+    def zeros(value: Any) -> Any:
+        """A tensor of that shape; anything else is left as it is."""
+        return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, Shape) else value
+
+
+class Tokenizer:
+    """Ids of as many tokens as a text probably has."""
+
+    model_max_length = 77  # CLIP's; the others are told
+
+    def __call__(
+        self,
+        text: str | list[str],
+        padding: bool | str = False,
+        max_length: int | None = None,
+        truncation: bool = False,
+        return_tensors: str | None = None,
+        **_: Any,
+    ) -> Any:
+        texts = [text] if isinstance(text, str) else text
+        plain = [SPECIAL_TOKEN.sub(BYTES_PER_TOKEN * "_", one) for one in texts]
+        count = max(math.ceil(len(one.encode()) / BYTES_PER_TOKEN) for one in plain)
+        if max_length is not None and (padding == "max_length" or count > max_length):
+            count = max_length
+        if isinstance(text, str) and return_tensors is None:  # as tokenizers do
+            return {"input_ids": count * [1]}
+        return encoded(len(texts), count)
+
+    def pad(self, texts: Mapping[str, list[list[int]]], max_length: int, **_: Any) -> Any:
+        return encoded(len(texts["input_ids"]), max_length)
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
+        return "".join(message["content"] for message in messages)
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return 1
+
+    def tokenize(self, text: str) -> list[str]:
+        """None of a text's tokens is one that a textual inversion added."""
+        return []
+
+    def batch_decode(self, ids: Tensor) -> list[str]:
+        return [""] * len(ids)
+
+
+class Processor:
+    """Tokens of a text and of the pictures in it, for encoders that see pictures as a grid of merged patches."""
+
+    image_token = "<|image_pad|>"
+
+    def __init__(self, config: Any) -> None:
+        self.side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+        self.tokenizer = Tokenizer()
+        self.image_processor = ImageProcessor(config.vision_config)
+
+    def __call__(self, text: str | list[str], images: Any = None, **_: Any) -> Any:
+        given = images if isinstance(images, list) else [] if images is None else [images]
+        text = [text] if isinstance(text, str) else text
+        tokens = sum(round(image.height / self.side) * round(image.width / self.side) for image in given)
+        made = encoded(len(text), tokens + self.tokenizer(text).input_ids.shape[1])
+        return made | {"pixel_values": torch.zeros(0), "image_grid_thw": torch.zeros(0)}
+
+    def batch_decode(self, ids: list[Tensor], **_: Any) -> list[str]:
+        return [len(one) * BYTES_PER_TOKEN * "_" for one in ids]
+
+
+class ImageProcessor:
+    """The grid of patches of one picture."""
+
+    def __init__(self, config: Any) -> None:
+        self.patch_size, self.merge_size = config.patch_size, config.spatial_merge_size
+
+    def __call__(self, images: Any, **_: Any) -> Any:
+        merged = self.patch_size * self.merge_size
+        sides = [round(side / merged) * self.merge_size for side in (images.height, images.width)]
+        return {"pixel_values": torch.zeros(0), "image_grid_thw": torch.tensor([[1, *sides]])}
+
+
+def encoded(rows: int, columns: int) -> Any:
+    """What tokenizers return."""
+    from transformers import BatchFeature
+
+    ids = torch.ones(rows, columns, dtype=torch.long)
+    return BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids)})

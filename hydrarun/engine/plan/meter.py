@@ -1,0 +1,215 @@
+"""Counts what is done on the meta device: bytes that are alive, floating-point operations, bytes sent to other ranks.
+
+Tensors there have shapes and no numbers, so a model of any size runs in a moment, by the code that would really run.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from hydrarun.core.distributed import collectives as comm
+
+META = torch.device("meta")
+aten = torch.ops.aten
+#: operations that ask for a number, and those that copy
+ASKS = (aten._local_scalar_dense, aten.item, aten.is_nonzero)
+COPIES = (aten._to_copy, aten.to)
+
+
+#: of an argument, that it may decide more than its shape tells
+UNKNOWN = object()
+
+
+class LeftTheDeviceError(Exception):
+    """Numbers were asked for on the host, and there are none: what follows is not the device's."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a part of a run takes."""
+
+    linear_flops: float = 0.0  # matrix products and convolutions
+    attention_flops: float = 0.0
+    sent_bytes: float = 0.0  # to other ranks
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def __sub__(self, other: Work) -> Work:
+        return self + other * -1
+
+    def __mul__(self, times: float) -> Work:
+        return Work(*(value * times for value in vars(self).values()))
+
+    @property
+    def flops(self) -> float:
+        return self.linear_flops + self.attention_flops
+
+
+class Meter(TorchDispatchMode):
+    """While it is active: `live` and `peak` bytes on the meta device, and the `work` that was done there.
+
+    Attention counts as its output: what a fused kernel holds.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        #: whether what is on the host counts, because it stands for what would be on the device
+        self.host_too = False
+        #: what code is told that asks whether numbers are all right, or all true
+        self.answer = True
+        self.known: dict[int, weakref.ref] = {}  # storages that are counted, or are not to be, by address
+        self.alive: set[weakref.ref] = set()
+        self.results: dict[Any, tuple[Any, ...]] = {}
+        self.sent_before = comm.sent.total()
+        self.linear_flops = self.attention_flops = 0
+        #: work that was not done here but counts
+        self.extra = Work()
+
+    def leave_out(self, module: nn.Module) -> None:
+        """The weights of a module are not counted, which views of them would be."""
+        for tensor in (*module.parameters(), *module.buffers()):
+            storage = tensor.untyped_storage()
+            self.known[storage._cdata] = weakref.ref(storage)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        if packet in ASKS and args[0].is_meta:
+            return self.answer if args[0].dtype == torch.bool else 1
+        if packet in COPIES and leaves(args, kwargs):
+            raise LeftTheDeviceError
+        if packet is aten.scaled_dot_product_attention:
+            made = self.attend(*args[:3])
+        elif packet not in flop_registry and is_made_of_others(func):
+            with self:
+                return func.decompose(*args, **kwargs)
+        else:
+            if packet is aten.index:
+                args = (args[0], [everywhere(index) for index in args[1]])
+            made = self.made(func, args, kwargs)
+            self.add(packet, flop_registry.get(packet), args, kwargs, made)
+        for tensor in made if isinstance(made, (list, tuple)) else [made]:
+            if isinstance(tensor, Tensor) and (tensor.is_meta or self.host_too):
+                self.count(tensor.untyped_storage())
+        return made
+
+    def made(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What an operation comes to; of one that was seen with such arguments before, what it came to then."""
+        key = (func, frozen(args), frozen(kwargs)) if is_pure(func) else None
+        if key is None or UNKNOWN in key:
+            return func(*args, **kwargs)
+        if key in self.results:  # torch works out the shapes in Python, which takes most of a rehearsal
+            shape, stride, dtype = self.results[key]
+            return torch.empty_strided(shape, stride, dtype=dtype, device=META)
+        made = func(*args, **kwargs)
+        if isinstance(made, Tensor) and made.is_meta:
+            self.results[key] = made.shape, made.stride(), made.dtype
+        return made
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """What a fused kernel makes: the meta device has none of its own, and would hold all pairs."""
+        pairs = query[..., 0].numel() * key.shape[-2]
+        self.attention_flops += 2 * pairs * (query.shape[-1] + value.shape[-1])
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+    def add(self, packet: Any, formula: Any, args: Sequence[Any], kwargs: dict[str, Any], made: Any) -> None:
+        """Count an operation's floating-point operations."""
+        if formula is None:
+            return
+        if "attention" in packet.__name__:
+            self.attention_flops += formula(*args, **kwargs, out_val=made)
+        else:
+            self.linear_flops += formula(*args, **kwargs, out_val=made)
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        """The storage is alive until nobody holds it."""
+        known = self.known.get(storage._cdata)
+        if known is None or known() is not storage:  # an address may be used again before the old one is struck off
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            self.known[storage._cdata] = alive = weakref.ref(storage, partial(self.gone, storage.nbytes()))
+            self.alive.add(alive)
+
+    def gone(self, size: int, dead: weakref.ref) -> None:
+        self.alive.discard(dead)
+        self.live -= size
+
+    def so_far(self) -> Work:
+        """The work until now."""
+        sent = comm.sent.total() - self.sent_before
+        return Work(self.linear_flops, self.attention_flops, sent) + self.extra
+
+
+def leaves(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a copy goes from the meta device to another."""
+    places = [x for x in (*args[1:], kwargs.get("device")) if isinstance(x, torch.device)]
+    return args[0].is_meta and any(place.type != "meta" for place in places)
+
+
+@cache
+def is_pure(func: Any) -> bool:
+    """Whether an operation changes nothing and makes something new."""
+    return not func._schema.is_mutable and all(made.alias_info is None for made in func._schema.returns)
+
+
+def frozen(value: Any) -> Any:
+    """What of arguments decides the shape of a result; `UNKNOWN` where that is not sure."""
+    if isinstance(value, Tensor):
+        return (value.shape, value.stride(), value.dtype) if value.is_meta else UNKNOWN
+    if isinstance(value, dict):
+        value = [*value.items()]
+    if isinstance(value, (list, tuple)):
+        parts = tuple(map(frozen, value))
+        return UNKNOWN if UNKNOWN in parts else parts
+    return (type(value), value) if isinstance(value, Hashable) else UNKNOWN  # 1 is equal to 1.0, and not alike
+
+
+@cache
+def is_made_of_others(func: Any) -> bool:
+    """Whether an operation is composed of other ones, which are counted then."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+def everywhere(index: Tensor | None) -> Tensor | None:
+    """A mask as indices, all of its places."""
+    if index is None or index.dtype != torch.bool or not index.is_meta:
+        return index
+    return torch.arange(index.numel(), device=index.device)
+
+
+class Repeated:
+    """A list of blocks of which a few of each kind are run, and count as all; of what is alive two show as much as all.
+
+    Of a kind are those whose weights have equal names and shapes.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, meter: Meter, kept: int) -> None:
+        self.meter = meter
+        kinds: dict[Any, list[nn.Module]] = defaultdict(list)
+        for block in blocks:
+            kinds[tuple((name, weight.shape) for name, weight in block.named_parameters())].append(block)
+        self.times = {one: max(1.0, len(alike) / kept) for alike in kinds.values() for one in alike[:kept]}
+        left = [block for block in blocks if block in self.times]
+        del blocks[:]
+        blocks.extend(left)
+        for block in blocks:
+            block.register_forward_pre_hook(self.before)
+            block.register_forward_hook(self.after)
+
+    def before(self, *_: Any) -> None:
+        self.start = self.meter.so_far()
+
+    def after(self, block: nn.Module, *_: Any) -> None:
+        self.meter.extra += (self.meter.so_far() - self.start) * (self.times[block] - 1)

@@ -1,0 +1,150 @@
+"""A plan of a configuration: what it takes, what is wrong with it, and what would fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hydrarun.config import batches, targets
+from hydrarun.config.checks import compatibility as compat
+from hydrarun.config.checks.checkpoint import check_configs
+from hydrarun.config.checks.values import check_values
+from hydrarun.config.compose import Origin
+from hydrarun.core.distributed.degrees import world_size
+from hydrarun.core.errors import UsageError
+from hydrarun.engine.plan.devices import Device, named, this_machines
+
+if TYPE_CHECKING:
+    from hydrarun.engine.plan.memory_model import Estimate
+    from hydrarun.engine.plan.suggest import Suggestion
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `hydrarun plan` says."""
+
+    model: str
+    device: Device
+    ranks: int
+    #: rules that are broken, each with its fix; then nothing else is known
+    conflicts: list[str]
+    #: where the shapes are from
+    source: str = ""
+    #: of the configuration as it is
+    asked: Estimate | None = None
+    steps: int = 0
+    #: bytes of each component's weights, in all
+    components: dict[str, int] = field(default_factory=dict)
+    suggestions: list[Suggestion] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        return self.asked is not None and self.asked.fits
+
+
+def make(config: dict[str, Any], origin: Origin | None = None) -> Plan:
+    """The plan of a composed configuration. Raises `UsageError` for values that cannot be."""
+    targets.check(config, origin)
+    device = chosen(config)
+    config = batches.resolved({**config, "device": device.kind, "plan": {"auto": False, "device": None}})
+    check_values(with_images(config), origin)
+    ranks = world_size(config["parallel"])
+    conflicts = list(dict.fromkeys(text for _, one in batches.each(config) for text in compat.lines(one)))
+    if conflicts:
+        return Plan(config["model"]["name"], device, ranks, conflicts)
+    return planned(largest(config), device, ranks)
+
+
+def largest(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the batch with the most pixels; of a run that is one batch that run itself."""
+    if not batches.batched(config):
+        return config
+    every = batches.together(batches.items(config), batches.limit(config))
+
+    def pixels(batch: Sequence[batches.Item]) -> int:
+        sizes = (batch[0].sampling[name] or 1 for name in ("height", "width", "num_frames", "layers"))
+        return len(batch) * math.prod(sizes)
+
+    return batches.configuration(config, max(every, key=pixels))
+
+
+def with_images(config: dict[str, Any]) -> dict[str, Any]:
+    """The same with as many names of images as there must be, if none is given: blank ones are planned for."""
+    least = config["model"]["input_images"][0]
+    if config["input"]["images"] is not None or not least:
+        return config
+    return {**config, "input": {**config["input"], "images": [f"blank{number}.png" for number in range(least)]}}
+
+
+def chosen(config: dict[str, Any]) -> Device:
+    """What is planned for: a published device, or this machine's. Raises `UsageError` for one that is not there."""
+    name = config["plan"]["device"]
+    if name is not None:
+        if config["device"] == "cpu":
+            raise UsageError(f"device=cpu is no {name}: leave out plan.device, or device=cpu")
+        return named(name)
+    from hydrarun.core.progress import Progress
+    from hydrarun.engine.build import choose_device
+
+    return this_machines(choose_device(config["device"], Progress(quiet=True)))
+
+
+def planned(config: dict[str, Any], device: Device, ranks: int) -> Plan:
+    """A plan of what goes together."""
+    import torch
+
+    from hydrarun.core.progress import Progress
+    from hydrarun.engine.build import choose_dtype
+    from hydrarun.engine.plan.configs import find
+    from hydrarun.engine.plan.estimate import rehearse
+    from hydrarun.engine.plan.memory_model import Estimate, Setting
+    from hydrarun.engine.plan.suggest import suggestions
+
+    configs = find(config["model"])
+    check_configs(config, configs.index, *(configs.components.get(name, {}) for name in ("vae", "transformer")))
+    dtype = choose_dtype(config["dtype"], torch.device(device.kind), Progress(quiet=True))
+    rehearsed = rehearse(config, configs, dtype)
+    setting = Setting.of(config)
+    found = suggestions(config, rehearsed, device)
+    if len(found) < 3 and tiles(config):
+        tiled = {**config, "vae": {**config["vae"], "tiling": True}}
+        found = suggestions(config, rehearsed, device, rehearse(tiled, configs, dtype))
+    return Plan(
+        config["model"]["name"],
+        device,
+        ranks,
+        [],
+        configs.said,
+        Estimate(rehearsed, setting, device),
+        config["sampling"]["num_inference_steps"],
+        {component.name: component.all.plain for component in rehearsed.components},
+        found,
+    )
+
+
+def tiles(config: dict[str, Any]) -> bool:
+    """Whether tiles could be used and are not."""
+    return not config["vae"]["tiling"] and config["parallel"]["vae_degree"] == 1
+
+
+def fitted(config: dict[str, Any], note: Callable[[str], None]) -> dict[str, Any]:
+    """What `plan=auto` runs: the configuration if it fits, else with the first suggestion, which `note` says.
+
+    Raises `UsageError` if nothing fits.
+    """
+    if not config["plan"]["auto"]:
+        return config
+    made = make(config)
+    plain = {**config, "plan": {"auto": False, "device": None}}
+    if made.conflicts:
+        raise UsageError("\n".join(made.conflicts))
+    if made.fits:
+        note(f"plan=auto: it fits {made.device.name} as it is")
+        return plain
+    if not made.suggestions:
+        raise UsageError(f"plan=auto: nothing fits {made.device.name}; see hydrarun plan")
+    first = made.suggestions[0]
+    note(f"plan=auto: it would not fit {made.device.name}; run with {' '.join(first.overrides)}")
+    return {**plain, **first.changes}

@@ -1,0 +1,1 @@
+"""The processes that a run takes: started, given jobs, ended."""

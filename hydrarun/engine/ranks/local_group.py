@@ -1,0 +1,183 @@
+"""The driver's side of several ranks: starts them, hands them jobs, says which of them failed and why.
+
+Jobs and results travel as JSON through a store that listens on the loopback interface alone. torch's `elastic_launch`
+would start the ranks too, but its rendezvous listens on every interface.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from hydrarun.config import targets
+from hydrarun.core.distributed.degrees import world_size
+from hydrarun.core.errors import RunError
+from hydrarun.engine.ranks import worker
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+#: the module that a rank runs
+WORKER = "hydrarun.engine.ranks.worker"
+
+#: seconds that ranks get to end by themselves: after a failure (rank 0 writes run.json), and after their last job
+GRACE = 3.0
+FAREWELL = 10.0
+
+POLL = 0.02
+
+LOG_LINES = 20
+
+
+class Group:
+    """Ranks on this machine. They die with the thread that started them, so it should be the main one."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.jobs = 0
+        # what each rank prints; without a name, so nothing is ever left behind
+        self.logs = [tempfile.TemporaryFile() for _ in range(size)]  # noqa: SIM115
+        listener = socket.create_server(("127.0.0.1", 0), backlog=size)
+        port = listener.getsockname()[1]
+        self.processes = [self._start(rank, port) for rank in range(size)]
+        try:
+            self.store = _host(listener, port)  # the ranks import torch meanwhile
+        except BaseException:
+            self.kill()
+            raise
+
+    def _start(self, rank: int, port: int) -> subprocess.Popen[bytes]:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.size, "LOCAL_WORLD_SIZE": self.size}
+        settings = {**place, "OMP_NUM_THREADS": worker.threads(self.size), "PYTHONPATH": os.pathsep.join(_path())}
+        quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+        loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+        return subprocess.Popen(
+            [sys.executable, "-m", WORKER, str(port), *targets.allowed_by_user()],
+            env={**quiet, **loopback, **os.environ, **{name: str(value) for name, value in settings.items()}},
+            stdin=subprocess.DEVNULL,
+            stdout=self.logs[rank],
+            stderr=None if rank == 0 else subprocess.STDOUT,  # rank 0 shows the progress
+            start_new_session=True,  # Ctrl-C is the driver's to handle
+        )
+
+    def do(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
+        """Have all ranks do a job; returns rank 0's result. After any exception the group is of no more use.
+
+        Raises UsageError and RunError as a rank raised them; RunError for a rank that failed otherwise, or died.
+        """
+        number = self.jobs
+        self.jobs += 1
+        try:
+            self.store.set(f"job/{number}", json.dumps({"action": action, "config": config, "arguments": arguments}))
+            while not self.store.check([f"result/{number}"]):
+                if self.store.check(["failure"]) or self._ended():
+                    raise self._failure()
+                time.sleep(POLL)
+        except KeyboardInterrupt:
+            self._interrupt()
+            raise
+        return json.loads(self.store.get(f"result/{number}"))
+
+    def _ended(self) -> dict[int, int]:
+        """Exit codes of the ranks that are no more."""
+        codes = {rank: process.poll() for rank, process in enumerate(self.processes)}
+        return {rank: code for rank, code in codes.items() if code is not None}
+
+    def _wait(self, ranks: int, seconds: float) -> None:
+        """Give the first `ranks` ranks so long to end."""
+        deadline = time.monotonic() + seconds
+        while any(process.poll() is None for process in self.processes[:ranks]) and time.monotonic() < deadline:
+            time.sleep(POLL)
+
+    def _failure(self) -> Exception:
+        """What failed first. A rank that was killed could not say so; the others then speak of a lost connection."""
+        self._wait(self.size, GRACE)
+        ended = self._ended()
+        said = worker.failure(self.store)[1] if self.store.check(["failure"]) else None
+        for rank, code in ended.items():
+            # an abort is what NCCL and gloo may do when another rank is gone
+            if code < 0 and (said is None or code != -signal.SIGABRT):
+                return RunError(f"rank {rank} was killed (signal {-code}){self._last_lines(rank)}")
+        if said:
+            return said
+        rank, code = next(iter(ended.items()))
+        return RunError(f"rank {rank} ended with exit code {code}{self._last_lines(rank)}")
+
+    def _last_lines(self, rank: int) -> str:
+        """The end of what a rank that is no more has printed."""
+        self.logs[rank].seek(0)
+        lines = self.logs[rank].read().decode(errors="replace").splitlines()[-LOG_LINES:]
+        return "".join(f"\n  {line}" for line in lines)
+
+    def _interrupt(self) -> None:
+        """Ctrl-C: rank 0 may write in run.json that the run broke off."""
+        with suppress(ProcessLookupError):
+            self.processes[0].send_signal(signal.SIGINT)
+        try:
+            self._wait(1, GRACE)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """End the ranks at once, with whatever they started."""
+        for process in self.processes:
+            with suppress(ProcessLookupError):
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def close(self) -> None:
+        """Let the ranks go when they are done."""
+        try:
+            self.store.set(f"job/{self.jobs}", "null")
+            self._wait(self.size, FAREWELL)
+        finally:
+            self.kill()
+
+
+def _host(listener: socket.socket, port: int) -> Store:
+    from torch.distributed import PrefixStore, TCPStore
+
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    return PrefixStore("hydrarun", store)
+
+
+def _path() -> list[str]:
+    """Where modules are found here, for another process."""
+    return [entry or os.getcwd() for entry in sys.path]
+
+
+class Ranks:
+    """A group that stays up from job to job; another one where the build differs, or after a failure."""
+
+    def __init__(self) -> None:
+        self.group: Group | None = None
+        self.key = ""
+
+    def do(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
+        """A job for all ranks that `config` asks for; returns rank 0's result. Raises as `Group.do`."""
+        key = worker.build_key(config)
+        if key != self.key:
+            self.close()
+        if self.group is None:
+            self.group, self.key = Group(world_size(config["parallel"])), key
+        try:
+            return self.group.do(action, config, arguments)
+        except BaseException:
+            group, self.group = self.group, None
+            group.kill()
+            raise
+
+    def close(self) -> None:
+        """Let the ranks go."""
+        group, self.group = self.group, None
+        if group:
+            group.close()

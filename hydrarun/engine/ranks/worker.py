@@ -1,0 +1,305 @@
+"""The rank's side: build once, then do jobs in order until there are none. Knows nothing of Hydra.
+
+Driver and ranks share a store of texts: `job/0`, `job/1`… are jobs as JSON (`null`: no more), `result/0`… what rank 0
+says of them, `failure` is the first failure of all ranks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import itertools
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from hydrarun.cli import arguments
+from hydrarun.config import targets
+from hydrarun.core.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+    from hydrarun.core.progress import Progress
+    from hydrarun.engine.runner import Runner
+
+#: how long a rank waits for the others in a collective: one of them may be reading weights, or compiling
+COLLECTIVE = timedelta(hours=1)
+
+#: how long a rank waits for its next job
+IDLE = timedelta(days=365)
+
+#: how long a rank looks for the store of a driver on its own machine
+CONNECT = timedelta(minutes=2)
+
+#: what a runner is built from; jobs that agree in these share one
+BUILT_FROM = (
+    "model",
+    "parallel",
+    "attention",
+    "offload",
+    "compile",
+    "quantization",
+    "vae",
+    "device",
+    "dtype",
+    "verify",
+)
+
+PR_SET_PDEATHSIG = 1
+
+
+class Place(NamedTuple):
+    """Where this process stands among the ranks, in all and on its machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def launched() -> bool:
+    """Whether torchrun, or the driver of a group, started this process as a rank."""
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
+
+
+def place() -> Place:
+    """This rank's place, from its environment; of a process that is no rank: alone."""
+    if not launched():
+        return Place(0, 1, 0, 1)
+    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return Place(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+
+
+def threads(ranks: int) -> int:
+    """Threads for each of `ranks` processes on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // ranks)
+
+
+def build_key(config: dict[str, Any]) -> str:
+    """Equal for configurations that one runner serves."""
+    return json.dumps([config[name] for name in BUILT_FROM], sort_keys=True)
+
+
+def make_runner(config: dict[str, Any], progress: Progress) -> Runner:
+    """The runner of this rank."""
+    from hydrarun.engine.runner import Runner
+
+    return Runner(config, progress)
+
+
+class Session:
+    """A process's runner, and its group with other ranks: built for a first job, kept while jobs are built alike."""
+
+    def __init__(self, store: Store | None) -> None:
+        """`store`: what the ranks share; None for a process that is alone."""
+        self.store = store
+        self.place = place()
+        self.runner: Runner | None = None
+        self.key = ""
+        self.device = ""
+        self.groups = 0
+        if store:
+            import torch
+
+            torch.set_num_threads(threads(self.place.local_size))
+
+    def do(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
+        """Do a job; on rank 0 returns its result, which JSON can hold."""
+        runner = self.build(config, quiet=action not in ("run", "batches"))
+        if action == "run":
+            return runner.run(Path(arguments["output_dir"])) if self.place.rank == 0 else runner.follow()
+        if action == "batches":
+            from hydrarun.engine.runs import batch_worker as batch_draw
+
+            return batch_draw.draw(runner, config, Path(arguments["output_dir"]), arguments["left"])
+        if action == "generate":
+            drawn = runner.generate(**arguments["sampling"])
+            return keep(drawn, Path(arguments["folder"])) if self.place.rank == 0 else None
+        return None
+
+    def build(self, config: dict[str, Any], quiet: bool) -> Runner:
+        """A runner for `config`: the one that is there, or a new one; unless `quiet`, rank 0 shows its progress.
+
+        Raises UsageError and RunError.
+        """
+        from hydrarun.core.progress import Progress
+        from hydrarun.outputs.provenance import forget_peak_host_bytes
+
+        forget_peak_host_bytes()
+        if self.runner and build_key(config) == self.key:
+            self.runner.again()
+        else:
+            self.close()
+            progress = Progress(quiet=quiet or self.place.rank > 0)
+            built = self._joined(config, progress) if self.store else config
+            self.runner = make_runner(built, progress)
+            self.key = build_key(config)
+        self.runner.config = config  # what a record says is what was asked for, on any rank
+        return self.runner
+
+    def _joined(self, config: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """`config` for this rank's device, which has a process group with the others."""
+        self.device = own_device(config["device"], self.place)
+        if config["device"] == "auto":
+            progress.note(f"device={self.device.partition(':')[0]} (auto)")
+        self._join()
+        return {**config, "device": self.device}
+
+    def _join(self) -> None:
+        """Form the process group with the other ranks."""
+        import torch
+        import torch.distributed as dist
+
+        if self.device != "cpu":
+            torch.cuda.set_device(self.device)
+        self.groups += 1
+        dist.init_process_group(
+            "gloo" if self.device == "cpu" else "nccl",
+            store=dist.PrefixStore(f"group/{self.groups}", self.store),
+            rank=self.place.rank,
+            world_size=self.place.size,
+            timeout=COLLECTIVE,
+        )
+
+    def close(self) -> None:
+        """Let go of the runner and the process group, once every rank is done with its jobs."""
+        if not self.runner:
+            return
+        import torch
+        import torch.distributed as dist
+
+        self.runner = None
+        gc.collect()
+        torch.cuda.empty_cache()  # does nothing without CUDA
+        if self.store:
+            dist.destroy_process_group()
+
+
+def own_device(name: str, place: Place) -> str:
+    """What this rank computes on: `cpu`, or the CUDA device of its local rank. Raises UsageError."""
+    import torch
+
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    if name not in ("auto", "cuda", "cuda:0"):  # cuda:0 is what a record of rank 0 says
+        raise UsageError(f"device={name}: each of {place.size} ranks has a device of its own; use device=cuda")
+    count = torch.cuda.device_count()
+    if count < place.local_size:
+        raise UsageError(
+            f"device={name}: {place.local_size} ranks on this machine need as many CUDA devices, and torch sees "
+            f"{count}; use fewer ranks, or device=cpu"
+        )
+    return f"cuda:{place.local_rank}"
+
+
+def keep(drawn: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
+    """Save pictures as 0.npy, 1.npy… in `folder` and return what else there is to know of each."""
+    import numpy as np
+
+    for index, picture in enumerate(drawn):
+        np.save(folder / f"{index}.npy", picture.pixels, allow_pickle=False)
+    return [{key: value for key, value in vars(picture).items() if key != "pixels"} for picture in drawn]
+
+
+def publish(store: Store, rank: int, error: BaseException) -> None:
+    """Put the first failure of all ranks into the store; what fails later is its consequence."""
+    if store.add("failures", 1) > 1:
+        return
+    if isinstance(error, (UsageError, RunError)):
+        text = str(error)
+    else:
+        last = "".join(traceback.format_exception_only(type(error), error))
+        whole = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        text = f"{whole.removesuffix(last)}rank {rank}: {last}".rstrip()
+    store.set("failure", json.dumps({"rank": rank, "usage": isinstance(error, UsageError), "text": text}))
+
+
+def failure(store: Store) -> tuple[int, UsageError | RunError]:
+    """The rank that failed first, and what it said."""
+    said = json.loads(store.get("failure"))
+    return said["rank"], (UsageError if said["usage"] else RunError)(said["text"])
+
+
+def leave(store: Store, rank: int, error: BaseException, tell: bool) -> NoReturn:
+    """End this process after a failure; if it was the first and `tell`, print it.
+
+    Without destructors: those of gloo and NCCL abort, or wait for ranks that are gone.
+    """
+    code = 1
+    try:
+        publish(store, rank, error)
+        first, said = failure(store)
+        code = 2 if isinstance(said, UsageError) else 1
+        if isinstance(error, KeyboardInterrupt):
+            code, said = 130, RunError("interrupted")
+        if tell and first == rank:
+            print(said, file=sys.stderr)
+    finally:
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def serve(store: Store, tell: bool) -> None:
+    """Do jobs until there are no more; at the first failure the process ends."""
+    rank = place().rank
+    if rank > 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to clean up, and no waiting in a collective
+    try:
+        session = Session(store)
+        for number in itertools.count():
+            job = json.loads(store.get(f"job/{number}"))
+            if job is None:
+                break
+            result = session.do(**job)
+            if rank == 0:
+                store.set(f"result/{number}", json.dumps(result))
+        session.close()
+        store.set(f"left/{rank}", "")
+    except BaseException as error:
+        leave(store, rank, error, tell)
+
+
+def torchrun_store() -> Store:
+    """The store that torchrun's ranks share."""
+    from torch.distributed import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", timeout=IDLE))
+    return PrefixStore("hydrarun", store)
+
+
+def follow(argv: Sequence[str]) -> None:
+    """A rank above 0 of torchrun, started with the same command line as rank 0, which reads it."""
+    with suppress(UsageError):  # rank 0 says what is wrong
+        for name in arguments.parse(argv).targets:
+            targets.allow(name)
+    serve(torchrun_store(), tell=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    """A rank that a driver on this machine started: `argv` is the port of its store, and classes to allow."""
+    if sys.platform == "linux":  # a driver that is killed takes its ranks along
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    from torch.distributed import PrefixStore, TCPStore
+
+    port, *allowed = argv
+    for name in allowed:
+        targets.allow(name)
+    store = TCPStore("127.0.0.1", int(port), is_master=False, timeout=CONNECT)
+    store.set_timeout(IDLE)
+    serve(PrefixStore("hydrarun", store), tell=False)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

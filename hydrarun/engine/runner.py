@@ -1,0 +1,290 @@
+"""A run: build once, then draw. The command and the Python API both come through here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hydrarun.acceleration.parallel.data import all_frames, own_items
+from hydrarun.config.checks import compatibility as compat
+from hydrarun.config.checks.values import check_values, image_paths
+from hydrarun.core.device import forget_peak, peak_bytes
+from hydrarun.core.distributed.mesh import Axis
+from hydrarun.core.errors import RunError, UsageError, nearest
+from hydrarun.core.progress import Progress
+from hydrarun.core.timing import Timings
+from hydrarun.engine.build import build, choose_device, make_cache
+from hydrarun.engine.plan.out_of_memory import out_of_memory
+from hydrarun.engine.runs.quality import Measured, backends, follow, measure
+from hydrarun.models.weights.safetensors import fingerprint
+from hydrarun.outputs.media import images, kinds
+from hydrarun.outputs.media.images import InputImage
+from hydrarun.outputs.provenance import hardware, peak_host_bytes, versions
+from hydrarun.outputs.writer import OutputWriter
+from hydrarun.pipeline.request import make_state, sampling_of
+from hydrarun.pipeline.stage import Stage, run_stages
+from hydrarun.pipeline.state import State
+
+
+@dataclass
+class Picture:
+    """What was drawn, and what makes it again."""
+
+    pixels: np.ndarray  # an array of `hydrarun.outputs.media.kinds`
+    prompt: str
+    negative_prompt: str | None
+    seed: int
+    caption: str | None = None  # what a blank prompt was taken for
+
+
+class Runner:
+    """A model with its weights loaded, built from a composed configuration (`hydrarun.config.compose`)."""
+
+    def __init__(self, config: dict[str, Any], progress: Progress | None = None) -> None:
+        """Raises `UsageError` for what the user must change, `RunError` for weights that cannot be used."""
+        self.config = config
+        self.progress = progress or Progress(quiet=True)
+        start = time.perf_counter()
+        backends(config)  # refuses what this machine lacks before weights are read
+        try:
+            self.built = build(config, self.progress)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(config, "loading", choose_device(config["device"], Progress(quiet=True))) from error
+        self.load_s = time.perf_counter() - start
+        self.read_bytes = self.built.read_bytes
+
+    def generate(self, **sampling: Any) -> list[Picture]:
+        """Draw with the loaded model; keywords are fields of `sampling` and replace the configuration's.
+
+        `images=` replaces `input.images`.
+        """
+        fields = self.config["sampling"]
+        given = dict(self.config["input"])
+        if "images" in sampling:
+            given["images"] = sampling.pop("images")
+        for name in sampling:
+            if name not in fields:
+                raise UsageError(f"sampling has no field {name!r}.{nearest(name, [*fields, 'images'])}")
+        changed = {**self.config, "sampling": {**fields, **sampling}, "input": given}
+        check_values(changed)
+        compat.check(changed)
+        state = self.state(changed, self.read_images(changed))
+        return pictures(self.draw(state, Timings(self.built.parts.device), changed["cache"]))
+
+    def read_images(self, config: dict[str, Any]) -> list[InputImage]:
+        """The input images; says what was changed in reading one."""
+        alpha = kinds.drawn_by(config["model"]).alpha
+        read = [images.read(path, alpha) for path in image_paths(config)]
+        for image in read:
+            if image.note:
+                self.progress.note(f"{image.path.name}: {image.note}")
+        return read
+
+    def state(self, config: dict[str, Any], given: list[InputImage]) -> State:
+        """The batch that `config` asks for."""
+        return make_state(config["sampling"], [image.image for image in given])
+
+    def warm_up(self, given: list[InputImage], timings: Timings) -> None:
+        """Draw what the run will, for `warmup` steps of each transformer, and throw it away.
+
+        What it takes goes to `timings`; nothing else is left of it, not in the generators of random numbers either.
+        """
+        count, parts = self.config["warmup"], self.built.parts
+        if not count:
+            return
+        self.progress.note(f"warming up, {count} step{'' if count == 1 else 's'} of each transformer:")
+        own = Timings(parts.device)
+        start = own.now()
+        devices = [] if parts.device.type == "cpu" else [parts.device]
+        parts.warmup = count
+        try:
+            with torch.random.fork_rng(devices, device_type=parts.device.type if devices else None):
+                self.draw(self.state(self.config, given), own)
+        finally:
+            parts.warmup = None
+        timings.warmup, timings.compile = own.now() - start, own.compile
+
+    def draw(self, state: State, timings: Timings, cache: dict[str, Any] | None = None) -> State:
+        """Run the stages, on this rank's share of the items; the state then has the frames of all of them.
+
+        `cache`: a node that replaces the configuration's.
+        """
+        own = self.own(state)
+        self.play(self.built.stages, state, own, timings, cache)
+        return self.whole(state, own)
+
+    def own(self, state: State) -> State:
+        """This rank's share of a request."""
+        axis = self.data_axis()
+        return own_items(state, axis) if axis else state
+
+    def play(
+        self,
+        stages: Sequence[Stage],
+        state: State,
+        own: State,
+        timings: Timings,
+        cache: dict[str, Any] | None = None,
+    ) -> None:
+        """Run these stages on this rank's share of the request `state`."""
+        parts = self.built.parts
+        parts.cache = make_cache(cache or self.config["cache"], self.built.source.folder)
+        try:
+            run_stages(stages, own, parts, timings)
+        except torch.OutOfMemoryError as error:
+            asked = {**self.config, "sampling": sampling_of(state)}
+            raise out_of_memory(asked, timings.running, parts.device) from error
+
+    def whole(self, state: State, own: State) -> State:
+        """The request `state` with what was drawn of it on every rank; `own`: this rank's share, drawn."""
+        axis = self.data_axis()
+        if not axis:
+            return own
+        whole = replace(own, prompts=state.prompts, negative_prompts=state.negative_prompts, seeds=state.seeds)
+        whole.frames = all_frames(own.frames, len(state.prompts), axis, self.built.parts.device)
+        return whole
+
+    def data_axis(self) -> Axis | None:
+        """This rank's place among those that share the pictures."""
+        mesh = self.built.parts.mesh
+        return mesh["data"] if mesh else None
+
+    def follow(self) -> None:
+        """Do this rank's part of a run that rank 0 writes."""
+        given = self.read_images(self.config)
+        timings = Timings(self.built.parts.device)
+        self.warm_up(given, timings)
+        self.draw(self.state(self.config, given), timings)
+        if self.config["report"]["metrics"]:
+            follow(self, given)
+
+    def redraw(self, given: list[InputImage], cache: dict[str, Any]) -> tuple[list[Picture], dict[str, Any]]:
+        """Draw the run once more with the cache of this node: what came of it, and `results`."""
+        start = time.perf_counter()
+        timings = Timings(self.built.parts.device)
+        state = self.draw(self.state(self.config, given), timings, cache)
+        return pictures(state), self.results(timings, start)
+
+    def again(self) -> None:
+        """Begin another run with what is loaded: nothing is read for it, and peaks of memory are its own."""
+        self.load_s, self.read_bytes = 0.0, 0
+        forget_peak(self.built.parts.device)
+
+    def close(self) -> None:
+        """Let the model and its memory go; nothing can be drawn any more."""
+        del self.built
+
+    def run(self, output_dir: Path) -> dict[str, Any]:
+        """Draw what the configuration asks for, write it into `output_dir` and return what run.json says."""
+        start = time.perf_counter()
+        timings = Timings(self.built.parts.device)
+        given = self.read_images(self.config)
+        facts = {**self.facts(), "inputs": [describe(image) for image in given]}
+        writer = OutputWriter(output_dir, self.config, facts, self.config["output"]["metadata"])
+        results: dict[str, Any] = {}
+        try:
+            self.warm_up(given, timings)
+            drawn = pictures(self.draw(self.state(self.config, given), timings))
+            self.save(drawn, writer, self.measured(timings, start))
+            results = self.results(timings, start)  # of the run alone, before anything else is drawn
+            if self.config["report"]["metrics"]:
+                measured = measure(self, given, drawn, writer.facts, results)
+                results = with_quality(results, measured)
+                for index, record in enumerate(writer.outputs):
+                    record.update(measured.of_output(index))
+        except BaseException as error:  # Ctrl-C and a full disk too: what was made stays, and run.json says so
+            writer.fail(error, results or self.results(timings, start))
+            raise
+        record = writer.finish(results)
+        self.progress.table(record, output_dir)
+        return record
+
+    def save(self, drawn: list[Picture], writer: OutputWriter, timings: dict[str, Any]) -> None:
+        """Write every picture that can be; then raise for the first that could not."""
+        refused: list[RunError] = []
+        with self.progress.phase("saving", total=len(drawn)) as advance:
+            for picture in drawn:
+                try:
+                    writer.save(**vars(picture), timings=timings)
+                except RunError as error:
+                    refused.append(error)
+                advance()
+        if refused:
+            raise refused[0]
+
+    def measured(self, timings: Timings, start: float) -> dict[str, Any]:
+        """Seconds so far; `total_s` is loading and everything since `start`."""
+        phases = {f"{name}_s": timings.phases.get(name, 0.0) for name in ("encode", "denoise", "decode")}
+        total = self.load_s + time.perf_counter() - start
+        beside = {**self.read(), "warmup_s": timings.warmup, "compile_s": timings.compile}
+        return {"load_s": self.load_s, **beside, **phases, "steps_s": timings.steps, "total_s": total}
+
+    def read(self) -> dict[str, float | None]:
+        """What was read of weights for this run, in bytes."""
+        rate = self.read_bytes / self.built.read_s if self.read_bytes else None
+        return {"read_bytes": self.read_bytes, "read_bytes_per_s": rate}
+
+    def results(self, timings: Timings, start: float) -> dict[str, Any]:
+        """What was measured so far, by its keys in run.json."""
+        return {
+            "timings": self.measured(timings, start),
+            "memory": self.memory(),
+            "cache": self.built.parts.cache.results(timings.steps),
+        }
+
+    def memory(self) -> dict[str, int]:
+        """Peak bytes of this process in this run, on the host and on its device (0 for the CPU, which is the host)."""
+        return {"peak_host_bytes": peak_host_bytes(), "peak_device_bytes": peak_bytes(self.built.parts.device)}
+
+    def facts(self) -> dict[str, Any]:
+        """What the run really uses, beside its configuration."""
+        built = self.built
+        return {
+            "weights": {
+                "path": self.config["model"]["path"],
+                "revision": built.source.revision,
+                "fingerprint": fingerprint(built.source.folder),
+            },
+            "verified": self.config["verify"],
+            "device": str(built.parts.device),
+            "dtype": str(built.parts.dtype).removeprefix("torch."),
+            "attention": built.attention.name,
+            "scheduler": type(built.parts.pipeline.scheduler).__name__,
+            "compile": self.config["compile"]["_target_"].rpartition(".")[2],
+            "quantization": built.quantization.name,
+            "versions": versions(),
+            "hardware": hardware(str(built.parts.device)),
+            **sample_rate(built.parts.pipeline.vae.config),
+        }
+
+
+def sample_rate(config: Any) -> dict[str, int]:
+    """Of the sounds that the VAE of this config makes, in Hz; nothing of a VAE of pictures."""
+    return {"sample_rate": config["sampling_rate"]} if "sampling_rate" in config else {}
+
+
+def with_quality(results: dict[str, Any], measured: Measured) -> dict[str, Any]:
+    """`results` with what was measured beside."""
+    timings = {**results["timings"], "quality_s": measured.seconds}
+    return {**results, "timings": timings, "quality": measured.quality}
+
+
+def describe(image: InputImage) -> dict[str, Any]:
+    """What run.json says about an input image."""
+    return {"path": str(image.path), "sha256": image.sha256, "width": image.image.width, "height": image.image.height}
+
+
+def pictures(state: State) -> list[Picture]:
+    """The items of a finished batch."""
+    negatives: Sequence[str | None] = state.negative_prompts or [None] * len(state.prompts)
+    still = state.num_frames is None and state.layers is None and state.frames.ndim == 5
+    captions = [None if prompt.strip() else state.caption for prompt in state.prompts]
+    pixels = state.frames[:, 0] if still else state.frames
+    items = zip(pixels, state.prompts, negatives, state.seeds, captions, strict=True)
+    return [Picture(*item) for item in items]

@@ -1,0 +1,1 @@
+"""One run, a batch of many, and how good their pictures are."""

@@ -1,0 +1,191 @@
+"""Measures a run against its uncached, unquantized twin, and how far apart such runs are anyway: the noise floor.
+
+What is drawn for it is drawn on every rank, in one order; rank 0 alone knows whether the twin is on disk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from hydrarun.acceleration.quantization import NoQuantization
+from hydrarun.config.checks.report import REPEAT
+from hydrarun.config.targets import instantiate
+from hydrarun.core.distributed import collectives as comm
+from hydrarun.core.errors import OutOfMemoryError, RunError
+from hydrarun.core.resources import options
+from hydrarun.engine.runs import reference as twins
+from hydrarun.models.layers.attention import AttentionBackend
+from hydrarun.outputs.media.images import InputImage
+from hydrarun.outputs.provenance import redact
+from hydrarun.outputs.quality.metrics import MEASURES, accuracy, compare, summary
+
+if TYPE_CHECKING:
+    from hydrarun.engine.runner import Picture, Runner
+
+
+class Draw(NamedTuple):
+    """What was drawn without a cache, and the keys of run.json that say how."""
+
+    name: str
+    pictures: list[Picture]
+    results: dict[str, Any]
+
+
+@dataclass
+class Yardstick:
+    """The twin's pixels, the prompts, and what is measured."""
+
+    twin: list[np.ndarray]
+    prompts: list[str]
+    metrics: list[str]
+
+    def each(self, drawn: Sequence[Picture]) -> list[dict[str, float]]:
+        """The measures of each pair."""
+        return [compare(ours.pixels, twin, self.metrics) for ours, twin in zip(drawn, self.twin, strict=True)]
+
+    def block(self, drawn: Sequence[Picture], each: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+        """The measures of all together; `each`: those of each pair."""
+        block = summaries(each, self.metrics)
+        if "accuracy" in self.metrics:
+            shares = {"outputs": [picture.pixels for picture in drawn], "twins": self.twin}
+            block["accuracy"] = {name: accuracy(pixels, self.prompts) for name, pixels in shares.items()}
+            block["accuracy"]["count"] = len(drawn)
+        return block
+
+
+class Measured(NamedTuple):
+    """What run.json says of a run's quality, and of that of each of its outputs."""
+
+    quality: dict[str, Any]
+    seconds: float
+    #: {measure: number}; and by the entries of the noise floor the same
+    each: list[dict[str, float]]
+    floor: dict[str, list[dict[str, float]]]
+
+    def of_output(self, index: int) -> dict[str, Any]:
+        """The keys of the record of one output."""
+        floor = {name: numbers[index] for name, numbers in self.floor.items() if numbers[index]}
+        own = {"quality": self.each[index], "noise_floor": floor}
+        return {key: numbers for key, numbers in own.items() if numbers}
+
+
+def summaries(each: Sequence[Mapping[str, float]], metrics: Sequence[str]) -> dict[str, Any]:
+    """The measures of many pairs by their names: mean, p95 and worst."""
+    return {name: summary([pair[name] for pair in each]) for name in metrics if name in MEASURES}
+
+
+def measure(
+    runner: Runner, given: list[InputImage], ours: list[Picture], facts: Mapping[str, Any], results: dict[str, Any]
+) -> Measured:
+    """Compare what a run drew with its twin. `facts` and `results`: as `OutputWriter` has and takes them.
+
+    On rank 0, while the others `follow`. Raises RunError for a twin that cannot be drawn or kept.
+    """
+    start = time.perf_counter()
+    config, facts = runner.config, {**facts, "quantization": NoQuantization.name}
+    place, twin, note = twins.folder(config), twins.kept(config, facts), "kept"
+    if config == twins.plain(config):
+        if twin is None:
+            twins.keep(config, facts, ours, results)
+        twin, note = [picture.pixels for picture in ours], "this run itself, kept"
+    others = draws(runner, given, twin is None)
+    if twin is None:
+        made = next(others)
+        twins.keep(config, facts, made.pictures, made.results)
+        twin, note = [picture.pixels for picture in made.pictures], "made, kept"
+    runner.progress.note(f"the uncached twin: {note} in {place}")
+
+    yardstick = Yardstick(twin, [picture.prompt for picture in ours], config["report"]["metrics"])
+    each = yardstick.each(ours)
+    quality = {**redact({"twin": str(place)}), **yardstick.block(ours, each)}
+    floor, blocks = {}, {}
+    for draw in others:
+        floor[draw.name] = yardstick.each(draw.pictures)
+        blocks[draw.name] = yardstick.block(draw.pictures, floor[draw.name])
+    if blocks:
+        quality["noise_floor"] = blocks
+    return Measured(quality, time.perf_counter() - start, each, floor)
+
+
+def follow(runner: Runner, given: list[InputImage]) -> None:
+    """Do this rank's part of what rank 0 draws to `measure`."""
+    for _ in draws(runner, given, False):
+        pass
+
+
+def draws(runner: Runner, given: list[InputImage], twin: bool) -> Iterator[Draw]:
+    """The twin, if rank 0 needs it, then the noise floor; in the same order on every rank."""
+    twin, others = agreed(runner, twin), backends(runner.config)
+    if not (twin or others):
+        return
+    with unquantized(runner) as plain:
+        if twin:
+            runner.progress.note("drawing the uncached twin")
+            yield Draw("twin", *plain.redraw(given, twins.no_cache()))
+        for name, backend in others.items():
+            runner.progress.note(f"drawing for the noise floor: {name}")
+            with attending(plain, backend):
+                draw = Draw(name, *plain.redraw(given, twins.no_cache()))
+            yield draw
+
+
+@contextmanager
+def unquantized(runner: Runner) -> Iterator[Runner]:
+    """A runner with the weights as they are loaded: this one, or, while the block runs, a second one beside it.
+
+    Raises RunError where the device has no room for both.
+    """
+    config = twins.plain(runner.config)
+    if config["quantization"] == runner.config["quantization"]:
+        yield runner
+        return
+    runner.progress.note("loading the weights once more, unquantized: the uncached twin has those")
+    try:
+        second = type(runner)({**config, "device": str(runner.built.parts.device)}, runner.progress)
+        try:
+            yield second
+        finally:
+            second.close()
+    except OutOfMemoryError:
+        raise RunError(
+            "the unquantized weights do not fit beside the quantized ones: draw the twin first, by the same command"
+            " with quantization=none"
+        ) from None
+
+
+def agreed(runner: Runner, mine: bool) -> bool:
+    """Rank 0's answer, on every rank; the others' is False."""
+    parts = runner.built.parts
+    if parts.mesh is None:
+        return mine
+    answers = comm.all_reduce(torch.tensor([int(mine)], device=parts.device), comm.everyone())
+    return bool(answers.item())
+
+
+def backends(config: Mapping[str, Any]) -> dict[str, AttentionBackend | None]:
+    """The attention of each entry of `report.noise_floor`; None is the run's own.
+
+    Raises UsageError for one that this machine lacks.
+    """
+    nodes = {name: None if name == REPEAT else options("attention")[name] for name in config["report"]["noise_floor"]}
+    return {name: node and instantiate(node, "report.noise_floor") for name, node in nodes.items()}
+
+
+@contextmanager
+def attending(runner: Runner, backend: AttentionBackend | None) -> Iterator[None]:
+    """The transformers with another attention while the block runs."""
+    transformers = list(runner.built.parts.experts)
+    try:
+        for transformer in transformers:
+            transformer.set_attention_backend(backend or runner.built.attention)
+        yield
+    finally:
+        for transformer in transformers:
+            transformer.set_attention_backend(runner.built.attention)

@@ -1,1 +1,0 @@
-"""Reading and writing finished media: one module per container format."""

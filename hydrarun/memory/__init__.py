@@ -1,1 +1,0 @@
-"""Where weights come from and where they are kept."""

@@ -1,0 +1,113 @@
+"""Attention: the only layers through which tokens see each other.
+
+Blocks hand over queries, keys and values; these layers compute with the chosen backend. `[B, S, H, D]` everywhere:
+batch, tokens, heads, channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hydrarun.models.layers.attention_backends import SDPA
+
+QKV = tuple[Tensor, Tensor, Tensor]
+#: keys and values `[1, P, H, D]` of tokens that attended before, of the heads that this rank attends with
+Prefix = tuple[Tensor, Tensor]
+
+
+class AttentionBackend(Protocol):
+    """Computes attention. `mask` `[B, K]` bool says which keys are real; None: all are."""
+
+    name: str
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor: ...
+
+
+class AttentionLayer(nn.Module):
+    """What all attention layers have: the backend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backend: AttentionBackend = SDPA()
+
+
+class Attention(AttentionLayer):
+    """Joint attention over one or more streams of tokens: each token attends to those of every stream.
+
+    `sequence`, where the tokens are spread over ranks, takes the place of the plain computation
+    (`hydrarun.acceleration.parallel.sequence`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sequence: Any = None
+
+    def forward(
+        self,
+        streams: Mapping[str, QKV],
+        masks: Mapping[str, Tensor | None] | None = None,
+        prefix: Prefix | None = None,
+    ) -> list[Tensor]:
+        """(query, key, value) of each stream, each `[B, S, H, D]`, to each stream's output `[B, S, H * D]`.
+
+        Keys and values may have fewer heads, which groups of the queries' heads then share.
+        Streams go by the names of their fields in `Tokens`. A stream's mask `[B, S]`, over all of its tokens wherever
+        they are, is True where a token is real; None, or no mask: all of them are. All attend to a `prefix` too, which
+        `keep` made.
+        """
+        masks = masks or {}
+        streams = {name: with_all_heads(*stream) for name, stream in streams.items()}
+        if self.sequence is not None:
+            return self.sequence(streams, masks, self.backend, prefix)
+        query, key, value = (torch.cat(parts, dim=1) for parts in zip(*streams.values(), strict=True))
+        lengths: Mapping[str, int] = {name: stream[1].shape[1] for name, stream in streams.items()}
+        key, value, lengths = behind(prefix, key, value, lengths)
+        output = self.backend(query, key, value, join_masks(masks, lengths))
+        return list(output.flatten(2).split([stream[0].shape[1] for stream in streams.values()], dim=1))
+
+    def keep(self, stream: str, key: Tensor, value: Tensor) -> Prefix:
+        """Keys and values `[1, S, H, D]` of a stream's tokens as a prefix of later calls."""
+        return (key, value) if self.sequence is None else self.sequence.keep(stream, key, value)
+
+
+class CrossAttention(AttentionLayer):
+    """Latent tokens attend to a context that every rank holds whole; the context does not attend."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`[B, S, H, D]`, twice `[B, T, H, D]` to `[B, S, H * D]`."""
+        return self.backend(*with_all_heads(query, key, value), None).flatten(2)
+
+
+def with_all_heads(query: Tensor, key: Tensor, value: Tensor) -> QKV:
+    """Keys and values for every head of the queries: where heads share them in groups, each group's again and again."""
+    groups = query.shape[2] // key.shape[2]
+    if groups == 1:
+        return query, key, value
+    return query, key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
+
+
+def behind(
+    prefix: Prefix | None, key: Tensor, value: Tensor, lengths: Mapping[str, int]
+) -> tuple[Tensor, Tensor, Mapping[str, int]]:
+    """Keys and values `[B, S, H, D]`, and the lengths of their streams, behind those of a prefix, if there is one."""
+    if prefix is None:
+        return key, value, lengths
+    before = [kept.expand(len(key), -1, -1, -1) for kept in prefix]
+    joined = (torch.cat(pair, dim=1) for pair in zip(before, (key, value), strict=True))
+    return *joined, {"prefix": before[0].shape[1], **lengths}
+
+
+def join_masks(masks: Mapping[str, Tensor | None], lengths: Mapping[str, int]) -> Tensor | None:
+    """One mask `[B, S]` over the keys of all streams of these lengths, or None when nothing is masked."""
+    given = [mask for mask in masks.values() if mask is not None]
+    if not given:
+        return None
+    batch = given[0].shape[0]
+    full = {name: masks.get(name) for name in lengths}
+    return torch.cat(
+        [given[0].new_ones(batch, lengths[name]) if mask is None else mask for name, mask in full.items()], dim=1
+    )

@@ -1,0 +1,131 @@
+"""The dual-stream block (MMDiT; Stable Diffusion 3, https://arxiv.org/abs/2403.03206).
+
+Text and image tokens have weights of their own and meet in joint attention. Several families are made of it; their
+checkpoints differ in names only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hydrarun.models.layers.attention import Attention
+from hydrarun.models.layers.linear import FeedForward, QKVLinear, RowLinear
+from hydrarun.models.layers.norm import Modulation, modulate
+from hydrarun.models.layers.rope import rotate
+from hydrarun.models.layers.tensor_parallel import Run
+from hydrarun.models.transformer import Tokens
+
+FLOAT16_MAX = torch.finfo(torch.float16).max
+
+
+class AttendedTo(nn.Module):
+    """A stream that is attended to, and no more: what its tokens become, nobody asks."""
+
+    #: what its modulation makes: the shift and scale before attention, then what `finish` takes
+    parts: ClassVar[int] = 2
+
+    def __init__(self, dim: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.modulation = Modulation(dim, self.parts)
+        self.qkv = QKVLinear(dim, heads, head_dim)
+        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
+        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
+
+    def project(self, hidden_states: Tensor, rope: Tensor | None, shift: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        """`[B, S, D]` to query, key and value `[B, S, H, d]`, normed and, where there is a `rope`, rotated."""
+        query, key, value = self.qkv(modulate(hidden_states, shift, scale))
+        query, key = self.norm_q(query), self.norm_k(key)
+        return (query, key, value) if rope is None else (rotate(query, rope), rotate(key, rope), value)
+
+    def finish(self, hidden_states: Tensor, attended: Tensor, gates: Sequence[Tensor]) -> Tensor:
+        """The tokens `[B, S, D]`, to which nothing is added."""
+        return hidden_states
+
+
+class Stream(AttendedTo):
+    """One stream's share of a block: what happens to its tokens before and after the joint attention."""
+
+    parts = 6
+
+    def __init__(self, dim: int, heads: int, head_dim: int, gated: bool = False) -> None:
+        super().__init__(dim, heads, head_dim)
+        self.out = RowLinear(dim, Run(heads, head_dim))
+        self.feed_forward = FeedForward(dim, gated=gated)
+
+    def finish(self, hidden_states: Tensor, attended: Tensor, gates: Sequence[Tensor]) -> Tensor:
+        """Add the attention's and the feed-forward's output to `[B, S, D]`."""
+        gate_attention, shift, scale, gate_feed_forward = gates
+        hidden_states = torch.addcmul(hidden_states, gate_attention, self.out(attended))
+        update = self.feed_forward(modulate(hidden_states, shift, scale))
+        return within_float16(torch.addcmul(hidden_states, gate_feed_forward, update))
+
+
+class DualStreamBlock(nn.Module):
+    """Text and image tokens with weights of their own, joined in attention. `image`, `text`: makers of the streams."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int,
+        image: Callable[[int, int, int], Stream] = Stream,
+        text: Callable[[int, int, int], AttendedTo] = Stream,
+    ) -> None:
+        super().__init__()
+        self.image = image(dim, heads, head_dim)
+        self.text = text(dim, heads, head_dim)
+        self.attention = Attention()
+
+    def modulated(self, tokens: Tokens) -> Tensor:
+        """The image tokens as the attention's projection sees them, `[B, S, D]`."""
+        shift, scale, *_ = self.image.modulation(tokens.temb, tokens.temb_index)
+        return modulate(tokens.hidden_states, shift, scale)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """`[B, S, D]` and `[B, T, D]` to the same."""
+        shift, scale, *image_gates = self.image.modulation(tokens.temb, tokens.temb_index)
+        image = self.image.project(hidden_states, tokens.rope, shift, scale)
+        shift, scale, *text_gates = self.text.modulation(tokens.temb[:, :1])
+        text = self.text.project(encoder_hidden_states, tokens.encoder_rope, shift, scale)
+        text_attended, image_attended = self.attention(
+            {"encoder_hidden_states": text, "hidden_states": image}, {"encoder_hidden_states": tokens.encoder_mask}
+        )
+        return (
+            self.image.finish(hidden_states, image_attended, image_gates),
+            self.text.finish(encoder_hidden_states, text_attended, text_gates),
+        )
+
+
+def within_float16(hidden_states: Tensor) -> Tensor:
+    """The same; later blocks' activations would leave float16's range."""
+    return hidden_states.clip(-FLOAT16_MAX, FLOAT16_MAX) if hidden_states.dtype == torch.float16 else hidden_states
+
+
+def dual_stream_weights(
+    modulation: tuple[str, str], feed_forward: tuple[str, str], theirs: str = "transformer_blocks.*"
+) -> dict[str, str | tuple[str, ...]]:
+    """The weight map of `blocks.*`, DualStreamBlocks, from a checkpoint whose joint attention has diffusers' names.
+
+    `modulation` and `feed_forward` name the checkpoint's layers: the image's, then the text's.
+    """
+    attention = {
+        "image": ("to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out.0"),
+        "text": ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k", "to_add_out"),
+    }
+    weights: dict[str, str | tuple[str, ...]] = {}
+    for (stream, names), shifts, mlp in zip(attention.items(), modulation, feed_forward, strict=True):
+        *qkv, norm_q, norm_k, out = (f"{theirs}.attn.{name}" for name in names)
+        weights |= {
+            f"blocks.*.{stream}.modulation.linear": f"{theirs}.{shifts}",
+            f"blocks.*.{stream}.qkv": tuple(qkv),
+            f"blocks.*.{stream}.norm_q": norm_q,
+            f"blocks.*.{stream}.norm_k": norm_k,
+            f"blocks.*.{stream}.out": out,
+            f"blocks.*.{stream}.feed_forward.up": f"{theirs}.{mlp}.net.0.proj",
+            f"blocks.*.{stream}.feed_forward.down": f"{theirs}.{mlp}.net.2",
+        }
+    return weights

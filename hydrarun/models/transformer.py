@@ -1,0 +1,222 @@
+"""The contract: a diffusion transformer is `embed -> blocks -> head`.
+
+A model says how its inputs become tokens, what one block does and how tokens become a prediction; the forward
+pass itself is ours and the same for all, so that what happens around the blocks is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from itertools import islice
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from hydrarun.acceleration.cache.base import Cache, Step
+from hydrarun.models.layers.attention import Attention, AttentionBackend, AttentionLayer
+
+
+def token_field(dim: int, of: str) -> Any:
+    """A field whose dimension `dim` counts tokens of the stream `of` (the name of the stream's own field)."""
+    return field(default=None, metadata={"token_dim": dim, "of": of})
+
+
+@dataclass
+class Tokens:
+    """What flows through the blocks. S latent tokens, T context (text) tokens, D channels, d channels of a head.
+
+    Tokens of one call may be at different noise levels (a given first frame, an image to edit): `temb` then holds K
+    timesteps, the first of them the call's own, and `temb_index` says which is each latent token's. A model that needs
+    more fields subclasses this.
+    """
+
+    hidden_states: Tensor = token_field(1, "hidden_states")  # [B, S, D]
+    encoder_hidden_states: Tensor | None = token_field(1, "encoder_hidden_states")  # [B, T, D]
+    encoder_mask: Tensor | None = None  # [B, T] bool, True: a real token; whole wherever the tokens are
+    rope: Tensor | None = token_field(0, "hidden_states")  # [S, d/2, 2] cosines and sines
+    encoder_rope: Tensor | None = token_field(0, "encoder_hidden_states")  # [T, d/2, 2]
+    temb: Any = None  # [B, K, D] timesteps and other global conditioning; or [B, K], their rows in modulation tables
+    temb_index: Tensor | None = token_field(0, "hidden_states")  # [S] 0 to K - 1; None: K is 1
+    grid: tuple[int, int, int] = (1, 1, 1)  # frames, rows and columns of the latent tokens that are predicted
+
+    @classmethod
+    def token_dims(cls) -> dict[str, tuple[int, str]]:
+        """`{field: (token dimension, stream)}` of every field that is cut when tokens are spread over ranks."""
+        return {f.name: (f.metadata["token_dim"], f.metadata["of"]) for f in fields(cls) if "token_dim" in f.metadata}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a step gives the transformer."""
+
+    hidden_states: Tensor  # latents, as `embed` takes them
+    timestep: Tensor  # [B], the scheduler's own values
+    conditioning: Mapping[str, Mapping[str, Any]]  # {branch: what else `embed` takes for it}
+    rows: Mapping[str, Tensor] | None = None  # {branch: [B, K], its rows in modulation tables}; None: there are none
+    without: tuple[int, ...] = ()  # blocks that are left out, where no cache looks between them
+
+
+#: of one branch: latents, timestep, conditioning, positions, rows in modulation tables
+Arguments = tuple[Tensor, Tensor, Mapping[str, Any], Mapping[str, Any], Tensor | None]
+
+
+@dataclass
+class Call:
+    """One branch's way through the transformer."""
+
+    whole: Any  # Tokens: all of them, as `embed` made them
+    tokens: Any  # Tokens: this rank's, which the blocks change; the same object in one process
+    lengths: dict[str, int]  # tokens of each stream on all ranks
+
+
+class Transformer(nn.Module):
+    """Base of all transformers.
+
+    A block is called as `block(hidden_states, encoder_hidden_states, tokens)` and returns the first two; it takes its
+    shifts, scales and gates from a sub-module named `modulation`, and offers `modulated(tokens)`.
+    """
+
+    #: names of the `nn.ModuleList`s, in the order in which they run
+    block_lists: ClassVar[tuple[str, ...]] = ()
+    #: `{our module: checkpoint module, or a tuple of them fused along dimension 0}`; `*` is a block's index.
+    #: Modules that are not listed have the checkpoint's name; "" is the checkpoint's root.
+    weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
+    #: streams whose tokens may be spread over ranks; a context that is only cross-attended stays whole
+    spread_streams: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states")
+    #: names of our modules and parameters that are kept in float32 whatever the others are held in
+    keep_in_float32: ClassVar[tuple[str, ...]] = ()
+    #: names of modules in the blocks that quantization leaves alone; modulation, because every token is shifted and
+    #: scaled by what it makes, and it is computed once a step, not once a token: there is little time to win
+    keep_unquantized: ClassVar[tuple[str, ...]] = ("modulation",)
+    #: how tokens are spread over ranks (`hydrarun.acceleration.parallel.sequence`); None: they are not
+    sequence: Any = None
+    #: the values of the checkpoint's config.json that the constructor took
+    config: Mapping[str, Any]
+
+    def embed(self, *inputs: Any, **conditioning: Any) -> Tokens:
+        """Inputs to tokens: `embed(hidden_states, timestep, **conditioning)`, without what `positions` gives.
+
+        Latents as the model's reference holds them (packed `[B, S, C]`, or `[B, C, F, H, W]`), timesteps `[B]` (the
+        scheduler's own values), and what the model is conditioned on.
+        """
+        raise NotImplementedError
+
+    def positions(self, *inputs: Any, **conditioning: Any) -> dict[str, Any]:
+        """The fields of `Tokens` that sizes alone decide: `positions(hidden_states, **conditioning)`.
+
+        Rotations and the like are made on the host and kept from call to call; no compiled graph makes them again.
+        """
+        return {}
+
+    def make_temb(self, *times: Any, **conditioning: Any) -> Tensor:
+        """What `embed` puts into `Tokens.temb`: `make_temb(timestep, dtype, **conditioning)`, `[B, K, D]`.
+
+        Timesteps `[B]` (or the conditioning) may have one row for all. `dtype`: of the latents. Only transformers with
+        a `Modulation`, of which tables can be made, have it.
+        """
+        raise NotImplementedError
+
+    def head(self, tokens: Tokens) -> Tensor:
+        """Tokens to the prediction, in the shape of the latents."""
+        raise NotImplementedError
+
+    def gate_signal(self, tokens: Tokens) -> Tensor:
+        """What tells whether a step differs from the last one: by default the first block's modulated input."""
+        return next(self.all_blocks()).modulated(tokens)
+
+    def all_blocks(self) -> Iterator[Any]:
+        """Every block, in order."""
+        for name in self.block_lists:
+            yield from getattr(self, name)
+
+    @property
+    def depth(self) -> int:
+        """How many blocks there are."""
+        return sum(1 for _ in self.all_blocks())
+
+    def forward(self, inputs: Inputs, step: Step, cache: Cache) -> dict[str, Tensor]:
+        """`{branch: prediction}` of one step, in the shape of the latents.
+
+        The cache sees all branches together, and may run `begin`, some of the blocks, and `finish` for each.
+        """
+        return cache.predict(self, inputs, step)
+
+    def predict(self, inputs: Inputs, branch: str) -> Tensor:
+        """One branch's prediction, where nothing is to be done on the way: `begin`, all blocks, `finish`."""
+        return self.through(*self.arguments(inputs, branch), without=inputs.without)
+
+    def begin(self, inputs: Inputs, branch: str) -> Call:
+        """Inputs to this rank's tokens."""
+        return self.enter(*self.arguments(inputs, branch))
+
+    def arguments(self, inputs: Inputs, branch: str) -> Arguments:
+        """Of the inputs what one branch takes, without its name: equal sizes are one graph to a compiler."""
+        given = inputs.conditioning[branch]
+        rows = None if inputs.rows is None else inputs.rows[branch]
+        return inputs.hidden_states, inputs.timestep, given, self.positions(inputs.hidden_states, **given), rows
+
+    def through(self, *arguments: Any, without: tuple[int, ...] = ()) -> Tensor:
+        """A branch's `Arguments` to its prediction, without these blocks."""
+        call = self.enter(*arguments)
+        self.run(call, 0, None, without)
+        return self.finish(call)
+
+    def enter(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        given: Mapping[str, Any],
+        positions: Mapping[str, Any],
+        rows: Tensor | None,
+    ) -> Call:
+        """A branch's `Arguments` to this rank's tokens."""
+        whole = replace(self.embed(latents, timestep, **given), **positions)
+        if rows is not None:
+            whole.temb = rows
+        return self.spread(whole)
+
+    def spread(self, whole: Tokens) -> Call:
+        """Tokens to this rank's."""
+        if self.sequence is None:
+            return Call(whole, whole, {})
+        return Call(whole, self.sequence.shard(whole, self.spread_streams), self.sequence.lengths)
+
+    def run(self, call: Call, start: int = 0, stop: int | None = None, without: tuple[int, ...] = ()) -> None:
+        """Run the blocks from `start` up to `stop`, without some."""
+        self.resume(call)
+        tokens = call.tokens
+        for index, block in islice(enumerate(self.all_blocks()), start, stop):
+            if index not in without:
+                tokens.hidden_states, tokens.encoder_hidden_states = block(
+                    tokens.hidden_states, tokens.encoder_hidden_states, tokens
+                )
+
+    def finish(self, call: Call) -> Tensor:
+        """The tokens behind the last block to the prediction."""
+        self.resume(call)
+        hidden_states = call.tokens.hidden_states
+        call.whole.hidden_states = self.sequence.gather(hidden_states) if self.sequence else hidden_states
+        return self.head(call.whole)
+
+    def resume(self, call: Call) -> None:
+        """Other branches may have been begun since: their prompts have other lengths."""
+        if self.sequence is not None:
+            self.sequence.lengths = call.lengths
+
+    def kept_bytes(self) -> int:
+        """What the blocks keep from call to call, beside what caches do."""
+        return 0
+
+    def spread_tokens(self, sequence: Any) -> None:
+        """Let the tokens be spread over ranks, and attention reach across them."""
+        self.sequence = sequence
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.sequence = sequence
+
+    def set_attention_backend(self, backend: AttentionBackend) -> None:
+        """Let every attention layer compute with `backend`."""
+        for module in self.modules():
+            if isinstance(module, AttentionLayer):
+                module.backend = backend

@@ -1,0 +1,94 @@
+"""Are the files of weights those that were recorded? By their sha256, before they are loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from hydrarun.core.errors import RunError, UsageError
+from hydrarun.core.progress import Progress
+from hydrarun.core.threads import Pool
+
+#: a folder's record, as `sha256sum` writes it
+SUMS = "SHA256SUMS"
+LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+DIGEST = re.compile(r"[0-9a-f]{64}")
+
+BLOCK = 2**20
+
+
+def verify(folder: Path, progress: Progress) -> None:
+    """Compare every file that is recorded with its sha256; all weights in the folders of `folder` must be.
+
+    The record is the folder's SHA256SUMS or, without one, what the files are links to: the hub's cache names it by its
+    sha256. Raises `RunError` for the first file that differs, is missing or is not recorded, `UsageError` where nothing
+    is.
+    """
+    listed = folder / SUMS
+    weights = sorted(folder.glob("*/*.safetensors"))
+    recorded = read_sums(listed) if listed.is_file() else link_names(weights)
+    if not recorded:
+        raise UsageError(
+            f"verify=true: nothing records the weights in {folder}. If you trust them, record them:"
+            f" (cd {shlex.quote(str(folder))} && sha256sum */*.safetensors > {SUMS}); or use verify=false"
+        )
+    for path in weights:
+        if path not in recorded:
+            where = (
+                f"not in {listed}" if listed.is_file() else "no link to a file named by its sha256, as others here are"
+            )
+            raise RunError(f"{path}: cannot be verified: {where}")
+    with progress.reading("verifying weights") as tally, Pool() as pool:
+        for path in recorded:
+            if not path.is_file():
+                raise RunError(f"{path}: not there, and {listed} lists it")
+            tally.expect(path.stat().st_size)
+        for path, digest in recorded.items():
+            pool.start(compare, path, digest, tally.add)
+
+
+def read_sums(path: Path) -> dict[Path, str]:
+    """`{file: sha256}` of a SHA256SUMS. Raises `UsageError` for a line that is not as `sha256sum` writes it."""
+    found = {}
+    for number, line in enumerate(path.read_text(errors="surrogateescape").splitlines(), start=1):
+        match = LINE.fullmatch(line)
+        if match is None:
+            raise UsageError(f"{path}, line {number}: not a sha256 and a file's name, as `sha256sum` writes them")
+        name = PurePosixPath(match[2])
+        if name.is_absolute() or ".." in name.parts:
+            raise UsageError(f"{path}, line {number}: {match[2]!r} does not lie in its folder")
+        found[path.parent / name] = match[1]
+    return found
+
+
+def link_names(paths: list[Path]) -> dict[Path, str]:
+    """`{file: sha256}` of the links to files that are named by theirs."""
+    targets = {path: os.path.basename(os.readlink(path)) for path in paths if path.is_symlink()}
+    return {path: name for path, name in targets.items() if DIGEST.fullmatch(name)}
+
+
+def compare(path: Path, expected: str, count: Callable[[int], None]) -> None:
+    """Raises `RunError` for a file with another sha256; `count` is told of the bytes that are read."""
+    try:
+        found = sha256(path, count)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+    if found != expected:
+        raise RunError(
+            f"{path}: not the file that was recorded: its sha256 is {found}, expected is {expected}."
+            " Download or copy it again"
+        )
+
+
+def sha256(path: Path, count: Callable[[int], None] = lambda _: None) -> str:
+    """Of the file's content; `count` is told of the bytes that are read."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
+            count(size)
+    return digest.hexdigest()

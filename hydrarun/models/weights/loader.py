@@ -1,0 +1,216 @@
+"""Weights into a transformer: built on the meta device, then every tensor read straight into its place, in threads.
+
+The libraries that build other parts meanwhile change torch's default dtype, and what setting a module's parameter does:
+the threads say every dtype, and change only the transformer's own dictionaries.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hydrarun.core.distributed.mesh import Axis
+from hydrarun.core.errors import RunError, nearest
+from hydrarun.core.progress import Tally
+from hydrarun.core.threads import Pool
+from hydrarun.models.layers.tensor_parallel import Shared, split
+from hydrarun.models.transformer import Transformer
+from hydrarun.models.weights.safetensors import Checkpoint
+from hydrarun.models.weights.tensor_reader import Index, Piece, Shape, bytes_of, check, empty, read
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One of our parameters, and what it is made of."""
+
+    name: str
+    #: this rank's
+    shape: Shape
+    pieces: tuple[Piece, ...]
+
+
+def load_transformer(
+    cls: type[Transformer],
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    note: Callable[[str], None],
+    pool: Pool,
+    tally: Tally,
+    axis: Axis | None = None,
+    left: Callable[[Transformer], Iterable[str]] = lambda _: (),
+    loaded: Callable[[Transformer, str], None] | None = None,
+) -> Transformer:
+    """Build `cls` from `folder`'s config.json and have `pool` fill it from its safetensors files: it is whole when the
+    pool is done.
+
+    With `axis`, only this rank's share of the weights is held (`layers.tensor_parallel`). The weights of
+    modules that `left` names are checked like all, but not read: they stay on the meta device. `loaded` is called
+    in a thread with the name of each parameter once it is in its place, and may replace it. `tally` counts bytes.
+    Raises `RunError` naming file and tensor for whatever is missing, not used or wrongly shaped (what cannot be read,
+    leaving the pool raises), and `UsageError` for more ranks than can share the weights.
+    """
+    device = torch.empty(0, device=device).device  # "cuda" is another one in another thread
+    arguments = read_config(cls, folder / "config.json", note)
+    with torch.device("meta"):
+        transformer = cls(**arguments).eval().requires_grad_(False)
+    transformer.config = arguments
+    if axis is not None:
+        split(transformer, axis)
+    checkpoint = Checkpoint(folder)
+    placements = plan(transformer, checkpoint)
+    skipped = tuple(f"{name}." for name in left(transformer))
+
+    def place_one(placement: Placement) -> None:
+        kind = dtype_of(transformer, placement.name, dtype)
+        put(transformer, placement.name, fill(placement, checkpoint, device, kind))
+        tally.add(size(placement, checkpoint))
+        if loaded is not None:
+            loaded(transformer, placement.name)
+
+    wanted = [placement for placement in placements if not placement.name.startswith(skipped)]
+    tally.expect(sum(size(placement, checkpoint) for placement in wanted))
+    for placement in wanted:
+        pool.start(place_one, placement)
+    return transformer
+
+
+def dtype_of(transformer: Transformer, name: str, dtype: torch.dtype) -> torch.dtype:
+    """What the parameter `name` is held in, where most are held in `dtype`."""
+    return torch.float32 if set(name.split(".")) & set(transformer.keep_in_float32) else dtype
+
+
+def fill(placement: Placement, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The parameter, read from its files."""
+    tensor = empty(placement.shape, dtype, device)
+    for piece in placement.pieces:
+        read(checkpoint.headers[piece.source], piece, tensor[piece.put])
+    return tensor
+
+
+def size(placement: Placement, checkpoint: Checkpoint) -> int:
+    """Bytes that are read for it."""
+    return sum(bytes_of(checkpoint.headers[piece.source], piece) for piece in placement.pieces)
+
+
+def read_config(cls: type, path: Path, note: Callable[[str], None]) -> dict[str, Any]:
+    """The constructor's arguments from a config.json; keys that it does not take are named in a note."""
+    try:
+        config = json.loads(path.read_text())
+        given = {key: value for key, value in config.items() if not key.startswith("_")}
+    except FileNotFoundError:
+        raise RunError(f"{path}: no such file") from None
+    except (ValueError, AttributeError):
+        raise RunError(f"{path}: not a JSON object") from None
+    accepted = inspect.signature(cls).parameters
+    unused = sorted(set(given) - set(accepted))
+    if unused:
+        note(f"{path.parent.name}/{path.name}: {', '.join(unused)} not used by {cls.__name__}")
+    return {key: value for key, value in given.items() if key in accepted}
+
+
+def plan(transformer: Transformer, checkpoint: Checkpoint) -> list[Placement]:
+    """Which of the checkpoint's tensors go where; every one must be used, and every place filled."""
+    placements = [place(transformer, name, tuple(value.shape)) for name, value in transformer.named_parameters()]
+    shapes = checkpoint.shapes
+    pieces = [piece for placement in placements for piece in placement.pieces]
+    used = {piece.source for piece in pieces}
+    check_names(checkpoint, missing=used - set(shapes), unexpected=set(shapes) - used)
+    for piece in pieces:
+        source, shape = piece.source, shapes[piece.source]
+        if shape != piece.shape:
+            raise RunError(
+                f"{checkpoint.headers[source].path}: {source!r} has shape {list(shape)}, config.json asks for"
+                f" {list(piece.shape)}"
+            )
+        check(checkpoint.headers[source], piece)
+    return placements
+
+
+def place(transformer: Transformer, name: str, shape: Shape) -> Placement:
+    """Where our parameter `name`, on this rank of `shape`, comes from."""
+    sources = source_names(name, transformer.weight_map)
+    owner, _, leaf = name.rpartition(".")
+    layer = transformer.get_submodule(owner)
+    dim = layer.shared_dims.get(leaf) if isinstance(layer, Shared) else None
+    if dim is None or (layer.axis is None and len(sources) == 1):
+        return Placement(name, shape, (Piece(sources[0], shape),))
+    return Placement(name, shape, tuple(shared_pieces(layer, dim, sources, shape)))
+
+
+def shared_pieces(layer: Shared, dim: int, sources: tuple[str, ...], shape: Shape) -> Iterator[Piece]:
+    """This rank's share of each of the layer's runs, along `dim`.
+
+    Each run is a tensor of its own in the checkpoint, or a single tensor holds them all, one after the other.
+    """
+    single = len(sources) == 1
+    names = sources * len(layer.runs) if single else sources
+    passed = filled = 0
+    for source, run in zip(names, layer.runs, strict=True):
+        length = sum(map(len, layer.runs)) if single else len(run)
+        begin = passed if single else 0
+        start, stop = run.share(layer.axis)
+        yield Piece(
+            source,
+            (*shape[:dim], length, *shape[dim + 1 :]),
+            taken=along(dim, begin + start, begin + stop),
+            put=along(dim, filled, filled + stop - start),
+        )
+        passed += len(run)
+        filled += stop - start
+
+
+def along(dim: int, start: int, stop: int) -> Index:
+    """The index of these places along `dim`."""
+    return (*[slice(None)] * dim, slice(start, stop))
+
+
+def check_names(checkpoint: Checkpoint, *, missing: set[str], unexpected: set[str]) -> None:
+    """Raise for tensors that the checkpoint lacks, or has and the model does not use."""
+    where = checkpoint.index_path if checkpoint.index_path.is_file() else checkpoint.single_path
+    if missing:
+        name = min(missing)
+        raise RunError(
+            f"{where}: {len(missing)} tensors are missing, the first is {name!r}.{nearest(name, unexpected)}"
+            " Is this the checkpoint of another model, or an incomplete download?"
+        )
+    if unexpected:
+        name = min(unexpected)
+        raise RunError(
+            f"{checkpoint.headers[name].path}: {len(unexpected)} tensors have no place in this model, the first is"
+            f" {name!r}. Does config.json belong to these weights?"
+        )
+
+
+def source_names(name: str, weight_map: Mapping[str, str | tuple[str, ...]]) -> tuple[str, ...]:
+    """The checkpoint's names of our parameter `name`, by the transformer's weight map."""
+    module, _, leaf = name.rpartition(".")
+    parts = module.split(".")
+    index = next((part for part in parts if part.isdecimal()), "")
+    pattern = ".".join("*" if part.isdecimal() else part for part in parts)
+    # the longest prefix that the map knows; what follows it keeps its name
+    for end in range(len(parts), 0, -1):
+        prefix = ".".join(pattern.split(".")[:end])
+        if prefix in weight_map:
+            theirs = weight_map[prefix]
+            rest = "".join(f".{part}" for part in (*parts[end:], leaf))
+            return tuple(
+                # an empty name is the checkpoint's root
+                (source.replace("*", index) + rest).lstrip(".")
+                for source in (theirs if isinstance(theirs, tuple) else (theirs,))
+            )
+    return (name,)
+
+
+def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace the parameter `name`, which is on the meta device, by `tensor`."""
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,130 @@
+"""Bytes from a file into a tensor, on any device and in any dtype, with no second copy in the host's memory.
+
+Files are read, not mapped: mapped pages would count as this process's memory beside what they are copied to.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from hydrarun.core.errors import RunError
+from hydrarun.models.weights.safetensors import Header
+
+Shape = tuple[int, ...]
+Index = tuple[slice, ...]
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+#: bytes that are on their way at once, in each thread, where they cannot be read to where they belong
+CHUNK = 2**20
+
+#: a tensor of this size fills some of the system's huge pages
+LARGE = 2**22
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one of the checkpoint's tensors gives to one of our parameters."""
+
+    source: str
+    #: of the whole tensor
+    shape: Shape
+    #: what is read of it, and where in the parameter that goes; (): all
+    taken: Index = ()
+    put: Index = ()
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """The first place along dimension 0 that is read, and the one after the last."""
+        first, last, _ = (self.taken or (slice(None),))[0].indices(self.shape[0] if self.shape else 1)
+        return first, last
+
+
+def row_bytes(header: Header, piece: Piece) -> int:
+    """Bytes in the file of one place along the tensor's dimension 0."""
+    return math.prod(piece.shape[1:]) * DTYPES[header.tensors[piece.source]["dtype"]].itemsize
+
+
+def bytes_of(header: Header, piece: Piece) -> int:
+    """Bytes that are read for the piece: whole rows, also where only some columns of them are taken."""
+    first, last = piece.rows
+    return (last - first) * row_bytes(header, piece)
+
+
+def check(header: Header, piece: Piece) -> None:
+    """Raises `RunError` for numbers of a kind that torch lacks, and for a place in the file that does not fit them."""
+    entry = header.tensors[piece.source]
+    if entry["dtype"] not in DTYPES:
+        raise RunError(f"{header.path}: {piece.source!r} has the dtype {entry['dtype']}, which cannot be read")
+    first, end = entry["data_offsets"]
+    wanted = math.prod(piece.shape) * DTYPES[entry["dtype"]].itemsize
+    if first < 0 or end - first != wanted:
+        raise RunError(f"{header.path}: {piece.source!r} takes {wanted} bytes, its header gives it {first} to {end}")
+
+
+def read(header: Header, piece: Piece, target: Tensor) -> None:
+    """Fill `target` with what the piece takes. Raises `RunError` naming file and tensor if it cannot be read."""
+    first, last = piece.rows
+    row = row_bytes(header, piece)
+    entry = header.tensors[piece.source]
+    offset = header.start + entry["data_offsets"][0] + first * row
+    dtype, columns = DTYPES[entry["dtype"]], piece.taken[1:]
+    taken = (slice(None), *columns)
+    target = target if target.ndim else target.view(1)
+    try:
+        with header.path.open("rb", buffering=0) as file:
+            if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous() and not columns:
+                read_into(file, offset, target)
+                return
+            step = max(1, CHUNK // max(1, row))
+            shape = (min(step, last - first), *piece.shape[1:])
+            chunk = torch.empty(shape, dtype=dtype, pin_memory=target.device.type == "cuda")
+            for start in range(0, last - first, step):
+                part = chunk[: last - first - start]
+                read_into(file, offset + start * row, part)
+                target[start : start + len(part)].copy_(part[taken])
+    except (OSError, EOFError) as error:
+        raise RunError(f"{header.path}: {piece.source!r} cannot be read: {error}") from None
+
+
+def read_into(file: BinaryIO, offset: int, tensor: Tensor) -> None:
+    """Fill a contiguous tensor on the host with the file's bytes from `offset` on; other threads run meanwhile."""
+    memory = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    while len(memory):
+        count = os.preadv(file.fileno(), [memory], offset)
+        if not count:
+            raise EOFError("the file has become shorter")
+        memory, offset = memory[count:], offset + count
+
+
+def empty(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a weight. On the host in huge pages, where the system has them: new pages of 4 KiB each take longer
+    to get than to fill."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -1,0 +1,59 @@
+"""run.json of a run that failed where the run itself could not write one: refused, not built, or its rank killed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Stamp = tuple[int, int]
+
+
+@contextmanager
+def recorded(config: dict[str, Any], folder: Path) -> Iterator[None]:
+    """Where the block fails, `folder` has a run.json that says so: the block's own, or a bare one if it wrote none.
+
+    `config`: plain, perhaps refused. An older run.json is another run's, and does not stay. The error is the one that
+    the block raises; what rank 0 wrote may be its consequence.
+    """
+    before = stamp(folder / "run.json")
+    try:
+        yield
+    except Exception as error:
+        _write(config, folder / "run.json", error, stamp(folder / "run.json") != before)
+        raise
+
+
+def stamp(file: Path) -> Stamp | None:
+    """Another one for every time that the file is written; None: there is no file."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _write(config: dict[str, Any], file: Path, error: Exception, own: bool) -> None:
+    from hydrarun.outputs.writer import described, write_run  # and numpy, only for a failure
+
+    record = json.loads(file.read_text(encoding="utf-8")) if own else _bare(config)
+    said = described(error)
+    if record.get("status") == "failed" and record["error"]["message"] in said["message"]:
+        return
+    rest = {key: value for key, value in record.items() if key not in ("format", "status", "error")}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_run(file.parent, {"status": "failed", "error": said, **rest})
+
+
+def _bare(config: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a run that made nothing."""
+    from hydrarun.outputs.writer import as_recorded, now
+    from hydrarun.outputs.provenance import config_hash, redact
+
+    try:
+        kept = as_recorded(config)
+    except TypeError:  # paths that are no texts are what it was refused for
+        kept = redact(config)
+    return {"created": now(), "config_hash": config_hash(kept), "outputs": [], "config": kept}

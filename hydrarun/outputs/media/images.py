@@ -1,0 +1,196 @@
+"""Input pictures: any local PNG, JPEG, WEBP, BMP or TIFF file as upright 8-bit sRGB."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import stat
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
+from PIL.ExifTags import Base
+from PIL.Image import Transpose
+
+from hydrarun.core.errors import UsageError, nearest
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+MIN_SIDE = 16
+MAX_ASPECT = 20
+
+# what turns a picture upright, by its EXIF orientation
+UPRIGHT = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class InputImage:
+    """`image`: mode RGB or, where it was asked for, RGBA; upright, without metadata. `path`: absolute.
+
+    `sha256`: of the file's bytes, in hex. `note`: what the user should know about the reading, such as `transparency
+    laid over white`, or None.
+    """
+
+    image: Image.Image
+    path: Path
+    sha256: str
+    note: str | None
+
+
+class _RefusedError(Exception):
+    """Why a file cannot be an input image; `read` puts the key and the path in front."""
+
+
+def read(path: str | Path, alpha: bool = False) -> InputImage:
+    """The picture in a local file; `~` is the home folder. What is transparent is laid over white, or `alpha` kept.
+
+    Raises UsageError, one line that starts with `input.images: PATH: `, for a file that is missing, damaged, of another
+    format, or with several frames, 16 bits per channel, too many pixels, a side below 16 or beyond 20 times the other.
+    """
+    local = Path(os.path.expanduser(path)).absolute()
+    notes: list[str] = []
+    try:
+        with _open(local) as file:
+            sha256 = _sha256(file)
+            image = _decode(file, notes)
+            turn = _turn(image, notes)
+    except _RefusedError as refused:
+        raise UsageError(f"input.images: {path}: {refused}") from None
+    plain = _with_alpha(image, notes) if alpha else _over_white(image, notes)
+    return InputImage(plain if turn is None else plain.transpose(turn), local, sha256, "; ".join(notes) or None)
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise _RefusedError("a folder, not an image file")
+        if not stat.S_ISREG(mode):  # reading a pipe or a device may never end
+            raise _RefusedError("not a regular file")
+        return path.open("rb")
+    except FileNotFoundError:
+        raise _RefusedError(_missing(path)) from None
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        raise _RefusedError(getattr(error, "strerror", None) or str(error)) from None
+
+
+def _missing(path: Path) -> str:
+    if re.search(r"(^|/)[a-z][a-z0-9+.-]*:/", str(path), re.IGNORECASE):
+        return "only local files can be read, not URLs: download it first"
+    try:
+        return f"no such file.{nearest(path.name, os.listdir(path.parent))}"
+    except OSError:
+        return f"no such file, nor a folder {path.parent}"
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _decode(file: BinaryIO, notes: list[str]) -> Image.Image:
+    """The image with all its pixels read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on odd metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(file, formats=FORMATS)
+            _check(image, notes)
+            image.load()
+            return image
+    except _RefusedError:
+        raise
+    except UnidentifiedImageError:
+        raise _RefusedError("not a PNG, JPEG, WEBP, BMP or TIFF image, or damaged at its start") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise _RefusedError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+    except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file
+        raise _RefusedError(f"damaged or cut short: {error}") from None
+
+
+def _check(image: Image.Image, notes: list[str]) -> None:
+    """Refuse by the header alone, before the pixels take time and memory."""
+    frames = getattr(image, "n_frames", 1)
+    if image.format == "MPO":  # a JPEG in which a camera left previews or depth behind the photo
+        notes.append(f"the first of the {frames} pictures in this JPEG")
+    elif frames > 1:
+        raise _RefusedError(f"{frames} frames or pages; save the one you want as a file of its own")
+    if image.mode.startswith(("I", "F")):
+        raise _RefusedError(f"more than 8 bits per channel (mode {image.mode}): save it with 8 bits per channel")
+    if image.mode not in MODES:
+        raise _RefusedError(f"colour mode {image.mode}: save it as RGB with 8 bits per channel")
+    short, long = sorted(image.size)
+    if short < MIN_SIDE:
+        raise _RefusedError(f"{image.width} x {image.height} pixels; each side needs at least {MIN_SIDE}")
+    if long > MAX_ASPECT * short:
+        raise _RefusedError(
+            f"{image.width} x {image.height} pixels; the longer side may be at most {MAX_ASPECT} times the shorter"
+        )
+
+
+def _turn(image: Image.Image, notes: list[str]) -> Transpose | None:
+    try:
+        return UPRIGHT.get(image.getexif().get(Base.Orientation, 1))
+    except Exception:  # the parser raises nearly anything for damaged EXIF data, and the pixels are good
+        notes.append("its EXIF data cannot be read: taken as upright")
+        return None
+
+
+def _over_white(image: Image.Image, notes: list[str]) -> Image.Image:
+    """A new RGB image without metadata, lest somebody turns it or converts its colours again."""
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    flat = Image.new("RGB", image.size, "white")
+    flat.paste(_srgb(image, notes), mask=alpha)
+    if alpha is not None and np.asarray(alpha).min() < 255:
+        notes.append("transparency laid over white")
+    return flat
+
+
+def _with_alpha(image: Image.Image, notes: list[str]) -> Image.Image:
+    """A new RGBA image without metadata; one without transparency is opaque."""
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")
+    found = Image.merge("RGBA", (*_srgb(image, notes).split(), Image.new("L", image.size, 255)))
+    if image.has_transparency_data:
+        found.putalpha(image.convert("RGBA").getchannel("A"))
+    return found
+
+
+def _srgb(image: Image.Image, notes: list[str]) -> Image.Image:
+    """The colours (RGB), by the embedded profile if there is one that makes a difference."""
+    plain = image.convert("RGB")
+    if not image.info.get("icc_profile"):
+        return plain
+    try:
+        converted = _by_profile(image)
+    except (ImageCms.PyCMSError, OSError):
+        notes.append("its colour profile cannot be used: taken as sRGB")
+        return plain
+    # two levels are rounding: that was an sRGB profile, by whatever name, and the pixels stay as they are
+    spread = np.asarray(ImageChops.difference(plain, converted)).max()
+    return converted if spread > 2 else plain
+
+
+def _by_profile(image: Image.Image) -> Image.Image:
+    source = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+    grey = image.mode in ("1", "L", "LA") and source.profile.xcolor_space == "GRAY"
+    colours = image.convert("L" if grey else "CMYK" if image.mode == "CMYK" else "RGB")
+    srgb, intent = ImageCms.createProfile("sRGB"), ImageCms.Intent.RELATIVE_COLORIMETRIC
+    return ImageCms.buildTransform(source, srgb, colours.mode, "RGB", intent).apply(colours)

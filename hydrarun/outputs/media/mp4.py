@@ -1,0 +1,99 @@
+"""MP4 files (H.264) that carry their recipe in two tags of the container.
+
+`description` holds the plain text and `comment` the JSON that `hydrarun replay` reads: the two text chunks of our PNG
+files. docs/outputs.md documents both.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
+
+from hydrarun.core.errors import RunError, UsageError
+from hydrarun.outputs.media import container, png
+from hydrarun.outputs.media.frames import stack
+
+TAGS = {"parameters": "description", png.CHUNK: "comment"}
+
+MAX_TEXT_BYTES = container.MAX_TEXT_BYTES
+
+CRF = "17"  # constant quality; the eye takes 17-18 for lossless
+
+BT709 = 1  # the colours of HDTV, in the numbers of ITU-T H.273
+
+
+def encode(pixels: np.ndarray, fps: int, text: Mapping[str, str]) -> bytes:
+    """The bytes of an MP4 file. `pixels`: uint8 [F, H, W, 3], H and W even; `text`: by keyword, as for `png.encode`.
+
+    Raises RunError for an odd height or width, ValueError for a text that `read` would refuse.
+    """
+    height, width = pixels.shape[1:3]
+    if height % 2 or width % 2:
+        raise RunError(f"an mp4 holds even widths and heights, not {width}x{height}; output.format=frames holds any")
+    for keyword, value in text.items():
+        if len(value.encode()) > MAX_TEXT_BYTES:
+            raise ValueError(f"the {keyword!r} text is larger than {MAX_TEXT_BYTES} bytes")
+    # a file, because moving the index to its front (so that a browser plays it while it loads) reads it again
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "video.mp4")
+        with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+            container.metadata.update({TAGS[keyword]: value for keyword, value in text.items()})
+            stream = _h264(container, width, height, fps)
+            for number, frame in enumerate(pixels):
+                container.mux(stream.encode(_yuv(frame, number)))
+            container.mux(stream.encode(None))
+        return path.read_bytes()
+
+
+def _h264(container: Any, width: int, height: int, fps: int) -> Any:
+    stream = container.add_stream("libx264", rate=fps, options={"crf": CRF})
+    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"  # the one that every player knows
+    # said in the file: players guess the colour matrix of a file that does not say it, by its size, and differ
+    codec = stream.codec_context
+    codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
+    codec.color_primaries = codec.color_trc = BT709
+    return stream
+
+
+def _yuv(frame: np.ndarray, number: int) -> av.VideoFrame:
+    rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+    yuv = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+    yuv.pts = number
+    return yuv
+
+
+def read(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
+    """The decoded (lossy) frames, uint8 [F, H, W, 3], and what the `comment` tag says; None when there is none.
+
+    The file may be a stranger's: everything that can be wrong with it is a `UsageError` of one line.
+    """
+    return container.read(path, "mp4", _read)
+
+
+def _read(path: Path, file: BinaryIO) -> tuple[np.ndarray, dict[str, Any] | None]:
+    # an open file and a named format: no other format, no playlist and no network address is ever tried
+    if file.read(8)[4:] != b"ftyp":
+        raise UsageError(f"{path}: not an mp4 file, or damaged at its start")
+    file.seek(0)
+    with av.open(file, format="mp4", metadata_errors="replace") as opened:
+        video = opened.streams.video
+        codecs = [stream.codec_context and stream.codec_context.name for stream in video]  # no context: an unknown one
+        if codecs != ["h264"]:
+            raise UsageError(f"{path}: refused, not an mp4 file with one H.264 video in it")
+        record = container.recipe(path, opened.metadata.get(TAGS[png.CHUNK]))
+        return stack(path, _decode(path, opened, video[0])), record
+
+
+def _decode(path: Path, container: Any, stream: Any) -> Iterator[np.ndarray]:
+    stream.codec_context.options = {"err_detect": "explode"}  # otherwise damage is painted over
+    count = 0
+    for count, frame in enumerate(container.decode(stream), 1):  # noqa: B007 - the last one is compared below
+        yield frame.to_ndarray(format="rgb24")
+    if stream.frames and count != stream.frames:
+        raise UsageError(f"{path}: damaged mp4 file: {count} of its {stream.frames} frames can be read")

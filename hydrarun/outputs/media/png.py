@@ -1,0 +1,73 @@
+"""PNG files that carry their recipe in two text chunks.
+
+`parameters` is the plain text that other image tools show (the AUTOMATIC1111 convention); `hydrarun` is the JSON that
+`hydrarun replay` reads. docs/outputs.md documents both.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from hydrarun.core.errors import UsageError
+
+CHUNK = "hydrarun"
+
+# Pillow refuses compressed chunks that unpack to more; we hold uncompressed ones to the same bound.
+MAX_TEXT_BYTES = PngImagePlugin.MAX_TEXT_CHUNK
+
+
+def encode(pixels: np.ndarray, text: Mapping[str, str]) -> bytes:
+    """The bytes of a PNG file. `pixels`: uint8 [H, W, 3], or [H, W, 4] with alpha; `text`: chunks by keyword.
+
+    They are UTF-8 (iTXt) where latin-1 fails. Raises ValueError for a chunk that `read` would refuse.
+    """
+    chunks = PngImagePlugin.PngInfo()
+    for keyword, value in text.items():
+        if len(value.encode()) > MAX_TEXT_BYTES:
+            raise ValueError(f"the {keyword!r} text chunk is larger than {MAX_TEXT_BYTES} bytes")
+        chunks.add_text(keyword, value)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels, "RGBA" if pixels.shape[-1] == 4 else "RGB").save(buffer, "PNG", pnginfo=chunks)
+    return buffer.getvalue()
+
+
+def read(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
+    """The pixels (uint8 [H, W, 3], or [H, W, 4]) of a PNG file and what its `hydrarun` chunk says; None without one.
+
+    The file may be a stranger's: everything that can be wrong with it is a `UsageError` of one line.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=["PNG"]) as image:
+                image.load()  # also reads the text chunks that follow the pixels
+                pixels = np.asarray(image.convert("RGBA" if image.mode == "RGBA" else "RGB"))
+                text = getattr(image, "text", {}).get(CHUNK)
+    except UnidentifiedImageError:
+        raise UsageError(f"{path}: not a PNG file, or damaged at its start") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise UsageError(f"{path}: refused, more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        system = getattr(error, "strerror", None)  # no such file, ...; the rest is what Pillow raises for damaged files
+        raise UsageError(f"{path}: {system or f'damaged PNG file: {error}'}") from None
+    return pixels, None if text is None else _parse(text, path)
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    if len(text.encode(errors="replace")) > MAX_TEXT_BYTES:
+        raise UsageError(f"{path}: refused, its {CHUNK!r} text chunk is larger than {MAX_TEXT_BYTES} bytes")
+    try:
+        metadata = json.loads(text)
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise UsageError(f"{path}: its {CHUNK!r} text chunk is not a JSON object")
+    return metadata

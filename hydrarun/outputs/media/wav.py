@@ -1,0 +1,94 @@
+"""WAV files (16-bit PCM) that carry their recipe in two fields of their list of information.
+
+`ISBJ`, the subject, holds the plain text and the comment, `ICMT`, the JSON that `hydrarun replay` reads: the two text
+chunks of our PNG files. docs/outputs.md documents both.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import av
+import numpy as np
+
+from hydrarun.core.errors import RunError, UsageError
+from hydrarun.outputs.media import container, png
+
+TAGS = {"parameters": "ISBJ", png.CHUNK: "comment"}
+
+MAX_TEXT_BYTES = container.MAX_TEXT_BYTES
+
+MAX_BYTES = 2**30  # of samples that are read: an hour and a half of stereo at 48 kHz
+
+LAYOUTS = {1: "mono", 2: "stereo"}
+
+BLOCK = 2**16  # samples that are handed over at once
+
+
+def encode(samples: np.ndarray, rate: int, text: Mapping[str, str]) -> bytes:
+    """The bytes of a WAV file. `samples`: int16 [samples, channels]; `rate`: of them, in Hz; `text`: by keyword, as for
+    `png.encode`.
+
+    Raises RunError for more channels than two, ValueError for a text that `read` would refuse.
+    """
+    if samples.shape[1] not in LAYOUTS:
+        raise RunError(f"a wav holds one channel or two here, not {samples.shape[1]}")
+    for keyword, value in text.items():
+        if len(value.encode()) > MAX_TEXT_BYTES:
+            raise ValueError(f"the {keyword!r} text is larger than {MAX_TEXT_BYTES} bytes")
+    file = io.BytesIO()
+    with av.open(file, "w", format="wav") as container:
+        container.metadata.update({TAGS[keyword]: value for keyword, value in text.items()})
+        write(container, "pcm_s16le", samples, rate)
+    return file.getvalue()
+
+
+def write(container: Any, codec: str, samples: np.ndarray, rate: int, **options: Any) -> None:
+    """Put samples into an open container as a stream of this codec."""
+    layout = LAYOUTS[samples.shape[1]]
+    stream = container.add_stream(codec, rate=rate, layout=layout, **options)
+    for start in range(0, len(samples), BLOCK):
+        packed = np.ascontiguousarray(samples[start : start + BLOCK]).reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(packed, format="s16", layout=layout)
+        frame.sample_rate, frame.pts = rate, start
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+
+
+def read(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
+    """The samples, int16 [samples, channels], and what the comment says; None when there is none.
+
+    The file may be a stranger's: everything that can be wrong with it is a `UsageError` of one line.
+    """
+    return container.read(path, "wav", _read)
+
+
+def _read(path: Path, file: BinaryIO) -> tuple[np.ndarray, dict[str, Any] | None]:
+    # an open file and a named format: no other format, no playlist and no network address is ever tried
+    head, length = file.read(12), file.seek(0, io.SEEK_END)
+    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+        raise UsageError(f"{path}: not a wav file, or damaged at its start")
+    if int.from_bytes(head[4:8], "little") + 8 > length:
+        raise UsageError(f"{path}: damaged wav file: cut short")
+    file.seek(0)
+    with av.open(file, format="wav", metadata_errors="replace") as opened:
+        streams = opened.streams.audio
+        if [stream.codec_context and stream.codec_context.name for stream in streams] != ["pcm_s16le"]:
+            raise UsageError(f"{path}: refused, not a wav file of 16-bit PCM")
+        record = container.recipe(path, opened.metadata.get(TAGS[png.CHUNK]))
+        return _decode(path, opened, streams[0]), record
+
+
+def _decode(path: Path, container: Any, stream: Any) -> np.ndarray:
+    channels, data = stream.codec_context.channels, bytearray()
+    for frame in container.decode(stream):
+        data += frame.to_ndarray().tobytes()
+        if len(data) > MAX_BYTES:
+            raise UsageError(f"{path}: refused, more than {MAX_BYTES} bytes of samples")
+    samples = np.frombuffer(data, np.int16).reshape(-1, channels)
+    if not len(samples) or len(samples) != stream.duration:
+        raise UsageError(f"{path}: damaged wav file: {len(samples)} samples of {stream.duration}")
+    return samples

@@ -1,0 +1,1 @@
+"""How good a picture is: metrics, and a judge of captioned scenes."""

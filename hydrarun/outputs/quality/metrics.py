@@ -1,0 +1,81 @@
+"""How far outputs are from their twins: PSNR and SSIM, of sounds SNR; and what share of them a judge finds right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from hydrarun.outputs.media.alpha import comparable
+
+#: dB; what is closer, identical too, counts as this: JSON has no infinity, and a mean would drown in it
+PSNR_CAP = 100.0
+
+#: the window of Wang et al. 2004, which is 11 pixels wide
+SIGMA, WINDOW = 1.5, 11
+
+
+def compare(ours: np.ndarray, twin: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """The measures among `names` of a pair of pictures, videos or sounds (arrays of `hydrarun.outputs.media.kinds`).
+
+    Of layers the colours times alpha are compared, and alpha. `psnr`: dB over all frames together, at most `PSNR_CAP`.
+    `ssim`: at most 1, the mean over the frames. `snr`: the twin's power over that of the difference, in dB, at most
+    `PSNR_CAP`. `accuracy` is not about pairs and is left out. Raises ValueError for unequal shapes.
+    """
+    if ours.shape != twin.shape:
+        raise ValueError(f"{list(ours.shape)} and {list(twin.shape)} cannot be compared")
+    each = (comparable(pixels).reshape(-1, *pixels.shape[-3:]) for pixels in (ours, twin))
+    pairs = list(zip(*each, strict=True))
+    return {name: MEASURES[name](pairs) for name in names if name in MEASURES}
+
+
+def accuracy(pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> float:
+    """The share of the pictures (uint8 `[side, side, 3]`) that show all that their prompts say, from 0 to 1.
+
+    Raises ValueError for a prompt outside the grammar of `hydrarun.outputs.quality.scenes`.
+    """
+    from hydrarun.outputs.quality.scene_judge import judge_all
+
+    return judge_all(zip(pictures, prompts, strict=True)).right
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """`mean`; `p95`: what 95 % of the values reach or exceed (linearly interpolated); `worst`: the smallest."""
+    return {"mean": float(np.mean(values)), "p95": float(np.percentile(values, 5)), "worst": float(min(values))}
+
+
+Pairs = Sequence[tuple[np.ndarray, np.ndarray]]
+
+
+def _psnr(pairs: Pairs) -> float:
+    from skimage.metrics import mean_squared_error  # scipy comes with it: only when something is measured
+
+    # frame by frame: a whole video as wide numbers would not fit beside itself
+    error = float(np.mean([mean_squared_error(*pair) for pair in pairs]))
+    return min(PSNR_CAP, 10 * math.log10(255**2 / error)) if error else PSNR_CAP
+
+
+def _ssim(pairs: Pairs) -> float:
+    from skimage.metrics import structural_similarity
+
+    smallest = min(pairs[0][0].shape[:2])
+    settings = {
+        "win_size": min(WINDOW, smallest - (smallest + 1) % 2),  # odd, and no wider than the picture
+        "gaussian_weights": True,
+        "sigma": SIGMA,
+        "use_sample_covariance": False,
+        "data_range": 255,
+        "channel_axis": -1,
+    }
+    return float(np.mean([structural_similarity(*pair, **settings) for pair in pairs]))
+
+
+def _snr(pairs: Pairs) -> float:
+    ((ours, twin),) = pairs
+    wide = twin.astype(np.float64)
+    error, power = float(np.square(ours - wide).mean()), float(np.square(wide).mean())
+    return min(PSNR_CAP, 10 * math.log10(power / error)) if error else PSNR_CAP
+
+
+MEASURES: dict[str, Callable[[Pairs], float]] = {"psnr": _psnr, "ssim": _ssim, "snr": _snr}

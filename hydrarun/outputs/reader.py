@@ -1,0 +1,155 @@
+"""What a finished file says about the run that made it. The file may be a stranger's: nothing in it is believed."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from hydrarun.core.errors import UsageError
+from hydrarun.outputs.media import frames
+from hydrarun.outputs.media.read import read
+from hydrarun.outputs.writer import FORMAT, WHICH, pixels_sha256
+
+T = TypeVar("T")
+
+MAX_JSON_BYTES = 64 * 2**20
+
+# what the run really used, beside its configuration
+FACTS = (
+    "versions",
+    "hardware",
+    "weights",
+    "inputs",
+    "device",
+    "dtype",
+    "attention",
+    "scheduler",
+    "compile",
+    "quantization",
+    "sample_rate",
+)
+
+
+@dataclass
+class Picture:
+    """One output of the run: its place in it, the hash of its pixels, and the pixels where they are at hand.
+
+    `pixels` (an array of `hydrarun.outputs.media.kinds`) is None when the file is gone, or no longer holds the pixels that the
+    hash was made of. Those of a `lossy` file never are exactly those. `part`: when only this file of a folder of frames
+    or layers is at hand, its name there; hash and pixels are then its own.
+    """
+
+    name: str
+    index: int
+    pixels_sha256: str
+    pixels: np.ndarray | None
+    lossy: bool = False
+    part: str | None = None
+
+
+@dataclass
+class Recorded:
+    """The configuration of the whole run (plain, redacted, not yet validated), what it used, and its pictures."""
+
+    config: dict[str, Any]
+    facts: dict[str, Any]
+    pictures: list[Picture]
+
+
+def load(path: Path) -> Recorded:
+    """Read a file or folder with metadata (`hydrarun.outputs.media.read`), one file of such a folder, or a run.json.
+
+    Raises UsageError of one line for anything else.
+    """
+    return _from_run(path) if path.suffix.lower() == ".json" else _from_medium(path)
+
+
+def is_lossy(path: Path) -> bool:
+    """Whether such a file holds the pixels only nearly."""
+    return path.suffix.lower() == ".mp4"
+
+
+def _from_medium(path: Path) -> Recorded:
+    pixels, record = read(path)
+    if record is None:
+        raise UsageError(
+            f"{path}: holds no recipe: it was written with output.metadata=false, by another tool, or the recipe was "
+            "stripped on the way; a run.json beside it can be replayed instead"
+        )
+    _check_format(path, record)
+    config = _get(path, record, "config", dict)
+    sampling = _get(path, config, "sampling", dict)
+    batch = _get(path, record, "batch", dict)
+    index = _get(path, batch, "index", int)
+    which = _get(path, batch, "sampling", dict)
+    if set(which) != set(WHICH):
+        raise UsageError(f"{path}: batch.sampling must hold {', '.join(WHICH)}")
+    run_config = {**config, "sampling": {**sampling, **which}}
+    whole, part = "pixels_sha256", None
+    for form, (stem, _) in frames.STEMS.items():
+        if stem in record and not path.is_dir():
+            whole, part = f"{stem}_sha256", frames.name(_get(path, record, stem, int), form)
+    digest = _get(path, record, whole, str)
+    picture = Picture(path.name, index, digest, _as_hashed(path, pixels, digest), is_lossy(path), part)
+    return Recorded(run_config, _facts(record), [picture])
+
+
+def run_json(path: Path) -> dict[str, Any]:
+    """A run.json of this format, as it is. Raises UsageError for another file."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UsageError(f"{path}: refused, larger than {MAX_JSON_BYTES} bytes")
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UsageError(f"{path}: not a JSON file") from None
+    if not isinstance(record, dict):
+        raise UsageError(f"{path}: not the run.json of a run")
+    _check_format(path, record)
+    return record
+
+
+def _from_run(path: Path) -> Recorded:
+    record = run_json(path)
+    pictures = [_listed(path, output) for output in _get(path, record, "outputs", list)]
+    if not pictures:
+        raise UsageError(f"{path}: lists no pictures to compare with")
+    return Recorded(_get(path, record, "config", dict), _facts(record), pictures)
+
+
+def _listed(path: Path, output: Any) -> Picture:
+    """One of run.json's outputs; its file must lie beside run.json if it is there at all."""
+    name = _get(path, output, "path", str)
+    if Path(name).name != name or name in ("", ".."):
+        raise UsageError(f"{path}: {name!r} is not the name of a file beside it")
+    index, digest = _get(path, output, "index", int), _get(path, output, "pixels_sha256", str)
+    file = path.with_name(name)
+    pixels = _as_hashed(file, read(file)[0], digest) if os.path.exists(file) else None
+    return Picture(name, index, digest, pixels, is_lossy(file))
+
+
+def _as_hashed(path: Path, pixels: np.ndarray, digest: str) -> np.ndarray | None:
+    """The pixels if they are those that the hash was made of, or as near as a lossy file comes."""
+    return pixels if is_lossy(path) or pixels_sha256(pixels) == digest else None
+
+
+def _check_format(path: Path, record: dict[str, Any]) -> None:
+    if record.get("format") != FORMAT:
+        raise UsageError(f"{path}: its format is {record.get('format')!r}; this version of hydrarun reads {FORMAT}")
+
+
+def _facts(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: record.get(key) for key in FACTS}
+
+
+def _get(path: Path, record: Any, key: str, kind: type[T]) -> T:
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UsageError(f"{path}: {key!r} is missing or not a {kind.__name__}")
+    return value

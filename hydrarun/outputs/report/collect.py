@@ -1,0 +1,180 @@
+"""From the directories of runs to points. What lies there may be half written, damaged or a stranger's: a point that
+cannot be read says so, and nothing is raised for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hydrarun.core.errors import UsageError
+
+FORMAT = 1  # of run.json, as this module reads it
+
+MAX_BYTES = 64 * 2**20  # of one run.json
+
+RECORD, OVERRIDES = "run.json", ".hydra/overrides.yaml"
+
+MOST = 1e300  # of a number that is believed
+
+UNFINISHED = "no run.json: it was killed, or it is still running"
+
+
+@dataclass(frozen=True)
+class Output:
+    """A picture, video or sound that a point made, or the error in its place; `frames` is None for a picture."""
+
+    index: int
+    prompt: str
+    seed: int | None
+    path: str | None = None  # of the file, or the folder of frames, beside run.json
+    error: str | None = None
+    frames: int | None = None
+    fps: int | None = None
+    sample_rate: int | None = None  # of a sound, in Hz
+    quality: dict[str, float] | None = None  # by measure, against the uncached twin
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run directory. `status`: complete, failed, unfinished (no run.json) or damaged (one that cannot be read)."""
+
+    name: str  # of the directory, relative to the report's; `.` is that itself
+    folder: Path
+    status: str
+    error: str | None
+    overrides: list[str] | None  # the words of its command line; None where Hydra's record is missing
+    record: dict[str, Any]  # what run.json holds; empty where there is none
+    outputs: list[Output]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration, or nothing."""
+        return at(self.record, "config", kind=dict) or {}
+
+    def address(self, output: Output) -> str | None:
+        """Where an output's file lies, relative to the report."""
+        return output.path if self.name == "." or output.path is None else f"{self.name}/{output.path}"
+
+
+def collect(folder: Path) -> list[Point]:
+    """The points in and below `folder`, by their numbers. Raises UsageError if there are none."""
+    if not folder.is_dir():
+        raise UsageError(f"report: {folder}: no such folder")
+    points = [point(folder, place) for place in places(folder)]
+    if not points:
+        raise UsageError(f"report: {folder}: no run in it or below it (a folder with {RECORD} is one)")
+    return sorted(points, key=lambda found: natural(found.name))
+
+
+def places(folder: Path) -> Iterator[Path]:
+    """Every run directory; what lies inside one is not looked at."""
+    for place, folders, files in os.walk(folder):
+        if RECORD in files or os.path.isfile(os.path.join(place, OVERRIDES)):
+            folders.clear()
+            yield Path(place)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """A key that sorts 2 before 10."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(0, int(part), "") if part.isascii() and part.isdigit() else (1, 0, part) for part in parts]
+
+
+def point(root: Path, folder: Path) -> Point:
+    """The point in `folder`, whatever is left of it."""
+    record, error = read_record(folder / RECORD)
+    status = "complete" if at(record, "status", kind=str) == "complete" else "failed"
+    if not record:
+        status = "unfinished" if error == UNFINISHED else "damaged"
+    elif status == "failed":
+        error = said(record.get("error")) or "failed, and run.json does not say why"
+    name = folder.relative_to(root).as_posix()
+    return Point(name, folder, status, error, read_overrides(folder / OVERRIDES), record, outputs(record))
+
+
+def read_record(file: Path) -> tuple[dict[str, Any], str | None]:
+    """What run.json holds; or nothing, and why."""
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            return {}, f"{RECORD}: larger than {MAX_BYTES} bytes"
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}, UNFINISHED
+    except OSError as error:
+        return {}, f"{RECORD}: {error.strerror}"
+    except (ValueError, RecursionError):
+        return {}, f"{RECORD} is damaged: not a JSON file"
+    if not isinstance(record, dict) or "outputs" not in record:
+        return {}, f"{RECORD} is damaged: not the record of a run"
+    if record.get("format") != FORMAT:
+        return {}, f"{RECORD}: its format is {record.get('format')!r}; this version of hydrarun reads {FORMAT}"
+    return record, None
+
+
+def read_overrides(file: Path) -> list[str] | None:
+    """The words of the command line as Hydra recorded them, or None."""
+    try:
+        words = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return None
+    return words if isinstance(words, list) and all(isinstance(word, str) for word in words) else None
+
+
+def outputs(record: dict[str, Any]) -> list[Output]:
+    """What run.json lists, with the items that failed in their places."""
+    made = [_output(entry) for entry in at(record, "outputs", kind=list) or [] if isinstance(entry, dict)]
+    missed = [_output(entry) for entry in at(record, "failed", kind=list) or [] if isinstance(entry, dict)]
+    return sorted([*made, *missed], key=lambda output: output.index)
+
+
+def _output(entry: dict[str, Any]) -> Output:
+    path = at(entry, "path", kind=str)
+    error = said(entry.get("error"))
+    if path is None:
+        error = error or "not made"
+    elif Path(path).name != path or path in ("", "..") or "\0" in path:
+        path, error = None, f"{path!r} is not the name of a file beside {RECORD}"
+    quality = at(entry, "quality", kind=dict) or {}
+    numbers = {name: value for name in quality if (value := number(quality, name)) is not None}
+    return Output(
+        at(entry, "index", kind=int) or 0,
+        at(entry, "prompt", kind=str) or "",
+        at(entry, "seed", kind=int),
+        path,
+        error,
+        at(entry, "frames", kind=int),
+        at(entry, "fps", kind=int),
+        at(entry, "sample_rate", kind=int),
+        numbers or None,
+    )
+
+
+def said(error: Any) -> str | None:
+    """An error of run.json in words: its message, with its type where that is a bug's."""
+    if isinstance(error, str):
+        return error
+    kind, message = at(error, "type", kind=str), at(error, "message", kind=str)
+    if message is None:
+        return kind
+    return message if kind in (None, "RunError", "UsageError", "OutOfMemoryError") else f"{kind}: {message}"
+
+
+def at(content: Any, *keys: str, kind: type | tuple[type, ...]) -> Any:
+    """What lies under `keys`, if it is there and of that kind; else None."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content if isinstance(content, kind) and not isinstance(content, bool) else None
+
+
+def number(content: Any, *keys: str) -> float | None:
+    """The number under `keys`, or None; infinity and what no float can hold are none."""
+    value = at(content, *keys, kind=(int, float))
+    return value if value is not None and abs(value) < MOST else None

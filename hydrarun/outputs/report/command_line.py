@@ -1,0 +1,54 @@
+"""The command that repeats a point, from Hydra's record of its command line."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+
+from hydrarun.outputs.provenance import redact_text
+from hydrarun.outputs.report.collect import RECORD, Point
+from hydrarun.core.quoting import PATHS_KEY, TEXT_KEYS, literal
+
+
+def command(point: Point) -> str | None:
+    """A line for the shell: the point's overrides, or a replay of its run.json from the report's folder; or neither."""
+    if point.overrides is not None:
+        return shlex.join(["hydrarun", *map(again, point.overrides)])
+    if point.record:
+        return shlex.join(["hydrarun", "replay", RECORD if point.name == "." else f"{point.name}/{RECORD}"])
+    return None
+
+
+@cache
+def again(override: str) -> str:
+    """The word that `hydrarun` reads as Hydra read this one: a text as it is where that is clear, else in quotes."""
+    key = override.partition("=")[0]
+    if key.lstrip("+") not in (*TEXT_KEYS, PATHS_KEY):
+        return redact_text(override)
+    try:
+        content = OverridesParser.create().parse_override(override).value()
+    except HydraException:
+        return override
+    quoted = f"{key}={_quoted(content)}"
+    plain = f"{key}={unescape_interpolation(content)}" if isinstance(content, str) else quoted
+    word = plain if literal([plain]) == literal([quoted]) else quoted
+    return redact_text(word) if key.lstrip("+") == PATHS_KEY else word
+
+
+def _quoted(content: Any) -> str:
+    """In Hydra's grammar, without the escapes that keep OmegaConf from reading `${`."""
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        return "[" + ",".join(map(_quoted, content)) + "]"
+    return "null" if content is None else QuotedString(unescape_interpolation(str(content)), Quote.double).with_quotes()
+
+
+def unescape_interpolation(text: str) -> str:
+    """The inverse of `hydrarun.core.quoting.escape_interpolation`."""
+    return re.sub(r"(\\*)\\\$\{", lambda match: match[1][: len(match[1]) // 2] + "${", text)

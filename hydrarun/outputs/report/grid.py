@@ -1,0 +1,151 @@
+"""The grid of pictures: what is drawn from row to row, how it is drawn from column to column."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+from urllib.parse import quote
+
+from hydrarun.outputs.report import formatting as words
+from hydrarun.outputs.report.collect import Output, number
+from hydrarun.outputs.report.layout import Column, Layout, Row
+from hydrarun.outputs.report.thumbnails import Cell, Difference, Shown, difference_uri, most_rows
+
+Entry = dict[str, Any]
+
+
+def draw(layout: Layout, cells: Mapping[Cell, Shown | str], gain: int, entries: Sequence[Entry]) -> str:
+    """The grid in HTML."""
+    compared = {entry["reference"] for entry in entries if entry["reference"] != entry["name"]}
+    heads = "".join(head(column, [entries[point] for point in column.points], compared) for column in layout.columns)
+    rows = []
+    for place, row in enumerate(layout.rows[: most_rows(layout)]):
+        drawn = [draw_cell(layout, cells, gain, entries, (place, column)) for column in range(len(layout.columns))]
+        name = f'<th scope="row">{row_name(layout, row)}</th>'
+        rows.append(f"<tr>{name}{''.join(drawn)}</tr>")
+    kind = "grid single" if len(layout.columns) == 1 else "grid"
+    return (
+        f'<table class="{kind}"><thead><tr><td></td>{heads}</tr></thead>\n<tbody>\n'
+        + "\n".join(rows)
+        + "\n</tbody></table>"
+    )
+
+
+def head(column: Column, entries: Sequence[Entry], compared: set[str | None]) -> str:
+    """A setting and, on average over its points, what it costs and how near it comes; `compared`: the references."""
+    reference = bool(compared & {entry["name"] for entry in entries})
+    means = [
+        mean(entries, ("timings", "steady_denoise_s"), lambda value: f"{words.significant(value)} s"),
+        mean(entries, ("speedup", "steady"), words.times),
+        mean(entries, ("difference", "psnr", "mean"), lambda value: words.decibels(value, " dB")),
+    ]
+    told = " · ".join(text for text in means if text)
+    mark = '<span class="tag">reference</span>' if reference else ""
+    return f'<th scope="col"><b>{escape(column.label)}</b>{mark}<small>{told}</small></th>'
+
+
+def mean(entries: Sequence[Entry], keys: tuple[str, ...], write: Any) -> str:
+    """The mean over the points that have this number, written; nothing where none has."""
+    values = [value for entry in entries if (value := number(entry, *keys)) is not None]
+    return write(sum(values) / len(values)) if values else ""
+
+
+def row_name(layout: Layout, row: Row) -> str:
+    """What sets this row apart."""
+    parts = [f"<b>{escape(text)}</b>" for text in row.others]
+    if row.seed is not None:
+        parts.insert(0, f"<b>seed {escape(row.seed)}</b>")
+    if row.prompt and not common_prompt(layout):
+        parts.append(f'<span class="prompt">{escape(row.prompt)}</span>')
+    return "".join(parts)
+
+
+def common_prompt(layout: Layout) -> str | None:
+    """The prompt, where all rows have one and the same."""
+    prompts = {row.prompt for row in layout.rows}
+    return prompts.pop() if len(prompts) == 1 else None
+
+
+def draw_cell(
+    layout: Layout, cells: Mapping[Cell, Shown | str], gain: int, entries: Sequence[Entry], place: Cell
+) -> str:
+    """One cell: a picture or video with its numbers, or what went wrong."""
+    row, column = layout.rows[place[0]], place[1]
+    if column not in row.cells:
+        return "<td></td>"
+    number, output = row.cells[column]
+    found, entry = cells.get(place), entries[number]
+    if output is None:  # a complete point has nothing for this row where others draw more
+        return failed(entry["status"], entry["error"]) if entry["error"] else "<td></td>"
+    if not isinstance(found, Shown):
+        return failed("failed", output.error or found or "")
+    reference = layout.reference(row, column)
+    compared = "" if reference in (None, column) else f' data-reference="cell-{place[0]}-{reference}"'
+    name = f"{layout.columns[column].label}, {title_of(row)}"
+    file = layout.points[number].address(output) or ""
+    if found.difference:
+        compared += f' data-difference="{away(found.difference)}"'
+    return (
+        f'<td><figure id="cell-{place[0]}-{column}" data-name="{escape(name)}"{compared}'
+        f' data-point="{escape(entry["name"])}" data-size="{found.size[0]}×{found.size[1]}">'
+        f"{media(found, file, name, gain)}"
+        f"<figcaption>{caption(entry, output, found)}</figcaption></figure></td>"
+    )
+
+
+def title_of(row: Row) -> str:
+    """What a row draws, in one line."""
+    seed = [] if row.seed is None else [f"seed {row.seed}"]
+    return ", ".join([*seed, *row.others])
+
+
+def media(found: Shown, file: str, name: str, gain: int) -> str:
+    """The picture, which links to its original; a video; and the difference, which the page shows when asked."""
+    still = f'<img class="picture" src="{found.image}" alt="{escape(name)}"{pixelated(found)}>'
+    apart = ""
+    if found.difference:
+        source, text = difference_uri(found.difference, gain), f"difference from the reference, {name}"
+        apart = f'<img class="difference" src="{source}" alt="{escape(text)}"{pixelated(found)}>'
+    if found.sound is not None:
+        link = f'<a href="{quote(os.fsencode(file))}" title="full view">{still}{apart}</a>'
+        return f'{link}<audio controls preload="metadata" src="{found.sound}"></audio>'
+    if found.video is None:
+        return f'<a href="{quote(os.fsencode(file))}" title="full view">{still}{apart}</a>'
+    link = f'<a href="{quote(os.fsencode(file))}">{still}{apart}<span>full view</span></a>'
+    return f'<video controls loop muted playsinline poster="{found.image}" src="{found.video}"></video>{link}'
+
+
+def pixelated(found: Shown) -> str:
+    """Small pictures are enlarged with their pixels sharp in the full view."""
+    return ' data-small=""' if max(found.size) <= 256 else ""
+
+
+def caption(entry: Entry, output: Output, found: Shown) -> str:
+    """Speed and quality, as far as they are known."""
+    speed = number(entry, "timings", "mean_step_s")
+    factor = number(entry, "speedup", "steady")
+    parts = [f"{words.milliseconds(speed)} ms/step" if speed else "", words.times(factor) if factor else ""]
+    return f"<span>{' · '.join(filter(None, parts))}</span><span>{nearness(output, found)}</span>"
+
+
+def nearness(output: Output, found: Shown) -> str:
+    """PSNR and SSIM against the twin where they were measured, else against the reference."""
+    measured: dict[str, Any] = output.quality or (vars(found.difference) if found.difference else {})
+    parts = [words.decibels(measured["psnr"], " dB")] if measured.get("psnr") is not None else []
+    parts += [f"SNR {words.decibels(measured['snr'], ' dB')}"] if measured.get("snr") is not None else []
+    parts += [f"SSIM {words.share(measured['ssim'])}"] if measured.get("ssim") is not None else []
+    return " · ".join(parts)
+
+
+def away(apart: Difference) -> str:
+    """A difference in words."""
+    if apart.largest == 0:
+        return "no difference from the reference"
+    return f"from the reference: {words.decibels(apart.psnr, ' dB')}, largest {apart.largest} of {apart.levels}"
+
+
+def failed(status: str, error: str) -> str:
+    """A cell without a picture."""
+    return f'<td><div class="failed"><b>{escape(status)}</b><p>{escape(error)}</p></div></td>'

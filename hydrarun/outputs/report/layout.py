@@ -1,0 +1,166 @@
+"""The grid: a row for each thing drawn, a column for each way to draw it, and the cells that others are compared to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from hydrarun.core import resources
+from hydrarun.core.errors import UsageError, nearest
+from hydrarun.outputs.report import axes
+from hydrarun.outputs.report.axes import Axis, Values
+from hydrarun.outputs.report.collect import Output, Point, at
+
+
+@dataclass
+class Column:
+    """One setting: what its points have in common beside what they draw."""
+
+    label: str
+    points: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Row:
+    """One thing drawn: prompt and seed, and the values of other axes that say what is drawn.
+
+    `cells`: by column, the point and its output; None where a point has nothing for this row.
+    """
+
+    prompt: str | None
+    seed: str | None
+    others: list[str]
+    cells: dict[int, tuple[int, Output | None]] = field(default_factory=dict)
+
+
+@dataclass
+class Layout:
+    """Points by their place in `points`; columns by theirs in `columns`."""
+
+    points: list[Point]
+    axes: list[Axis]
+    values: list[Values]  # of each point
+    columns: list[Column]
+    rows: list[Row]
+    chosen: int | None  # the column that the user chose to compare with
+
+    def column_of(self, point: int) -> int:
+        """The column that a point is in."""
+        return next(number for number, column in enumerate(self.columns) if point in column.points)
+
+    def reference(self, row: Row, column: int) -> int | None:
+        """The column whose cell the one in `column` is compared to; itself where it is the reference.
+
+        That of the user's choice, or the first without cache and quantization that this model drew.
+        """
+        if column not in row.cells:
+            return None
+        model = model_of(self.points[row.cells[column][0]])
+        for number in range(len(self.columns)) if self.chosen is None else [self.chosen]:
+            place, output = row.cells.get(number, (0, None))
+            if output is None or output.path is None or model_of(self.points[place]) != model:
+                continue
+            if self.chosen is not None or is_plain(self.points[place].config):
+                return number
+        return None
+
+
+def arrange(points: list[Point], reference: str | None) -> Layout:
+    """The grid of these points. Raises UsageError for a reference that is no column's label and no point's name."""
+    found, values = axes.find(points)
+    columns = columns_of(points, found, values)
+    layout = Layout(points, found, values, columns, [], chosen(points, columns, reference))
+    layout.rows = list(rows_of(layout))
+    return layout
+
+
+def columns_of(points: Sequence[Point], found: Sequence[Axis], values: Sequence[Values]) -> list[Column]:
+    """The settings, in the order of their first points. Points alike in everything get columns of their own."""
+    drawing = [axis for axis in found if not axis.drawn]
+    columns: dict[tuple[str, int], Column] = {}
+    alike: Counter[tuple[str, ...]] = Counter()
+    for number, chosen in enumerate(values):
+        everything = tuple(chosen.values())
+        again = alike[everything]
+        alike[everything] += 1
+        name = axes.label(drawing, chosen) or model_of(points[number]) or "all"
+        column = Column(f"{name} #{again + 1}" if again else name)
+        columns.setdefault((name, again), column).points.append(number)
+    return list(columns.values())
+
+
+def rows_of(layout: Layout) -> Iterable[Row]:
+    """Rows in the order of what is drawn. A point without outputs stands in every row that it should have filled."""
+    drawn = [axis for axis in layout.axes if axis.drawn]
+    blocks: dict[tuple[str, ...], list[int]] = {}
+    for number, values in enumerate(layout.values):
+        blocks.setdefault(tuple(values[axis.key] for axis in drawn), []).append(number)
+    for members in blocks.values():
+        values = layout.values[members[0]]
+        others = [axes.word(axis, values[axis.key]) for axis in drawn if axis.key not in SHOWN]
+        yield from _block(layout, members, others, values)
+
+
+#: the keys of what a row says anyway
+SHOWN = ("sampling.prompt", "sampling.seed")
+
+
+def _block(layout: Layout, members: Sequence[int], others: list[str], values: Values) -> Iterable[Row]:
+    """The rows of points that draw the same."""
+    rows: dict[tuple[str, int | None, int], Row] = {}
+    for member in members:
+        column, seen = layout.column_of(member), Counter[tuple[str, int | None]]()
+        for output in layout.points[member].outputs:
+            which = (output.prompt, output.seed)
+            key = (*which, seen[which])
+            seen[which] += 1
+            seed = None if output.seed is None else str(output.seed)
+            row = rows.setdefault(key, Row(output.prompt, seed, others))
+            row.cells[column] = (member, output)
+    if not rows:
+        sampling = at(layout.points[members[0]].config, "sampling", kind=dict) or {}
+        prompt, seed = (_told(values, sampling, name) for name in ("prompt", "seed"))
+        rows["", None, 0] = Row(prompt, seed, others)
+    for row in rows.values():
+        for member in members:
+            row.cells.setdefault(layout.column_of(member), (member, None))
+    return rows.values()
+
+
+def _told(values: Values, sampling: Mapping[str, Any], name: str) -> str | None:
+    """A field of `sampling` as it was asked for."""
+    told = values.get(f"sampling.{name}")
+    return told if told is not None or sampling.get(name) is None else axes.shown(sampling[name])
+
+
+def chosen(points: Sequence[Point], columns: Sequence[Column], name: str | None) -> int | None:
+    """The column that `--reference` names, by its label or a point in it."""
+    if name is None:
+        return None
+    for number, column in enumerate(columns):
+        if name == column.label or name in (points[member].name for member in column.points):
+            return number
+    labels = [column.label for column in columns]
+    raise UsageError(
+        f"report: --reference {name}: no such setting and no such point.{nearest(name, labels)}"
+        f" Settings: {'; '.join(labels)}"
+    )
+
+
+def is_plain(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration has neither cache nor quantization."""
+    return all(config.get(group) == none(group) for group in ("cache", "quantization"))
+
+
+@cache
+def none(group: str) -> Any:
+    """The node of the group's option `none`."""
+    return resources.options(group)["none"]
+
+
+def model_of(point: Point) -> str | None:
+    """The name of the model, if it is on record."""
+    return at(point.config, "model", "name", kind=str)

@@ -1,0 +1,221 @@
+"""The page: one file with everything in it, readable without scripts, and report.json beside it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from hydrarun.core import resources
+from hydrarun.core.errors import RunError
+from hydrarun.core.files import write_atomically
+from hydrarun.outputs.media.kinds import KINDS
+from hydrarun.outputs.report import data, grid, thumbnails as pictures, plot, table, formatting as words
+from hydrarun.outputs.report.collect import Point, at, number
+from hydrarun.outputs.report.layout import Layout
+from hydrarun.outputs.report.thumbnails import Cell, Shown
+
+Entry = dict[str, Any]
+
+PAGE, DATA = "report.html", "report.json"
+
+
+def write(folder: Path, layout: Layout) -> Path:
+    """Write both files into `folder`; returns the page's path. Raises RunError where that is not possible."""
+    cells = pictures.show(layout)
+    gain = pictures.gain(cells.values())
+    report = data.build(folder, layout, cells, gain)
+    try:
+        write_atomically(
+            folder / DATA, json.dumps(report, indent=2, ensure_ascii=False).encode(errors="replace") + b"\n"
+        )
+        write_atomically(folder / PAGE, html(report, layout, cells).encode(errors="replace"))
+    except OSError as error:
+        raise RunError(f"report: {folder}: cannot be written: {error.strerror}") from None
+    return folder / PAGE
+
+
+def html(report: Entry, layout: Layout, cells: dict[Cell, Shown | str]) -> str:
+    """The whole page."""
+    style, script, page = (part(f"page.{kind}") for kind in ("css", "js", "html"))
+    entries, axes, gain = report["points"], report["axes"], report["amplification"]
+    return Template(page).substitute(
+        title=escape(title(layout)),
+        style=style,
+        style_hash=digest(style),
+        script=script,
+        script_hash=digest(script),
+        counts=counts(report),
+        facts="".join(facts(layout)),
+        prompt=prompt(layout),
+        switch=switch(cells, gain),
+        grid=grid.draw(layout, cells, gain, entries),
+        notes="".join(f"<li>{note}</li>" for note in notes(layout, cells, gain)),
+        plot=draw_plot(entries),
+        table=table.draw(axes, entries),
+        commands="\n".join(command(entry) for entry in entries),
+        gain=gain,
+    )
+
+
+def part(name: str) -> str:
+    """One of the files that the page is made of."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def digest(text: str) -> str:
+    """What the page's own policy knows a script or a style by: no other is run."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def title(layout: Layout) -> str:
+    """The models, and what is swept."""
+    models = distinct(layout.points, "config", "model", "name") or ["hydrarun"]
+    swept = " × ".join(axis.short for axis in layout.axes)
+    return f"{', '.join(models)}: {swept}" if swept else ", ".join(models)
+
+
+def counts(report: Entry) -> str:
+    """How many points there are, and how they ended."""
+    told = [
+        f'<span class="{"good" if status == "complete" else "bad"}">{number} {status}</span>'
+        for status, number in report["counts"].items()
+    ]
+    return " · ".join([words.count(len(report["points"]), "point"), *told])
+
+
+def facts(layout: Layout) -> Iterator[str]:
+    """What was run and with what, as a list; values that are not the same for all points are all named."""
+    for axis in layout.axes:
+        values = "".join(f"<li>{escape(value)}</li>" for value in axis.values)
+        yield f'<div class="axis"><dt>{escape(axis.key)}</dt><dd><ul>{values}</ul></dd></div>'
+    points = layout.points
+    threads = [words.count(int(one), "torch thread") for one in distinct(points, "hardware", "torch_threads")]
+    machine = [found for name in ("gpu", "cpu") for found in distinct(points, "hardware", name)]
+    versions = [
+        f"{name} {', '.join(found)}"
+        for name in ("hydrarun", "torch", "diffusers", "cache-dit", "python")
+        if (found := distinct(points, "versions", name))
+    ]
+    dates = sorted({date[:16].replace("T", " ") for date in distinct(points, "created")})
+    listed = {
+        "weights": distinct(points, "weights", "path"),
+        "size": sizes(points),
+        "steps": distinct(points, "config", "sampling", "num_inference_steps"),
+        "device": [*distinct(points, "device"), *machine, *threads],
+        "dtype": distinct(points, "dtype"),
+        "versions": versions,
+        "drawn, UTC": [" to ".join([dates[0], dates[-1]] if dates[1:] else dates)] if dates else [],
+    }
+    for name, told in listed.items():
+        if told:
+            yield f"<div><dt>{name}</dt><dd>{escape(', '.join(told))}</dd></div>"
+
+
+def sizes(points: Sequence[Point]) -> list[str]:
+    """The sizes of all outputs, each once."""
+    found = {}
+    for point in points:
+        for output in at(point.record, "outputs", kind=list) or []:
+            width, height = (at(output, name, kind=int) for name in ("width", "height"))
+            counts = ((at(output, kind.parts, kind=int), kind.parts) for kind in KINDS if kind.parts)
+            parts = "".join(f", {count} {name}" for count, name in counts if count)
+            seconds = number(output, "duration_s")
+            found[f"{width}×{height}{parts}"] = width and height
+            found[f"{seconds} s"] = seconds
+    return [size for size, known in found.items() if known]
+
+
+def distinct(points: Sequence[Point], *keys: str) -> list[str]:
+    """The texts and numbers under `keys`, each once."""
+    values = (at(point.record, *keys, kind=(str, int)) for point in points)
+    return list(dict.fromkeys(str(value) for value in values if value is not None))
+
+
+def prompt(layout: Layout) -> str:
+    """The prompt, where it is one for all."""
+    common = grid.common_prompt(layout)
+    return f'<p class="said">{escape(common)}</p>' if common else ""
+
+
+def switch(cells: dict[Cell, Shown | str], gain: int) -> str:
+    """Pictures or differences, where there are some."""
+    if not any(isinstance(cell, Shown) and cell.difference for cell in cells.values()):
+        return ""
+    options = (("pictures", "Pictures", " checked"), ("differences", f"Differences ×{gain}", ""))
+    return (
+        '<div class="switch" role="radiogroup" aria-label="what the grid shows">'
+        + "".join(
+            f'<input type="radio" name="show" id="show-{name}"{on}><label for="show-{name}">{text}</label>'
+            for name, text, on in options
+        )
+        + "</div>"
+    )
+
+
+def notes(layout: Layout, cells: dict[Cell, Shown | str], gain: int) -> Iterator[str]:
+    """What a reader must know about the grid."""
+    shown = [cell for cell in cells.values() if isinstance(cell, Shown)]
+    if any(cell.difference for cell in shown):
+        yield (
+            f"A difference is |a − b| of the pixels, ×{gain} for the eye, against the reference in the same row; of a"
+            " video, its middle frame. PSNR and largest value are of all pixels, as they are in the files."
+        )
+        yield (
+            "Under a picture: its mean step when steady, how many times faster than the reference, PSNR and SSIM"
+            " (against the uncached twin where that was measured). Above a column: steady seconds of one output, means."
+        )
+    elif len(layout.columns) > 1:
+        yield (
+            "Nothing is compared: no picture without cache and quantization in a row with others"
+            " (--reference NAME chooses another reference)."
+        )
+    if any(cell.reduced for cell in shown):
+        yield "Shown are small, compressed copies; numbers are of the files, to which the full view links."
+    if len(layout.rows) > pictures.most_rows(layout):
+        yield (
+            f"The first {pictures.most_rows(layout)} of {len(layout.rows)} rows. The others are in report.json, without"
+            " differences."
+        )
+
+
+def draw_plot(entries: Sequence[Entry]) -> str:
+    """Speed against quality, and what both are; or why there is no plot."""
+    places = data.settings(entries)
+    if len(places) < 2:
+        return (
+            "<p>Needs at least two settings with times and a PSNR: a reference to compare with, or"
+            " report.metrics=[psnr].</p>"
+        )
+    by_twin = data.measured(entries)
+    against = "its uncached twin" if by_twin else "the reference in the same row, computed from the files"
+    drawn = plot.draw(list(marks(entries, by_twin)), data.floors(entries), "PSNR, dB ↑ nearer")
+    return (
+        f"<figure>{drawn}<figcaption>Across: seconds of denoising for one output, the first step counted as a usual"
+        f" one. Up: PSNR of the output against {against}. A mark is a setting, the mean of its points (small dots). The"
+        " filled ones are the Pareto front: no other is as fast and as near.</figcaption></figure>"
+    )
+
+
+def marks(entries: Sequence[Entry], by_twin: bool) -> Iterator[plot.Mark]:
+    """The settings of the plot, with their points."""
+    for label, middle in data.settings(entries).items():
+        own = [(one["name"], data.place(one, by_twin)) for one in entries if one["setting"] == label]
+        yield plot.Mark(label, middle, [(name, where) for name, where in own if where])
+
+
+def command(entry: Entry) -> str:
+    """A point and how to repeat it."""
+    if entry["command"] is None:
+        return ""
+    told = {key: value for key, value in entry["values"].items() if key != "sampling.prompt"}  # the command has it
+    values = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in told.items())
+    return (
+        f'<li id="command-{escape(entry["name"])}"><span>{escape(entry["name"])}</span><span>{escape(values)}</span>'
+        f'<code>{escape(entry["command"])}</code><button type="button" class="copy">Copy</button></li>'
+    )

@@ -1,0 +1,174 @@
+"""Speed against quality as an SVG: a mark for each setting, those that no other beats filled and joined by a line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from math import floor, log10
+
+from hydrarun.outputs.quality.metrics import PSNR_CAP
+
+Place = tuple[float, float]  # seconds, dB
+
+WIDTH, HEIGHT = 720, 400
+LEFT, RIGHT, TOP, BOTTOM = 70, 24, 30, 56
+LINE, LETTER = 21, 10.5  # of labels, as high and as wide as they are on a phone
+
+
+@dataclass
+class Mark:
+    """A setting: its name, the mean of its points, and the points themselves with their names."""
+
+    label: str
+    place: Place
+    points: list[tuple[str, Place]]
+
+
+def pareto(places: Sequence[Place]) -> list[bool]:
+    """Whether no other place is as fast and as good, and better in one of them. Equal places are both first."""
+
+    def beaten(place: Place) -> bool:
+        return any(x <= place[0] and y >= place[1] and (x, y) != place for x, y in places)
+
+    return [not beaten(place) for place in places]
+
+
+class Scales:
+    """From seconds and dB to SVG's pixels. What is identical, at PSNR_CAP, has a line of its own above the others."""
+
+    def __init__(self, places: Sequence[Place], levels: Sequence[float]) -> None:
+        values = [y for _, y in places] + list(levels)
+        near = [y for y in values if y < PSNR_CAP]
+        self.identical = len(near) < len(values)
+        self.right = max(x for x, _ in places) * 1.12
+        low, high = (min(near), max(near)) if near else (30.0, 50.0)
+        room = max(2.0, (high - low) * 0.15)
+        self.low, self.high = low - room, high + room
+
+    def x(self, seconds: float) -> float:
+        """Pixels from the left."""
+        return LEFT + (WIDTH - LEFT - RIGHT) * seconds / self.right
+
+    def y(self, psnr: float) -> float:
+        """Pixels from the top."""
+        if psnr >= PSNR_CAP:
+            return TOP
+        top = TOP + (36 if self.identical else 0)
+        part = (min(psnr, self.high) - self.low) / (self.high - self.low)
+        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - top) * part
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Three to eight round numbers between two."""
+    step = 10 ** floor(log10((high - low) / 3))
+    step *= next(times for times in (5, 2, 1) if (high - low) / (step * times) >= 3)
+    first = -floor(-low / step)
+    return [number * step for number in range(first, floor(high / step) + 1)]
+
+
+def draw(marks: Sequence[Mark], floors: Mapping[str, float], quality: str) -> str:
+    """The SVG. `floors`: dB by the name of the noise floor; `quality`: what the vertical axis is."""
+    points = [place for mark in marks for _, place in mark.points]
+    scales = Scales([mark.place for mark in marks] + points, list(floors.values()))
+    first = pareto([mark.place for mark in marks])
+    body = [
+        *axes(scales, quality),
+        *noise_floors(scales, floors),
+        front(scales, [mark.place for mark, best in zip(marks, first, strict=True) if best]),
+        *(dot(scales, mark.label, *point) for mark in marks if len(mark.points) > 1 for point in mark.points),
+        *(sign(scales, mark, best) for mark, best in zip(marks, first, strict=True)),
+        *labels(scales, marks),
+    ]
+    head = (
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="speed and quality of each setting">'
+    )
+    return "\n".join([head, *body, "</svg>"])
+
+
+def axes(scales: Scales, quality: str) -> list[str]:
+    """Grid lines, their numbers, and what the axes are."""
+    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    lines = []
+    for psnr in ticks(scales.low, scales.high):
+        lines.append(rule(LEFT, scales.y(psnr), right, scales.y(psnr), "grid"))
+        lines.append(words(LEFT - 8, scales.y(psnr) + 5, f"{psnr:g}", "tick end"))
+    if scales.identical:
+        lines += [rule(LEFT, TOP, right, TOP, "grid"), words(LEFT - 8, TOP + 5, "same", "tick end")]
+    for seconds in ticks(0, scales.right):
+        lines.append(words(scales.x(seconds), bottom + 20, f"{seconds:.4g}", "tick middle"))
+    lines.append(rule(LEFT, bottom, right, bottom, "axis"))
+    lines.append(words(right, HEIGHT - 8, "seconds of denoising per output, steady → slower", "name end"))
+    lines.append(words(6, 14, quality, "name"))
+    return lines
+
+
+def noise_floors(scales: Scales, floors: Mapping[str, float]) -> list[str]:
+    """Dashed lines, those of one height together: what lies above one changes less than that does."""
+    heights: dict[float, list[str]] = {}
+    for name, psnr in floors.items():
+        heights.setdefault(min(round(psnr, 1), PSNR_CAP), []).append(name)
+    found = []
+    for psnr, names in heights.items():
+        y = scales.y(psnr)
+        text = f"noise floor: {', '.join(names)}" + (" (identical)" if psnr == PSNR_CAP else f" {psnr:.1f} dB")
+        found += [rule(LEFT, y, WIDTH - RIGHT, y, "floor"), words(LEFT + 4, y + 17, text, "tick")]
+    return found
+
+
+def front(scales: Scales, places: Sequence[Place]) -> str:
+    """The line through what no other setting beats."""
+    line = " ".join(f"{scales.x(x):.1f},{scales.y(y):.1f}" for x, y in sorted(places))
+    return f'<polyline class="front" points="{line}"/>'
+
+
+def dot(scales: Scales, label: str, name: str, place: Place) -> str:
+    """One point of a setting that has several."""
+    return f'<circle class="dot" cx="{scales.x(place[0]):.1f}" cy="{scales.y(place[1]):.1f}" r="3">' + (
+        f"<title>{escape(f'{label}, point {name}: {told(place)}')}</title></circle>"
+    )
+
+
+def sign(scales: Scales, mark: Mark, best: bool) -> str:
+    """The mark of a setting."""
+    count = f" (mean of {len(mark.points)} points)" if len(mark.points) > 1 else ""
+    text = f"{mark.label}: {told(mark.place)}{count}{'; no other is faster and as good' if best else ''}"
+    x, y = scales.x(mark.place[0]), scales.y(mark.place[1])
+    kind = "mark first" if best else "mark"
+    return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="7"><title>{escape(text)}</title></circle>'
+
+
+def labels(scales: Scales, marks: Sequence[Mark]) -> list[str]:
+    """The names beside the marks, on the side and in the line where they lie on nothing."""
+    places = [(scales.x(mark.place[0]), scales.y(mark.place[1]) + 5) for mark in marks]
+    taken = [(x - 9, x + 9, y) for x, y in places]
+    found = []
+    for (x, y), mark in sorted(zip(places, marks, strict=True), key=lambda pair: pair[0][1]):
+        wide = LETTER * len(mark.label)
+        spots = [(start, y + LINE * line) for line in range(len(marks) + 1) for start in (x + 12, x - 12 - wide)]
+        free = (spot for spot in spots if LEFT < spot[0] < WIDTH - wide and not covers(taken, *spot, wide))
+        start, line = next(free, spots[0])
+        taken.append((start, start + wide, line))
+        left = start < x
+        found.append(words(x - 12 if left else x + 12, line, mark.label, "label end" if left else "label"))
+    return found
+
+
+def covers(taken: Sequence[tuple[float, float, float]], start: float, y: float, wide: float) -> bool:
+    """Whether a label would lie on something."""
+    return any(abs(y - other) < LINE and start < end and start + wide > begin for begin, end, other in taken)
+
+
+def told(place: Place) -> str:
+    """A place in words."""
+    return f"{place[0]:.4g} s, " + ("identical" if place[1] >= PSNR_CAP else f"{place[1]:.1f} dB")
+
+
+def rule(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    """A straight line."""
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def words(x: float, y: float, text: str, kind: str) -> str:
+    """A text."""
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'

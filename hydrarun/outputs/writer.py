@@ -1,0 +1,279 @@
+"""Writes pictures, videos and sounds, each with its recipe inside, and run.json. docs/outputs.md has every key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hydrarun.core.errors import RunError
+from hydrarun.outputs.media import frames, kinds, mp4, png, wav
+from hydrarun.core.files import write_atomically
+from hydrarun.outputs.provenance import config_hash, redact, redact_text
+from hydrarun.config.checks.values import image_paths
+
+FORMAT = 1  # of run.json and of the metadata; grows when a key changes its meaning
+
+SLUG_LENGTH = 40
+
+#: the bytes of a file, by its format; of pixels or samples, their record and the texts inside
+ENCODERS: dict[str, Callable[[np.ndarray, Mapping[str, Any], Mapping[str, str]], bytes]] = {
+    "png": lambda pixels, record, text: png.encode(pixels, text),
+    "mp4": lambda pixels, record, text: mp4.encode(pixels, record["fps"], text),
+    "wav": lambda samples, record, text: wav.encode(samples, record["sample_rate"], text),
+}
+
+# the part of `sampling` that says which pictures, videos or sounds a run draws, beside how
+WHICH = ("prompt", "negative_prompt", "seed", "num_images_per_prompt")
+
+
+class OutputWriter:
+    """Writes what one run drew into its directory, in the order of `save` calls, then run.json."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: dict[str, Any],
+        facts: dict[str, Any],
+        metadata: bool,
+        places: Sequence[int] | None = None,
+    ):
+        """`config`: the resolved configuration; `metadata`: whether each file carries its recipe.
+
+        `facts`: what the run really used: weights {path, revision, fingerprint}, verified, inputs [{path, sha256,
+        width, height}], device, dtype, attention, compile, versions, hardware, and of sounds sample_rate
+        in Hz. `places`: of a batch of a larger run,
+        its pictures' places there; each of them is then named by the hash of the configuration that draws it alone.
+        """
+        self.run_dir = run_dir
+        self.config = as_recorded(config)
+        self.facts = redact(
+            {**facts, "inputs": [{**image, "path": _absolute(image["path"])} for image in facts["inputs"]]}
+        )
+        self.metadata = metadata
+        self.places = places
+        self.config_hash = config_hash(self.config)
+        self.created = now()
+        self.outputs: list[dict[str, Any]] = []
+        self.drawn = 0
+        self.save_s = 0.0
+        run_dir.mkdir(parents=True, exist_ok=True)
+
+    def save(
+        self,
+        pixels: np.ndarray,
+        prompt: str,
+        negative_prompt: str | None,
+        seed: int,
+        timings: dict[str, Any],
+        caption: str | None = None,
+    ) -> dict[str, Any]:
+        """Write the next output (an array of `hydrarun.outputs.media.kinds`) and return its record.
+
+        `timings`: those known by now, in seconds; `caption`: what the prompt was taken for. Raises RunError for one
+        that cannot be what was asked for: all black, all of one colour, of layers every one, silence; and for a video
+        of a size that its format cannot hold.
+        """
+        start = time.perf_counter()
+        position = self.drawn
+        self.drawn += 1  # a refused picture keeps its place: replay finds the others by theirs
+        _refuse_constant(pixels, prompt, seed)
+        output = self.config["output"]
+        texts = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
+        index, digest = position, self.config_hash
+        if self.places:
+            index, digest = self.places[position], config_hash(alone(self.config, texts))
+        record = {
+            "index": index,
+            "path": file_name(index, prompt, seed, digest, output["format"]),
+            **texts,
+            **({} if caption is None else {"caption": caption}),
+            "pixels_sha256": pixels_sha256(pixels),
+            **kinds.of(pixels).extent(pixels, output, self.facts),
+        }
+        record |= self._write(pixels, record, Place(position, digest), timings)
+        self.outputs.append(record)
+        self.save_s += time.perf_counter() - start
+        return record
+
+    def skip(self) -> None:
+        """Leave the next picture as it is: it was written before."""
+        self.drawn += 1
+
+    def finish(self, measured: dict[str, Any]) -> dict[str, Any]:
+        """Write run.json and return it.
+
+        `measured`: timings in seconds, to which `save_s` is added, memory, cache; quality, if it was measured.
+        """
+        return self._write_run({"status": "complete"}, measured)
+
+    def fail(self, error: BaseException, measured: dict[str, Any]) -> dict[str, Any]:
+        """Write run.json for a run that broke off: what was already made stays and is listed."""
+        return self._write_run({"status": "failed", "error": described(error)}, measured)
+
+    def _write_run(self, status: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+        measured = {**measured, "timings": {**measured["timings"], "save_s": self.save_s}}
+        begun = {"created": self.created, "config_hash": self.config_hash, "outputs": self.outputs}
+        return write_run(self.run_dir, {**status, **begun, **measured, **self.facts, "config": self.config})
+
+    def _write(
+        self, pixels: np.ndarray, record: dict[str, Any], place: Place, timings: dict[str, Any]
+    ) -> dict[str, str]:
+        """Write it; what its record says of the file: `sha256`, or nothing of a folder."""
+        path, form = self.run_dir / record["path"], self.config["output"]["format"]
+        if form in frames.STEMS:
+            stem, _ = frames.STEMS[form]
+            own = ({stem: number, f"{stem}_sha256": pixels_sha256(one)} for number, one in enumerate(pixels))
+            frames.write(path, pixels, [self._text(record, place, timings, extra) for extra in own], form)
+            return {}
+        data = ENCODERS[form](pixels, record, self._text(record, place, timings, {}))
+        write_atomically(path, data)
+        return {"sha256": hashlib.sha256(data).hexdigest()}
+
+    def _text(
+        self, record: dict[str, Any], place: Place, timings: dict[str, Any], extra: dict[str, Any]
+    ) -> dict[str, str]:
+        """The two texts inside a file, by keyword; `extra` is what the recipe says of one frame alone."""
+        if not self.metadata:
+            return {}
+        recipe = {**self._recipe(record, place, timings), **extra}
+        return {
+            "parameters": parameters(self.config, self.facts, record),
+            png.CHUNK: json.dumps(recipe, ensure_ascii=False),
+        }
+
+    def _recipe(self, record: dict[str, Any], place: Place, timings: dict[str, Any]) -> dict[str, Any]:
+        sampling = self.config["sampling"]
+        return {
+            "format": FORMAT,
+            "config": alone(self.config, {key: record[key] for key in ("prompt", "negative_prompt", "seed")}),
+            # A picture drawn alone equals the one drawn in its batch only to rounding (other matrix shapes), so
+            # replay redraws the batch.
+            "batch": {"index": place.position, "sampling": {key: sampling.get(key) for key in WHICH}},
+            "config_hash": place.config_hash,
+            "pixels_sha256": record["pixels_sha256"],
+            **({"caption": record["caption"]} if "caption" in record else {}),
+            "created": self.created,
+            "timings": timings,
+            **self.facts,
+        }
+
+
+class Place(NamedTuple):
+    """Where a picture stands in its batch, and the hash that names it."""
+
+    position: int
+    config_hash: str
+
+
+def alone(config: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that draws one picture of a run; `texts`: its prompt, negative prompt and seed."""
+    return {**config, "sampling": {**config["sampling"], **texts, "num_images_per_prompt": 1}}
+
+
+def file_name(index: int, prompt: str, seed: int, digest: str, output_format: str) -> str:
+    """The name of an output's file, or of its folder; `digest`: the hash of a configuration."""
+    kind = kinds.written_as(output_format)
+    return f"{index:04d}-{slug(prompt, kind.nameless)}-{seed}-{digest}{kind.formats[output_format]}"
+
+
+def write_run(run_dir: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write run.json and return what it holds: `record` and its format."""
+    record = {"format": FORMAT, **record}
+    write_atomically(run_dir / "run.json", json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n")
+    return record
+
+
+def described(error: BaseException) -> dict[str, str]:
+    """What run.json says of an error."""
+    return {"type": type(error).__name__, "message": redact_text(str(error))}
+
+
+def now() -> str:
+    """The time as run.json writes it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def parameters(config: dict[str, Any], facts: dict[str, Any], record: dict[str, Any]) -> str:
+    """The AUTOMATIC1111 text: the prompt, the negative prompt, then one line of `Key: value` pairs."""
+    sampling, model = config["sampling"], config["model"]
+    guidance = sampling["guidance_scale"] if sampling["true_cfg_scale"] is None else sampling["true_cfg_scale"]
+    lines = [record.get("caption", record["prompt"])]
+    if (record["negative_prompt"] or "").strip():
+        lines.append(f"Negative prompt: {record['negative_prompt']}")
+    settings = {
+        "Steps": sampling["num_inference_steps"],
+        "Sampler": facts["scheduler"],
+        "CFG scale": guidance,
+        "Seed": record["seed"],
+        "Size": f"{record['width']}x{record['height']}" if "width" in record else None,
+        "Frames": record.get("frames"),
+        "FPS": record.get("fps"),
+        "Seconds": record.get("duration_s"),
+        "Sample rate": record.get("sample_rate"),
+        "Layers": record.get("layers"),
+        "Model": model["name"],
+        "Version": f"hydrarun {facts['versions']['hydrarun']}",
+    }
+    lines.append(", ".join(f"{key}: {value}" for key, value in settings.items() if value is not None))
+    return "\n".join(lines)
+
+
+def slug(prompt: str, nameless: str) -> str:
+    """The prompt as a part of a file name: a-z, 0-9 and `-`, at most 40 characters, whole words where they fit.
+
+    Accents are dropped; a prompt without any Latin letter or digit becomes `nameless`.
+    """
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+    if len(words) > SLUG_LENGTH:
+        whole = words[: SLUG_LENGTH + 1].rpartition("-")[0]
+        words = whole or words[:SLUG_LENGTH]
+    return words or nameless
+
+
+def pixels_sha256(pixels: np.ndarray) -> str:
+    """sha256 over the RGB or RGBA bytes, row by row from the top, frame after frame.
+
+    Of a sound over its 16-bit samples, those of one moment side by side.
+    """
+    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def _refuse_constant(pixels: np.ndarray, prompt: str, seed: int) -> None:
+    kind = kinds.of(pixels)
+    nothing = kind.monotone(pixels)
+    if nothing is None:
+        return
+    raise RunError(
+        f"the {kind.one} for seed {seed} ({prompt[:60]!r}) is all {nothing}; nothing was written for it."
+        " Likely causes: numbers that overflow (try dtype=bfloat16 or dtype=float32 instead of float16), another"
+        " attention backend's fault (try attention=sdpa), or weights that do not belong to this model (see model.path)."
+    )
+
+
+def as_recorded(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration as files and run.json hold it: paths absolute, the home folder `~`, no secrets."""
+    return redact(_with_absolute_paths(config))
+
+
+def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """A relative path means nothing to whoever reads the record from another folder; hub ids stay as they are."""
+    model, given = config["model"], config["input"]
+    if Path(model["path"]).expanduser().is_dir():
+        model = {**model, "path": _absolute(model["path"])}
+    if given["images"] is not None:
+        given = {**given, "images": [_absolute(path) for path in image_paths(config)]}
+    return {**config, "model": model, "input": given}
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())

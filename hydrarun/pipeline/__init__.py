@@ -1,0 +1,1 @@
+"""From a request to pictures: stages, state, guidance, and the libraries' components."""

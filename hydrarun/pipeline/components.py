@@ -1,0 +1,251 @@
+"""What stands around the transformer: VAE, text encoder, tokenizer and scheduler, from the checkpoint's own classes.
+
+They are diffusers' and transformers' own, put into the model's diffusers pipeline without its transformer, so that the
+pipeline's methods (prompt encoding, latent layout, image processing) can be called.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from hydrarun.acceleration.offload.module_mover import HOST, move
+from hydrarun.core.errors import RunError
+from hydrarun.core.progress import Tally
+from hydrarun.models.weights.lazy_state_dict import unread
+from hydrarun.models.weights.safetensors import Checkpoint
+from hydrarun.pipeline.processors import load_processor
+
+#: components that we load ourselves
+OURS = ("transformer", "transformer_2")
+LIBRARIES = ("diffusers", "transformers")
+#: loggers that warn, while diffusers imports torchao, of CUDA kernels that do not load and of torch's own changes
+TORCHAO_LOGGERS = ("torchao", "torch.utils._pytree")
+#: what a file of weights is called, by the library of its class
+STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+#: where transformers keeps how a model draws tokens
+GENERATION = "generation_config.json"
+
+
+def load_pipeline(
+    cls: type,
+    folder: Path,
+    *,
+    place: Callable[[str], torch.device],
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    scheduler: Any | None,
+    tally: Tally,
+) -> Any:
+    """An instance of the diffusers pipeline `cls` from `folder`, without its transformers.
+
+    `place` says which device a component is put on, `scheduler` replaces the checkpoint's own, `tally` counts the bytes
+    of each component when it is there. Raises `RunError` naming folder and component for whatever cannot be used.
+    """
+    index = read_index(folder, cls)
+    accepted = inspect.signature(cls).parameters
+    components: dict[str, Any] = {**index.settings, **dict.fromkeys(OURS)}
+    if scheduler is not None:
+        components["scheduler"] = scheduler
+    entries = {name: entry for name, entry in index.components.items() if name not in components}
+    needed = [name for name, parameter in accepted.items() if parameter.default is parameter.empty]
+    for name in needed:
+        if name not in OURS and (components | entries).get(name) is None:
+            raise RunError(f"{folder / 'model_index.json'}: {name} is missing, and {cls.__name__} needs it")
+    sizes = {name: size(folder, name, entry) for name, entry in entries.items()}
+    tally.expect(sum(sizes.values()))
+    for name, entry in entries.items():
+        kind = vae_dtype if name == "vae" else dtype
+        components[name] = load_component(folder, name, entry, device=place(name), dtype=kind, add=tally.add)
+    pipeline = cls(**{name: value for name, value in components.items() if name in accepted})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_module(cls: type, folder: Path, name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """One component of the checkpoint in `folder`, saved by the pipeline class `cls`, on the host."""
+    return load_component(folder, name, read_index(folder, cls).components[name], device=HOST, dtype=dtype)
+
+
+class Index(NamedTuple):
+    """What a model_index.json says: `{component: (library, class)}`, and the pipeline's own settings."""
+
+    components: dict[str, tuple[str, str]]
+    settings: dict[str, Any]
+
+
+def read_index(folder: Path, cls: type) -> Index:
+    """The index of a checkpoint that the pipeline class `cls` saved."""
+    path = folder / "model_index.json"
+    try:
+        content = json.loads(path.read_text())
+        saved_by = content["_class_name"]
+        pairs = {key: tuple(value) for key, value in content.items() if isinstance(value, list) and len(value) == 2}
+    except (ValueError, KeyError, TypeError, OSError):
+        raise RunError(f"{path}: not the index of a diffusers pipeline") from None
+    if saved_by != cls.__name__:
+        raise RunError(f"{path}: a checkpoint of {saved_by}, and this model option runs {cls.__name__}")
+    settings = {key: value for key, value in content.items() if key not in pairs and not key.startswith("_")}
+    return Index(entries(pairs), settings)
+
+
+def entries(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The components of a model_index.json by name, each with its library and class; the rest of it are settings."""
+    pairs = {name: tuple(one) for name, one in index.items() if isinstance(one, (list, tuple)) and len(one) == 2}
+    return {name: (library_of(library), cls) for name, (library, cls) in pairs.items() if library}
+
+
+def library_of(name: Any) -> Any:
+    """What a pipeline has beside itself in its own module goes by the module's name, and is diffusers' too."""
+    own = isinstance(name, str) and name.isidentifier() and name not in LIBRARIES
+    return "diffusers" if own and importlib.util.find_spec(f"diffusers.pipelines.{name}") else name
+
+
+def size(folder: Path, name: str, entry: tuple[str, str]) -> int:
+    """Bytes of the component's weights; 0 for one that has none."""
+    has = issubclass(known_class(folder, name, entry), torch.nn.Module)
+    return Checkpoint(folder / name, STEMS[entry[0]]).size if has else 0
+
+
+def load_component(
+    folder: Path,
+    name: str,
+    entry: tuple[str, str],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    add: Callable[[int], None] = lambda _: None,
+) -> Any:
+    """One component by its library's own `from_pretrained`, safetensors only; `add` is told of the bytes read.
+
+    Text encoders go straight to their device. The VAE, which is small, goes by way of the host: so diffusers tells the
+    name of a tensor that is missing.
+    """
+    library = entry[0]
+    cls = known_class(folder, name, entry)
+    if not issubclass(cls, torch.nn.Module):
+        with readable(folder / name), quiet_libraries():
+            return load_processor(cls, folder / name) if is_processor(cls) else cls.from_pretrained(folder / name)
+    checkpoint = Checkpoint(folder / name, STEMS[library])
+    _ = checkpoint.headers  # damaged files are named here, by us
+    shown = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+    with readable(folder / name), quiet_libraries():
+        if library == "transformers":
+            config = cls.config_class.from_pretrained(folder / name)
+            weights = unread(checkpoint, dtype, add)
+            module, info = cls.from_pretrained(
+                None, config=config, state_dict=weights, dtype=dtype, device_map={"": device}, **shown
+            )
+        else:
+            module, info = cls.from_pretrained(folder / name, use_safetensors=True, torch_dtype=dtype, **shown)
+            add(checkpoint.size)
+    refuse_incomplete(folder / name, info)
+    if (folder / name / GENERATION).is_file():  # how it draws tokens, if it is asked to: not in config.json
+        module.generation_config = generation_config(folder / name)
+    move(module.eval().requires_grad_(False), device)
+    return module
+
+
+def generation_config(folder: Path) -> Any:
+    """How the model in `folder` draws tokens."""
+    from transformers import GenerationConfig
+
+    with readable(folder), quiet_libraries():
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+def known_class(folder: Path, name: str, entry: tuple[str, str]) -> Any:
+    """The component's class. Raises `RunError` for one that is not loaded."""
+    library, class_name = entry
+    if library not in LIBRARIES:
+        raise RunError(f"{folder / 'model_index.json'}: {name} comes from {library!r}; only {LIBRARIES} are loaded")
+    cls = component_class(library, class_name)
+    if cls is None:
+        raise RunError(f"{folder / 'model_index.json'}: {name}: the installed {library} has no component {class_name}")
+    return cls
+
+
+def component_class(library: str, name: str) -> Any:
+    """The class, or None. Other classes of the libraries have a `from_pretrained` too, and some read pickles."""
+    import diffusers
+    import transformers
+
+    found = getattr(importlib.import_module(library), name, None)
+    kinds = (
+        diffusers.ModelMixin,
+        diffusers.SchedulerMixin,
+        transformers.PreTrainedModel,
+        transformers.PreTrainedTokenizerBase,
+        transformers.ProcessorMixin,
+        transformers.ImageProcessingMixin,
+        transformers.FeatureExtractionMixin,
+    )
+    return found if isinstance(found, type) and issubclass(found, kinds) else None
+
+
+def is_processor(cls: type) -> bool:
+    """Whether the class joins a tokenizer and an image processor."""
+    import transformers
+
+    return issubclass(cls, transformers.ProcessorMixin)
+
+
+def refuse_incomplete(folder: Path, info: dict[str, Any]) -> None:
+    """The libraries fill what is missing with random numbers and go on; we do not."""
+    for kind, problem in (
+        ("missing_keys", "is missing"),
+        ("mismatched_keys", "has another shape than config.json asks for"),
+        ("error_msgs", "cannot be loaded"),
+        ("unexpected_keys", "has no place in this model"),
+    ):
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind) or ())
+        if names:
+            raise RunError(f"{folder}: {names[0]!r} {problem} ({len(names)} such tensors)")
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turn a library's complaint about a checkpoint into one line that names the folder."""
+    try:
+        yield
+    except torch.OutOfMemoryError:  # a RuntimeError too, and no fault of the checkpoint's
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RunError(f"{folder}: cannot be loaded: {first}") from error
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No loading bars and no warnings of theirs between ours: what they warn about is an error here."""
+    import diffusers
+    import transformers
+
+    bars = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [library.get_verbosity() for library in bars]
+    loggers = [logging.getLogger(name) for name in TORCHAO_LOGGERS]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    for library in bars:
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # what they use of torch will be another's one day
+            yield
+    finally:
+        for library, level in zip(bars, levels, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,49 @@
+"""Processors that turn a prompt with pictures into a text encoder's input, loaded without torchvision.
+
+PyPI's torchvision is linked against CUDA and cannot be imported beside a CPU build of torch.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from hydrarun.core.errors import RunError
+
+#: where the settings of the image processor are: as published, and as transformers 5 saves them
+SETTINGS_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def load_processor(cls: type, folder: Path) -> Any:
+    """transformers' processor `cls` from its folder, as published or as transformers 5 saves it.
+
+    Pictures are resized by Pillow, whether torchvision is installed or not, so that the same input gives the same
+    numbers everywhere. Raises `RunError` naming the folder if its files are missing or another model's.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    if not any((folder / name).is_file() for name in SETTINGS_FILES):
+        raise RunError(f"{folder}: no {' and no '.join(SETTINGS_FILES)} here")
+    images = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    processor = without_videos(cls)(images, tokenizer, tokenizer.chat_template)
+    vocabulary = tokenizer.get_vocab()
+    for token in filter(None, (processor.image_token, getattr(processor, "video_token", None))):
+        if token not in vocabulary:  # transformers makes an empty tokenizer where there are no files
+            raise RunError(f"{folder}: its tokenizer is missing or of another model: it has no token {token}")
+    return processor
+
+
+@lru_cache
+def without_videos(cls: Any) -> Any:
+    """The processor class without its part for videos, which needs torchvision and which no pipeline uses.
+
+    transformers takes the parts of a processor from the names of these arguments: leaving one out is all it takes.
+    """
+
+    def init(self: Any, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
+        cls.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    init.__annotations__ = {}
+    return type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})

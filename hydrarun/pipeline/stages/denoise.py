@@ -1,0 +1,154 @@
+"""The loop: timesteps x experts x guidance branches, one for all models."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hydrarun.acceleration.cache.base import NoCache, Schedule, Step
+from hydrarun.acceleration.offload.modulation_tables import rows_of_steps
+from hydrarun.acceleration.parallel.cfg import predict_branches
+from hydrarun.core.errors import RunError
+from hydrarun.core.timing import Timings
+from hydrarun.models.experts import LOW_NOISE, Experts
+from hydrarun.models.transformer import Inputs
+from hydrarun.pipeline.guidance import FEWER_BLOCKS, POSITIVE
+from hydrarun.pipeline.stage import Parts, Stage
+from hydrarun.pipeline.state import State
+
+
+class Denoise(Stage):
+    """Predict each branch, combine them, let the scheduler step.
+
+    `passes` names the fields of the state that the transformer takes beside latents, timestep and the branch's own
+    conditioning; a field with one row serves all items.
+    """
+
+    needs: tuple[str, ...] = (
+        "latents",
+        "generators",
+        "timesteps",
+        "conditioning",
+        "true_cfg_scale",
+        "guidance_scale",
+        "guidance_scale_2",
+    )
+    gives = ("latents",)
+    phase = "denoise"
+    uses = ("transformer",)
+
+    def __init__(self, passes: Sequence[str] = ()) -> None:
+        self.passes = tuple(passes)
+        self.needs = (*Denoise.needs, *self.passes)
+
+    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+        shared = {name: for_all(getattr(state, name), len(state.latents)) for name in self.passes}
+        conditioning = {branch: {**state.conditioning[branch], **shared} for branch in parts.guidance.branches(state)}
+        scheduler = parts.pipeline.scheduler
+        steps, noise = schedule(state.timesteps, parts.experts), noise_of(scheduler, state)
+        rows = rows_of_steps(parts.tables, steps, state.timesteps, conditioning)
+        parts.cache.start(Schedule(steps), list(conditioning), parts.mesh)
+        run = steps if parts.warmup is None else first_steps(steps, parts.warmup, partial(kind, state, parts))
+        with parts.progress.phase("denoising", total=len(run)) as advance:
+            for step in run:
+                timestep = state.timesteps[step.index]
+                start = timings.now()
+                prediction = self.predict(state, parts, conditioning, timestep, step, rows.get(step.index))
+                state.latents = scheduler.step(prediction, timestep, state.latents, return_dict=False, **noise)[0]
+                timings.steps.append(timings.now() - start)
+                advance()
+        parts.cache.end()
+        if not state.latents.isfinite().all():
+            raise RunError(
+                f"the latents are NaN or infinite after {len(run)} steps: the weights are damaged, or"
+                f" {str(parts.dtype).removeprefix('torch.')} is too narrow for this model; try dtype=float32"
+            )
+
+    def predict(
+        self,
+        state: State,
+        parts: Parts,
+        conditioning: dict[str, dict[str, Any]],
+        timestep: Tensor,
+        step: Step,
+        rows: dict[str, Tensor] | None,
+    ) -> Tensor:
+        """The guided prediction of one step, in the shape of the latents; `rows`: those of modulation tables."""
+        transformer = parts.transformer(step.expert)
+        latents, times = state.latents.to(parts.dtype), timestep.expand(len(state.latents))
+        if hasattr(scheduler := parts.pipeline.scheduler, "scale_model_input"):
+            latents = scheduler.scale_model_input(latents, timestep)
+
+        def predict(branches: Sequence[str]) -> dict[str, Tensor]:
+            own = {branch: conditioning[branch] for branch in branches if branch != FEWER_BLOCKS}
+            found = transformer(Inputs(latents, times, own, rows), step, parts.cache)
+            if FEWER_BLOCKS in branches:
+                again = Inputs(latents, times, {POSITIVE: conditioning[POSITIVE]}, rows, parts.guidance.layers)
+                found[FEWER_BLOCKS] = transformer(again, step, NoCache())[POSITIVE]
+            return {branch: found[branch] for branch in branches}
+
+        axis = parts.mesh["cfg"] if parts.mesh else None
+        predictions = predict_branches(branches_of(state, parts, step), predict, axis, latents)
+        return parts.guidance.combine(predictions, scale_of(state, parts, step))
+
+
+def scale_of(state: State, parts: Parts, step: Step) -> float:
+    """The scale of a step."""
+    return parts.guidance.scale_for(state, step.expert == LOW_NOISE, done=1 - step.timestep / 1000)
+
+
+def branches_of(state: State, parts: Parts, step: Step) -> tuple[str, ...]:
+    """The predictions that a step is made of, by all ranks together."""
+    branches = parts.guidance.branches_at(state, step.index)
+    if parts.mesh and parts.mesh["cfg"]:
+        return branches  # a rank that has the other branch would wait meanwhile, and may be needed to lend its weights
+    return parts.guidance.needed(branches, scale_of(state, parts, step))
+
+
+def kind(state: State, parts: Parts, step: Step) -> tuple[str, tuple[str, ...]]:
+    """The expert and the predictions of a step: those that have both in common do the same work."""
+    return step.expert, branches_of(state, parts, step)
+
+
+def schedule(timesteps: Tensor, experts: Experts) -> tuple[Step, ...]:
+    """Each step with its place, value and expert."""
+    values = timesteps.tolist()  # on the host once, not one by one inside the loop
+    return tuple(Step(index, value, experts.name_at(value)) for index, value in enumerate(values))
+
+
+def noise_of(scheduler: Any, state: State) -> dict[str, Any]:
+    """What a scheduler that adds noise in its steps draws it from: the same each time that the loop is run.
+
+    Its Brownian motion, if it has one, is drawn here on the CPU, and so the same on every device.
+    """
+    if "generator" not in inspect.signature(scheduler.step).parameters:
+        return {}
+    if hasattr(scheduler, "noise_sampler"):
+        from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
+
+        like, seeds = torch.empty_like(state.latents, device="cpu"), [one.initial_seed() for one in state.generators]
+        ends = scheduler.config.sigma_min, scheduler.config.sigma_max
+        scheduler.noise_sampler = BrownianTreeNoiseSampler(like, *ends, seed=seeds)
+    return {"generator": [generator.clone_state() for generator in state.generators]}
+
+
+def first_steps(steps: Sequence[Step], count: int, kind: Callable[[Step], Any]) -> list[Step]:
+    """The first `count` steps of each kind, or as many as it has."""
+    before = Counter[Any]()
+    chosen = []
+    for step in steps:
+        before[kind(step)] += 1
+        if before[kind(step)] <= count:
+            chosen.append(step)
+    return chosen
+
+
+def for_all(value: Any, count: int) -> Any:
+    """One row of a tensor repeated for each item, without a copy; anything else as it is."""
+    return value.expand(count, *value.shape[1:]) if isinstance(value, Tensor) else value

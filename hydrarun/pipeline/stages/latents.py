@@ -1,0 +1,56 @@
+"""Noise to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hydrarun.config.checks.checkpoint import vae_factors
+from hydrarun.core.timing import Timings
+from hydrarun.models.layers.patchify import pack
+from hydrarun.pipeline import vae
+from hydrarun.pipeline.stage import Parts, Stage
+from hydrarun.pipeline.state import State
+
+
+class PrepareLatents(Stage):
+    """Draws each item's noise from its own CPU generator, in the reference's order and dtype.
+
+    The same seed then gives the same noise on every device, in every batch, and in diffusers. `packed`: whether the
+    transformer takes tokens of patches; `keep_float32`: whether the latents stay float32 between the steps, whatever
+    the transformer computes in. Both are the reference's choice.
+    """
+
+    needs: tuple[str, ...] = ("seeds", "height", "width", "num_frames")
+    gives = ("latents", "grid", "generators")
+    phase = "encode"
+
+    def __init__(self, packed: bool = True, keep_float32: bool = False) -> None:
+        self.packed = packed
+        self.keep_float32 = keep_float32
+
+    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+        per_frame, side = vae_factors(parts.pipeline.vae.config)
+        assert side is not None
+        frames = self.frames(state, per_frame or 1)
+        shape = (1, vae.channels(parts.pipeline), frames, state.height // side, state.width // side)
+        dtype = torch.float32 if self.keep_float32 else parts.dtype
+        state.generators = generators(state.seeds)
+        noise = [self.noise(shape, generator, dtype) for generator in state.generators]
+        latents = torch.cat(noise).to(parts.device)
+        state.latents = pack(latents, parts.patch_size) if self.packed else latents
+        state.grid = (frames, shape[3] // parts.patch_size, shape[4] // parts.patch_size)
+
+    def frames(self, state: State, per_frame: int) -> int:
+        """Latent frames; `per_frame` frames of a video are one."""
+        return 1 if state.num_frames is None else (state.num_frames - 1) // per_frame + 1
+
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+        """One item's, `[1, C, F, h, w]`."""
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One for each item, on the CPU."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -1,0 +1,73 @@
+"""Sound: noise of the one length that the transformer makes, and the part of it that was asked for as samples."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from hydrarun.config.checks.checkpoint import longest
+from hydrarun.core.errors import RunError
+from hydrarun.core.timing import Timings
+from hydrarun.pipeline.stage import Parts, Stage
+from hydrarun.pipeline.stages.latents import generators
+from hydrarun.pipeline.state import State
+
+# schedulers that add noise ask for it up to the ends of its interval, which rounding moves, and at 0, beyond them
+warnings.filterwarnings("ignore", r"Should have t[ab][<>]=t[01]", module="torchsde")
+
+#: of 16 bits
+FULL_SCALE = 32767
+
+
+class PrepareSoundLatents(Stage):
+    """Draws each item's noise from its own CPU generator, as `PrepareLatents` does; as loud as the scheduler wants it.
+
+    The latents are `[N, C, L]`, L being the transformer's own length, whatever part of the sound is asked for.
+    """
+
+    needs = ("seeds",)
+    gives = ("latents", "grid", "generators")
+    phase = "encode"
+
+    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+        config: Any = parts.experts.config
+        state.generators = generators(state.seeds)
+        shape = (1, config["in_channels"], config["sample_size"])
+        noise = torch.cat([torch.randn(shape, generator=one, dtype=parts.dtype) for one in state.generators])
+        state.latents = noise.to(parts.device) * parts.pipeline.scheduler.init_noise_sigma
+        state.grid = (1, 1, config["sample_size"])
+
+
+class DecodeSound(Stage):
+    """Decodes the latents and keeps the seconds that were asked for, as 16-bit samples.
+
+    What is louder than full scale is cut off there, as in any file of 16 bits; the user is told of it.
+    """
+
+    needs = ("latents", "audio_start_in_s", "audio_end_in_s")
+    gives = ("frames",)
+    phase = "decode"
+    uses = ("vae",)
+
+    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+        vae = parts.pipeline.vae
+        sound = vae.decode(state.latents.to(vae.device, vae.dtype)).sample  # [N, channels, samples]
+        if not sound.isfinite().all():
+            raise RunError("the VAE decoded NaN or infinity: try vae.dtype=float32, or check the vae's weights")
+        first, stop = (int(second * vae.config.sampling_rate) for second in span(state, parts))
+        kept = sound[:, :, first:stop].float()
+        beyond = int((kept.abs() > 1).sum())
+        if beyond:
+            parts.progress.note(f"cut off at full scale: {100 * beyond / kept.numel():.2g} % of the samples")
+        samples = (kept.clamp(-1, 1) * FULL_SCALE).round().to(torch.int16)
+        state.frames = samples.transpose(1, 2).contiguous().cpu().numpy()
+
+
+def span(state: State, parts: Parts) -> tuple[float, float]:
+    """The seconds at which the sound starts and ends; by itself at the end of what the model makes."""
+    end = state.audio_end_in_s
+    return state.audio_start_in_s or 0.0, longest(
+        parts.pipeline.vae.config, parts.experts.config
+    ) if end is None else end

@@ -1,0 +1,77 @@
+"""The schedule of noise levels."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from hydrarun.core.errors import UsageError
+from hydrarun.core.timing import Timings
+from hydrarun.pipeline.stage import Parts, Stage
+from hydrarun.pipeline.state import State
+
+
+class PrepareTimesteps(Stage):
+    """The noise levels of the steps.
+
+    `sigmas` says who spaces them: `linear` (evenly from 1 to 1 / steps, shifted by the number of latent tokens where
+    the scheduler asks for it), `scheduler` (its own spacing, shifted where it cannot do without), or
+    `linear_unless_flow` (linear, but the scheduler's own where it is set to `use_flow_sigmas`). `shift` says by what
+    they are shifted: on the scheduler's `line` by all latent tokens, or by the `root` of how many times as many tokens
+    one frame has as a picture of 256 pixels a side.
+    Reference: diffusers' flow-matching pipelines (`calculate_shift`; Stable Diffusion 3, https://arxiv.org/abs/2403.03206).
+    """
+
+    needs = ("grid", "num_inference_steps")
+    gives = ("timesteps",)
+    phase = "encode"
+
+    def __init__(
+        self,
+        sigmas: Literal["linear", "linear_unless_flow", "scheduler"] = "linear",
+        shift: Literal["line", "root"] = "line",
+    ) -> None:
+        self.sigmas = sigmas
+        self.shift = shift
+
+    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+        scheduler = parts.pipeline.scheduler
+        accepted = inspect.signature(scheduler.set_timesteps).parameters
+        own = self.sigmas == "scheduler" or (
+            self.sigmas == "linear_unless_flow" and scheduler.config.get("use_flow_sigmas", False)
+        )
+        arguments: dict[str, Any] = {"device": parts.device}
+        if "mu" in accepted and (self.sigmas != "scheduler" or scheduler.config.get("use_dynamic_shifting", False)):
+            arguments["mu"] = self.mu(scheduler.config, state.grid)
+        if "sigmas" in accepted and not own:
+            steps = state.num_inference_steps
+            arguments["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+        else:
+            arguments["num_inference_steps"] = state.num_inference_steps
+        with np.errstate(invalid="ignore"):
+            scheduler.set_timesteps(**arguments)
+        if not scheduler.timesteps.isfinite().all():
+            raise UsageError(
+                f"sampling.num_inference_steps={state.num_inference_steps}: too few for this checkpoint's scheduler,"
+                f" which stretches the schedule to end at {scheduler.config.get('shift_terminal')}; use 2 or more"
+            )
+        # from the first step on: the scheduler then never has to search where it is
+        scheduler.set_begin_index(0)
+        state.timesteps = scheduler.timesteps
+
+    def mu(self, config: Any, grid: Sequence[int]) -> float:
+        """How far the scheduler shifts latents of so many frames, rows and columns of tokens."""
+        tokens = math.prod(grid)
+        return (tokens / grid[0] / 256) ** 0.5 if self.shift == "root" else shift(config, tokens)
+
+
+def shift(config: Any, tokens: int) -> float:
+    """Where `tokens` falls on the line through the scheduler's base and largest shift."""
+    base, largest = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (max_shift - base_shift) / (largest - base)
+    return tokens * slope + (base_shift - slope * base)

@@ -1,0 +1,19 @@
+"""Does the loaded checkpoint take this request? A loaded model is asked again and again, with other settings."""
+
+from __future__ import annotations
+
+from hydrarun.config.checks.checkpoint import check_fit
+from hydrarun.core.timing import Timings
+from hydrarun.pipeline.stage import Parts, Stage
+from hydrarun.pipeline.state import State
+
+
+class ValidateInput(Stage):
+    """Refuses sizes and lengths that the checkpoint cannot make and settings that the checkpoint would ignore."""
+
+    needs = ("height", "width", "num_frames", "guidance_scale", "audio_start_in_s", "audio_end_in_s")
+    phase = "encode"
+
+    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+        sampling = {name: getattr(state, name) for name in self.needs}
+        check_fit(sampling, parts.pipeline.vae.config, parts.experts.config, parts.patch_size)

@@ -1,0 +1,100 @@
+"""Between pixels and normalised latents, for every VAE: how its config says its latents are scaled, and its axes.
+
+Latents are `[N, C, F, h, w]` and pixels `[N, 3, F, H, W]` here; for a VAE of still pictures F is 1.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hydrarun.config.checks.checkpoint import vae_factors
+from hydrarun.core.errors import RunError
+
+
+def encode(pipeline: Any, pixels: Tensor) -> Tensor:
+    """Pixels from -1 to 1 to normalised latents: the mode of the VAE's distribution, as reference pipelines take it."""
+    vae = pipeline.vae
+    pixels = pixels.to(vae.device, vae.dtype)
+    encoded = vae.encode(pixels if has_frames(vae) else pixels.squeeze(2)).latent_dist.mode()
+    latents = encoded if has_frames(vae) else encoded.unsqueeze(2)
+    mean, std = scaling(vae.config, latents)
+    return (latents - mean) / std
+
+
+def decode(pipeline: Any, latents: Tensor) -> Tensor:
+    """Normalised latents to pixels from about -1 to 1. Raises `RunError` for NaN and infinity."""
+    vae = pipeline.vae
+    latents = latents.to(vae.device, vae.dtype)
+    mean, std = scaling(vae.config, latents)
+    # the reference divides by 1 / std: multiplying by std would round differently
+    latents = latents / (1 / std) + mean
+    if has_frames(vae):
+        pixels = vae.decode(latents, return_dict=False)[0]
+    else:
+        pixels = vae.decode(latents.squeeze(2), return_dict=False)[0].unsqueeze(2)
+    if not pixels.isfinite().all():
+        raise RunError("the VAE decoded NaN or infinity: try vae.dtype=float32, or check the vae's weights")
+    return pixels
+
+
+def channels_last(vae: nn.Module) -> None:
+    """Keep the weights of convolutions with a pixel's channels side by side; what they compute is kept so too."""
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+        elif isinstance(module, nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)
+
+
+def one_frame_in_2d(vae: nn.Module) -> None:
+    """Have causal convolutions take a frame that nothing comes before as the picture it is.
+
+    Before it they would pad with zeros, so that only their last tap over time counts: the same up to rounding.
+    """
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d) and hasattr(module, "_padding"):  # diffusers' causal ones
+            kind: Any = type(module)
+            module.__class__ = for_pictures_too(kind)  # a function on the module would hold it for ever
+
+
+@cache
+def for_pictures_too(causal: Any) -> Any:
+    """The class of causal convolutions, for single frames too."""
+
+    class ForPicturesToo(causal):
+        def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+            """`[N, C, F, H, W]` to the same; `cache_x`: the frames before."""
+            *sides, before, _ = self._padding  # as F.pad takes them
+            if cache_x is not None or x.shape[2] > 1 or before != self.kernel_size[0] - 1:
+                return super().forward(x, cache_x)
+            weight, stride = self.weight[:, :, -1], self.stride[1:]
+            padded = functional.pad(x.squeeze(2), sides)
+            return functional.conv2d(padded, weight, self.bias, stride).unsqueeze(2)
+
+    return ForPicturesToo
+
+
+def channels(pipeline: Any) -> int:
+    """Channels of the latents."""
+    config = pipeline.vae.config
+    return config["z_dim"] if "z_dim" in config else config["latent_channels"]
+
+
+def has_frames(vae: Any) -> bool:
+    """Whether the VAE takes frames as an axis."""
+    return vae_factors(vae.config)[0] is not None
+
+
+def scaling(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The latents' mean and standard deviation, `[1, C, 1, 1, 1]` or one number for all channels."""
+    if config.get("latents_mean") is not None:
+        mean, std = torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
+    else:
+        mean, std = torch.tensor([config.get("shift_factor") or 0.0]), torch.tensor([1 / config["scaling_factor"]])
+    mean, std = (value.view(1, -1, 1, 1, 1).to(like.device, like.dtype) for value in (mean, std))
+    return mean, std

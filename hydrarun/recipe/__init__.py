@@ -1,1 +1,0 @@
-"""Recipes: small YAML files that are shared, run, exported and verified."""

@@ -1,1 +1,0 @@
-"""Many runs from one command line: their order, what they would take, what failed, and where they run."""
