@@ -26,15 +26,15 @@ import numpy as np
 import torch
 from measuring import keep
 
-from hydrarun.acceleration.cache.base import Cache, NoCache, Schedule, Step
-from hydrarun.cli.commands.list import Table, markdown, plain
+from hydrarun.acceleration.cache.base import Cache, NoCache, Schedule
 from hydrarun.config.compose import compose, compose_raw
 from hydrarun.config.targets import instantiate
 from hydrarun.core.progress import Progress
+from hydrarun.core.tables import Table, format_markdown, format_plain
 from hydrarun.engine.calibration.teacache import fit, record
 from hydrarun.engine.calibration.trial import Draws
 from hydrarun.models.qwen_image import QwenImageTransformer
-from hydrarun.models.transformer import Inputs
+from hydrarun.models.transformer import Inputs, Step
 from hydrarun.outputs.quality.metrics import accuracy, compare, summary
 from hydrarun.outputs.quality.scene_judge import held_out_prompts
 from hydrarun.outputs.quality.scenes import caption, sample_scene
@@ -234,10 +234,10 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="a page with marks <!-- bench/cache.py: 24 steps -->, <!-- end -->")
     arguments = parser.parse_args()
     for table in tables(arguments):  # each is kept as soon as it is made
-        print(f"\n{plain(table)}\n\n{machine()}\n", flush=True)
+        print(f"\n{format_plain(table)}\n\n{machine()}\n", flush=True)
         if arguments.docs:
             name = re.sub(r",.*", "", table.title)
-            keep(arguments.docs, f"bench/cache.py: {name}", f"{markdown(table)}\n\n{machine()}")
+            keep(arguments.docs, f"bench/cache.py: {name}", f"{format_markdown(table)}\n\n{machine()}")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from hydrarun.engine.plan.dry_forward import Rehearsal
 from hydrarun.engine.plan.estimate import shorten, structure
 from hydrarun.engine.plan.meter import META, Meter, Work
 from hydrarun.models.experts import Experts
+from hydrarun.models.transformer import NEGATIVE, POSITIVE
 from hydrarun.pipeline.components import quiet_libraries
-from hydrarun.pipeline.guidance import NEGATIVE, POSITIVE
 from hydrarun.pipeline.request import make_state
 from hydrarun.pipeline.stage import Parts, Stage, run_stages
 

@@ -23,9 +23,8 @@ import torch
 from full_size import CASES, REFERENCE, ROWS, Bench, Row
 from measuring import Drawn, difference, in_turns, keep, machine, missing, ratio
 
-from hydrarun.cli.commands.list import Table, markdown, plain
-from hydrarun.core.device import synchronize
-from hydrarun.engine.build import DTYPES
+from hydrarun.core.device import DTYPES, synchronize
+from hydrarun.core.tables import Table, format_markdown, format_plain
 from hydrarun.engine.plan.devices import GIB
 
 HEADER = (
@@ -118,9 +117,9 @@ def main() -> None:
     rows = list(dict.fromkeys((REFERENCE, *arguments.rows)))
     table, said = measure(bench, rows, arguments.rounds, rate)
     said = f"{said} Measured on {where}."
-    print(f"\n{plain(table)}\n\n{said}")
+    print(f"\n{format_plain(table)}\n\n{said}")
     if arguments.docs:
-        keep(arguments.docs, f"bench/gpu.py: {arguments.model}", f"{markdown(table)}\n\n{said}")
+        keep(arguments.docs, f"bench/gpu.py: {arguments.model}", f"{format_markdown(table)}\n\n{said}")
 
 
 if __name__ == "__main__":

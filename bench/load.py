@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from hydrarun.cli.commands.list import Table, plain
 from hydrarun.config.compose import compose_raw
 from hydrarun.config.targets import load_class
+from hydrarun.core.device import DTYPES
 from hydrarun.core.progress import Progress
+from hydrarun.core.tables import Table, format_plain
 from hydrarun.core.threads import Pool
-from hydrarun.engine.build import DTYPES
 from hydrarun.models.weights.loader import load_transformer, place
 from hydrarun.models.weights.safetensors import Checkpoint
 
@@ -100,7 +100,7 @@ def main() -> None:
         if arguments.folder is None:
             save_random(cls, Path(temporary), arguments.blocks)
         table = measure(cls, arguments.folder or Path(temporary), arguments)
-    print(plain(table))
+    print(format_plain(table))
     print(f"Measured on {platform.machine()}, {Pool().threads} threads, torch {torch.__version__}.")
 
 

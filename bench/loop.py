@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from measuring import Drawn, asked, difference, in_turns, keep, machine, missing, ratio, theirs
 
-from hydrarun.cli.commands.list import Table, markdown, plain
 from hydrarun.config.compose import compose
+from hydrarun.core.tables import Table, format_markdown, format_plain
 from hydrarun.core.timing import Timings
 from hydrarun.engine.runner import Runner
 from hydrarun.pipeline.components import quiet_libraries
@@ -137,9 +137,9 @@ def main() -> None:
     narrow = [NARROW] if "bfloat16" in arguments.rows else []
     table, said = measure(loops, list(dict.fromkeys(("plain", REFERENCE, *arguments.rows, *narrow))), arguments.rounds)
     below = f"{said} Measured on {where}.".strip()
-    print(f"\n{plain(table)}\n\n{below}")
+    print(f"\n{format_plain(table)}\n\n{below}")
     if arguments.docs:
-        keep(arguments.docs, "bench/loop.py", f"{markdown(table)}\n\n{below}")
+        keep(arguments.docs, "bench/loop.py", f"{format_markdown(table)}\n\n{below}")
 
 
 if __name__ == "__main__":

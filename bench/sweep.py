@@ -20,7 +20,7 @@ from contextlib import redirect_stderr
 import torch
 from measuring import machine
 
-from hydrarun.cli.commands import run as cli
+from hydrarun.cli.commands.run import run_overrides
 from hydrarun.config.compose import compose
 from hydrarun.engine.ranks import launch
 from hydrarun.engine.runner import Runner
@@ -33,7 +33,7 @@ def swept(overrides: Sequence[str], points: int) -> float:
     seeds = f"sampling.seed={','.join(map(str, range(points)))}"
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silence, redirect_stderr(silence):
         start = time.perf_counter()
-        code = cli.run([*overrides, seeds, f"hydra.sweep.dir={folder}"], ["-m"])
+        code = run_overrides([*overrides, seeds, f"hydra.sweep.dir={folder}"], ["-m"])
         seconds = time.perf_counter() - start
     if code:
         raise SystemExit(f"a point failed: python -m hydrarun -m {' '.join(overrides)} {seeds}")

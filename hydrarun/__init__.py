@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hydrarun.core.errors import RunError, UsageError
+from hydrarun.core.version import __version__
+
 if TYPE_CHECKING:
     from hydrarun.engine.ranks.launch import Remote
     from hydrarun.engine.runner import Runner
 
-__version__ = "0.1.0"
+__all__ = ["RunError", "UsageError", "__version__", "load"]
 
 
 def load(*overrides: str) -> Runner | Remote:
     """Compose, validate and build a run exactly as `python -m hydrarun OVERRIDES…` does, with its weights loaded.
 
     With `parallel=…` the ranks are started for it, until its `close()`; under torchrun every rank calls this and
-    `generate` alike. Raises `hydrarun.core.errors.UsageError` for what the command would refuse with exit code 2.
+    `generate` alike. Raises `hydrarun.UsageError` for what the command would refuse with exit code 2.
     """
     from hydrarun.config.compose import compose
     from hydrarun.engine.ranks import launch

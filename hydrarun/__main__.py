@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
-from hydrarun.engine.ranks import worker
+from hydrarun.core.distributed.rank import is_rank, rank_info
+from hydrarun.core.errors import UsageError
 
 
 def main() -> int:
     """Run the command line, or serve rank 0 of torchrun, which does; returns the exit code."""
-    if worker.launched() and worker.place().rank > 0:
-        worker.follow(sys.argv[1:])
+    if is_rank() and rank_info().rank > 0:
+        serve_torchrun(sys.argv[1:])
         return 0
-    from hydrarun.cli.commands import run as cli  # and Hydra, which no other rank needs
+    from hydrarun.cli.main import main as run_command  # imports Hydra, which no other rank needs
 
-    return cli.main()
+    return run_command()
+
+
+def serve_torchrun(argv: list[str]) -> None:
+    """A rank above 0 of torchrun: it has the command line of rank 0, which says what is wrong with it."""
+    from hydrarun.cli.arguments import parse
+    from hydrarun.config import targets
+    from hydrarun.engine.ranks.worker import serve_rank, torchrun_store
+
+    with suppress(UsageError):
+        for name in parse(argv).targets:
+            targets.allow(name)
+    serve_rank(torchrun_store(), tell=True)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from hydrarun.acceleration.cache.base import Cache, Schedule, Step
-from hydrarun.models.transformer import Inputs, Tokens, Transformer
+from hydrarun.acceleration.cache.base import Cache, Schedule
+from hydrarun.models.layers.tokens import Tokens
+from hydrarun.models.transformer import Inputs, Step, Transformer
 
 #: a polynomial that leaves the change as it is
 SAME = [1.0, 0.0]

@@ -21,45 +21,48 @@ from hydrarun.config import targets
 from hydrarun.core import errors
 from hydrarun.engine.ranks import local_group as group
 from hydrarun.engine.ranks import worker
+from hydrarun.engine.runs import single
 
 
 class FakeRunner:
-    def __init__(self, config, progress):
+    def __init__(self, config, progress, device):
         self.config = config
-        self.device = config["device"]
+        self.device = device
         self.load_s, self.read_bytes = 1.0, 5
         self.jobs = 0
-
-    def run(self, output_dir: Path) -> dict:
-        record = self.work(output_dir)
-        (output_dir / "run.json").write_text(json.dumps({"format": 1, "status": "complete", "outputs": [], **record}))
-        return record
 
     def again(self) -> None:
         self.load_s, self.read_bytes = 0.0, 0
 
-    def follow(self) -> None:
-        self.work(None)
-
     def generate(self, **sampling) -> list:
-        self.work(None)
+        self.work(self.config, None)
         return []
 
-    def work(self, output_dir: Path | None) -> dict:
+    def work(self, config: dict, output_dir: Path | None) -> dict:
         """What all ranks are and were asked; or what the prompt says."""
         pids = [None] * dist.get_world_size()
         dist.all_gather_object(pids, os.getpid())
         if output_dir:
             (output_dir / "pids.json").write_text(json.dumps(pids))
-        act(self.config["sampling"]["prompt"])
+        act(config["sampling"]["prompt"])
         total = torch.ones(1)
         dist.all_reduce(total)
         self.jobs += 1
-        asked = {"seed": self.config["sampling"]["seed"], "device": self.device}
+        asked = {"seed": config["sampling"]["seed"], "device": self.device}
         done = {"pids": pids, "total": total.item(), "jobs": self.jobs, "load_s": self.load_s}
         done["read_bytes"] = self.read_bytes
         here = {"threads": torch.get_num_threads(), "allowed": targets.allowed_by_user()}
         return {**asked, **done, **here}
+
+
+def run_single(runner: FakeRunner, config: dict, output_dir: Path) -> dict:
+    record = runner.work(config, output_dir)
+    (output_dir / "run.json").write_text(json.dumps({"format": 1, "status": "complete", "outputs": [], **record}))
+    return record
+
+
+def follow_single(runner: FakeRunner, config: dict) -> None:
+    runner.work(config, None)
 
 
 def act(prompt: str) -> None:
@@ -77,6 +80,7 @@ def act(prompt: str) -> None:
 
 
 worker.make_runner = FakeRunner
+single.run_single, single.follow_single = run_single, follow_single
 group.WORKER = "fake_rank"
 
 if __name__ == "__main__":

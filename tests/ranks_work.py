@@ -14,7 +14,7 @@ from hydrarun.core.distributed import collectives as comm
 from hydrarun.core.distributed.degrees import shares
 from hydrarun.core.distributed.mesh import Mesh
 from hydrarun.models.layers.attention import Attention
-from hydrarun.models.transformer import Tokens
+from hydrarun.models.layers.tokens import Tokens
 
 
 def sequence(ulysses: int, ring: int) -> SequenceParallel:

@@ -19,7 +19,10 @@ from hydrarun.core.errors import UsageError
         (["-sc", "query=bash"], "run", ["query=bash"], ["-sc"]),
         (["~model"], "run", ["~model"], []),
         (["sampling.prompt=-m", "b=--help"], "run", ["sampling.prompt=-m", "b=--help"], []),
-        (["list", "models", "--markdown"], "list", ["models", "--markdown"], []),
+        (["list", "models", "--markdown"], "list", ["models"], ["--markdown"]),
+        (["report", "a", "--reference", "b"], "report", ["a"], ["--reference", "b"]),
+        (["recipe", "run", "a.yaml", "--yes"], "recipe run", ["a.yaml"], ["--yes"]),
+        (["recipe"], "recipe", [], []),
         (["replay", "x.png", "device=cpu"], "replay", ["x.png", "device=cpu"], []),
     ],
 )

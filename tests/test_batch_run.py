@@ -19,7 +19,7 @@ import ranks
 import tiny
 import torch
 
-from hydrarun.cli.commands import run as cli
+from hydrarun.cli import main as cli
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.engine.ranks import launch
 from hydrarun.engine.ranks import local_group as group

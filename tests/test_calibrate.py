@@ -15,9 +15,10 @@ import tiny
 import yaml
 from test_conf import uncommented
 
+from hydrarun.cli import main as cli
 from hydrarun.cli.commands import calibrate
-from hydrarun.cli.commands import run as cli
 from hydrarun.cli.commands.list import first_comment
+from hydrarun.cli.main import dispatch
 from hydrarun.config.compose import compose, compose_raw
 from hydrarun.config.prompts import texts
 from hydrarun.core.errors import UsageError
@@ -53,7 +54,7 @@ def fitted(tiny_folder, prompts, tmp_path_factory) -> Path:
 
 def complaint(*words: str) -> str:
     with pytest.raises(UsageError) as caught:
-        calibrate.main(words)
+        dispatch(["calibrate", *words])
     return str(caught.value)
 
 
@@ -126,7 +127,7 @@ def test_it_is_refused_on_anything_else(fitted, tiny_folder, tmp_path, capsys, c
 
 def test_the_printed_line_draws(tiny_folder, prompts, tmp_path, capsys):
     words = settings(tiny_folder, "cache=teacache", "sampling.num_inference_steps=6", f"input.prompts={prompts}")
-    assert calibrate.main([*words, f"hydra.run.dir={tmp_path / 'a b'}"]) == 0
+    assert dispatch(["calibrate", *words, f"hydra.run.dir={tmp_path / 'a b'}"]) == 0
     *_, file, line = capsys.readouterr().out.splitlines()
     assert file == str(tmp_path / "a b" / "cache" / "teacache_qwen_image.yaml")
     program, *argv = shlex.split(line)
@@ -140,7 +141,7 @@ def test_the_printed_line_draws(tiny_folder, prompts, tmp_path, capsys):
 def test_two_experts_have_two_polynomials(subject, tmp_path, capsys):
     words = [word for word in subject.overrides() if "prompt=" not in word]
     words += ["sampling.num_inference_steps=9", "sampling.prompt=[a cat, two dogs]"]
-    assert calibrate.main([*words, "cache=teacache", f"hydra.run.dir={tmp_path}"]) == 0
+    assert dispatch(["calibrate", *words, "cache=teacache", f"hydra.run.dir={tmp_path}"]) == 0
     out = capsys.readouterr().out
     assert all(f"  {expert}  " in out for expert in ("transformer", "transformer_2"))
     config = compose([*words, f"hydra.searchpath=[file://{tmp_path}]", "cache=teacache_wan22_t2v_a14b"])
@@ -272,7 +273,7 @@ def test_another_configuration_does_not_go_on(searched, tiny_folder, prompts, ca
 def test_no_more_masks_are_tried_than_allowed(tiny_folder, tmp_path, capsys):
     words = [*tiny.overrides(tiny_folder), *MASK, "cache.evaluations=3", f"hydra.run.dir={tmp_path}"]
     words = list({word.partition("=")[0]: word for word in words}.values())
-    assert calibrate.main(words) == 0
+    assert dispatch(["calibrate", *words]) == 0
     assert len(scores(tmp_path)) == 3
     out = capsys.readouterr().out
     assert "3 masks of 4 of 7 steps tried on 1 prompt: cache.evaluations is reached" in out
@@ -282,11 +283,11 @@ def test_no_more_masks_are_tried_than_allowed(tiny_folder, tmp_path, capsys):
 @pytest.mark.parametrize("subject", ["wan22_t2v_a14b"], indirect=True)
 def test_the_first_step_of_each_expert_is_computed(subject, tmp_path):
     words = [*subject.overrides(), "cache=mask", "cache.evaluations=4", "sampling.num_inference_steps=6"]
-    assert calibrate.main([*words, "cache.budget=0.34", f"hydra.run.dir={tmp_path}"]) == 0
+    assert dispatch(["calibrate", *words, "cache.budget=0.34", f"hydra.run.dir={tmp_path}"]) == 0
     (mask,) = scores(tmp_path)
     assert len(mask) == 2
     with pytest.raises(UsageError, match=r"cache.budget=0.2: 1 of 6 steps; the computed ones are at least 2 "):
-        calibrate.main([*words, "cache.budget=0.2", f"hydra.run.dir={tmp_path / 'other'}"])
+        dispatch(["calibrate", *words, "cache.budget=0.2", f"hydra.run.dir={tmp_path / 'other'}"])
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -347,7 +348,7 @@ import sys
 from hydrarun.cli.commands import calibrate
 from hydrarun.core.errors import UsageError
 try:
-    calibrate.main(["cache=mask", "cache.budget=2"])
+    dispatch(["calibrate", "cache=mask", "cache.budget=2"])
 except UsageError as error:
     print(error)
 print([name for name in ("torch", "diffusers", "matplotlib") if name in sys.modules])

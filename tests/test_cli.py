@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from hydrarun import __version__
-from hydrarun.cli.commands import run as cli
+from hydrarun.cli import main as cli
 from hydrarun.config import targets
 from hydrarun.core.errors import RunError, UsageError
 
@@ -44,19 +44,24 @@ def runs(monkeypatch, tmp_path):
     seen = Runs()
 
     class Runner:
-        def __init__(self, config, progress):
-            self.config = config
+        def __init__(self, config, progress, device):
+            pass
 
         def again(self):
             pass
 
-        def run(self, output_dir):
-            seen.append((self.config, output_dir))
-            if error := seen.fail.get(self.config["sampling"]["seed"]):
-                raise error
-            (output_dir / "run.json").write_text('{"format": 1, "status": "complete", "outputs": []}')
+    def run_single(runner, config, output_dir):
+        seen.append((config, output_dir))
+        if error := seen.fail.get(config["sampling"]["seed"]):
+            raise error
+        (output_dir / "run.json").write_text('{"format": 1, "status": "complete", "outputs": []}')
 
-    for name, attributes in {"runner": {"Runner": Runner}, "progress": {"Progress": lambda quiet: None}}.items():
+    stand_ins = {
+        "engine.runner": {"Runner": Runner},
+        "engine.runs.single": {"run_single": run_single, "follow_single": None},
+        "core.progress": {"Progress": lambda quiet: None},
+    }
+    for name, attributes in stand_ins.items():
         module = types.ModuleType(f"hydrarun.{name}")
         vars(module).update(attributes)
         monkeypatch.setitem(sys.modules, f"hydrarun.{name}", module)
@@ -205,7 +210,7 @@ def test_a_users_own_options_and_classes_join_by_flags(runs, tmp_path):
 
 def test_verbs_are_handed_their_words(monkeypatch, capsys):
     module = types.ModuleType("hydrarun.cli.commands.replay")
-    module.main = lambda argv: print(argv) or 7
+    module.replay_file = lambda line: print(line.words) or 7
     monkeypatch.setitem(sys.modules, "hydrarun.cli.commands.replay", module)
     monkeypatch.setattr("hydrarun.cli.commands.replay", module, raising=False)
     assert cli.main(["replay", "x.png", "device=cpu"]) == 7

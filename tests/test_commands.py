@@ -11,7 +11,7 @@ import tiny
 from PIL import Image
 from subjects import IMAGE, pictures
 
-from hydrarun.cli.commands import run as cli
+from hydrarun.cli import main as cli
 from hydrarun.engine.runner import Runner
 
 

@@ -15,13 +15,13 @@ import pytest
 
 import hydrarun
 from hydrarun import __main__
-from hydrarun.cli.commands import run as cli
+from hydrarun.cli import main as cli
 from hydrarun.config import targets
 from hydrarun.config.compose import compose
+from hydrarun.core.distributed.rank import RankInfo, threads_per_rank
 from hydrarun.core.errors import UsageError
 from hydrarun.engine.ranks import launch, worker
 from hydrarun.engine.ranks import local_group as group
-from hydrarun.engine.ranks.worker import Place
 
 TESTS = Path(__file__).parent
 TWO = ["parallel=ulysses2", "device=cpu"]
@@ -65,7 +65,7 @@ def test_a_sweep_keeps_its_ranks_survives_a_failure_and_names_it_once(fake, tmp_
     assert (failed["status"], failed["error"]["type"]) == ("failed", "RunError")
     assert failed["error"]["message"].endswith("rank 1: ZeroDivisionError: the sky is green")
     assert [first[key] for key in ("seed", "device", "total", "jobs", "load_s")] == [7, "cpu", 2.0, 1, 1.0]
-    assert (first["threads"], first["allowed"]) == (worker.threads(2), ["my.Own"])
+    assert (first["threads"], first["allowed"]) == (threads_per_rank(2), ["my.Own"])
     assert second == {**first, "jobs": 2, "load_s": 0.0, "read_bytes": 0}
     assert not set(last["pids"]) & set(first["pids"])
     assert gone(first["pids"] + last["pids"])
@@ -212,7 +212,7 @@ def devices(monkeypatch):
 )
 def test_each_rank_has_its_device(devices, name, count, expected):
     devices(count)
-    assert worker.own_device(name, Place(1, 2, 1, 2)) == expected
+    assert worker.own_device(name, RankInfo(1, 2, 1, 2)) == expected
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_each_rank_has_its_device(devices, name, count, expected):
 def test_too_few_devices_are_the_users_to_know(devices, name, count, text):
     devices(count)
     with pytest.raises(UsageError) as raised:
-        worker.own_device(name, Place(0, 2, 0, 2))
+        worker.own_device(name, RankInfo(0, 2, 0, 2))
     assert str(raised.value).startswith(text)
 
 
@@ -250,8 +250,8 @@ def test_several_ranks_get_the_configuration_and_the_directory(fake, monkeypatch
 
 def test_a_rank_of_torchrun_serves_and_reads_no_configuration(monkeypatch):
     served = []
-    monkeypatch.setattr("hydrarun.engine.ranks.worker.follow", served.append)
-    monkeypatch.setattr("hydrarun.cli.commands.run.main", lambda: 7)
+    monkeypatch.setattr(__main__, "serve_torchrun", served.append)
+    monkeypatch.setattr("hydrarun.cli.main.main", lambda: 7)
     monkeypatch.setattr(sys, "argv", ["hydrarun", "x=1"])
     monkeypatch.setenv("WORLD_SIZE", "6")
     monkeypatch.setenv("LOCAL_RANK", "0")

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from hydrarun.cli.commands import list as listing
+from hydrarun.cli.main import dispatch
 from hydrarun.config.recipes import search as source
 from hydrarun.core.errors import UsageError
 
@@ -10,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("listed")
 
 
 def test_everything_there_is_to_choose_is_listed(capsys):
-    assert listing.main([]) == 0
+    assert dispatch(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     demo = next(line for line in lines if line.strip().startswith("demo "))
     assert demo.split() == ["demo", "text-to-image", "package:demo", *demo.split()[3:]]
@@ -20,7 +21,7 @@ def test_everything_there_is_to_choose_is_listed(capsys):
 
 
 def test_a_model_shows_its_own_defaults(capsys):
-    listing.main(["models"])
+    dispatch(["list", "models"])
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines[2:]}
     assert rows["qwen_image"][:6] == ["text-to-image", "Qwen/Qwen-Image", "20.4B", "50", "4.0", "1328x1328"]
@@ -41,7 +42,7 @@ def test_a_model_shows_the_accelerations_that_it_goes_with():
 
 
 def test_markdown(capsys):
-    listing.main(["attention", "--markdown"])
+    dispatch(["list", "attention", "--markdown"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == ["### attention", "", "| attention= | what it is |", "| --- | --- |"]
     assert all(line.count("|") == 3 for line in lines[2:])
@@ -50,7 +51,7 @@ def test_markdown(capsys):
 def test_a_terminal_gets_the_same_cells(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "400")
-    listing.main(["recipe", "model"])
+    dispatch(["list", "recipe", "model"])
     shown = capsys.readouterr().out
     for table in (listing.table("recipes"), listing.table("models")):
         for row in table.rows:
@@ -63,12 +64,12 @@ def test_a_terminal_gets_the_same_cells(capsys, monkeypatch):
 )
 def test_what_is_no_table_is_refused(argv, words):
     with pytest.raises(UsageError) as caught:
-        listing.main(argv)
+        dispatch(["list", *argv])
     assert words in str(caught.value)
 
 
 def test_help(capsys):
-    assert listing.main(["--help"]) == 0
+    assert dispatch(["list", "--help"]) == 0
     assert capsys.readouterr().out.startswith("usage: hydrarun list")
 
 

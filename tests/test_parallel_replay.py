@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hydrarun.cli.commands import run as cli
+from hydrarun.cli import main as cli
 
 
 @pytest.fixture(scope="module")

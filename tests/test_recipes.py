@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hydrarun.cli.commands import run as cli
+from hydrarun.cli import main as cli
 from hydrarun.config.compose import compose, compose_raw
 from hydrarun.config.recipes import search as source
 from hydrarun.core import resources

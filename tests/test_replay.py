@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import tiny
 
+from hydrarun.cli import main as cli
 from hydrarun.cli.commands import replay
-from hydrarun.cli.commands import run as cli
+from hydrarun.cli.main import dispatch
 from hydrarun.core.errors import UsageError
+from hydrarun.engine.runs.single import run_single
 from hydrarun.outputs import reader as recorded
 from hydrarun.outputs.media import png
 from hydrarun.outputs.writer import OutputWriter, pixels_sha256
@@ -27,7 +29,8 @@ def finished(tiny_folder, tmp_path_factory) -> Path:
     from hydrarun.engine.runner import Runner
 
     folder = tmp_path_factory.mktemp("finished")
-    Runner(tiny.config(tiny_folder, *BATCH, "sampling.true_cfg_scale=2")).run(folder)
+    config = tiny.config(tiny_folder, *BATCH, "sampling.true_cfg_scale=2")
+    run_single(Runner(config), config, folder)
     return folder
 
 
@@ -64,13 +67,13 @@ def test_a_picture_of_a_batch_is_reproduced_exactly_from_its_file_alone(second, 
 
 
 def test_run_json_replays_every_picture(finished, tmp_path, capsys):
-    assert replay.main([str(finished / "run.json"), f"hydra.run.dir={tmp_path}"]) == 0
+    assert dispatch(["replay", str(finished / "run.json"), f"hydra.run.dir={tmp_path}"]) == 0
     assert capsys.readouterr().out.count("identical pixels") == 2
 
 
 def test_a_different_draw_is_measured_and_exits_with_1(second, tmp_path, capsys):
     arguments = [str(second), f"hydra.run.dir={tmp_path / 'again'}", "sampling.num_inference_steps=3"]
-    assert replay.main(arguments) == 1
+    assert dispatch(["replay", *arguments]) == 1
     assert "stranger.png: different pixels, largest difference" in capsys.readouterr().out
 
 
@@ -79,7 +82,7 @@ def test_what_differs_is_said(second, tmp_path, capsys):
     record["versions"]["torch"] = "1.0\x1b[2J"
     record["hardware"]["cpu_cores"] = -1
     second.write_bytes(png.encode(pixels, {"hydrarun": json.dumps(record)}))
-    assert replay.main([str(second), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
+    assert dispatch(["replay", str(second), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
     identical, *lines = capsys.readouterr().out.splitlines()
     assert "identical" in identical
     assert lines == [
@@ -93,7 +96,7 @@ def test_an_index_beyond_the_batch(second, tmp_path):
     record["batch"]["index"] = 2
     second.write_bytes(png.encode(pixels, {"hydrarun": json.dumps(record)}))
     with pytest.raises(UsageError, match=r"number 2 .* of a run that draws 2"):
-        replay.main([str(second), f"hydra.run.dir={tmp_path / 'again'}"])
+        dispatch(["replay", str(second), f"hydra.run.dir={tmp_path / 'again'}"])
     assert not (tmp_path / "again").exists()
 
 
@@ -105,7 +108,7 @@ import sys
 from hydrarun.cli.commands import replay
 from hydrarun.core.errors import UsageError
 try:
-    replay.main([{str(path)!r}])
+    dispatch(["replay", {str(path)!r}])
 except UsageError as error:
     print(error)
 print([name for name in ("torch", "diffusers", "transformers") if name in sys.modules])
@@ -118,27 +121,27 @@ print([name for name in ("torch", "diffusers", "transformers") if name in sys.mo
 
 
 def test_help(capsys):
-    assert replay.main(["--help"]) == 0
+    assert dispatch(["replay", "--help"]) == 0
     assert "usage: hydrarun replay FILE" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv", [[], ["a.png", "b.png"], ["--fast"], ["device=cpu"]])
 def test_exactly_one_file(argv):
     with pytest.raises(UsageError, match="one file"):
-        replay.parse(argv)
+        replay.sort_words(argv)
 
 
 def test_a_file_with_an_equals_sign_in_its_name(tmp_path):
     path = tmp_path / "seed=7.png"
     path.touch()
-    assert replay.parse([str(path), "device=cpu"])[::2] == (path, ["device=cpu"])
+    assert replay.sort_words([str(path), "device=cpu"])[::2] == (path, ["device=cpu"])
 
 
 def test_results_go_to_a_directory_of_their_own(tmp_path):
-    assert replay.parse(["a.png"])[1].match("outputs/*/*-replay")
-    assert replay.parse(["a.png", "hydra.run.dir=x"])[1] == Path("x")
+    assert replay.sort_words(["a.png"])[1].match("outputs/*/*-replay")
+    assert replay.sort_words(["a.png", "hydra.run.dir=x"])[1] == Path("x")
     with pytest.raises(UsageError, match="would be overwritten"):
-        replay.parse([str(tmp_path / "a.png"), f"hydra.run.dir={tmp_path}"])
+        replay.sort_words([str(tmp_path / "a.png"), f"hydra.run.dir={tmp_path}"])
 
 
 # --- the configuration -----------------------------------------------------------------------------------------------
@@ -274,7 +277,7 @@ def written(pixels: np.ndarray, folder: Path, kind: str, metadata: bool = False)
 
 
 def compared(pixels: np.ndarray | None, record: dict, folder: Path, digest: str = "?") -> bool:
-    return replay.compare(recorded.Picture("old.png", 0, digest, pixels), record, folder)
+    return replay.compare(recorded.RecordedPicture("old.png", 0, digest, pixels), record, folder)
 
 
 def test_equal_hashes_are_identical_even_without_the_old_pixels(drawn, tmp_path, capsys):

@@ -11,10 +11,11 @@ import tiny
 import torch
 
 import hydrarun
-from hydrarun.cli.commands import replay
+from hydrarun.cli.main import dispatch
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.engine import build
 from hydrarun.engine.runner import Runner
+from hydrarun.engine.runs.single import run_single
 from hydrarun.models.weights.safetensors import Header
 
 
@@ -63,7 +64,7 @@ def test_vae_tiling_equals_diffusers_tiling(tiny_folder, tiny_pipeline):
 
 def test_run_json_says_what_happened(tiny_folder, tmp_path):
     runner = tiny.runner(tiny_folder, "sampling.num_images_per_prompt=2", "sampling.seed=11")
-    record = runner.run(tmp_path)
+    record = run_single(runner, runner.config, tmp_path)
     assert record == json.loads((tmp_path / "run.json").read_text())
     timings = record["timings"]
     assert len(timings["steps_s"]) == 4
@@ -157,17 +158,17 @@ def test_a_refused_picture_loses_none_of_the_others(tiny_folder, tmp_path, monke
     runner = tiny.runner(tiny_folder, "sampling.num_images_per_prompt=3")
     original = runner.draw
 
-    def draw(state, timings):
-        original(state, timings).frames[1] = 0
+    def draw(state, timings, cache):
+        original(state, timings, cache).frames[1] = 0
         return state
 
     monkeypatch.setattr(runner, "draw", draw)
     with pytest.raises(RunError, match="all black"):
-        runner.run(tmp_path / "run")
+        run_single(runner, runner.config, tmp_path / "run")
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["status"] == "failed"
     assert [(output["index"], output["seed"]) for output in record["outputs"]] == [(0, 0), (2, 2)]
-    assert replay.main([str(tmp_path / "run" / "run.json"), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
+    assert dispatch(["replay", str(tmp_path / "run" / "run.json"), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
     assert capsys.readouterr().out.count("identical pixels") == 2
 
 
@@ -179,6 +180,6 @@ def test_nan_is_an_error_and_no_file(tiny_folder, tmp_path, component, message):
     with torch.no_grad():
         next(p for p in reversed(list(module.parameters()))).fill_(torch.nan)
     with pytest.raises(RunError, match=message):
-        runner.run(tmp_path)
+        run_single(runner, runner.config, tmp_path)
     assert not list(tmp_path.glob("*.png"))
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"

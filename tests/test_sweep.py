@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hydrarun.cli.commands import run as cli
+from hydrarun.cli import main as cli
 from hydrarun.cli.sweep import dry_run, order, point
 from hydrarun.cli.sweep.objectives import values
 from hydrarun.cli.sweep.space import read

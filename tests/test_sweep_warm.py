@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hydrarun.cli.commands import run as cli
+from hydrarun.cli import main as cli
 from hydrarun.engine.runner import Runner
 
 TESTS = Path(__file__).parent

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hydrarun.engine.build import arrange_vae
-from hydrarun.pipeline.vae import channels, decode, encode
+from hydrarun.pipeline.vae import arrange_vae, channels, decode, encode
 
 PLAIN = {"slicing": False, "tiling": False, "channels_last": False}
 #: of pixels from -1 to 1: another order of the same sums

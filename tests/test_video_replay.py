@@ -67,7 +67,7 @@ def test_what_is_lost_in_lossy_files_is_no_distance(tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     record = written(pixels, folder, "mp4")
     decoded = recorded.read(folder / record["outputs"][0]["path"])[0]
-    assert not replay.compare(recorded.Picture("old.mp4", 0, "?", decoded, lossy=True), record, folder)
+    assert not replay.compare(recorded.RecordedPicture("old.mp4", 0, "?", decoded, lossy=True), record, folder)
     assert capsys.readouterr().out == (
         "old.mp4: different pixels, too little to be measured (as decoded from mp4, which is lossy)\n"
     )
@@ -108,9 +108,9 @@ def test_a_video_is_not_overwritten_by_its_replay(tmp_path):
     folder = tmp_path / "0000-a-1-0123abcd"
     folder.mkdir()
     for file in (folder, folder / "frame-00000.png"):
-        assert replay.parse([str(file), f"hydra.run.dir={tmp_path / 'again'}"])[0] == file
+        assert replay.sort_words([str(file), f"hydra.run.dir={tmp_path / 'again'}"])[0] == file
         with pytest.raises(UsageError, match=f"{file.name} itself is there and would be overwritten"):
-            replay.parse([str(file), f"hydra.run.dir={tmp_path}"])
+            replay.sort_words([str(file), f"hydra.run.dir={tmp_path}"])
 
 
 def test_other_input_images_are_a_difference():

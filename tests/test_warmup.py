@@ -9,13 +9,14 @@ import torch
 import hydrarun
 from hydrarun.core.errors import UsageError
 from hydrarun.core.timing import Timings
+from hydrarun.engine.runs.single import follow_single, run_single
 
 CPU = torch.device("cpu")
 
 
 def test_the_pictures_are_those_of_a_run_without_it(tiny_folder, tiny_runner, tmp_path):
     records = [
-        runner.run(tmp_path / name)
+        run_single(runner, runner.config, tmp_path / name)
         for name, runner in (("plain", tiny_runner), ("warm", tiny.runner(tiny_folder, "warmup=2")))
     ]
     plain, warm = ([output["pixels_sha256"] for output in record["outputs"]] for record in records)
@@ -34,7 +35,7 @@ def test_both_experts_are_warmed(subject, count, monkeypatch):
     """At their own timesteps of the run's schedule."""
     runner = subject.runner
     monkeypatch.setitem(runner.config, "warmup", count)
-    warm = times(runner, lambda: runner.warm_up([], Timings(CPU)))
+    warm = times(runner, lambda: runner.warm_up(runner.config, [], Timings(CPU)))
     run = times(runner, lambda: runner.draw(runner.state(runner.config, []), Timings(CPU)))
     assert warm == [seen[:count] for seen in run]
     assert [len(seen) for seen in warm] == [count, count]
@@ -64,7 +65,7 @@ def test_random_numbers_go_on_as_if_there_had_been_none(tiny_runner, monkeypatch
     monkeypatch.setattr(tiny_runner, "draw", draw)
     before = torch.get_rng_state()
     with pytest.raises(RuntimeError, match="out of memory"):
-        tiny_runner.warm_up([], Timings(CPU))
+        tiny_runner.warm_up(tiny_runner.config, [], Timings(CPU))
     assert torch.equal(torch.get_rng_state(), before)
     assert tiny_runner.built.parts.warmup is None
 
@@ -74,7 +75,7 @@ def test_all_ranks_warm_up(tiny_runner, monkeypatch):
     monkeypatch.setitem(tiny_runner.config, "warmup", 2)
     drawn = []
     monkeypatch.setattr(tiny_runner, "draw", lambda *_: drawn.append(tiny_runner.built.parts.warmup))
-    tiny_runner.follow()
+    follow_single(tiny_runner, tiny_runner.config)
     assert drawn == [2, None]
 
 

@@ -185,8 +185,8 @@ def load_transformer(cls: type, folder: Path, dtype: torch.dtype = torch.float32
 
 def predict(transformer, latents, timestep, conditioning):
     """One branch's prediction."""
-    from hydrarun.acceleration.cache.base import NoCache, Step
-    from hydrarun.models.transformer import Inputs
+    from hydrarun.acceleration.cache.base import NoCache
+    from hydrarun.models.transformer import Inputs, Step
 
     return transformer(Inputs(latents, timestep, {"positive": conditioning}), Step(), NoCache())["positive"]
 

@@ -1,19 +1,20 @@
-"""The command line before Hydra reads it: the verb, Hydra's flags, the overrides, in any order."""
+"""The command line before Hydra reads it: the verb, its flags, and everything else, in any order."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from hydrarun.core.errors import UsageError, nearest
 
-VERBS = ("run", "plan", "replay", "report", "recipe", "calibrate", "list")
+HELP = {"--help": False, "-h": False}
 
-# Hydra's flags and two of ours; True for those that take a value. --experimental-rerun is left out: it reads a pickle.
-FLAGS = {
-    **dict.fromkeys(("--dry-run", "--fail-fast"), False),
-    **dict.fromkeys(("--help", "-h", "--hydra-help", "--version", "--resolve"), False),
+# Hydra's flags and three of ours; True for those that take a value. Without --experimental-rerun: it reads a pickle.
+RUN_FLAGS = {
+    **HELP,
+    **dict.fromkeys(("--dry-run", "--fail-fast", "--version"), False),
+    **dict.fromkeys(("--hydra-help", "--resolve"), False),
     **dict.fromkeys(("--multirun", "-m", "--run", "-r", "--shell-completion", "-sc", "--info", "-i"), False),
     **dict.fromkeys(("--cfg", "-c", "--package", "-p"), True),
     **dict.fromkeys(("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn"), True),
@@ -22,56 +23,107 @@ INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 ALLOW_TARGET = "--allow-target"
 
 
+class Verb(NamedTuple):
+    """What the command line can ask for."""
+
+    #: the function that does it, in `hydrarun.cli.commands`: it takes `Arguments` and returns the exit code
+    function: str
+    #: True for those that take a value
+    flags: Mapping[str, bool] = HELP
+    #: whether every word that is no flag must be `key=value` or `~key`
+    settings_only: bool = False
+
+
+VERBS = {
+    "run": Verb("run.run", RUN_FLAGS, settings_only=True),
+    "plan": Verb("plan.show_plan", {**HELP, "--json": False}, settings_only=True),
+    "replay": Verb("replay.replay_file"),
+    "report": Verb("report.write_report", {**HELP, "--reference": True}),
+    "recipe": Verb("recipe.show_usage"),
+    "recipe list": Verb("recipe.list_recipes", {**HELP, "--json": False}),
+    "recipe run": Verb("recipe.run_recipe", {**HELP, "--yes": False}),
+    "recipe export": Verb("recipe.export_recipe"),
+    "recipe verify": Verb("recipe.verify_recipe"),
+    "recipe schema": Verb("recipe.print_schema"),
+    "calibrate": Verb("calibrate.calibrate_cache", settings_only=True),
+    "list": Verb("list.list_tables", {**HELP, "--markdown": False}),
+}
+
+
 class Arguments(NamedTuple):
     """A command line, sorted."""
 
     verb: str
-    overrides: list[str]
+    words: list[str]  # overrides, files, names
     flags: list[str]  # with their values
     targets: list[str]  # classes that the user allows by --allow-target
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Sort `[verb] overrides… flags…`. Raises UsageError for an unknown verb or flag, or a stray word.
+    """Sort `[verb] words… flags…`. Raises UsageError for an unknown verb or flag, or a stray word.
 
     Hydra 1.3 refuses overrides on both sides of a flag, and `--info` swallows an override that follows it: so flags go
-    last. For a verb other than `run` what is neither flag nor `--allow-target` is kept as it is, in `overrides`.
+    last.
     """
-    words = list(argv)
-    verb = words.pop(0) if words and re.fullmatch(r"[A-Za-z][\w-]*", words[0]) else "run"
-    if verb not in VERBS:
-        raise UsageError(
-            f"{verb}: no such verb.{nearest(verb, VERBS)} Verbs: {', '.join(VERBS)}; settings look like key=value."
-        )
-    overrides: list[str] = []
+    rest = list(argv)
+    verb = _take_verb(rest)
+    takes = VERBS[verb]
+    words: list[str] = []
     flags: list[str] = []
     targets: list[str] = []
-    while words:
-        word = words.pop(0)
+    while rest:
+        word = rest.pop(0)
         name, equals, value = word.partition("=")
         if name == ALLOW_TARGET:
-            targets.append(value if equals else _value(name, words))
-        elif verb != "run":
-            overrides.append(word)
+            targets.append(value if equals else _value(name, rest))
         elif word.startswith("-"):
             flags.append(word)
-            if name not in FLAGS:
-                raise UsageError(f"{name}: no such flag.{nearest(name, [*FLAGS, ALLOW_TARGET])} `--help` shows them.")
-            if FLAGS[name] and not equals:
-                flags.append(_value(name, words))
-            elif name in ("--info", "-i") and words and words[0] in INFO:
-                flags.append(words.pop(0))
-        elif "=" in word or word.startswith("~"):
-            overrides.append(word)
-        else:
+            if name not in takes.flags:
+                raise UsageError(_unknown_flag(verb, name))
+            if takes.flags[name] and not equals:
+                flags.append(_value(name, rest))
+            elif name in ("--info", "-i") and rest and rest[0] in INFO:
+                flags.append(rest.pop(0))
+        elif takes.settings_only and "=" not in word and not word.startswith("~"):
             raise UsageError(
-                f"{word}: neither key=value nor a flag; a text with spaces needs quotes around it:"
+                f"{_prefix(verb)}{word}: neither key=value nor a flag; a text with spaces needs quotes around it:"
                 ' sampling.prompt="a red cat".'
             )
-    return Arguments(verb, overrides, flags, targets)
+        else:
+            words.append(word)
+    return Arguments(verb, words, flags, targets)
 
 
-def _value(flag: str, words: list[str]) -> str:
-    if not words:
+def _take_verb(rest: list[str]) -> str:
+    """Take the verb off the words; `run` where there is none."""
+    if not (rest and re.fullmatch(r"[A-Za-z][\w-]*", rest[0])):
+        return "run"
+    verb = rest.pop(0)
+    main_verbs = [one for one in VERBS if " " not in one]
+    if verb not in main_verbs:
+        known = f"{nearest(verb, main_verbs)} Verbs: {', '.join(main_verbs)}"
+        raise UsageError(f"{verb}: no such verb.{known}; settings look like key=value.")
+    inner = [one.partition(" ")[2] for one in VERBS if one.startswith(f"{verb} ")]
+    if not inner or not rest or rest[0].startswith("-"):
+        return verb
+    second = rest.pop(0)
+    if second not in inner:
+        raise UsageError(f"{verb} {second}: no such verb.{nearest(second, inner)} Verbs: {', '.join(inner)}.")
+    return f"{verb} {second}"
+
+
+def _unknown_flag(verb: str, name: str) -> str:
+    if verb == "run":
+        return f"{name}: no such flag.{nearest(name, [*RUN_FLAGS, ALLOW_TARGET])} `--help` shows them."
+    own = [flag for flag in VERBS[verb].flags if flag not in HELP]
+    return f"{_prefix(verb)}{name}: no such flag; it takes {' and '.join(own) or 'none but --help'}."
+
+
+def _prefix(verb: str) -> str:
+    return "" if verb == "run" else f"{verb}: "
+
+
+def _value(flag: str, rest: list[str]) -> str:
+    if not rest:
         raise UsageError(f"{flag}: needs a value.")
-    return words.pop(0)
+    return rest.pop(0)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import hydra
-from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from hydrarun.config import batches, schema, targets
+from hydrarun.config import batches, targets
 from hydrarun.config.checks import compatibility as compat
 from hydrarun.config.checks.checkpoint import check_folder_fit
-from hydrarun.config.checks.values import cfg_off, cfg_scale, check_values, image_paths
+from hydrarun.config.checks.values import cfg_off, cfg_scale, check_values
 from hydrarun.config.hub import local_folder
 from hydrarun.config.hydra_errors import explained, one_option
+from hydrarun.config.hydra_main import load_configuration
 from hydrarun.config.recipes import search as source
-from hydrarun.config.recipes.vet import groups
-from hydrarun.core import resources
 from hydrarun.core.errors import UsageError, refuse
+from hydrarun.core.inputs import image_paths
 from hydrarun.core.quoting import literal
+from hydrarun.core.resources import groups
 
 
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
@@ -30,10 +30,8 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
 
 def compose_raw(overrides: Sequence[str]) -> tuple[dict[str, Any], Origin]:
     """The resolved configuration of quoted overrides (`quoting.literal`), unchecked: what is missing is `???`."""
-    register(overrides)
-    conf = str(resources.folder("conf"))
-    with explained(overrides), initialize_config_dir(version_base="1.3", config_dir=conf, job_name="hydrarun"):
-        composed = hydra.compose("config", list(overrides), return_hydra_config=True)
+    _, composed = load_configuration(overrides)
+    with explained(overrides):
         return split(composed, composed.hydra)
 
 
@@ -92,17 +90,10 @@ class _Images:
     def __call__(self, config: dict[str, Any]) -> None:
         for path in image_paths(config):
             if path not in self.read:
-                from hydrarun.outputs.media import images  # and Pillow only then
+                from hydrarun.outputs.media import images, kinds  # and Pillow only then
 
-                images.read(path)
+                images.read(path, kinds.drawn_by(config["model"]).alpha)
                 self.read.add(path)
-
-
-def register(overrides: Sequence[str]) -> None:
-    """Make the schema and the recipes known to Hydra, with those of the collections that the overrides name."""
-    schema.register()
-    source.register()
-    source.look_in(overrides)
 
 
 @dataclass(frozen=True)
@@ -120,6 +111,11 @@ class Origin:
         if _sets(source.load(self.recipe), key):
             return f"recipe {self.recipe}"
         return f"model {self.model}" if key.startswith(("model", "sampling")) else "default"
+
+    def print_notes(self, config: dict[str, Any]) -> None:
+        """Print the `notes`."""
+        for note in self.notes(config):
+            print(note, file=sys.stderr)
 
     def notes(self, config: dict[str, Any]) -> list[str]:
         """What the user should be told before the run: what a recipe loads, and what they set to no effect."""

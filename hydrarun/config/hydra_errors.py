@@ -13,10 +13,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from hydrarun.config.recipes.vet import groups
 from hydrarun.config.schema import Config
 from hydrarun.config.type_check import describe, show
 from hydrarun.core.errors import UsageError, closest, nearest
+from hydrarun.core.resources import groups
 
 # What Hydra raises as a plain ValueError for a mistake on the command line (any other ValueError is a bug).
 COMMAND_LINE_MISTAKES = ("Only one of --run", "The --resolve flag", "Expecting one subcommand", "No completion plugin")

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hydrarun.core.errors import UsageError
+from hydrarun.core.progress import Progress
+
 
 def count(device: torch.device) -> int:
     """How many devices of this kind torch sees."""
@@ -85,3 +88,29 @@ class Copies:
         """Have all that is launched from here on wait for the moment."""
         if moment is not None:
             torch.cuda.current_stream(self.device).wait_event(moment)
+
+
+HOST = torch.device("cpu")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str, progress: Progress) -> torch.device:
+    """`auto` is CUDA where there is one; says what was chosen. Raises `UsageError` for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        progress.note(f"device={name} (auto)")
+    device = torch.device(name)
+    seen = count(device)
+    if (device.index or 0) >= seen:
+        kind = device.type.upper()
+        raise UsageError(f"device={name}: torch sees {seen} {kind} devices here; use device=cpu or device=auto")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device, progress: Progress) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA and float32 on the CPU; says what was chosen."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+        progress.note(f"dtype={name} (auto)")
+    return DTYPES[name]

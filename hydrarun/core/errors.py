@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import traceback
 from collections.abc import Iterable
 
 
@@ -49,3 +51,19 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the most similar of `names`, or "" if none is similar."""
     match = closest(name, names)
     return f" Did you mean '{match}'?" if match else ""
+
+
+def at_least(key: str, value: int, least: int) -> int:
+    """The same value. Raises `UsageError`, which names the `key`, if it is less."""
+    if value < least:
+        raise UsageError(f"{key}: {value} is below {least}")
+    return value
+
+
+def report_error(error: Exception) -> int:
+    """Print an exception, with its traceback if nobody foresaw it; returns its exit code."""
+    if not isinstance(error, (UsageError, RunError)):
+        traceback.print_exception(error)
+        return 1
+    print(error, file=sys.stderr)
+    return 2 if isinstance(error, UsageError) else 1

@@ -33,3 +33,10 @@ def defaults() -> dict[str, str]:
     """The option of each group that is taken where none is chosen."""
     listed = yaml.safe_load((folder("conf") / "config.yaml").read_text(encoding="utf-8"))["defaults"]
     return {group: option for entry in listed if isinstance(entry, dict) for group, option in entry.items()}
+
+
+def groups() -> list[str]:
+    """The groups whose options a recipe may choose; `cache/predictor` is one inside another."""
+    root = folder("conf")
+    folders = (path.relative_to(root) for path in root.rglob("*") if path.is_dir())
+    return sorted(path.as_posix() for path in folders if path.parts[0] != "hydra")

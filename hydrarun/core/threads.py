@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from hydrarun.engine.ranks import worker
+from hydrarun.core.distributed.rank import rank_info, threads_per_rank
 
 #: one alone reads gigabytes in a second, and each has memory of its own
 MOST = 8
@@ -20,7 +20,7 @@ class Pool:
     """
 
     def __init__(self) -> None:
-        self.threads = min(MOST, worker.threads(worker.place().local_size))
+        self.threads = min(MOST, threads_per_rank(rank_info().local_size))
         self.executor = ThreadPoolExecutor(self.threads)
         self.jobs: list[Future[Any]] = []
 

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from hydrarun.acceleration.cache.base import Cache
 from hydrarun.acceleration.offload.modulation_tables import ModulationOffload, ModulationTables
 from hydrarun.acceleration.parallel.hsdp import shard_encoder, shard_transformer, shares_weights
 from hydrarun.acceleration.parallel.sequence import SequenceParallel
-from hydrarun.acceleration.parallel.vae import split as split_vae
 from hydrarun.acceleration.quantization import NoQuantization
 from hydrarun.config.checks.checkpoint import check_folder_fit
+from hydrarun.config.checks.report import REPEAT
 from hydrarun.config.hub import Source, resolve
 from hydrarun.config.targets import instantiate, load_class
-from hydrarun.core.device import count, forget_peak
+from hydrarun.core.device import DTYPES, choose_device, choose_dtype, forget_peak
 from hydrarun.core.distributed.degrees import world_size
 from hydrarun.core.distributed.mesh import Mesh
+from hydrarun.core.distributed.rank import rank_info
 from hydrarun.core.errors import UsageError
 from hydrarun.core.progress import Progress
+from hydrarun.core.resources import options
 from hydrarun.core.threads import Pool
-from hydrarun.engine.ranks import worker
 from hydrarun.models.experts import NAMES, Experts, boundary
 from hydrarun.models.layers.attention import AttentionBackend
 from hydrarun.models.transformer import Transformer
@@ -34,9 +35,7 @@ from hydrarun.models.weights.loader import load_transformer
 from hydrarun.models.weights.safetensors import check_folder, fingerprint
 from hydrarun.pipeline.components import load_module, load_pipeline, quiet_libraries
 from hydrarun.pipeline.stage import Parts, Stage, check_chain
-from hydrarun.pipeline.vae import channels_last, one_frame_in_2d
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from hydrarun.pipeline.vae import arrange_vae
 
 
 @dataclass
@@ -53,10 +52,10 @@ class Built:
     read_s: float
 
 
-def build(config: dict[str, Any], progress: Progress) -> Built:
+def build(config: dict[str, Any], progress: Progress, device_name: str) -> Built:
     """Everything that can be refused is refused before the first weight is read."""
     model = config["model"]
-    device = choose_device(config["device"], progress)
+    device = choose_device(device_name, progress)
     forget_peak(device)
     dtype = choose_dtype(config["dtype"], device, progress)
     attention = instantiate(config["attention"], "attention")
@@ -80,7 +79,7 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     source = resolve(model)
     check_folder_fit(config, source.folder)
     check_folder(source.folder)
-    if config["verify"] and worker.place().local_rank == 0:  # one rank of each machine; where it fails, all end
+    if config["verify"] and rank_info().local_rank == 0:  # one rank of each machine; where it fails, all end
         verify(source.folder, progress)
     make_cache(config["cache"], source.folder)  # for what is wrong with it
 
@@ -150,19 +149,6 @@ def build(config: dict[str, Any], progress: Progress) -> Built:
     return Built(parts, stages, source, attention, quantization, tally.done, read_s)
 
 
-def arrange_vae(vae: Any, settings: dict[str, Any], mesh: Mesh | None) -> None:
-    """How it decodes: `settings` are the section `vae`."""
-    one_frame_in_2d(vae)
-    if settings["slicing"]:
-        vae.enable_slicing()
-    if settings["tiling"]:
-        vae.enable_tiling()
-    if settings["channels_last"]:
-        channels_last(vae)
-    if mesh and mesh.vae:
-        split_vae(vae, mesh.vae)
-
-
 def make_cache(node: dict[str, Any], folder: Path) -> Cache:
     """The cache of a `cache` node, for the weights in `folder`; every request has its own.
 
@@ -185,22 +171,10 @@ def spread(transformer: Transformer, mesh: Mesh) -> None:
         shard_transformer(transformer, mesh)
 
 
-def choose_device(name: str, progress: Progress) -> torch.device:
-    """`auto` is CUDA where there is one; says what was chosen. Raises `UsageError` for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        progress.note(f"device={name} (auto)")
-    device = torch.device(name)
-    seen = count(device)
-    if (device.index or 0) >= seen:
-        kind = device.type.upper()
-        raise UsageError(f"device={name}: torch sees {seen} {kind} devices here; use device=cpu or device=auto")
-    return device
+def backends(config: Mapping[str, Any]) -> dict[str, AttentionBackend | None]:
+    """The attention of each entry of `report.noise_floor`; None is the run's own.
 
-
-def choose_dtype(name: str, device: torch.device, progress: Progress) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA and float32 on the CPU; says what was chosen."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-        progress.note(f"dtype={name} (auto)")
-    return DTYPES[name]
+    Raises UsageError for one that this machine lacks.
+    """
+    nodes = {name: None if name == REPEAT else options("attention")[name] for name in config["report"]["noise_floor"]}
+    return {name: node and instantiate(node, "report.noise_floor") for name, node in nodes.items()}

@@ -4,58 +4,49 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
-from hydrarun.acceleration.parallel.data import all_frames, own_items
+from hydrarun.acceleration.parallel.data import all_frames, own_indices
 from hydrarun.config.checks import compatibility as compat
-from hydrarun.config.checks.values import check_values, image_paths
-from hydrarun.core.device import forget_peak, peak_bytes
+from hydrarun.config.checks.values import check_values
+from hydrarun.core.device import choose_device, forget_peak, peak_bytes
 from hydrarun.core.distributed.mesh import Axis
-from hydrarun.core.errors import RunError, UsageError, nearest
+from hydrarun.core.errors import UsageError, nearest
+from hydrarun.core.inputs import image_paths
 from hydrarun.core.progress import Progress
 from hydrarun.core.timing import Timings
-from hydrarun.engine.build import build, choose_device, make_cache
+from hydrarun.engine.build import backends, build, make_cache
 from hydrarun.engine.plan.out_of_memory import out_of_memory
-from hydrarun.engine.runs.quality import Measured, backends, follow, measure
 from hydrarun.models.weights.safetensors import fingerprint
 from hydrarun.outputs.media import images, kinds
 from hydrarun.outputs.media.images import InputImage
 from hydrarun.outputs.provenance import hardware, peak_host_bytes, versions
-from hydrarun.outputs.writer import OutputWriter
+from hydrarun.outputs.writer import Picture
 from hydrarun.pipeline.request import make_state, sampling_of
 from hydrarun.pipeline.stage import Stage, run_stages
 from hydrarun.pipeline.state import State
 
 
-@dataclass
-class Picture:
-    """What was drawn, and what makes it again."""
-
-    pixels: np.ndarray  # an array of `hydrarun.outputs.media.kinds`
-    prompt: str
-    negative_prompt: str | None
-    seed: int
-    caption: str | None = None  # what a blank prompt was taken for
-
-
 class Runner:
     """A model with its weights loaded, built from a composed configuration (`hydrarun.config.compose`)."""
 
-    def __init__(self, config: dict[str, Any], progress: Progress | None = None) -> None:
-        """Raises `UsageError` for what the user must change, `RunError` for weights that cannot be used."""
+    def __init__(self, config: dict[str, Any], progress: Progress | None = None, device: str | None = None) -> None:
+        """`device`: the one that this rank computes on, where `config` names it for all ranks.
+
+        Raises `UsageError` for what the user must change, `RunError` for weights that cannot be used.
+        """
         self.config = config
+        name = device or config["device"]
         self.progress = progress or Progress(quiet=True)
         start = time.perf_counter()
         backends(config)  # refuses what this machine lacks before weights are read
         try:
-            self.built = build(config, self.progress)
+            self.built = build(config, self.progress, name)
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(config, "loading", choose_device(config["device"], Progress(quiet=True))) from error
+            raise out_of_memory(config, "loading", choose_device(name, Progress(quiet=True))) from error
         self.load_s = time.perf_counter() - start
         self.read_bytes = self.built.read_bytes
 
@@ -90,12 +81,12 @@ class Runner:
         """The batch that `config` asks for."""
         return make_state(config["sampling"], [image.image for image in given])
 
-    def warm_up(self, given: list[InputImage], timings: Timings) -> None:
-        """Draw what the run will, for `warmup` steps of each transformer, and throw it away.
+    def warm_up(self, config: dict[str, Any], given: list[InputImage], timings: Timings) -> None:
+        """Draw what the run of `config` will, for `warmup` steps of each transformer, and throw it away.
 
-        What it takes goes to `timings`; nothing else is left of it, not in the generators of random numbers either.
+        Adds its duration to `timings`. Restores the random generators, so the run itself is unchanged.
         """
-        count, parts = self.config["warmup"], self.built.parts
+        count, parts = config["warmup"], self.built.parts
         if not count:
             return
         self.progress.note(f"warming up, {count} step{'' if count == 1 else 's'} of each transformer:")
@@ -105,7 +96,7 @@ class Runner:
         parts.warmup = count
         try:
             with torch.random.fork_rng(devices, device_type=parts.device.type if devices else None):
-                self.draw(self.state(self.config, given), own)
+                self.draw(self.state(config, given), own, config["cache"])
         finally:
             parts.warmup = None
         timings.warmup, timings.compile = own.now() - start, own.compile
@@ -113,7 +104,7 @@ class Runner:
     def draw(self, state: State, timings: Timings, cache: dict[str, Any] | None = None) -> State:
         """Run the stages, on this rank's share of the items; the state then has the frames of all of them.
 
-        `cache`: a node that replaces the configuration's.
+        `cache`: the node of the cache; None: that of the configuration which the runner was built from.
         """
         own = self.own(state)
         self.play(self.built.stages, state, own, timings, cache)
@@ -122,7 +113,7 @@ class Runner:
     def own(self, state: State) -> State:
         """This rank's share of a request."""
         axis = self.data_axis()
-        return own_items(state, axis) if axis else state
+        return state.select(own_indices(len(state.prompts), axis)) if axis else state
 
     def play(
         self,
@@ -155,20 +146,13 @@ class Runner:
         mesh = self.built.parts.mesh
         return mesh["data"] if mesh else None
 
-    def follow(self) -> None:
-        """Do this rank's part of a run that rank 0 writes."""
-        given = self.read_images(self.config)
-        timings = Timings(self.built.parts.device)
-        self.warm_up(given, timings)
-        self.draw(self.state(self.config, given), timings)
-        if self.config["report"]["metrics"]:
-            follow(self, given)
-
-    def redraw(self, given: list[InputImage], cache: dict[str, Any]) -> tuple[list[Picture], dict[str, Any]]:
-        """Draw the run once more with the cache of this node: what came of it, and `results`."""
+    def redraw(
+        self, config: dict[str, Any], given: list[InputImage], cache: dict[str, Any]
+    ) -> tuple[list[Picture], dict[str, Any]]:
+        """Draw the run of `config` once more with the cache of this node: what came of it, and `results`."""
         start = time.perf_counter()
         timings = Timings(self.built.parts.device)
-        state = self.draw(self.state(self.config, given), timings, cache)
+        state = self.draw(self.state(config, given), timings, cache)
         return pictures(state), self.results(timings, start)
 
     def again(self) -> None:
@@ -179,44 +163,6 @@ class Runner:
     def close(self) -> None:
         """Let the model and its memory go; nothing can be drawn any more."""
         del self.built
-
-    def run(self, output_dir: Path) -> dict[str, Any]:
-        """Draw what the configuration asks for, write it into `output_dir` and return what run.json says."""
-        start = time.perf_counter()
-        timings = Timings(self.built.parts.device)
-        given = self.read_images(self.config)
-        facts = {**self.facts(), "inputs": [describe(image) for image in given]}
-        writer = OutputWriter(output_dir, self.config, facts, self.config["output"]["metadata"])
-        results: dict[str, Any] = {}
-        try:
-            self.warm_up(given, timings)
-            drawn = pictures(self.draw(self.state(self.config, given), timings))
-            self.save(drawn, writer, self.measured(timings, start))
-            results = self.results(timings, start)  # of the run alone, before anything else is drawn
-            if self.config["report"]["metrics"]:
-                measured = measure(self, given, drawn, writer.facts, results)
-                results = with_quality(results, measured)
-                for index, record in enumerate(writer.outputs):
-                    record.update(measured.of_output(index))
-        except BaseException as error:  # Ctrl-C and a full disk too: what was made stays, and run.json says so
-            writer.fail(error, results or self.results(timings, start))
-            raise
-        record = writer.finish(results)
-        self.progress.table(record, output_dir)
-        return record
-
-    def save(self, drawn: list[Picture], writer: OutputWriter, timings: dict[str, Any]) -> None:
-        """Write every picture that can be; then raise for the first that could not."""
-        refused: list[RunError] = []
-        with self.progress.phase("saving", total=len(drawn)) as advance:
-            for picture in drawn:
-                try:
-                    writer.save(**vars(picture), timings=timings)
-                except RunError as error:
-                    refused.append(error)
-                advance()
-        if refused:
-            raise refused[0]
 
     def measured(self, timings: Timings, start: float) -> dict[str, Any]:
         """Seconds so far; `total_s` is loading and everything since `start`."""
@@ -267,17 +213,6 @@ class Runner:
 def sample_rate(config: Any) -> dict[str, int]:
     """Of the sounds that the VAE of this config makes, in Hz; nothing of a VAE of pictures."""
     return {"sample_rate": config["sampling_rate"]} if "sampling_rate" in config else {}
-
-
-def with_quality(results: dict[str, Any], measured: Measured) -> dict[str, Any]:
-    """`results` with what was measured beside."""
-    timings = {**results["timings"], "quality_s": measured.seconds}
-    return {**results, "timings": timings, "quality": measured.quality}
-
-
-def describe(image: InputImage) -> dict[str, Any]:
-    """What run.json says about an input image."""
-    return {"path": str(image.path), "sha256": image.sha256, "width": image.image.width, "height": image.image.height}
 
 
 def pictures(state: State) -> list[Picture]:

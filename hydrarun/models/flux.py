@@ -26,7 +26,8 @@ from hydrarun.models.layers.linear import QKVLinear, RowLinear, UpLinear
 from hydrarun.models.layers.norm import AdaLayerNorm, Modulation, modulate
 from hydrarun.models.layers.rope import frequencies, grid_frequencies, rotate
 from hydrarun.models.layers.tensor_parallel import Run
-from hydrarun.models.transformer import Tokens, Transformer
+from hydrarun.models.layers.tokens import Tokens
+from hydrarun.models.transformer import Transformer
 
 Grid = tuple[int, int, int]
 

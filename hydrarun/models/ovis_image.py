@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from hydrarun.models.flux import StreamsTransformer, TimeEmbedding
-from hydrarun.models.transformer import Tokens
+from hydrarun.models.layers.tokens import Tokens
 
 
 class OvisImageTransformer(StreamsTransformer):

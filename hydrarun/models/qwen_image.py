@@ -20,7 +20,8 @@ from hydrarun.core.errors import UsageError
 from hydrarun.models.layers.dual_stream import DualStreamBlock, dual_stream_weights
 from hydrarun.models.layers.norm import AdaLayerNorm
 from hydrarun.models.layers.rope import frequencies, grid_frequencies
-from hydrarun.models.transformer import Tokens, Transformer
+from hydrarun.models.layers.tokens import Tokens
+from hydrarun.models.transformer import Transformer
 
 Grid = tuple[int, int, int]
 

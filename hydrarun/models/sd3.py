@@ -18,7 +18,8 @@ from hydrarun.models.layers.dual_stream import AttendedTo, DualStreamBlock, Stre
 from hydrarun.models.layers.linear import QKVLinear, RowLinear
 from hydrarun.models.layers.norm import AdaLayerNorm, modulate
 from hydrarun.models.layers.tensor_parallel import Run
-from hydrarun.models.transformer import Tokens, Transformer
+from hydrarun.models.layers.tokens import Tokens
+from hydrarun.models.transformer import Transformer
 
 
 class SelfAttention(nn.Module):

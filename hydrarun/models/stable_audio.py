@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, ClassVar
 
-import diffusers
 import torch
 from diffusers.models.transformers.stable_audio_transformer import StableAudioGaussianFourierProjection
 from torch import Tensor, nn
@@ -19,11 +18,8 @@ from hydrarun.models.layers.attention import Attention, CrossAttention
 from hydrarun.models.layers.linear import ColumnLinear, FeedForward, KVLinear, QKVLinear, RowLinear
 from hydrarun.models.layers.rope import frequencies, rotate_halves
 from hydrarun.models.layers.tensor_parallel import Run
-from hydrarun.models.transformer import Tokens, Transformer
-from hydrarun.pipeline.stage import Parts
-from hydrarun.pipeline.stages.encode import EncodePrompt
-from hydrarun.pipeline.stages.sound import span
-from hydrarun.pipeline.state import State
+from hydrarun.models.layers.tokens import Tokens
+from hydrarun.models.transformer import Transformer
 
 
 class CrossQuery(ColumnLinear):
@@ -155,40 +151,3 @@ def two_layers(width: int, dim: int, bias: bool) -> nn.Sequential:
 def rope_table(tokens: int, dim: int, device: torch.device) -> Tensor:
     """Rotations of so many tokens, `[S, dim / 2, 2]`; the first is not of the sound."""
     return frequencies(torch.arange(tokens), dim).to(device)
-
-
-class StableAudioPipeline(diffusers.StableAudioPipeline):
-    """diffusers', without a transformer, of which its own asks the width of a head."""
-
-    def __init__(
-        self, vae: Any, text_encoder: Any, projection_model: Any, tokenizer: Any, transformer: Any, scheduler: Any
-    ) -> None:
-        diffusers.DiffusionPipeline.__init__(self)
-        self.register_modules(
-            vae=vae,
-            text_encoder=text_encoder,
-            projection_model=projection_model,
-            tokenizer=tokenizer,
-            transformer=transformer,
-            scheduler=scheduler,
-        )
-
-
-class EncodePromptAndSeconds(EncodePrompt):
-    """The prompt's tokens and behind them one for the second at which the sound starts and one for its end.
-
-    The transformer takes the two once more, as `global_hidden_states`.
-    """
-
-    needs = (*EncodePrompt.needs, "audio_start_in_s", "audio_end_in_s")
-
-    def __init__(self) -> None:
-        super().__init__(returns=(), arguments={"do_classifier_free_guidance": False})
-
-    def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Any]:
-        text = parts.pipeline.encode_prompt(prompt=prompts, device=parts.device, **self.arguments)
-        seconds = parts.pipeline.encode_duration(*span(state, parts), parts.device, False, len(prompts))
-        return {
-            "encoder_hidden_states": torch.cat([text, *seconds], dim=1),
-            "global_hidden_states": torch.cat(seconds, dim=2),
-        }

@@ -7,43 +7,33 @@ pass itself is ours and the same for all, so that what happens around the blocks
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from hydrarun.acceleration.cache.base import Cache, Step
 from hydrarun.models.layers.attention import Attention, AttentionBackend, AttentionLayer
+from hydrarun.models.layers.tokens import Tokens
+
+#: the branches of a step: the prompt's prediction, the negative prompt's, the prompt's with some blocks left out
+POSITIVE, NEGATIVE, FEWER_BLOCKS = "positive", "negative", "fewer_blocks"
 
 
-def token_field(dim: int, of: str) -> Any:
-    """A field whose dimension `dim` counts tokens of the stream `of` (the name of the stream's own field)."""
-    return field(default=None, metadata={"token_dim": dim, "of": of})
+@dataclass(frozen=True)
+class Step:
+    """One step of the loop: its place from 0, its timestep (the scheduler's own value), and whose step it is."""
+
+    index: int = 0
+    timestep: float = 0.0
+    expert: str = "transformer"
 
 
-@dataclass
-class Tokens:
-    """What flows through the blocks. S latent tokens, T context (text) tokens, D channels, d channels of a head.
+class Predictor(Protocol):
+    """What decides how a step's predictions come about: a cache, or the plain forward of all branches."""
 
-    Tokens of one call may be at different noise levels (a given first frame, an image to edit): `temb` then holds K
-    timesteps, the first of them the call's own, and `temb_index` says which is each latent token's. A model that needs
-    more fields subclasses this.
-    """
-
-    hidden_states: Tensor = token_field(1, "hidden_states")  # [B, S, D]
-    encoder_hidden_states: Tensor | None = token_field(1, "encoder_hidden_states")  # [B, T, D]
-    encoder_mask: Tensor | None = None  # [B, T] bool, True: a real token; whole wherever the tokens are
-    rope: Tensor | None = token_field(0, "hidden_states")  # [S, d/2, 2] cosines and sines
-    encoder_rope: Tensor | None = token_field(0, "encoder_hidden_states")  # [T, d/2, 2]
-    temb: Any = None  # [B, K, D] timesteps and other global conditioning; or [B, K], their rows in modulation tables
-    temb_index: Tensor | None = token_field(0, "hidden_states")  # [S] 0 to K - 1; None: K is 1
-    grid: tuple[int, int, int] = (1, 1, 1)  # frames, rows and columns of the latent tokens that are predicted
-
-    @classmethod
-    def token_dims(cls) -> dict[str, tuple[int, str]]:
-        """`{field: (token dimension, stream)}` of every field that is cut when tokens are spread over ranks."""
-        return {f.name: (f.metadata["token_dim"], f.metadata["of"]) for f in fields(cls) if "token_dim" in f.metadata}
+    def predict(self, transformer: Transformer, inputs: Inputs, step: Step) -> dict[str, Tensor]:
+        """`{branch: prediction}` of this rank's branches."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +125,7 @@ class Transformer(nn.Module):
         """How many blocks there are."""
         return sum(1 for _ in self.all_blocks())
 
-    def forward(self, inputs: Inputs, step: Step, cache: Cache) -> dict[str, Tensor]:
+    def forward(self, inputs: Inputs, step: Step, cache: Predictor) -> dict[str, Tensor]:
         """`{branch: prediction}` of one step, in the shape of the latents.
 
         The cache sees all branches together, and may run `begin`, some of the blocks, and `finish` for each.

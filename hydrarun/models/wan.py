@@ -18,16 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hydrarun.core.errors import UsageError
-from hydrarun.core.timing import Timings
 from hydrarun.models.layers.attention import Attention, CrossAttention
 from hydrarun.models.layers.linear import FeedForward, HeadsLinear, KVLinear, QKVLinear, RowLinear
 from hydrarun.models.layers.norm import RMSNormAcrossHeads, by_token, modulate
 from hydrarun.models.layers.rope import frequencies, grid_frequencies, rotate
 from hydrarun.models.layers.tensor_parallel import Run
-from hydrarun.models.transformer import Tokens, Transformer
-from hydrarun.pipeline.stage import Parts, Stage
-from hydrarun.pipeline.state import State
-from hydrarun.pipeline.vae import encode
+from hydrarun.models.layers.tokens import Tokens
+from hydrarun.models.transformer import Transformer
 
 
 @dataclass
@@ -260,60 +257,3 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) 
     dims = (head_dim - 2 * side, side, side)
     axes = [frequencies(torch.arange(n), dim, precision=torch.float64) for n, dim in zip(grid, dims, strict=True)]
     return grid_frequencies(axes).to(device)
-
-
-class EncodeFirstFrame(Stage):
-    """The given first frame as latents `[1, C, 1, h, w]`: it stands in the video's first place and never gets noise.
-
-    Without an input image there is none, and the whole video is drawn. Reference: diffusers' `WanImageToVideoPipeline`
-    with `expand_timesteps`.
-    """
-
-    needs = ("input_images", "height", "width")
-    gives = ("first_frame",)
-    phase = "encode"
-    uses = ("vae",)
-
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
-        if state.input_images:
-            state.first_frame = encode(parts.pipeline, first_frame_pixels(state, parts))
-
-
-class KeepFirstFrame(Stage):
-    """Puts the given first frame into the finished latents."""
-
-    needs = ("latents", "first_frame")
-    gives = ("latents",)
-    phase = "denoise"
-
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
-        if state.first_frame is not None:
-            first = state.first_frame.expand(len(state.latents), -1, -1, -1, -1)
-            state.latents = torch.cat([first, state.latents[:, :, 1:]], dim=2)
-
-
-class EncodeFirstFrameAsChannels(Stage):
-    """The given first frame followed by grey, as latents, behind a mask that says which frames are given.
-
-    `[1, 4 + C, F, h, w]`: of the mask one channel for each of the frames that a latent frame stands for. Reference:
-    diffusers' `WanImageToVideoPipeline.prepare_latents`.
-    """
-
-    needs = ("input_images", "height", "width", "num_frames")
-    gives = ("condition_latents",)
-    phase = "encode"
-    uses = ("vae",)
-
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
-        first = first_frame_pixels(state, parts)
-        grey = first.new_zeros(1, 3, (state.num_frames or 1) - 1, state.height, state.width)
-        latents = encode(parts.pipeline, torch.cat([first, grey], dim=2))
-        mask = latents.new_zeros(1, parts.pipeline.vae_scale_factor_temporal, *latents.shape[2:])
-        mask[:, :, 0] = 1
-        state.condition_latents = torch.cat([mask, latents], dim=1)
-
-
-def first_frame_pixels(state: State, parts: Parts) -> Tensor:
-    """The input image in the video's size, `[1, 3, 1, H, W]` from -1 to 1, float32."""
-    pixels = parts.pipeline.video_processor.preprocess(state.input_images[0], height=state.height, width=state.width)
-    return pixels.unsqueeze(2).to(parts.device, torch.float32)

@@ -22,7 +22,8 @@ from hydrarun.models.layers.linear import FeedForward, QKVLinear, RowLinear
 from hydrarun.models.layers.norm import Modulation
 from hydrarun.models.layers.rope import frequencies, grid_frequencies, rotate
 from hydrarun.models.layers.tensor_parallel import Run
-from hydrarun.models.transformer import Tokens, Transformer, token_field
+from hydrarun.models.layers.tokens import Tokens, token_field
+from hydrarun.models.transformer import Transformer
 
 #: pictures and captions are padded to a multiple of so many tokens
 MULTIPLE = 32

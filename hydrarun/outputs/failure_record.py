@@ -49,8 +49,8 @@ def _write(config: dict[str, Any], file: Path, error: Exception, own: bool) -> N
 
 def _bare(config: dict[str, Any]) -> dict[str, Any]:
     """What is known of a run that made nothing."""
-    from hydrarun.outputs.writer import as_recorded, now
     from hydrarun.outputs.provenance import config_hash, redact
+    from hydrarun.outputs.writer import as_recorded, now
 
     try:
         kept = as_recorded(config)

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import hydrarun
+from hydrarun.core.version import __version__
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow", "cache-dit", "torchao", "torchsde")
 
@@ -47,7 +47,7 @@ def asked(config: dict[str, Any]) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Versions of hydrarun, Python and the packages that compute the pixels; None for one that is not installed."""
-    return {"hydrarun": hydrarun.__version__, "python": platform.python_version()} | {
+    return {"hydrarun": __version__, "python": platform.python_version()} | {
         package: _version(package) for package in PACKAGES
     }
 

@@ -36,10 +36,10 @@ FACTS = (
 
 
 @dataclass
-class Picture:
+class RecordedPicture:
     """One output of the run: its place in it, the hash of its pixels, and the pixels where they are at hand.
 
-    `pixels` (an array of `hydrarun.outputs.media.kinds`) is None when the file is gone, or no longer holds the pixels that the
+    `pixels` (an array of `outputs.media.kinds`) is None when the file is gone, or no longer holds the pixels that the
     hash was made of. Those of a `lossy` file never are exactly those. `part`: when only this file of a folder of frames
     or layers is at hand, its name there; hash and pixels are then its own.
     """
@@ -58,7 +58,7 @@ class Recorded:
 
     config: dict[str, Any]
     facts: dict[str, Any]
-    pictures: list[Picture]
+    pictures: list[RecordedPicture]
 
 
 def load(path: Path) -> Recorded:
@@ -95,7 +95,7 @@ def _from_medium(path: Path) -> Recorded:
         if stem in record and not path.is_dir():
             whole, part = f"{stem}_sha256", frames.name(_get(path, record, stem, int), form)
     digest = _get(path, record, whole, str)
-    picture = Picture(path.name, index, digest, _as_hashed(path, pixels, digest), is_lossy(path), part)
+    picture = RecordedPicture(path.name, index, digest, _as_hashed(path, pixels, digest), is_lossy(path), part)
     return Recorded(run_config, _facts(record), [picture])
 
 
@@ -123,7 +123,7 @@ def _from_run(path: Path) -> Recorded:
     return Recorded(_get(path, record, "config", dict), _facts(record), pictures)
 
 
-def _listed(path: Path, output: Any) -> Picture:
+def _listed(path: Path, output: Any) -> RecordedPicture:
     """One of run.json's outputs; its file must lie beside run.json if it is there at all."""
     name = _get(path, output, "path", str)
     if Path(name).name != name or name in ("", ".."):
@@ -131,7 +131,7 @@ def _listed(path: Path, output: Any) -> Picture:
     index, digest = _get(path, output, "index", int), _get(path, output, "pixels_sha256", str)
     file = path.with_name(name)
     pixels = _as_hashed(file, read(file)[0], digest) if os.path.exists(file) else None
-    return Picture(name, index, digest, pixels, is_lossy(file))
+    return RecordedPicture(name, index, digest, pixels, is_lossy(file))
 
 
 def _as_hashed(path: Path, pixels: np.ndarray, digest: str) -> np.ndarray | None:

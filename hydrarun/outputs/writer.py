@@ -8,6 +8,7 @@ import re
 import time
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hydrarun.core.errors import RunError
-from hydrarun.outputs.media import frames, kinds, mp4, png, wav
 from hydrarun.core.files import write_atomically
+from hydrarun.core.inputs import image_paths
+from hydrarun.outputs.media import frames, kinds, mp4, png, wav
 from hydrarun.outputs.provenance import config_hash, redact, redact_text
-from hydrarun.config.checks.values import image_paths
 
 FORMAT = 1  # of run.json and of the metadata; grows when a key changes its meaning
 
@@ -277,3 +278,14 @@ def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
 
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().resolve())
+
+
+@dataclass
+class Picture:
+    """What was drawn, and what makes it again."""
+
+    pixels: np.ndarray  # an array of `hydrarun.outputs.media.kinds`
+    prompt: str
+    negative_prompt: str | None
+    seed: int
+    caption: str | None = None  # what a blank prompt was taken for

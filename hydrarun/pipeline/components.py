@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hydrarun.acceleration.offload.module_mover import HOST, move
+from hydrarun.acceleration.offload.module_mover import move
+from hydrarun.core.device import HOST
 from hydrarun.core.errors import RunError
 from hydrarun.core.progress import Tally
 from hydrarun.models.weights.lazy_state_dict import unread

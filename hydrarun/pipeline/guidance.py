@@ -8,11 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hydrarun.models.transformer import FEWER_BLOCKS, NEGATIVE, POSITIVE
 from hydrarun.pipeline.state import State
 
-POSITIVE, NEGATIVE = "positive", "negative"
-#: the prompt's prediction with some blocks left out
-FEWER_BLOCKS = "fewer_blocks"
 Scale = Literal["true_cfg_scale", "guidance_scale", "guidance_scale_2"]
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Generator, Tensor
 
-Grid = tuple[int, int, int]
+from hydrarun.models.layers.tokens import Grid
 
 
 def given_by_stage() -> Any:
@@ -68,6 +69,16 @@ class State:
     #: [N, F, H, W, 3] uint8, F is 1 for a still picture; of layers [N, L, H, W, 4]; of sounds int16
     #: [N, samples, channels]
     frames: np.ndarray = given_by_stage()
+
+    def select(self, items: Sequence[int]) -> State:
+        """A batch of these items of a request, before its first stage."""
+        negatives = self.negative_prompts
+        return replace(
+            self,
+            prompts=[self.prompts[item] for item in items],
+            negative_prompts=None if negatives is None else [negatives[item] for item in items],
+            seeds=[self.seeds[item] for item in items],
+        )
 
     @classmethod
     def request_fields(cls) -> frozenset[str]:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hydrarun.acceleration.parallel.vae import split as split_vae
 from hydrarun.config.checks.checkpoint import vae_factors
+from hydrarun.core.distributed.mesh import Mesh
 from hydrarun.core.errors import RunError
 
 
@@ -98,3 +100,16 @@ def scaling(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = torch.tensor([config.get("shift_factor") or 0.0]), torch.tensor([1 / config["scaling_factor"]])
     mean, std = (value.view(1, -1, 1, 1, 1).to(like.device, like.dtype) for value in (mean, std))
     return mean, std
+
+
+def arrange_vae(vae: Any, settings: dict[str, Any], mesh: Mesh | None) -> None:
+    """How it decodes: `settings` are the section `vae`."""
+    one_frame_in_2d(vae)
+    if settings["slicing"]:
+        vae.enable_slicing()
+    if settings["tiling"]:
+        vae.enable_tiling()
+    if settings["channels_last"]:
+        channels_last(vae)
+    if mesh and mesh.vae:
+        split_vae(vae, mesh.vae)

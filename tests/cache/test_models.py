@@ -9,11 +9,10 @@ import torch
 from caches import mask, node
 from subjects import CONFIGS, FAMILIES, LONG, SHORT, SORTS
 
-from hydrarun.acceleration.cache.base import Step
 from hydrarun.config.checks.values import cfg_scale
 from hydrarun.config.compose import compose
 from hydrarun.engine.runner import Runner
-from hydrarun.models.transformer import Transformer
+from hydrarun.models.transformer import Step, Transformer
 
 STEPS = 6  # where there are two experts, both have some
 

@@ -20,6 +20,7 @@ from hydrarun.cli.recipe import json_schema as editors  # noqa: E402
 from hydrarun.config.compose import compose_raw  # noqa: E402
 from hydrarun.config.recipes import search as source  # noqa: E402
 from hydrarun.core import resources  # noqa: E402
+from hydrarun.core.tables import format_markdown  # noqa: E402
 
 
 def golden() -> dict[str, str]:
@@ -37,7 +38,7 @@ def readme() -> tuple[Path, str]:
     _, end, after = rest.partition("<!-- end -->\n")
     if not (start and end):
         raise ValueError("README.md has lost the marks around its table of models")
-    return file, before + start + listing.markdown(listing.table("models")) + "\n\n" + end + after
+    return file, before + start + format_markdown(listing.table("models")) + "\n\n" + end + after
 
 
 def _yaml(override: str) -> str:

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from hydrarun.core import threads as pool
+from hydrarun.core.distributed.rank import rank_info
 from hydrarun.core.threads import Pool
-from hydrarun.engine.ranks import worker
 
 
 def fail(words: str) -> None:
@@ -53,5 +53,5 @@ def test_a_rank_has_its_share_of_the_cores(monkeypatch, ranks, threads):
             monkeypatch.delenv(name, raising=False)
         else:
             monkeypatch.setenv(name, str(value))
-    assert worker.place().local_size == (ranks or 1)
+    assert rank_info().local_size == (ranks or 1)
     assert Pool().threads == threads

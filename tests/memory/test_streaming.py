@@ -23,10 +23,11 @@ from watched import draw, modules, on_device, runner, size, weights
 
 from hydrarun.acceleration.offload import layerwise as streaming
 from hydrarun.acceleration.offload.layerwise import FromHost, Turns, around_blocks
-from hydrarun.acceleration.offload.module_mover import HOST, put
+from hydrarun.acceleration.offload.module_mover import put
 from hydrarun.acceleration.offload.packed_tensors import ALIGNMENT, Packed, packed_bytes, parts
 from hydrarun.acceleration.offload.strategies import DiskOffload
 from hydrarun.config.compose import compose
+from hydrarun.core.device import HOST
 from hydrarun.core.errors import RunError
 from hydrarun.engine.runner import Runner
 from hydrarun.models.weights import loader as loading

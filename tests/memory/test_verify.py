@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from hydrarun.config.compose import compose
+from hydrarun.core.distributed.rank import RankInfo
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.core.progress import Progress
 from hydrarun.engine.ranks import worker
@@ -157,7 +158,7 @@ def test_nothing_is_loaded_from_other_files(damaged, tmp_path, monkeypatch):
 
 def test_one_rank_of_a_machine_verifies(damaged, monkeypatch):
     """The others would read the same files; where the first one fails, all end."""
-    monkeypatch.setattr(worker, "place", lambda: worker.Place(3, 4, 1, 2))
+    monkeypatch.setattr("hydrarun.engine.build.rank_info", lambda: RankInfo(3, 4, 1, 2))
     tiny.runner(damaged, "verify=true")
 
 

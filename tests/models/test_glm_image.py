@@ -17,7 +17,7 @@ from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from PIL import Image
 from subjects import LONG, SHORT, pictures
 
-from hydrarun.acceleration.cache.base import NoCache, Step
+from hydrarun.acceleration.cache.base import NoCache
 from hydrarun.acceleration.compilation import allow_graphs
 from hydrarun.acceleration.parallel.data import first_ranks
 from hydrarun.config.compose import compose
@@ -26,9 +26,10 @@ from hydrarun.core.distributed.mesh import Mesh
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.engine.plan.dry_forward import kept_by_others
 from hydrarun.engine.runner import Runner
-from hydrarun.models.glm_image import GlmImageTransformer, draw_prior, fitted
-from hydrarun.models.transformer import Inputs
+from hydrarun.models.glm_image import GlmImageTransformer
+from hydrarun.models.transformer import Inputs, Step
 from hydrarun.pipeline.request import make_state
+from hydrarun.pipeline.stages.glm_image import draw_prior, fitted
 
 TOLERANCE = 1e-5  # float32, the same operations in another order
 LATENTS, PIXELS = 1e-4, 1  # of whole runs

@@ -9,8 +9,8 @@ import tiny
 import torch
 
 from hydrarun.core.errors import UsageError
+from hydrarun.models.layers.tokens import Tokens
 from hydrarun.models.qwen_image import QwenImageTransformer
-from hydrarun.models.transformer import Tokens
 
 # float32 on one machine, the same operations in another order: rounding only
 TOLERANCE = 1e-5

@@ -13,7 +13,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_layered import calculate_d
 from PIL import Image
 from subjects import CONFIGS, pictures
 
-from hydrarun.cli.commands import run as cli
+from hydrarun.cli import main as cli
 from hydrarun.config.compose import compose
 from hydrarun.core.errors import UsageError
 from hydrarun.engine.runner import Runner

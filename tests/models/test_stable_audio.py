@@ -17,17 +17,17 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb, get_1d_rotary_pos_embed
 from subjects import SHORT
 
-from hydrarun.cli.commands import run as cli
+from hydrarun.cli import main as cli
 from hydrarun.cli.recipe import pixel_digest as pixels
 from hydrarun.config.checks.checkpoint import check_fit, check_heads, longest
 from hydrarun.core.errors import RunError, UsageError
-from hydrarun.engine.build import arrange_vae
 from hydrarun.models.layers.rope import frequencies, rotate_halves
 from hydrarun.models.stable_audio import StableAudioTransformer
 from hydrarun.outputs import reader as recorded
 from hydrarun.outputs.media import wav
 from hydrarun.outputs.quality.metrics import compare
 from hydrarun.pipeline.stages.sound import DecodeSound
+from hydrarun.pipeline.vae import arrange_vae
 
 TOLERANCE = 1e-5  # float32, the same operations in another order
 #: the tiny checkpoint's, and of the whole sound

@@ -12,7 +12,7 @@ import torch
 from subjects import command
 from test_memory import asked
 
-from hydrarun.cli.commands import run as cli
+from hydrarun.cli import main as cli
 from hydrarun.config.compose import compose
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.core.timing import Timings

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 from measured import config
 
+from hydrarun.engine.runs.single import run_single
+
 
 @pytest.fixture
 def runner(tiny_runner, monkeypatch):
-    """The shared runner, with a list of the caches that it drew with; a test sets its configuration."""
+    """The shared runner, with a list of the caches that it drew with."""
     drawn, draw = [], tiny_runner.draw
 
     def remember(state, timings, cache=None):
@@ -17,7 +19,6 @@ def runner(tiny_runner, monkeypatch):
 
     monkeypatch.setattr(tiny_runner, "draw", remember)
     monkeypatch.setattr(tiny_runner, "drawn", drawn, raising=False)
-    monkeypatch.setattr(tiny_runner, "config", tiny_runner.config)
     return tiny_runner
 
 
@@ -26,7 +27,6 @@ def run(runner, tiny_folder, tmp_path):
     """Runs with these overrides; what run.json says."""
 
     def do(*overrides: str, name: str = "run") -> dict:
-        runner.config = config(tiny_folder, tmp_path / "twins", *overrides)
-        return runner.run(tmp_path / name)
+        return run_single(runner, config(tiny_folder, tmp_path / "twins", *overrides), tmp_path / name)
 
     return do

@@ -10,11 +10,13 @@ import pytest
 from measured import BOTH, CACHED, config, read
 from parallel_runs import degrees
 
+from hydrarun.cli import main as cli
 from hydrarun.cli.commands import replay
-from hydrarun.cli.commands import run as cli
+from hydrarun.cli.main import dispatch
 from hydrarun.config.compose import compose
 from hydrarun.core.errors import RunError
 from hydrarun.engine.runner import Runner
+from hydrarun.engine.runs.single import follow_single, run_single
 from hydrarun.outputs.quality.metrics import compare, summary
 from hydrarun.outputs.quality.scene_judge import judge
 
@@ -68,7 +70,7 @@ def test_a_run_without_cache_is_its_own_twin_and_that_of_others(run, runner, tmp
     run(*CACHED, BOTH)
     assert runner.drawn == ["NoCache", "StepCache"]
     twin = Path(record["quality"]["twin"])
-    assert replay.main([str(twin / "run.json"), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
+    assert dispatch(["replay", str(twin / "run.json"), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
     assert capsys.readouterr().out.count("identical pixels") == 2
 
 
@@ -99,7 +101,7 @@ def test_it_is_said_what_is_done(tiny_folder, tmp_path, capsys):
 
     runner = Runner(config(tiny_folder, tmp_path / "twins", *CACHED, BOTH), Progress())
     for _ in range(2):
-        place = runner.run(tmp_path / "run")["quality"]["twin"]
+        place = run_single(runner, runner.config, tmp_path / "run")["quality"]["twin"]
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if "twin" in line] == [
         "drawing the uncached twin",
@@ -117,7 +119,7 @@ def test_a_twin_that_fails_loses_no_output(run, runner, tmp_path, monkeypatch):
 
     def draw(state, timings, cache=None):
         drawn = original(state, timings, cache)
-        if cache:
+        if cache["_target_"].endswith("NoCache"):
             drawn.frames[1] = 0
         return drawn
 
@@ -223,9 +225,9 @@ def on_a_rank(asked: dict, folder: Path) -> tuple[list[int], dict | None]:
     for number in range(2):
         counts.append(0)
         if dist.get_rank() == 0:
-            record = runner.run(folder / str(number))
+            record = run_single(runner, runner.config, folder / str(number))
         else:
-            runner.follow()
+            follow_single(runner, runner.config)
     return counts, record and record["quality"]
 
 

@@ -13,6 +13,7 @@ from parallel_runs import degrees
 
 from hydrarun.core.errors import OutOfMemoryError, RunError
 from hydrarun.engine.runner import Runner
+from hydrarun.engine.runs.single import follow_single, run_single
 from hydrarun.outputs.quality.metrics import compare
 
 INT8 = "quantization=int8_weight_only"
@@ -35,11 +36,15 @@ def asked(folder: Path, tmp_path: Path, *more: str) -> dict[str, Any]:
     return config(folder, tmp_path / "twins", BOTH, *more)
 
 
+def run(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+    return run_single(Runner(wanted), wanted, folder)
+
+
 def test_it_is_drawn_with_the_weights_on_disk_and_kept(tiny_folder, tmp_path, built):
     runner = Runner(asked(tiny_folder, tmp_path, INT8))
-    quality = runner.run(tmp_path / "run")["quality"]
+    quality = run_single(runner, runner.config, tmp_path / "run")["quality"]
     assert built == ["TorchAO", "NoQuantization"]
-    plain = Runner(asked(tiny_folder, tmp_path)).run(tmp_path / "plain")
+    plain = run(asked(tiny_folder, tmp_path), tmp_path / "plain")
     assert plain["quality"]["twin"] == quality["twin"]
     for twin, drawn in zip(read(Path(quality["twin"])), read(tmp_path / "plain"), strict=True):
         assert np.array_equal(twin, drawn)
@@ -53,15 +58,15 @@ def test_it_is_drawn_with_the_weights_on_disk_and_kept(tiny_folder, tmp_path, bu
 
 
 def test_one_that_is_kept_is_not_drawn_again(tiny_folder, tmp_path, built):
-    Runner(asked(tiny_folder, tmp_path)).run(tmp_path / "plain")
+    run(asked(tiny_folder, tmp_path), tmp_path / "plain")
     runner = Runner(asked(tiny_folder, tmp_path, INT8, *CACHED))
-    assert runner.run(tmp_path / "run")["quality"]["psnr"]["mean"] < 100
+    assert run_single(runner, runner.config, tmp_path / "run")["quality"]["psnr"]["mean"] < 100
     assert built == ["NoQuantization", "TorchAO"]
 
 
 def test_the_noise_floor_is_that_of_the_weights_on_disk(tiny_folder, tmp_path, built):
     runner = Runner(asked(tiny_folder, tmp_path, INT8, "report.noise_floor=[repeat]"))
-    quality = runner.run(tmp_path / "run")["quality"]
+    quality = run_single(runner, runner.config, tmp_path / "run")["quality"]
     assert quality["noise_floor"]["repeat"]["psnr"]["worst"] == 100.0 > quality["psnr"]["worst"]
     assert built == ["TorchAO", "NoQuantization"]
 
@@ -72,7 +77,7 @@ def test_where_both_do_not_fit_the_outputs_stay(tiny_folder, tmp_path, monkeypat
 
     monkeypatch.setattr(Runner, "redraw", full)
     with pytest.raises(RunError) as caught:
-        Runner(asked(tiny_folder, tmp_path, INT8)).run(tmp_path / "run")
+        run(asked(tiny_folder, tmp_path, INT8), tmp_path / "run")
     assert str(caught.value) == (
         "the unquantized weights do not fit beside the quantized ones: draw the twin first, by the same command with"
         " quantization=none"
@@ -86,7 +91,11 @@ def on_a_rank(wanted: dict[str, Any], folder: Path) -> dict[str, Any] | None:
     import torch.distributed as dist
 
     runner = Runner({**wanted, "parallel": degrees(cfg_degree=2)})
-    return runner.run(folder)["quality"] if dist.get_rank() == 0 else runner.follow()
+    return (
+        run_single(runner, runner.config, folder)["quality"]
+        if dist.get_rank() == 0
+        else follow_single(runner, runner.config)
+    )
 
 
 def test_ranks_load_it_together(tiny_folder, tmp_path, pool):

@@ -10,11 +10,10 @@ import pytest
 from test_outputs import CONFIG, FACTS, MEASURED, PIXELS, VIDEO
 
 from hydrarun.core.errors import RunError
-from hydrarun.engine.runner import Picture
 from hydrarun.engine.runs import reference as twins
 from hydrarun.outputs import reader as recorded
 from hydrarun.outputs.provenance import config_hash
-from hydrarun.outputs.writer import OutputWriter
+from hydrarun.outputs.writer import OutputWriter, Picture
 
 CACHED = {"_target_": "hydrarun.acceleration.cache.step_cache.StepCache", "gate": {"n": 2}}
 PICTURES = [Picture(PIXELS, "a red circle", " ", 7), Picture(255 - PIXELS, "一只猫", " ", 8)]

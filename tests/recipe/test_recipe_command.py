@@ -15,8 +15,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from hydrarun.cli import main as cli
 from hydrarun.cli.commands import list as listing
-from hydrarun.cli.commands import run as cli
 from hydrarun.cli.commands.plan import with_prompt
 from hydrarun.cli.recipe import json_schema as editors
 from hydrarun.config.checks import compatibility as compat
@@ -24,6 +24,7 @@ from hydrarun.config.compose import compose, compose_raw
 from hydrarun.config.recipes import search as source
 from hydrarun.config.recipes.yaml_loader import parse
 from hydrarun.core import resources
+from hydrarun.core.tables import format_plain
 from hydrarun.engine.plan import planner as choose
 from hydrarun.engine.plan import suggest
 from hydrarun.engine.plan.devices import published
@@ -35,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def started(monkeypatch, tmp_path) -> list[list[str]]:
     """The overrides that reached `cli.run`; the current folder is empty."""
     seen: list[list[str]] = []
-    monkeypatch.setattr(cli, "run", lambda overrides, flags: seen.append(overrides) or 0)
+    monkeypatch.setattr("hydrarun.cli.commands.run.run_overrides", lambda overrides, flags: seen.append(overrides) or 0)
     monkeypatch.chdir(tmp_path)
     return seen
 
@@ -159,7 +160,7 @@ def test_usage(capsys):
 def test_nothing_heavy_is_imported(words, tmp_path):
     (tmp_path / "r.yaml").write_text("sampling: {stpes: 3}\n")
     code = (
-        "import sys; from hydrarun import cli; code = cli.main(); "
+        "import sys; from hydrarun.cli import main as cli; code = cli.main(); "
         "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'PIL', 'huggingface_hub'} & set(sys.modules); "
         "sys.exit(f'{heavy} {code}' if heavy else 0)"
     )
@@ -179,7 +180,7 @@ def test_the_list(capsys):
     assert entries["qwen_image/rtx4090"]["status"] == "unverified"
     assert entries["qwen_image/rtx4090"]["hardware"] is None
     cli.main(["recipe", "list"])
-    assert capsys.readouterr().out == listing.plain(listing.table("recipes")) + "\n"
+    assert capsys.readouterr().out == format_plain(listing.table("recipes")) + "\n"
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from undrawn import draw
 
-from hydrarun.cli.commands import run as cli
+from hydrarun.cli import main as cli
 from hydrarun.cli.recipe import minimal
 from hydrarun.cli.recipe import pixel_digest as pixels
 from hydrarun.config.compose import compose, compose_raw

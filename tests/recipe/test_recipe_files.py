@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hydrarun.cli.commands import run as cli
+from hydrarun.cli import main as cli
 from hydrarun.config.compose import compose
 from hydrarun.config.recipes import catalogue, file
 from hydrarun.config.recipes import search as source
@@ -166,7 +166,7 @@ def test_a_status_counts_while_the_digest_fits(folder):
 
 
 def test_what_a_stranger_wrote_cannot_rewrite_the_terminal(folder, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "run", lambda overrides, flags: 0)
+    monkeypatch.setattr("hydrarun.cli.commands.run.run_overrides", lambda overrides, flags: 0)
     write(folder, 'about: {description: "a\\e[2Jb", author: "c\\rd"}\nsampling: {prompt: "e\\e[2Jf"}\n')
     assert cli.main(["recipe", "run", "received/r.yaml", "--yes"]) == 0
     shown = capsys.readouterr().err

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from undrawn import FINGERPRINT, TIMINGS, draw
 
-from hydrarun.cli.commands import run as cli
+from hydrarun.cli import main as cli
 from hydrarun.cli.recipe import evidence, verify
 from hydrarun.cli.recipe import pixel_digest as pixels
 from hydrarun.config.compose import compose
@@ -257,8 +257,8 @@ def test_a_run_exported_here_is_verified_in_a_fresh_copy(tmp_path, monkeypatch, 
     for name in ("hydrarun", "conf", "recipes", "weights"):
         shutil.copytree(ROOT / name, tmp_path / "clone" / name, ignore=shutil.ignore_patterns("__pycache__"))
     environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
-    code = "import sys; from hydrarun import cli; from hydrarun.cli.recipe import evidence; evidence.SLOW = 1000; "
-    code += "sys.exit(cli.main())"
+    code = "import sys; from hydrarun.cli.main import main; from hydrarun.cli.recipe import evidence; "
+    code += "evidence.SLOW = 1000; sys.exit(main())"
     command = [sys.executable, "-c", code, "recipe", "verify", str(tmp_path / "sent" / "r.yaml")]
     done = subprocess.run(command, cwd=tmp_path / "clone", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

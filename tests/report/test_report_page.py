@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from fake_sweep import measured, picture
 
-from hydrarun.cli.commands import run as cli
+from hydrarun.cli import main as cli
 from hydrarun.core.errors import RunError
 from hydrarun.outputs import report
 from hydrarun.outputs.report import page
@@ -260,7 +260,7 @@ def test_neither_torch_nor_av_is_imported(tmp_path):
     """For pictures: nothing that takes seconds; and for mistakes not even numpy."""
     fake_sweep.grid(tmp_path)
     script = (
-        "import sys; from hydrarun import cli; cli.main(['report', *sys.argv[1:]]);"
+        "import sys; from hydrarun.cli import main as cli; cli.main(['report', *sys.argv[1:]]);"
         "print(sorted({'torch', 'diffusers', 'transformers', 'av', 'skimage', 'numpy'} & set(sys.modules)))"
     )
 

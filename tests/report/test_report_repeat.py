@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from hydrarun.cli import arguments
-from hydrarun.cli.commands import run as cli
+from hydrarun.cli import main as cli
 from hydrarun.config.compose import compose_raw
 from hydrarun.core.quoting import escape_interpolation, literal
 from hydrarun.outputs.report import command_line as repeat

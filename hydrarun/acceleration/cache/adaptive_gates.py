@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from hydrarun.acceleration.cache.base import Schedule, Step
+from hydrarun.acceleration.cache.base import Schedule
 from hydrarun.acceleration.cache.gates import Gate, always, ends
 from hydrarun.core.errors import UsageError
+from hydrarun.models.transformer import Step
 
 if TYPE_CHECKING:
     from hydrarun.models.transformer import Call, Transformer

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from hydrarun.core.errors import UsageError
+from hydrarun.models.transformer import Step
 
 if TYPE_CHECKING:
     from hydrarun.core.distributed.mesh import Mesh
@@ -21,15 +21,6 @@ if TYPE_CHECKING:
 
 #: whose state: the expert's name, the branch's name
 Owner = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of the loop: its place from 0, its timestep (the scheduler's own value), and whose step it is."""
-
-    index: int = 0
-    timestep: float = 0.0
-    expert: str = "transformer"
 
 
 @dataclass(frozen=True)
@@ -120,10 +111,3 @@ class Cache:
 
 class NoCache(Cache):
     """Every step is computed."""
-
-
-def at_least(key: str, value: int, least: int) -> int:
-    """The same value. Raises `UsageError`, which names the `key`, if it is less."""
-    if value < least:
-        raise UsageError(f"{key}: {value} is below {least}")
-    return value

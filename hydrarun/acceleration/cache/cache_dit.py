@@ -22,10 +22,11 @@ from cache_dit.caching.cache_contexts import CachedContextManager, PrunedContext
 from cache_dit.logger import suppress_loggers
 from torch import Tensor, nn
 
-from hydrarun.acceleration.cache.base import Cache, Owner, Schedule, Step, at_least
+from hydrarun.acceleration.cache.base import Cache, Owner, Schedule
 from hydrarun.acceleration.cache.gates import Density, scm_steps
 from hydrarun.core.distributed.collectives import Group, all_reduce
-from hydrarun.core.errors import UsageError
+from hydrarun.core.errors import UsageError, at_least
+from hydrarun.models.transformer import Step
 
 if TYPE_CHECKING:
     from hydrarun.core.distributed.mesh import Axis, Mesh

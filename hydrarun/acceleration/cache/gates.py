@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from hydrarun.acceleration.cache.base import Schedule, Step, at_least
-from hydrarun.core.errors import UsageError
+from hydrarun.acceleration.cache.base import Schedule
+from hydrarun.core.errors import UsageError, at_least
+from hydrarun.models.transformer import Step
 
 if TYPE_CHECKING:
     from hydrarun.models.transformer import Call, Transformer

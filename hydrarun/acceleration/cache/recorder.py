@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hydrarun.acceleration.cache.base import Cache, Owner, Schedule, Step
+from hydrarun.acceleration.cache.base import Cache, Owner, Schedule
 from hydrarun.acceleration.cache.step_cache import change_and_size, relative
+from hydrarun.models.transformer import Step
 
 if TYPE_CHECKING:
     from hydrarun.core.distributed.mesh import Mesh

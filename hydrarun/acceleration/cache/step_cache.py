@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hydrarun.acceleration.cache.base import Cache, Owner, Schedule, Step
+from hydrarun.acceleration.cache.base import Cache, Owner, Schedule
 from hydrarun.acceleration.cache.gates import Gate
 from hydrarun.acceleration.cache.predictors import Predictor
 from hydrarun.config.targets import instantiate
 from hydrarun.core.distributed.collectives import all_reduce, everyone
+from hydrarun.models.transformer import Step
 
 if TYPE_CHECKING:
     from hydrarun.core.distributed.mesh import Mesh

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from hydrarun.acceleration.offload.module_mover import WaitsOnHost, put, tensors
 from hydrarun.acceleration.offload.packed_tensors import Packed
 from hydrarun.core.device import Copies
-from hydrarun.models.transformer import Tokens, Transformer
+from hydrarun.models.layers.tokens import Tokens
+from hydrarun.models.transformer import Transformer
 from hydrarun.models.weights.loader import dtype_of, fill, place
 from hydrarun.models.weights.safetensors import Checkpoint
 

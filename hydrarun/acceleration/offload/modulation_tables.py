@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hydrarun.acceleration.cache.base import Step
 from hydrarun.acceleration.offload.strategies import NoOffload
 from hydrarun.acceleration.parallel.hsdp import whole_around_blocks
 from hydrarun.core.progress import Progress
 from hydrarun.models.layers.norm import Modulation, by_token
-from hydrarun.models.transformer import Transformer
+from hydrarun.models.transformer import Step, Transformer
 from hydrarun.models.weights.loader import Placement, fill, place, put
 from hydrarun.models.weights.safetensors import Checkpoint
 

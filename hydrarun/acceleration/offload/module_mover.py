@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-HOST = torch.device("cpu")
+from hydrarun.core.device import HOST
 
 
 class Moving(Protocol):

@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from hydrarun.acceleration.cache.base import at_least
 from hydrarun.acceleration.offload.layerwise import FromFiles, FromHost
-from hydrarun.acceleration.offload.module_mover import HOST, Moving, WaitsOnDisk, WaitsOnHost
+from hydrarun.acceleration.offload.module_mover import Moving, WaitsOnDisk, WaitsOnHost
 from hydrarun.config.checks.checkpoint import check_blocks
-from hydrarun.core.device import empty_cache
+from hydrarun.core.device import HOST, empty_cache
+from hydrarun.core.errors import at_least
 from hydrarun.models.transformer import Transformer
 
 #: what a stage can use; `text_encoder` stands for all text encoders, `transformer` for both experts

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import torch
 
 from hydrarun.core.distributed.collectives import all_gather, all_reduce
 from hydrarun.core.distributed.degrees import shares
 from hydrarun.core.distributed.mesh import Axis, Mesh
-from hydrarun.pipeline.state import State
 
 
-def own_items(state: State, axis: Axis) -> State:
-    """This rank's part of a batch that is not yet drawn. Noise belongs to the seed, so that pictures stay the same.
+def own_indices(count: int, axis: Axis) -> list[int]:
+    """Which of `count` items this rank draws. Noise belongs to the seed, so that pictures stay the same.
 
     Of a batch with fewer items than ranks (the last of a list) some ranks draw the last item too, so that every rank is
     there when others wait for it.
     """
-    counts = shares(drawn(len(state.prompts), axis), axis.size)
+    counts = shares(drawn(count, axis), axis.size)
     start = sum(counts[: axis.rank])
-    last = len(state.prompts) - 1
-    here = [min(index, last) for index in range(start, start + counts[axis.rank])]
-    negatives = state.negative_prompts
-    return dataclasses.replace(
-        state,
-        prompts=[state.prompts[index] for index in here],
-        negative_prompts=None if negatives is None else [negatives[index] for index in here],
-        seeds=[state.seeds[index] for index in here],
-    )
+    return [min(index, count - 1) for index in range(start, start + counts[axis.rank])]
 
 
 def first_ranks(x: torch.Tensor, mesh: Mesh | None) -> torch.Tensor:

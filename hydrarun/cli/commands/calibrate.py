@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from hydrarun.cli.arguments import Arguments
 from hydrarun.config import prompts as prompt_files
 from hydrarun.config import targets
 from hydrarun.config.checks import compatibility as compat
@@ -20,6 +20,7 @@ from hydrarun.config.compose import Origin, check, compose_raw
 from hydrarun.core.distributed.degrees import world_size
 from hydrarun.core.errors import UsageError
 from hydrarun.core.quoting import literal
+from hydrarun.engine.calibration.trial import Job
 from hydrarun.engine.ranks import launch
 
 USAGE = """\
@@ -43,33 +44,9 @@ BUDGET, EVALUATIONS = "cache.budget", "cache.evaluations"
 OWN = (RUN_DIR, BUDGET, EVALUATIONS)
 
 
-class Job(NamedTuple):
-    """What is calibrated."""
-
-    config: dict[str, Any]  # checked, without a cache
-    cache: dict[str, Any]  # the node of the one that is calibrated
-    prompts: list[str]
-    folder: Path
-    words: list[str]  # of the command line, those that a run with the result needs too
-    budget: float  # share of computed steps, for a mask
-    evaluations: int  # most masks that are tried
-
-    def option(self, kind: str) -> Path:
-        """The file of the option that comes out."""
-        name = re.sub(r"\W+", "_", self.config["model"]["name"])
-        return self.folder / "cache" / f"{kind}_{name}.yaml"
-
-    def command(self, file: Path) -> str:
-        """The line that draws with what was written."""
-        return shlex.join(["hydrarun", "--config-dir", str(self.folder), *self.words, f"cache={file.stem}"])
-
-
-def main(argv: Sequence[str]) -> int:
-    """Calibrate as `argv` says; the exit code. Raises UsageError, and RunError from what is drawn."""
-    if {"-h", "--help"} & set(argv):
-        print(USAGE)
-        return 0
-    own, overrides = parse(argv)
+def calibrate_cache(line: Arguments) -> int:
+    """Calibrate as the line says; the exit code. Raises UsageError, and RunError from what is drawn."""
+    own, overrides = own_settings(line.words)
     config, origin = compose_raw(literal(overrides))
     targets.check(config, origin)
     is_mask = check_cache(config, own)
@@ -96,17 +73,12 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def parse(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def own_settings(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Calibrate's own settings by key, and the other overrides."""
     own: dict[str, str] = {}
     overrides: list[str] = []
-    for word in argv:
-        key, equals, value = word.partition("=")
-        if word.startswith("-") or not (equals or word.startswith("~")):
-            raise UsageError(
-                f"calibrate: {word}: it takes key=value and no flags; a folder of your own options:"
-                " 'hydra.searchpath=[file:///folder]'"
-            )
+    for word in words:
+        key, _, value = word.partition("=")
         if key in OWN:
             own[key] = value
         else:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-
+from hydrarun.cli.arguments import Arguments
 from hydrarun.config.checks import compatibility as compat
 from hydrarun.config.checks.values import cfg_off, cfg_scale
 from hydrarun.config.compose import compose_raw
+from hydrarun.config.options import load_option
 from hydrarun.config.recipes import catalogue
-from hydrarun.config.recipes.vet import groups
 from hydrarun.core import resources
 from hydrarun.core.errors import UsageError, nearest
+from hydrarun.core.resources import groups
+from hydrarun.core.tables import Table, format_markdown, print_tables
 from hydrarun.outputs.media.kinds import KINDS
 
 # parallel methods, by their degrees' names
@@ -33,36 +31,14 @@ usage: hydrarun list [models|accelerations|recipes|GROUP ...] [--markdown]
 Shows what there is to choose from: all of it, or the tables you name."""
 
 
-class Table(NamedTuple):
-    """A title, the names of the columns, and the cells."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-
-
-def main(argv: Sequence[str]) -> int:
-    """Print the tables that `argv` names; returns the exit code. Raises UsageError for a name that is no table."""
-    flags = [word for word in argv if word.startswith("-")]
-    if {"-h", "--help"} & set(flags):
-        print(USAGE)
-        return 0
-    if unknown := [flag for flag in flags if flag != "--markdown"]:
-        raise UsageError(f"list: {unknown[0]}: no such flag; it takes --markdown.")
-    tables = [table(name) for name in [word for word in argv if word not in flags] or names()]
-    if flags:
-        print("\n\n".join(map(markdown, tables)))
+def list_tables(line: Arguments) -> int:
+    """Print the tables that the line names, or all; returns the exit code. Raises UsageError for other names."""
+    tables = [table(name) for name in line.words or names()]
+    if "--markdown" in line.flags:
+        print("\n\n".join(map(format_markdown, tables)))
     else:
-        show(tables)
+        print_tables(tables)
     return 0
-
-
-def show(tables: Sequence[Table]) -> None:
-    """Print them for a terminal, or plainly for pipes and logs."""
-    if sys.stdout.isatty():
-        _print_rich(tables)
-    else:
-        print("\n\n".join(map(plain, tables)))
 
 
 def names() -> list[str]:
@@ -90,21 +66,6 @@ def first_comment(file: Path) -> str:
         if match := re.match(r"#\s*(?!@)(\S.*)", line):
             return match[1]
     return ""
-
-
-def markdown(table: Table) -> str:
-    """The table in Markdown, with a heading."""
-    lines = [table.header, tuple("---" for _ in table.header), *table.rows]
-    body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-    return "\n".join([f"### {table.title}", "", *body])
-
-
-def plain(table: Table) -> str:
-    """The table in aligned columns, for pipes and logs."""
-    lines = [table.header, *table.rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(table.header))]
-    body = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([f"{table.title}:", *(f"  {line}" for line in body)])
 
 
 def _models() -> Table:
@@ -168,40 +129,8 @@ def acceleration(config: dict[str, Any], group: str) -> str:
     names: list[str] = []
     others: list[str] = []
     for file in files:
-        node = option(config, group, file)
+        node = load_option(config, group, file)
         (others if any(compat.violations({**config, group: node})) else names).append(file.stem)
     if len(names) > 2:
         return "all" if not others else f"all but {', '.join(others)}"
     return ", ".join(names) or "-"
-
-
-def option(config: dict[str, Any], group: str, file: Path) -> Any:
-    """What is in an option's file, with the values that it takes from elsewhere in the configuration."""
-    node = content(file)
-    if "${" not in str(node):  # resolving takes long, for all models and options together
-        return node
-    whole = OmegaConf.create({"model": config["model"], group: node})
-    return OmegaConf.to_container(whole, resolve=True)[group]
-
-
-@cache
-def content(file: Path) -> Any:
-    """What is in an option's file and in those of its group that it begins with."""
-    node = yaml.safe_load(file.read_text(encoding="utf-8"))
-    others = [name for name in node.pop("defaults", []) if isinstance(name, str) and name != "_self_"]
-    bases = [yaml.safe_load(file.with_stem(name).read_text(encoding="utf-8")) for name in others]
-    return OmegaConf.to_container(OmegaConf.merge(*bases, node))
-
-
-def _print_rich(tables: Sequence[Table]) -> None:
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    console = Console(markup=False, emoji=False)  # brackets in a recipe's description are none
-    for table in tables:
-        shown = RichTable(title=f"\n{table.title}", title_justify="left", title_style="bold", box=None, pad_edge=False)
-        for column in table.header:
-            shown.add_column(column, overflow="fold")
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
+from hydrarun.cli.arguments import Arguments
 from hydrarun.config.compose import compose_raw
 from hydrarun.config.schema import MISSING
 from hydrarun.core.errors import UsageError
 from hydrarun.core.quoting import literal
 from hydrarun.engine.plan.devices import gib
-from hydrarun.engine.plan.planner import Plan, make
+from hydrarun.engine.plan.fast_imports import skip_optional_imports
+from hydrarun.engine.plan.planner import Plan, as_json, make
 
 USAGE = """\
 usage: hydrarun plan [KEY=VALUE ...] [plan.device=h100] [--json]
@@ -25,30 +25,19 @@ three cheapest settings that fit, as overrides to paste. It reads configs, no we
 has not been downloaded, its published shapes. plan.device names a GPU; without it this machine's is taken.
 The exit code is 0 if the run fits, 1 if it does not, 2 for settings that do not go together."""
 
-#: optional packages of the libraries
-NEVER_CALLED = ("torchao", "scipy")
 
 #: what is drawn where no prompt is given: its length is what counts
 PROMPT = "a photograph of an old lighthouse on a rocky coast at dusk, waves below it, warm light in its windows"
 
 
-def main(argv: Sequence[str]) -> int:
-    """Plan as `argv` says; the exit code. Raises UsageError."""
-    flags = [word for word in argv if word.startswith("-")]
-    if {"-h", "--help"} & set(flags):
-        print(USAGE)
-        return 0
-    if unknown := [flag for flag in flags if flag != "--json"]:
-        raise UsageError(f"plan: {unknown[0]}: no such flag; it takes --json")
-    overrides = [word for word in argv if not word.startswith("-")]
-    if strays := [word for word in overrides if "=" not in word and not word.startswith("~")]:
-        raise UsageError(f"plan: {strays[0]}: neither key=value nor a flag")
-    config, origin = compose_raw(literal(overrides))
+def show_plan(line: Arguments) -> int:
+    """Print the plan of the line's settings; the exit code. Raises UsageError."""
+    config, origin = compose_raw(literal(line.words))
     if config["plan"]["auto"]:
         raise UsageError("plan=auto is for a run, which then takes the first suggestion; `hydrarun plan` shows all")
-    with hurried():
+    with skip_optional_imports():
         made = make(with_prompt(config), origin)
-    if "--json" in flags:
+    if "--json" in line.flags:
         json.dump(as_json(made), sys.stdout, indent=2)
         print()
     else:
@@ -56,73 +45,11 @@ def main(argv: Sequence[str]) -> int:
     return 2 if made.conflicts else 0 if made.fits else 1
 
 
-@contextmanager
-def hurried() -> Iterator[None]:
-    """What the libraries import takes most of a plan's time: less of it.
-
-    Packages that they import if they can, and a plan never calls, count as not installed, and nobody looks for garbage.
-    """
-    hidden = [name for name in NEVER_CALLED if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    except ImportError as error:
-        raise UsageError(
-            f"plan: {error} A plan does without {' and '.join(hidden)}, which this seems to need"
-        ) from None
-    finally:
-        if collects:
-            gc.enable()
-        for name in hidden:
-            del sys.modules[name]
-
-
 def with_prompt(config: dict[str, Any]) -> dict[str, Any]:
     """The same with a prompt of usual length, if there is none."""
     if config["sampling"]["prompt"] != MISSING:
         return config
     return {**config, "sampling": {**config["sampling"], "prompt": PROMPT}}
-
-
-def as_json(made: Plan) -> dict[str, Any]:
-    """The plan for programs; docs/plan.md says what the keys mean."""
-    return {
-        "model": made.model,
-        "device": {"name": made.device.name, "memory_bytes": made.device.memory},
-        "source": made.source,
-        "ranks": made.ranks,
-        "fits": made.fits,
-        "conflicts": made.conflicts,
-        "peak_bytes": made.asked.peak if made.asked else None,
-        "host_bytes": made.asked.host if made.asked else None,
-        "seconds": made.asked.seconds if made.asked else None,
-        "phases": [
-            {
-                "phase": phase.name,
-                "weights_bytes": phase.weights,
-                "activations_bytes": phase.activations,
-                "cache_bytes": phase.cache,
-                "peak_bytes": phase.peak,
-                "flops": phase.flops,
-                "sent_bytes": phase.sent,
-                "seconds": phase.seconds,
-            }
-            for phase in (made.asked.phases if made.asked else [])
-        ],
-        "steps": made.steps,
-        "components": made.components,
-        "suggestions": [
-            {
-                "overrides": list(one.overrides),
-                "lossless": one.lossless,
-                "peak_bytes": one.peak,
-                "seconds": one.seconds,
-            }
-            for one in made.suggestions
-        ],
-    }
 
 
 def lines(made: Plan) -> Iterator[str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from hydrarun.core.errors import UsageError, nearest
+from hydrarun.cli.arguments import Arguments
+from hydrarun.core.errors import UsageError
+from hydrarun.core.tables import print_tables
 
 USAGE = """\
 usage: hydrarun recipe list [hydra.searchpath=[DIR]] [--json]
@@ -27,57 +29,50 @@ schema   prints the JSON schema with which editors check and complete recipes
 docs/recipes.md says more."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Do what `argv` says; the exit code. Raises UsageError and RunError."""
-    if not argv or {"-h", "--help"} & set(argv):
-        print(USAGE)
-        return 0 if argv else 2
-    name, *words = argv
-    if name not in VERBS:
-        raise UsageError(f"recipe {name}: no such verb.{nearest(name, VERBS)} Verbs: {', '.join(VERBS)}.\n{USAGE}")
-    return VERBS[name](words)
+def show_usage(line: Arguments) -> int:
+    """`hydrarun recipe` alone."""
+    print(USAGE)
+    return 2
 
 
-def show_list(words: Sequence[str]) -> int:
+def list_recipes(line: Arguments) -> int:
     """The recipes that have a name."""
-    from hydrarun.cli.commands import list as listing
+    from hydrarun.cli.commands.list import table
     from hydrarun.config.recipes import catalogue
     from hydrarun.config.recipes import search as source
 
-    flags = _flags("list", words, "--json")
-    overrides = [word for word in words if not word.startswith("-")]
-    if strange := [word for word in overrides if not word.startswith(f"{source.SEARCHPATH}=")]:
+    if strange := [word for word in line.words if not word.startswith(f"{source.SEARCHPATH}=")]:
         raise UsageError(f"recipe list: {strange[0]}: it takes {source.SEARCHPATH}=[DIR] and --json.")
-    source.look_in(overrides)
-    if flags:
+    source.look_in(line.words)
+    if "--json" in line.flags:
         print(json.dumps([asdict(entry) for entry in catalogue.entries()], indent=2, ensure_ascii=False))
     else:
-        listing.show([listing.table("recipes")])
+        print_tables([table("recipes")])
     return 0
 
 
-def run(words: Sequence[str]) -> int:
+def run_recipe(line: Arguments) -> int:
     """Show what a stranger's recipe does, ask, and run it as `recipe=FILE` is run."""
-    from hydrarun.cli.commands import run as cli
+    from hydrarun.cli.commands.run import run_overrides
     from hydrarun.cli.recipe.preview import described, quoted
     from hydrarun.config.compose import check, compose_raw
     from hydrarun.config.recipes import search as source
     from hydrarun.core.quoting import literal
 
-    flags, (name,) = _flags("run", words, "--yes"), _names("run", words, 1, 1)
+    (name,) = _names(line, 1, 1)
     file = str(received(Path(name)))
-    overrides = [quoted(file), *literal(_settings(words))]
+    overrides = [quoted(file), *literal(_settings(line))]
     config, origin = compose_raw(overrides)
     config = check(config, origin)
-    for line in described(source.recipe(file), file, config, destination(overrides)):
-        print(line, file=sys.stderr)
-    if not flags:
+    for text in described(source.recipe(file), file, config, destination(overrides)):
+        print(text, file=sys.stderr)
+    if "--yes" not in line.flags:
         if not sys.stdin.isatty():
             raise UsageError("recipe run: add --yes to run it; there is no terminal to ask on.")
         if not agreed():
             print("not run", file=sys.stderr)
             return 1
-    return cli.run(overrides, [])
+    return run_overrides(overrides, [])
 
 
 def received(path: Path) -> Path:
@@ -107,66 +102,45 @@ def agreed() -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def export(words: Sequence[str]) -> int:
+def export_recipe(line: Arguments) -> int:
     """Write the recipe of a finished run."""
     from hydrarun.cli.recipe.export import export
 
-    _flags("export", words)
-    run_dir, *file = (Path(word) for word in _names("export", words, 1, 2))
+    run_dir, *file = (Path(word) for word in _names(line, 1, 2))
     export(run_dir, file[0] if file else run_dir / "recipe.yaml")
     return 0
 
 
-def verify(words: Sequence[str]) -> int:
+def verify_recipe(line: Arguments) -> int:
     """Run a recipe and compare."""
     from hydrarun.cli.recipe.verify import verify
 
-    _flags("verify", words)
-    (name,) = _names("verify", words, 1, 1)
-    return verify(name, _settings(words))
+    (name,) = _names(line, 1, 1)
+    return verify(name, _settings(line))
 
 
-def schema(words: Sequence[str]) -> int:
+def print_schema(line: Arguments) -> int:
     """Print the JSON schema."""
     from hydrarun.cli.recipe.json_schema import schema_text
 
-    if words:
-        raise UsageError(f"recipe schema: {words[0]}: it takes nothing.")
+    if line.words:
+        raise UsageError(f"recipe schema: {line.words[0]}: it takes nothing.")
     print(schema_text(), end="")
     return 0
 
 
-VERBS: dict[str, Callable[[Sequence[str]], int]] = {
-    "list": show_list,
-    "run": run,
-    "export": export,
-    "verify": verify,
-    "schema": schema,
-}
-
-
-def _flags(verb: str, words: Sequence[str], *known: str) -> list[str]:
-    flags = [word for word in words if word.startswith("-")]
-    if unknown := [flag for flag in flags if flag not in known]:
-        takes = f"it takes {known[0]}" if known else "it takes none"
-        raise UsageError(f"recipe {verb}: {unknown[0]}: no such flag; {takes}.")
-    return flags
-
-
-def _names(verb: str, words: Sequence[str], least: int, most: int) -> list[str]:
+def _names(line: Arguments, least: int, most: int) -> list[str]:
     """The words that are files, folders or names."""
-    names = [word for word in words if _is_name(word)]
+    names = [word for word in line.words if _is_name(word)]
     if not least <= len(names) <= most:
-        raise UsageError(
-            f"recipe {verb} takes {'one file' if most == 1 else 'a folder, and a file to write'}.\n{USAGE}"
-        )
+        raise UsageError(f"{line.verb} takes {'one file' if most == 1 else 'a folder, and a file to write'}.\n{USAGE}")
     return names
 
 
-def _settings(words: Sequence[str]) -> list[str]:
+def _settings(line: Arguments) -> list[str]:
     """The words that are `key=value`."""
-    return [word for word in words if not _is_name(word) and not word.startswith("-")]
+    return [word for word in line.words if not _is_name(word)]
 
 
 def _is_name(word: str) -> bool:
-    return not word.startswith("-") and ("=" not in word or os.path.exists(word))
+    return "=" not in word or os.path.exists(word)

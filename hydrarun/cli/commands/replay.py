@@ -19,19 +19,21 @@ import numpy as np
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
+from hydrarun.cli.arguments import Arguments
 from hydrarun.config import batches, schema, targets
 from hydrarun.config.checks import compatibility as compat
-from hydrarun.config.checks.values import check_values, image_paths
+from hydrarun.config.checks.values import check_values
 from hydrarun.config.compose import compose
 from hydrarun.config.schema import Report
 from hydrarun.core.errors import UsageError, nearest
+from hydrarun.core.inputs import image_paths
 from hydrarun.core.progress import Progress
 from hydrarun.core.quoting import literal, printable
 from hydrarun.engine.ranks import launch
 from hydrarun.outputs.media import frames, kinds
 from hydrarun.outputs.media.read import read
 from hydrarun.outputs.provenance import expand
-from hydrarun.outputs.reader import FACTS, Picture, Recorded, is_lossy, load
+from hydrarun.outputs.reader import FACTS, Recorded, RecordedPicture, is_lossy, load
 from hydrarun.outputs.writer import WHICH, pixels_sha256
 
 USAGE = """\
@@ -54,32 +56,28 @@ GROUPS = ("parallel", "cache", "attention", "compile", "quantization", "offload"
 LISTS = ("input.images", "report.metrics", "report.noise_floor")
 
 
-def main(argv: Sequence[str]) -> int:
-    """Replay `argv`'s file; the exit code. Raises UsageError, and RunError from the run itself."""
-    if {"-h", "--help"} & set(argv):
-        print(USAGE)
-        return 0
-    file, output_dir, overrides = parse(argv)
+def replay_file(line: Arguments) -> int:
+    """Replay the line's file; the exit code. Raises UsageError, and RunError from the run itself."""
+    file, output_dir, overrides = sort_words(line.words)
     recorded = load(file)
     config = configure(recorded, overrides)
     progress = Progress()
-    for line in describe(config):
-        progress.note(printable(line))
-
+    for text in describe(config):
+        progress.note(printable(text))
     check_frames(recorded, config["output"]["format"])
     check_places(recorded, len(batches.items(config)))
     record = launch.run(config, output_dir)
     same = [compare(picture, record, output_dir) for picture in recorded.pictures]
-    for line in differences(recorded.facts, record):
-        print(printable(line))
+    for text in differences(recorded.facts, record):
+        print(printable(text))
     return 0 if all(same) else 1
 
 
-def parse(argv: Sequence[str]) -> tuple[Path, Path, list[str]]:
+def sort_words(words: Sequence[str]) -> tuple[Path, Path, list[str]]:
     """The file, where to write, and the other overrides."""
-    files = [argument for argument in argv if "=" not in argument or os.path.exists(argument)]
-    overrides = [argument for argument in argv if argument not in files]
-    if len(files) != 1 or files[0].startswith("-"):
+    files = [word for word in words if "=" not in word or os.path.exists(word)]
+    overrides = [word for word in words if word not in files]
+    if len(files) != 1:
         raise UsageError(f"replay takes one file, not {' '.join(files) or 'none'}\n{USAGE}")
     file = Path(files[0])
     output_dir = Path(f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-replay")
@@ -185,7 +183,7 @@ def describe(config: dict[str, Any]) -> Iterator[str]:
     yield from (f"  input image {path}" for path in image_paths(config))
 
 
-def compare(picture: Picture, record: dict[str, Any], folder: Path) -> bool:
+def compare(picture: RecordedPicture, record: dict[str, Any], folder: Path) -> bool:
     """Say how the redrawn picture, listed in `record` and lying in `folder`, compares; whether it is identical."""
     name = printable(picture.name)
     output = next(output for output in record["outputs"] if output["index"] == picture.index)

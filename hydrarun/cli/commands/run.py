@@ -7,27 +7,21 @@ import os
 import re
 import sys
 import textwrap
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-import hydra
 import yaml
-from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
 
-from hydrarun import __version__
-from hydrarun.cli import arguments
-from hydrarun.config import targets
-from hydrarun.config.compose import check, compose_raw, plain, register, split
+from hydrarun.cli.arguments import Arguments
+from hydrarun.config.compose import check, compose_raw, split
 from hydrarun.config.hydra_errors import explained
-from hydrarun.core import resources
-from hydrarun.core.errors import RunError, UsageError
+from hydrarun.config.hydra_main import load_configuration, run_job, run_with_hydra, set_run_folder
+from hydrarun.core.errors import UsageError
 from hydrarun.core.quoting import literal
-from hydrarun.engine.ranks import launch as ranks
+from hydrarun.core.version import __version__
+from hydrarun.engine.ranks import launch
 from hydrarun.outputs.failure_record import recorded
 from hydrarun.outputs.provenance import config_hash
 
@@ -38,75 +32,12 @@ FAIL_FAST = "--fail-fast"
 SHOWING = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (sys.argv by default); returns the exit code.
-
-    0 done; 1 the run failed (in a sweep: a point of it); 2 the user's mistake; 130 Ctrl-C. An exception that nobody
-    foresaw is printed with its traceback and counts as 1.
-    """
-    # Hydra would print some exceptions itself and exit; with this set it raises them all.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        try:
-            return exit_code(lambda: dispatch(words))
-        finally:
-            ranks.close()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+def run(line: Arguments) -> int:
+    """The verb `run`: what a line without a verb means."""
+    return run_overrides(literal(line.words), line.flags)
 
 
-def exit_code(action: Callable[[], int]) -> int:
-    """The code that `action` returns, or that of its exception, which is printed."""
-    try:
-        return action()
-    except Exception as error:
-        return tell(error)
-
-
-def tell(error: Exception) -> int:
-    """Print an exception, with its traceback if nobody foresaw it; returns its exit code."""
-    if not isinstance(error, (UsageError, RunError)):
-        traceback.print_exception(error)
-        return 1
-    print(error, file=sys.stderr)
-    return 2 if isinstance(error, UsageError) else 1
-
-
-def dispatch(argv: Sequence[str]) -> int:
-    """Hand the command line to its verb."""
-    line = arguments.parse(argv)
-    for name in line.targets:
-        targets.allow(name)
-    if line.verb == "list":
-        from hydrarun.cli.commands import list as listing
-
-        return listing.main(line.overrides)
-    if line.verb == "replay":
-        from hydrarun.cli.commands import replay
-
-        return replay.main(line.overrides)
-    if line.verb == "recipe":
-        from hydrarun.cli.commands import recipe
-
-        return recipe.main(line.overrides)
-    if line.verb == "plan":
-        from hydrarun.cli.commands import plan as command
-
-        return command.main(line.overrides)
-    if line.verb == "report":
-        from hydrarun.cli.commands import report
-
-        return report.main(line.overrides)
-    if line.verb == "calibrate":
-        from hydrarun.cli.commands import calibrate
-
-        return calibrate.main(line.overrides)
-    return run(literal(line.overrides), line.flags)
-
-
-def run(overrides: list[str], flags: list[str]) -> int:
+def run_overrides(overrides: list[str], flags: list[str]) -> int:
     """Compose and run; or, by a flag, sweep, show the configuration, help, complete."""
     if "--version" in flags:
         print(f"hydrarun {__version__}")
@@ -126,15 +57,34 @@ def run(overrides: list[str], flags: list[str]) -> int:
 
         return driver.run(overrides, flags, fail_fast)
     overrides = [*overrides, "fail_fast=true"] if fail_fast else overrides
-    if not flags:  # before Hydra makes the output directory
-        config, origin = compose_raw(overrides)
-        ranks.check_size(check(config, origin)["parallel"])
-        overrides = [*overrides, *own_place(config, overrides)]
     if {"-sc", "--shell-completion"} & set(flags):
         return complete(overrides, flags)
     if {"-h", "--help"} & set(flags):
         return show_help(overrides, flags)
-    return launch(overrides, flags)
+    if {flag.partition("=")[0] for flag in flags} & SHOWING:
+        return show(overrides, flags)
+    return run_once(overrides, flags)
+
+
+def run_once(overrides: list[str], flags: list[str]) -> int:
+    """Compose, check and run; returns the exit code. Raises UsageError before there is an output directory."""
+    loader, composed = load_configuration(overrides, flags)
+    if composed.hydra.mode is RunMode.MULTIRUN:
+        raise UsageError("hydra.mode=MULTIRUN: a sweep is asked for by -m")
+    with explained(overrides):
+        composed_config, origin = split(composed, composed.hydra)
+    config = check(composed_config, origin)
+    launch.check_size(config["parallel"])
+    if folder := own_folder(composed_config, overrides):
+        set_run_folder(composed, folder)
+
+    def task(output_dir: Path) -> None:
+        with recorded(composed_config, output_dir):
+            origin.print_notes(config)
+            launch.run(config, output_dir)
+
+    run_job(task, composed, loader)
+    return 0
 
 
 def is_sweep(flags: list[str]) -> bool:
@@ -142,46 +92,27 @@ def is_sweep(flags: list[str]) -> bool:
     return bool({"-m", "--multirun"} & set(flags)) and not {flag.partition("=")[0] for flag in flags} & SHOWING
 
 
-def launch(overrides: list[str], flags: list[str]) -> int:
-    """Let Hydra do what the flags say; returns the exit code of the run, if it made one."""
-    codes = [0]
-
-    def task(composed: DictConfig) -> None:
-        try:
-            run_point(composed)
-        except Exception as error:
-            codes.append(tell(error))
-
-    hand_over(task, overrides, flags)
-    return codes[-1]
-
-
-def hand_over(task: Callable[[DictConfig], Any], overrides: list[str], flags: list[str]) -> None:
-    """Have Hydra call `task` with each configuration that it composes, in the output directory it makes for it."""
-    register(overrides)
-    decorate = hydra.main(version_base="1.3", config_path=str(resources.folder("conf")), config_name="config")
-    try:
-        with explained(overrides), _command_line([*overrides, *flags]):
-            decorate(task)()
-    except OSError as error:  # of Hydra's own writing; what goes wrong in a run has become its exit code
-        raise UsageError(f"cannot write the output directory: {error}; choose another: hydra.run.dir=…") from error
-
-
-def own_place(config: dict[str, Any], overrides: list[str]) -> list[str]:
+def own_folder(config: dict[str, Any], overrides: list[str]) -> str | None:
     """Where a run of `input.prompts` goes if nothing else is said: always to the same place, so that it is resumed."""
     file = config["input"]["prompts"]
     if not isinstance(file, str) or any(override.startswith("hydra.run.dir=") for override in overrides):
-        return []
+        return None
     path = Path(file).expanduser().resolve()
     digest = config_hash({**config, "input": {**config["input"], "prompts": str(path)}})
-    return literal([f"hydra.run.dir=outputs/{path.stem}-{digest}"])
+    return f"outputs/{path.stem}-{digest}"
+
+
+def show(overrides: list[str], flags: list[str]) -> int:
+    """Let Hydra show what its flags ask for: nothing runs."""
+    run_with_hydra(lambda _: None, overrides, flags)
+    return 0
 
 
 def show_help(overrides: list[str], flags: list[str]) -> int:
     """Hydra's help page; its lists of options are one line each, however many there are."""
     page = io.StringIO()
     with redirect_stdout(page), suppress(SystemExit):
-        launch(overrides, flags)
+        show(overrides, flags)
     for line in page.getvalue().splitlines():
         indent = " " * (len(line) - len(line.lstrip()) + 2)
         print(textwrap.fill(line, 118, subsequent_indent=indent, break_on_hyphens=False) if len(line) > 118 else line)
@@ -194,30 +125,5 @@ def complete(overrides: list[str], flags: list[str]) -> int:
     line = os.environ.get("COMP_LINE", "")
     os.environ["COMP_LINE"] = re.sub(r"^(\s*\S+\s+)run\s", r"\1", line)
     with suppress(UsageError):
-        launch(overrides, flags)
+        show(overrides, flags)
     return 0
-
-
-def run_point(composed: DictConfig) -> dict[str, Any]:
-    """One run, or one point of a sweep, in the output directory that Hydra made for it; returns run.json."""
-    settings = HydraConfig.get()
-    folder = Path(settings.runtime.output_dir)
-    if settings.mode is RunMode.MULTIRUN:
-        print(f"[{settings.job.num}] {' '.join(settings.overrides.task)}", file=sys.stderr)
-    with recorded(plain(composed), folder):
-        config, origin = split(composed, settings)
-        config = check(config, origin)
-        for note in origin.notes(config):
-            print(note, file=sys.stderr)
-        return ranks.run(config, folder)
-
-
-@contextmanager
-def _command_line(words: list[str]) -> Iterator[None]:
-    """Hydra reads sys.argv."""
-    before = sys.argv
-    sys.argv = [before[0], *words]
-    try:
-        yield
-    finally:
-        sys.argv = before

@@ -14,7 +14,7 @@ from hydrarun.cli.recipe import pixel_digest as pixels
 from hydrarun.cli.recipe.preview import drawn, quoted
 from hydrarun.config import targets
 from hydrarun.config.checks import compatibility as compat
-from hydrarun.config.checks.values import check_values, image_paths
+from hydrarun.config.checks.values import check_values
 from hydrarun.config.compose import compose
 from hydrarun.config.prompts import LINE
 from hydrarun.config.recipes import file
@@ -23,6 +23,7 @@ from hydrarun.config.recipes.yaml_loader import dump, parse
 from hydrarun.config.schema import filled
 from hydrarun.core.errors import UsageError
 from hydrarun.core.files import write_atomically
+from hydrarun.core.inputs import image_paths
 from hydrarun.core.resources import options
 from hydrarun.outputs.provenance import asked, expand
 from hydrarun.outputs.reader import run_json

@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 
 from hydrarun.config.recipes import metadata as about
-from hydrarun.config.recipes.vet import groups
 from hydrarun.config.schema import Config
 from hydrarun.core import resources
+from hydrarun.core.resources import groups
 
 Schema = dict[str, Any]
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from hydrarun.cli.commands import list as listing
 from hydrarun.cli.recipe.evidence import is_folder
 from hydrarun.config.compose import compose_raw
+from hydrarun.config.options import load_option
 from hydrarun.config.schema import Parallel
 from hydrarun.core import resources
 from hydrarun.outputs.provenance import asked
@@ -63,7 +63,7 @@ def nearest(group: str, wanted: Mapping[str, Any], node: Mapping[str, Any]) -> s
     usual = resources.defaults().get(group)
     found: list[tuple[int, bool, str]] = []
     for path in sorted((resources.folder("conf") / group).glob("*.yaml")):
-        option = listing.option(dict(wanted), group, path)
+        option = load_option(dict(wanted), group, path)
         option = {**asdict(Parallel()), **option} if group == "parallel" else option
         theirs = leaves(option)
         if classes(theirs) == classes(own):

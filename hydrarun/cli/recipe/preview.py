@@ -10,10 +10,10 @@ from typing import Any
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from hydrarun.config import batches
-from hydrarun.config.checks.values import image_paths
 from hydrarun.config.hub import local_folder, snapshot
 from hydrarun.config.recipes.catalogue import machine
 from hydrarun.config.recipes.file import Recipe
+from hydrarun.core.inputs import image_paths
 from hydrarun.core.quoting import escape_interpolation, printable
 from hydrarun.outputs.media import kinds
 

@@ -85,8 +85,8 @@ def check_weights(config: dict[str, Any], old: Measured | None) -> None:
 
     Raises UsageError, before anything is downloaded, where the device is not there.
     """
+    from hydrarun.core.device import choose_device
     from hydrarun.core.progress import Progress
-    from hydrarun.engine.build import choose_device
     from hydrarun.models.weights.safetensors import fingerprint
 
     choose_device(config["device"], Progress(quiet=True))

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from hydrarun.cli.commands import run as cli
 from hydrarun.cli.sweep import order, point
-from hydrarun.cli.sweep.space import BASIC, Sweep, read
+from hydrarun.cli.sweep.space import BASIC, Sweep, read_sweep
 from hydrarun.config import batches, targets
-from hydrarun.core.errors import UsageError
+from hydrarun.config.hydra_main import run_with_hydra
+from hydrarun.core.errors import UsageError, report_error
 from hydrarun.core.quoting import escape_interpolation
 from hydrarun.outputs import report
 from hydrarun.outputs.failure_record import Stamp, stamp
@@ -31,7 +31,7 @@ def run(overrides: list[str], flags: list[str], fail_fast: bool) -> int:
     `fail_fast`: end at the first point that fails.
     """
     words = [*overrides, *own_place(overrides)]
-    sweep = read(words, flags)
+    sweep = read_sweep(words, flags)
     for note in order.notes(words, sweep.overrides):
         print(note, file=sys.stderr)
     check(sweep, fail_fast)
@@ -41,7 +41,7 @@ def run(overrides: list[str], flags: list[str], fail_fast: bool) -> int:
     words += ["fail_fast=true"] if fail_fast and batches.batched(sweep.shared) else []
     enough = False
     try:
-        cli.hand_over(task, words, flags)
+        run_with_hydra(task, words, flags)
     except point.PointFailedError:
         pass  # Optuna's sweeper gives up after too many; they have been printed
     except point.Enough:
@@ -81,7 +81,7 @@ def tell_of_all(folder: Path) -> None:
         print(f"report: {report.write(folder)}", file=sys.stderr)
     except Exception as error:
         print("the report could not be written:", file=sys.stderr)
-        cli.tell(error)
+        report_error(error)
 
 
 def code(point: Point) -> int:

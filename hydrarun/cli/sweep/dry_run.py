@@ -7,12 +7,12 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from hydrarun.cli.commands.plan import hurried
 from hydrarun.cli.sweep import order
-from hydrarun.cli.sweep.space import BASIC, read
+from hydrarun.cli.sweep.space import BASIC, read_sweep
 from hydrarun.config.compose import Origin, check
 from hydrarun.core.errors import UsageError
 from hydrarun.engine.plan.devices import gib
+from hydrarun.engine.plan.fast_imports import skip_optional_imports
 from hydrarun.engine.plan.planner import Plan, chosen, make
 from hydrarun.engine.ranks import launch, worker
 
@@ -37,7 +37,7 @@ def main(overrides: list[str], flags: list[str]) -> int:
     """List what quoted overrides would run; 0 if all of it would and fits, else 1. Raises UsageError."""
     if strange := [flag for flag in flags if flag.startswith("-") and flag.partition("=")[0] not in TAKEN]:
         raise UsageError(f"--dry-run: shows what would run, which {strange[0]} does not: leave one of them out")
-    sweep = read(overrides, flags)
+    sweep = read_sweep(overrides, flags)
     many = bool({"-m", "--multirun"} & set(flags))
     points = sweep.points if many else [list(sweep.shared.hydra.overrides.task)]
     if points is None:
@@ -45,7 +45,7 @@ def main(overrides: list[str], flags: list[str]) -> int:
     own = order.swept(sweep.overrides)
     for note in order.notes(overrides, sweep.overrides) if many else ():
         print(note, file=sys.stderr)
-    with hurried():
+    with skip_optional_imports():
         found = list(judged(((point, *sweep.compose(point)) for point in points), own if many else None))
     print("\n".join(lines(found)))
     if many and sweep.engine("launcher") != BASIC:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import atexit
+import sys
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from hydrarun.cli.commands import run as cli
 from hydrarun.cli.sweep.objectives import values
 from hydrarun.cli.sweep.space import BASIC
 from hydrarun.config import targets
-from hydrarun.core.errors import RunError
+from hydrarun.config.compose import check, plain, split
+from hydrarun.core.errors import RunError, report_error
 from hydrarun.engine.ranks import launch
+from hydrarun.outputs.failure_record import recorded
 
 
 class PointFailedError(RunError):
@@ -38,15 +41,27 @@ def run(allowed: Sequence[str], fail_fast: bool, composed: DictConfig) -> Any:
         _close_at_exit()
     objectives = list(composed.report.objectives)
     try:
-        record = cli.run_point(composed)
+        record = run_composed(composed)
     except Exception as error:
-        cli.tell(error)
+        report_error(error)
         if fail_fast:
             raise Enough from None
         if objectives:
             raise PointFailedError("the point failed") from None
         return None
     return values(record, objectives) if objectives else None
+
+
+def run_composed(composed: DictConfig) -> dict[str, Any]:
+    """Run what Hydra composed, in the output directory that it made; returns run.json. Raises UsageError, RunError."""
+    settings = HydraConfig.get()
+    folder = Path(settings.runtime.output_dir)
+    print(f"[{settings.job.num}] {' '.join(settings.overrides.task)}", file=sys.stderr)
+    with recorded(plain(composed), folder):
+        config, origin = split(composed, settings)
+        config = check(config, origin)
+        origin.print_notes(config)
+        return launch.run(config, folder)
 
 
 @cache

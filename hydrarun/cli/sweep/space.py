@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import create_config_search_path
-from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import setup_globals
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from hydrarun.cli.sweep import order
-from hydrarun.config.compose import Origin, register, split
+from hydrarun.config.compose import Origin, split
 from hydrarun.config.hydra_errors import explained
-from hydrarun.core import resources
+from hydrarun.config.hydra_main import load_configuration
 
 BASIC = "basic"
 
@@ -68,30 +63,8 @@ class Sweep:
             return split(composed, composed.hydra)
 
 
-def read(overrides: Sequence[str], flags: Sequence[str]) -> Sweep:
+def read_sweep(overrides: Sequence[str], flags: Sequence[str]) -> Sweep:
     """The sweep of quoted overrides, in the order that loads least, and Hydra's flags. Raises UsageError."""
-    version.setbase("1.3")
-    setup_globals()
-    register(overrides)
     with explained(overrides):
         words = order.ordered(overrides)
-        loader = ConfigLoaderImpl(search_path(flags))
-        shared = loader.load_configuration(named(flags, "--config-name", "-cn") or "config", words, RunMode.MULTIRUN)
-        return Sweep(words, loader, shared)
-
-
-def search_path(flags: Sequence[str]) -> Any:
-    """Where Hydra will look for options."""
-    path = create_config_search_path(named(flags, "--config-path", "-cp") or str(resources.folder("conf")))
-    if folder := named(flags, "--config-dir", "-cd"):
-        path.prepend("command-line", f"file://{os.path.abspath(folder)}", SearchPathQuery(provider="schema"))
-    return path
-
-
-def named(flags: Sequence[str], *names: str) -> str:
-    """The value of a flag; "" without it."""
-    for place, flag in enumerate(flags):
-        name, equals, value = flag.partition("=")
-        if name in names:
-            return value if equals else flags[place + 1]
-    return ""
+    return Sweep(words, *load_configuration(words, flags, RunMode.MULTIRUN))

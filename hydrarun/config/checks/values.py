@@ -18,6 +18,7 @@ from hydrarun.config.schema import MISSING, Config, Fit
 from hydrarun.config.type_check import describe, fits, show
 from hydrarun.core.distributed import degrees
 from hydrarun.core.errors import nearest, refuse
+from hydrarun.core.inputs import image_paths
 from hydrarun.outputs.media import kinds
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -143,12 +144,6 @@ def is_video(config: Mapping[str, Any]) -> bool:
 def captions(model: Mapping[str, Any]) -> bool:
     """Whether the model describes its input image by itself where the prompt is blank."""
     return any(str(stage.get("_target_", "")).endswith(".EncodePromptOrCaption") for stage in model["stages"])
-
-
-def image_paths(config: Mapping[str, Any]) -> list[str]:
-    """`input.images` as a list."""
-    images = config["input"]["images"]
-    return [images] if isinstance(images, str) else list(images or [])
 
 
 def _structure(node: Any, section: type, path: str) -> Iterator[Problem]:

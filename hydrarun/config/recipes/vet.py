@@ -11,22 +11,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hydrarun.config.targets import FORBIDDEN_ARGUMENTS
-from hydrarun.core import resources
 from hydrarun.core.errors import nearest
 from hydrarun.core.quoting import TEXT_KEYS, escape_interpolation
+from hydrarun.core.resources import groups
 
 NAME = re.compile(r"[\w-]+(/[\w-]+)*")
 KEY = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 #: what is taken to the letter: texts, and paths once they are absolute
 LITERAL = (*TEXT_KEYS, "input.images", "input.prompts", "model.path")
-
-
-def groups() -> list[str]:
-    """The groups whose options a recipe may choose; `cache/predictor` is one inside another."""
-    root = resources.folder("conf")
-    folders = (path.relative_to(root) for path in root.rglob("*") if path.is_dir())
-    return sorted(path.as_posix() for path in folders if path.parts[0] != "hydra")
 
 
 def problems(text: str, content: Mapping[str, Any]) -> Iterator[str]:

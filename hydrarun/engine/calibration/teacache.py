@@ -12,13 +12,13 @@ import numpy as np
 
 from hydrarun.acceleration.cache.base import Owner
 from hydrarun.acceleration.cache.recorder import Recording
-from hydrarun.cli.commands.list import Table, plain
 from hydrarun.core.errors import UsageError
 from hydrarun.core.progress import Progress
+from hydrarun.core.tables import Table, format_plain
 from hydrarun.engine.calibration.trial import Draws, entry, many, write_option
 
 if TYPE_CHECKING:
-    from hydrarun.cli.commands.calibrate import Job
+    from hydrarun.engine.calibration.trial import Job
 
 DEGREE = 4
 
@@ -37,7 +37,7 @@ def calibrate(job: Job) -> Path:
     draws = Draws(job.config, Progress())
     pairs = record(draws, job.prompts)
     coefficients = fit(pairs)
-    print(plain(table(pairs, coefficients)))
+    print(format_plain(table(pairs, coefficients)))
     found = list(complaints(pairs, coefficients))
     for line in found:
         print(f"warning: {line}")

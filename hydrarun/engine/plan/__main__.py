@@ -3,9 +3,8 @@
 import json
 import sys
 
-from hydrarun.cli.commands.plan import as_json
 from hydrarun.engine.plan.devices import Device
-from hydrarun.engine.plan.planner import planned
+from hydrarun.engine.plan.planner import as_json, planned
 
 asked = json.load(sys.stdin)
 for target in asked["targets"]:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from hydrarun.acceleration.cache.base import Cache, NoCache, Schedule, Step
+from hydrarun.acceleration.cache.base import Cache, NoCache, Schedule
 from hydrarun.acceleration.cache.step_cache import StepCache
-from hydrarun.acceleration.offload.module_mover import HOST
 from hydrarun.config.checks.checkpoint import DEPTHS
+from hydrarun.core.device import HOST
 from hydrarun.core.timing import Timings
 from hydrarun.engine.plan.meter import META, LeftTheDeviceError, Meter, Work
-from hydrarun.models.transformer import Transformer
+from hydrarun.models.transformer import Step, Transformer
 from hydrarun.pipeline.stage import Parts, Stage
 from hydrarun.pipeline.stages.denoise import Denoise, for_all, kind, noise_of, schedule
 from hydrarun.pipeline.state import State

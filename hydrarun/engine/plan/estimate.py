@@ -13,15 +13,15 @@ import torch.distributed as dist
 from PIL import Image
 
 from hydrarun.acceleration.cache.base import Cache
-from hydrarun.acceleration.parallel.data import own_items
+from hydrarun.acceleration.parallel.data import own_indices
 from hydrarun.acceleration.parallel.sequence import SequenceParallel
-from hydrarun.config.checks.values import image_paths
 from hydrarun.config.targets import instantiate, load_class
+from hydrarun.core.device import DTYPES
 from hydrarun.core.distributed.degrees import Degrees, world_size
 from hydrarun.core.distributed.mesh import Mesh
 from hydrarun.core.errors import UsageError
+from hydrarun.core.inputs import image_paths
 from hydrarun.core.progress import Progress
-from hydrarun.engine.build import DTYPES, arrange_vae
 from hydrarun.engine.plan import meta_components as stand_ins
 from hydrarun.engine.plan import weights
 from hydrarun.engine.plan.configs import Configs
@@ -36,6 +36,7 @@ from hydrarun.pipeline.components import quiet_libraries
 from hydrarun.pipeline.request import make_state
 from hydrarun.pipeline.stage import Parts, Stage
 from hydrarun.pipeline.state import State
+from hydrarun.pipeline.vae import arrange_vae
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def rehearse(config: dict[str, Any], configs: Configs, dtype: torch.dtype) -> Re
                 transformer.spread_tokens(SequenceParallel(mesh["ulysses"], mesh["ring"]))
         state = make_state(config["sampling"], given_images(config))
         if mesh and (axis := mesh["data"]):
-            state = own_items(state, axis)
+            state = state.select(own_indices(len(state.prompts), axis))
         acts = play.rehearse(state)
     steps = config["sampling"]["num_inference_steps"]
     return Rehearsed(components, tuple(acts), steps * tables_per_step(transformers["transformer"], state))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from hydrarun.acceleration.offload.module_mover import HOST
+from hydrarun.core.device import HOST
 from hydrarun.engine.plan.configs import Configs
 from hydrarun.engine.plan.meter import META, Meter
 from hydrarun.pipeline.components import OURS, load_component, quiet_libraries, read_index

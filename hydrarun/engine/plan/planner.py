@@ -85,8 +85,8 @@ def chosen(config: dict[str, Any]) -> Device:
         if config["device"] == "cpu":
             raise UsageError(f"device=cpu is no {name}: leave out plan.device, or device=cpu")
         return named(name)
+    from hydrarun.core.device import choose_device
     from hydrarun.core.progress import Progress
-    from hydrarun.engine.build import choose_device
 
     return this_machines(choose_device(config["device"], Progress(quiet=True)))
 
@@ -95,8 +95,8 @@ def planned(config: dict[str, Any], device: Device, ranks: int) -> Plan:
     """A plan of what goes together."""
     import torch
 
+    from hydrarun.core.device import choose_dtype
     from hydrarun.core.progress import Progress
-    from hydrarun.engine.build import choose_dtype
     from hydrarun.engine.plan.configs import find
     from hydrarun.engine.plan.estimate import rehearse
     from hydrarun.engine.plan.memory_model import Estimate, Setting
@@ -148,3 +148,42 @@ def fitted(config: dict[str, Any], note: Callable[[str], None]) -> dict[str, Any
     first = made.suggestions[0]
     note(f"plan=auto: it would not fit {made.device.name}; run with {' '.join(first.overrides)}")
     return {**plain, **first.changes}
+
+
+def as_json(made: Plan) -> dict[str, Any]:
+    """The plan for programs; docs/plan.md says what the keys mean."""
+    return {
+        "model": made.model,
+        "device": {"name": made.device.name, "memory_bytes": made.device.memory},
+        "source": made.source,
+        "ranks": made.ranks,
+        "fits": made.fits,
+        "conflicts": made.conflicts,
+        "peak_bytes": made.asked.peak if made.asked else None,
+        "host_bytes": made.asked.host if made.asked else None,
+        "seconds": made.asked.seconds if made.asked else None,
+        "phases": [
+            {
+                "phase": phase.name,
+                "weights_bytes": phase.weights,
+                "activations_bytes": phase.activations,
+                "cache_bytes": phase.cache,
+                "peak_bytes": phase.peak,
+                "flops": phase.flops,
+                "sent_bytes": phase.sent,
+                "seconds": phase.seconds,
+            }
+            for phase in (made.asked.phases if made.asked else [])
+        ],
+        "steps": made.steps,
+        "components": made.components,
+        "suggestions": [
+            {
+                "overrides": list(one.overrides),
+                "lossless": one.lossless,
+                "peak_bytes": one.peak,
+                "seconds": one.seconds,
+            }
+            for one in made.suggestions
+        ],
+    }

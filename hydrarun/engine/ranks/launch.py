@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from hydrarun.config import batches
 from hydrarun.core.distributed.degrees import DIMENSIONS, Degrees, problems, product, world_size
+from hydrarun.core.distributed.rank import is_rank, rank_info
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.engine.ranks import worker
 from hydrarun.engine.ranks.local_group import FAREWELL, GRACE, Ranks
 from hydrarun.outputs.failure_record import recorded
 
 if TYPE_CHECKING:
-    from hydrarun.engine.runner import Picture, Runner
+    from hydrarun.engine.runner import Runner
+    from hydrarun.outputs.writer import Picture
 
 
 class Local:
@@ -81,7 +83,7 @@ class Torchrun:
         if self.session:
             self.session.close()
         with suppress(DistError):  # this process may be the store's host: the others must have read it
-            self.store.wait([f"left/{rank}" for rank in range(1, worker.place().size)], timedelta(seconds=FAREWELL))
+            self.store.wait([f"left/{rank}" for rank in range(1, rank_info().size)], timedelta(seconds=FAREWELL))
 
 
 def kept(action: str, config: dict[str, Any], arguments: dict[str, Any]) -> AbstractContextManager[None]:
@@ -117,7 +119,7 @@ class Remote:
         """As `Runner.generate`. After an error the next call starts new ranks."""
         import numpy as np
 
-        from hydrarun.engine.runner import Picture
+        from hydrarun.outputs.writer import Picture
 
         if "images" in sampling:
             sampling["images"] = _texts(sampling["images"])
@@ -157,7 +159,7 @@ def run(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
 def place(config: dict[str, Any]) -> Local | Ranks | Torchrun:
     """Where `config` is run: what the last run was in, if that will do."""
     global _kept
-    kind = Local if world_size(config["parallel"]) == 1 else Torchrun if worker.launched() else Ranks
+    kind = Local if world_size(config["parallel"]) == 1 else Torchrun if is_rank() else Ranks
     if not isinstance(_kept, kind):
         if _kept:
             close()  # its memory may be needed here
@@ -178,7 +180,7 @@ def close() -> None:
     """Let the ranks of `run` go, and those that torchrun started, whether there was a run or not."""
     global _kept
     kept, _kept = _kept, None
-    if kept is None and worker.launched() and worker.place().size > 1:
+    if kept is None and is_rank() and rank_info().size > 1:
         kept = Torchrun()
     if kept:
         kept.close()
@@ -192,7 +194,7 @@ def load(config: dict[str, Any]) -> Runner | Remote:
         raise UsageError("input.prompts, batch_size: for the command; from Python call generate(prompt=…) for each")
     config = fitted(config)
     check_size(config["parallel"])
-    if world_size(config["parallel"]) > 1 and not worker.launched():
+    if world_size(config["parallel"]) > 1 and not is_rank():
         return Remote(config)
     from hydrarun.engine.runner import Runner
 
@@ -207,9 +209,9 @@ def load(config: dict[str, Any]) -> Runner | Remote:
 
 def check_size(degrees: Degrees) -> None:
     """Raises UsageError if torchrun started another number of ranks than the degrees ask for."""
-    if not worker.launched():
+    if not is_rank():
         return
-    here, wanted = worker.place(), world_size(degrees)
+    here, wanted = rank_info(), world_size(degrees)
     if here.size == wanted:
         return
     nodes = max(1, here.size // here.local_size)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydrarun.config import targets
 from hydrarun.core.distributed.degrees import world_size
+from hydrarun.core.distributed.rank import threads_per_rank
 from hydrarun.core.errors import RunError
 from hydrarun.engine.ranks import worker
 
@@ -56,7 +57,7 @@ class Group:
 
     def _start(self, rank: int, port: int) -> subprocess.Popen[bytes]:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.size, "LOCAL_WORLD_SIZE": self.size}
-        settings = {**place, "OMP_NUM_THREADS": worker.threads(self.size), "PYTHONPATH": os.pathsep.join(_path())}
+        settings = {**place, "OMP_NUM_THREADS": threads_per_rank(self.size), "PYTHONPATH": os.pathsep.join(_path())}
         quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
         loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
         return subprocess.Popen(

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from hydrarun.cli import arguments
 from hydrarun.config import targets
+from hydrarun.core.distributed.rank import RankInfo, rank_info, threads_per_rank
 from hydrarun.core.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -56,44 +56,16 @@ BUILT_FROM = (
 PR_SET_PDEATHSIG = 1
 
 
-class Place(NamedTuple):
-    """Where this process stands among the ranks, in all and on its machine."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-
-
-def launched() -> bool:
-    """Whether torchrun, or the driver of a group, started this process as a rank."""
-    return {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
-
-
-def place() -> Place:
-    """This rank's place, from its environment; of a process that is no rank: alone."""
-    if not launched():
-        return Place(0, 1, 0, 1)
-    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    return Place(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
-
-
-def threads(ranks: int) -> int:
-    """Threads for each of `ranks` processes on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // ranks)
-
-
 def build_key(config: dict[str, Any]) -> str:
     """Equal for configurations that one runner serves."""
     return json.dumps([config[name] for name in BUILT_FROM], sort_keys=True)
 
 
-def make_runner(config: dict[str, Any], progress: Progress) -> Runner:
-    """The runner of this rank."""
+def make_runner(config: dict[str, Any], progress: Progress, device: str | None) -> Runner:
+    """The runner of this rank; `device`: its own among those that `config` asks for."""
     from hydrarun.engine.runner import Runner
 
-    return Runner(config, progress)
+    return Runner(config, progress, device)
 
 
 class Session:
@@ -102,7 +74,7 @@ class Session:
     def __init__(self, store: Store | None) -> None:
         """`store`: what the ranks share; None for a process that is alone."""
         self.store = store
-        self.place = place()
+        self.place = rank_info()
         self.runner: Runner | None = None
         self.key = ""
         self.device = ""
@@ -110,13 +82,17 @@ class Session:
         if store:
             import torch
 
-            torch.set_num_threads(threads(self.place.local_size))
+            torch.set_num_threads(threads_per_rank(self.place.local_size))
 
     def do(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
         """Do a job; on rank 0 returns its result, which JSON can hold."""
         runner = self.build(config, quiet=action not in ("run", "batches"))
         if action == "run":
-            return runner.run(Path(arguments["output_dir"])) if self.place.rank == 0 else runner.follow()
+            from hydrarun.engine.runs.single import follow_single, run_single
+
+            if self.place.rank > 0:
+                return follow_single(runner, config)
+            return run_single(runner, config, Path(arguments["output_dir"]))
         if action == "batches":
             from hydrarun.engine.runs import batch_worker as batch_draw
 
@@ -140,19 +116,18 @@ class Session:
         else:
             self.close()
             progress = Progress(quiet=quiet or self.place.rank > 0)
-            built = self._joined(config, progress) if self.store else config
-            self.runner = make_runner(built, progress)
+            if self.store:
+                self._join_group(config["device"], progress)
+            self.runner = make_runner(config, progress, self.device or None)
             self.key = build_key(config)
-        self.runner.config = config  # what a record says is what was asked for, on any rank
         return self.runner
 
-    def _joined(self, config: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        """`config` for this rank's device, which has a process group with the others."""
-        self.device = own_device(config["device"], self.place)
-        if config["device"] == "auto":
+    def _join_group(self, device: str, progress: Progress) -> None:
+        """Choose this rank's device and form a process group with the others."""
+        self.device = own_device(device, self.place)
+        if device == "auto":
             progress.note(f"device={self.device.partition(':')[0]} (auto)")
         self._join()
-        return {**config, "device": self.device}
 
     def _join(self) -> None:
         """Form the process group with the other ranks."""
@@ -184,7 +159,7 @@ class Session:
             dist.destroy_process_group()
 
 
-def own_device(name: str, place: Place) -> str:
+def own_device(name: str, place: RankInfo) -> str:
     """What this rank computes on: `cpu`, or the CUDA device of its local rank. Raises UsageError."""
     import torch
 
@@ -250,9 +225,9 @@ def leave(store: Store, rank: int, error: BaseException, tell: bool) -> NoReturn
         os._exit(code)
 
 
-def serve(store: Store, tell: bool) -> None:
+def serve_rank(store: Store, tell: bool) -> None:
     """Do jobs until there are no more; at the first failure the process ends."""
-    rank = place().rank
+    rank = rank_info().rank
     if rank > 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to clean up, and no waiting in a collective
     try:
@@ -279,14 +254,6 @@ def torchrun_store() -> Store:
     return PrefixStore("hydrarun", store)
 
 
-def follow(argv: Sequence[str]) -> None:
-    """A rank above 0 of torchrun, started with the same command line as rank 0, which reads it."""
-    with suppress(UsageError):  # rank 0 says what is wrong
-        for name in arguments.parse(argv).targets:
-            targets.allow(name)
-    serve(torchrun_store(), tell=True)
-
-
 def main(argv: Sequence[str]) -> None:
     """A rank that a driver on this machine started: `argv` is the port of its store, and classes to allow."""
     if sys.platform == "linux":  # a driver that is killed takes its ranks along
@@ -298,7 +265,7 @@ def main(argv: Sequence[str]) -> None:
         targets.allow(name)
     store = TCPStore("127.0.0.1", int(port), is_master=False, timeout=CONNECT)
     store.set_timeout(IDLE)
-    serve(PrefixStore("hydrarun", store), tell=False)
+    serve_rank(PrefixStore("hydrarun", store), tell=False)
 
 
 if __name__ == "__main__":

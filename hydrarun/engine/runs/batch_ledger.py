@@ -185,7 +185,7 @@ def cache(all_of_them: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def qualities(blocks: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of all pictures what a run of one batch says of its own."""
-    from hydrarun.engine.runs.quality import summaries
+    from hydrarun.outputs.quality.metrics import summaries
 
     each = [output["quality"] for output in outputs if "quality" in output]
     found: dict[str, Any] = summaries(each, list(each[0])) if each else {}

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from hydrarun.acceleration.offload.module_mover import HOST
 from hydrarun.config import batches
 from hydrarun.config.batches import Config, Item
+from hydrarun.core.device import HOST
+from hydrarun.core.distributed.rank import rank_info
 from hydrarun.core.errors import RunError
 from hydrarun.core.timing import Timings
-from hydrarun.engine.ranks import worker
-from hydrarun.engine.runner import Picture, Runner, describe, pictures, with_quality
+from hydrarun.engine.runner import Runner, pictures
 from hydrarun.engine.runs.batch_ledger import Book
-from hydrarun.engine.runs.quality import follow, measure
+from hydrarun.engine.runs.quality import follow_measuring, measure
+from hydrarun.engine.runs.single import describe_image, with_quality
 from hydrarun.outputs.media.images import InputImage
 from hydrarun.outputs.provenance import redact
-from hydrarun.outputs.writer import OutputWriter
+from hydrarun.outputs.writer import OutputWriter, Picture
 from hydrarun.pipeline.stage import Stage
 from hydrarun.pipeline.state import State
 
@@ -50,7 +51,7 @@ def draw(runner: Runner, config: Config, folder: Path, left: Mapping[str, Sequen
     """
     every = batches.together(batches.items(config), batches.limit(config))
     todo = [(int(number), every[int(number)]) for number in left]
-    keep = Keeper(runner, Book(folder, config), left, len(every)) if worker.place().rank == 0 else None
+    keep = Keeper(runner, Book(folder, config), left, len(every)) if rank_info().rank == 0 else None
     moves = "text_encoder" in runner.built.parts.offload.moves
     size = AHEAD if moves else 1
     for start in range(0, len(todo), size):
@@ -63,36 +64,35 @@ def begin(
     runner: Runner, config: Config, number: int, items: Sequence[Item], keep: Keeper | None, first: bool
 ) -> Begun:
     """Encode a batch's prompts; what comes of it waits on the host. Before the `first` is where a run warms up."""
-    runner.config = own_config = batches.configuration(config, items)
+    own_config = batches.configuration(config, items)
     timings = Timings(runner.built.parts.device)
     start = time.perf_counter()
     if keep:
         keep.drawing(items)
     given = runner.read_images(own_config)
     if first:
-        runner.warm_up(given, timings)
+        runner.warm_up(own_config, given, timings)
     state = runner.state(own_config, given)
     own = runner.own(state)
-    runner.play(encoding(runner.built.stages), state, own, timings)
+    runner.play(encoding(runner.built.stages), state, own, timings, own_config["cache"])
     move(own, HOST)
     return Begun(number, own_config, items, given, state, own, timings, time.perf_counter() - start)
 
 
 def finish(runner: Runner, batch: Begun, keep: Keeper | None) -> None:
     """Draw a batch whose prompts are encoded; on rank 0 its pictures are written."""
-    runner.config = batch.config
     start = time.perf_counter() - batch.seconds
     if keep:
         keep.drawing(batch.items)
         runner.progress.note(keep.title(batch))
     move(batch.own, runner.built.parts.device)
     stages = runner.built.stages
-    runner.play(stages[len(encoding(stages)) :], batch.state, batch.own, batch.timings)
+    runner.play(stages[len(encoding(stages)) :], batch.state, batch.own, batch.timings, batch.config["cache"])
     drawn = pictures(runner.whole(batch.state, batch.own))
     if keep:
         keep.batch(batch, drawn, start)
     elif batch.config["report"]["metrics"]:
-        follow(runner, batch.given)
+        follow_measuring(runner, batch.config, batch.given)
     runner.again()
 
 
@@ -137,14 +137,14 @@ class Keeper:
     def batch(self, batch: Begun, drawn: list[Picture], start: float) -> None:
         """Write a batch's pictures, measure them, and keep what became of them."""
         runner = self.runner
-        facts = {**runner.facts(), "inputs": [describe(image) for image in batch.given]}
+        facts = {**runner.facts(), "inputs": [describe_image(image) for image in batch.given]}
         places = [item.index for item in batch.items]
         metadata = batch.config["output"]["metadata"]
         writer = OutputWriter(self.book.folder, batch.config, facts, metadata, places)
         refused = list(self.save(writer, batch, drawn, runner.measured(batch.timings, start)))
         results = runner.results(batch.timings, start)
         if batch.config["report"]["metrics"]:
-            measured = measure(runner, batch.given, drawn, writer.facts, results)
+            measured = measure(runner, batch.config, batch.given, drawn, writer.facts, results)
             results = with_quality(results, measured)
             for record in writer.outputs:
                 record.update(measured.of_output(places.index(record["index"])))

@@ -15,19 +15,18 @@ import numpy as np
 import torch
 
 from hydrarun.acceleration.quantization import NoQuantization
-from hydrarun.config.checks.report import REPEAT
-from hydrarun.config.targets import instantiate
 from hydrarun.core.distributed import collectives as comm
 from hydrarun.core.errors import OutOfMemoryError, RunError
-from hydrarun.core.resources import options
+from hydrarun.engine.build import backends
 from hydrarun.engine.runs import reference as twins
 from hydrarun.models.layers.attention import AttentionBackend
 from hydrarun.outputs.media.images import InputImage
 from hydrarun.outputs.provenance import redact
-from hydrarun.outputs.quality.metrics import MEASURES, accuracy, compare, summary
+from hydrarun.outputs.quality.metrics import accuracy, compare, summaries
 
 if TYPE_CHECKING:
-    from hydrarun.engine.runner import Picture, Runner
+    from hydrarun.engine.runner import Runner
+    from hydrarun.outputs.writer import Picture
 
 
 class Draw(NamedTuple):
@@ -76,26 +75,26 @@ class Measured(NamedTuple):
         return {key: numbers for key, numbers in own.items() if numbers}
 
 
-def summaries(each: Sequence[Mapping[str, float]], metrics: Sequence[str]) -> dict[str, Any]:
-    """The measures of many pairs by their names: mean, p95 and worst."""
-    return {name: summary([pair[name] for pair in each]) for name in metrics if name in MEASURES}
-
-
 def measure(
-    runner: Runner, given: list[InputImage], ours: list[Picture], facts: Mapping[str, Any], results: dict[str, Any]
+    runner: Runner,
+    config: dict[str, Any],
+    given: list[InputImage],
+    ours: list[Picture],
+    facts: Mapping[str, Any],
+    results: dict[str, Any],
 ) -> Measured:
     """Compare what a run drew with its twin. `facts` and `results`: as `OutputWriter` has and takes them.
 
-    On rank 0, while the others `follow`. Raises RunError for a twin that cannot be drawn or kept.
+    On rank 0, while the others `follow_measuring`. Raises RunError for a twin that cannot be drawn or kept.
     """
     start = time.perf_counter()
-    config, facts = runner.config, {**facts, "quantization": NoQuantization.name}
+    facts = {**facts, "quantization": NoQuantization.name}
     place, twin, note = twins.folder(config), twins.kept(config, facts), "kept"
     if config == twins.plain(config):
         if twin is None:
             twins.keep(config, facts, ours, results)
         twin, note = [picture.pixels for picture in ours], "this run itself, kept"
-    others = draws(runner, given, twin is None)
+    others = draws(runner, config, given, twin is None)
     if twin is None:
         made = next(others)
         twins.keep(config, facts, made.pictures, made.results)
@@ -114,41 +113,41 @@ def measure(
     return Measured(quality, time.perf_counter() - start, each, floor)
 
 
-def follow(runner: Runner, given: list[InputImage]) -> None:
+def follow_measuring(runner: Runner, config: dict[str, Any], given: list[InputImage]) -> None:
     """Do this rank's part of what rank 0 draws to `measure`."""
-    for _ in draws(runner, given, False):
+    for _ in draws(runner, config, given, False):
         pass
 
 
-def draws(runner: Runner, given: list[InputImage], twin: bool) -> Iterator[Draw]:
+def draws(runner: Runner, config: dict[str, Any], given: list[InputImage], twin: bool) -> Iterator[Draw]:
     """The twin, if rank 0 needs it, then the noise floor; in the same order on every rank."""
-    twin, others = agreed(runner, twin), backends(runner.config)
+    twin, others = agreed(runner, twin), backends(config)
     if not (twin or others):
         return
-    with unquantized(runner) as plain:
+    with unquantized(runner, config) as plain:
         if twin:
             runner.progress.note("drawing the uncached twin")
-            yield Draw("twin", *plain.redraw(given, twins.no_cache()))
+            yield Draw("twin", *plain.redraw(config, given, twins.no_cache()))
         for name, backend in others.items():
             runner.progress.note(f"drawing for the noise floor: {name}")
             with attending(plain, backend):
-                draw = Draw(name, *plain.redraw(given, twins.no_cache()))
+                draw = Draw(name, *plain.redraw(config, given, twins.no_cache()))
             yield draw
 
 
 @contextmanager
-def unquantized(runner: Runner) -> Iterator[Runner]:
+def unquantized(runner: Runner, config: dict[str, Any]) -> Iterator[Runner]:
     """A runner with the weights as they are loaded: this one, or, while the block runs, a second one beside it.
 
     Raises RunError where the device has no room for both.
     """
-    config = twins.plain(runner.config)
-    if config["quantization"] == runner.config["quantization"]:
+    plain = twins.plain(config)
+    if plain["quantization"] == config["quantization"]:
         yield runner
         return
     runner.progress.note("loading the weights once more, unquantized: the uncached twin has those")
     try:
-        second = type(runner)({**config, "device": str(runner.built.parts.device)}, runner.progress)
+        second = type(runner)(plain, runner.progress, str(runner.built.parts.device))
         try:
             yield second
         finally:
@@ -167,15 +166,6 @@ def agreed(runner: Runner, mine: bool) -> bool:
         return mine
     answers = comm.all_reduce(torch.tensor([int(mine)], device=parts.device), comm.everyone())
     return bool(answers.item())
-
-
-def backends(config: Mapping[str, Any]) -> dict[str, AttentionBackend | None]:
-    """The attention of each entry of `report.noise_floor`; None is the run's own.
-
-    Raises UsageError for one that this machine lacks.
-    """
-    nodes = {name: None if name == REPEAT else options("attention")[name] for name in config["report"]["noise_floor"]}
-    return {name: node and instantiate(node, "report.noise_floor") for name, node in nodes.items()}
 
 
 @contextmanager

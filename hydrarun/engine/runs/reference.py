@@ -23,7 +23,7 @@ from hydrarun.outputs.provenance import asked, config_hash
 from hydrarun.outputs.writer import OutputWriter, as_recorded
 
 if TYPE_CHECKING:
-    from hydrarun.engine.runner import Picture
+    from hydrarun.outputs.writer import Picture
 
 
 def no_cache() -> dict[str, Any]:

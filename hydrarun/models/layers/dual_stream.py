@@ -17,7 +17,7 @@ from hydrarun.models.layers.linear import FeedForward, QKVLinear, RowLinear
 from hydrarun.models.layers.norm import Modulation, modulate
 from hydrarun.models.layers.rope import rotate
 from hydrarun.models.layers.tensor_parallel import Run
-from hydrarun.models.transformer import Tokens
+from hydrarun.models.layers.tokens import Tokens
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
 

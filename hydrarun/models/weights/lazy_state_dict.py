@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydrarun.acceleration.offload.module_mover import HOST
+from hydrarun.core.device import HOST
 from hydrarun.models.weights.safetensors import Checkpoint, Header
 from hydrarun.models.weights.tensor_reader import DTYPES, Piece, bytes_of, check, empty, read
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from hydrarun.core.errors import UsageError
-from hydrarun.outputs.media import png
 from hydrarun.core.files import write_flushed
+from hydrarun.outputs.media import png
 
 MAX_BYTES = 2**31  # of one decoded video that is read: about 770 frames of 1280x720
 

@@ -9,6 +9,7 @@ import re
 import stat
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -59,8 +60,19 @@ def read(path: str | Path, alpha: bool = False) -> InputImage:
 
     Raises UsageError, one line that starts with `input.images: PATH: `, for a file that is missing, damaged, of another
     format, or with several frames, 16 bits per channel, too many pixels, a side below 16 or beyond 20 times the other.
+    The last pictures are kept: the checks before a run read the files that the run then takes.
     """
     local = Path(os.path.expanduser(path)).absolute()
+    try:
+        status = local.stat()
+    except (OSError, ValueError):
+        return _read(str(path), local, alpha, None)  # raises
+    return _read(str(path), local, alpha, (status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=4)
+def _read(path: str, local: Path, alpha: bool, stamp: tuple[int, int, int] | None) -> InputImage:
+    """`stamp`: another one for every change of the file."""
     notes: list[str] = []
     try:
         with _open(local) as file:

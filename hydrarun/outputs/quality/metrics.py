@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -79,3 +80,8 @@ def _snr(pairs: Pairs) -> float:
 
 
 MEASURES: dict[str, Callable[[Pairs], float]] = {"psnr": _psnr, "ssim": _ssim, "snr": _snr}
+
+
+def summaries(each: Sequence[Mapping[str, float]], metrics: Sequence[str]) -> dict[str, Any]:
+    """The measures of many pairs by their names: mean, p95 and worst."""
+    return {name: summary([pair[name] for pair in each]) for name in metrics if name in MEASURES}

@@ -15,7 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from hydrarun.outputs.quality.scenes import COLORS, JITTER, OUTLINES, SIZES, Scene, SceneObject, canonical_caption, caption, parse_caption, sample_scene
+from hydrarun.outputs.quality.scenes import (
+    COLORS,
+    JITTER,
+    OUTLINES,
+    SIZES,
+    Scene,
+    SceneObject,
+    canonical_caption,
+    caption,
+    parse_caption,
+    sample_scene,
+)
 
 Mask = NDArray[np.bool_]
 

@@ -12,9 +12,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
+from hydrarun.core.quoting import PATHS_KEY, TEXT_KEYS, literal
 from hydrarun.outputs.provenance import redact_text
 from hydrarun.outputs.report.collect import RECORD, Point
-from hydrarun.core.quoting import PATHS_KEY, TEXT_KEYS, literal
 
 
 def command(point: Point) -> str | None:

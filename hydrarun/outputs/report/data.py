@@ -10,12 +10,13 @@ from typing import Any
 
 from hydrarun.outputs.quality import metrics
 from hydrarun.outputs.quality.metrics import PSNR_CAP
-from hydrarun.outputs.report import run_numbers as numbers, command_line as repeat
+from hydrarun.outputs.report import command_line as repeat
+from hydrarun.outputs.report import run_numbers as numbers
 from hydrarun.outputs.report.axes import Axis
 from hydrarun.outputs.report.collect import Output, Point, at, number
 from hydrarun.outputs.report.layout import Layout
-from hydrarun.outputs.report.thumbnails import Cell, Difference, Shown
 from hydrarun.outputs.report.plot import pareto
+from hydrarun.outputs.report.thumbnails import Cell, Difference, Shown
 
 FORMAT = 1  # of report.json; grows when a key changes its meaning
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from hydrarun.core import resources
 from hydrarun.core.errors import RunError
 from hydrarun.core.files import write_atomically
 from hydrarun.outputs.media.kinds import KINDS
-from hydrarun.outputs.report import data, grid, thumbnails as pictures, plot, table, formatting as words
+from hydrarun.outputs.report import data, grid, plot, table
+from hydrarun.outputs.report import formatting as words
+from hydrarun.outputs.report import thumbnails as pictures
 from hydrarun.outputs.report.collect import Point, at, number
 from hydrarun.outputs.report.layout import Layout
 from hydrarun.outputs.report.thumbnails import Cell, Shown

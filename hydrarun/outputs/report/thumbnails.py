@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from hydrarun.core.errors import UsageError
-from hydrarun.outputs.media import kinds, read as reading
+from hydrarun.outputs.media import kinds
+from hydrarun.outputs.media import read as reading
 from hydrarun.outputs.media.alpha import comparable
 from hydrarun.outputs.quality.metrics import PSNR_CAP, WINDOW, compare
 from hydrarun.outputs.report.layout import Layout, Row

@@ -9,7 +9,7 @@ import torch
 
 from hydrarun.core.distributed import collectives as comm
 from hydrarun.core.quoting import printable
-from hydrarun.pipeline.guidance import POSITIVE
+from hydrarun.models.transformer import POSITIVE
 from hydrarun.pipeline.stage import Parts
 from hydrarun.pipeline.stages.encode import EncodePrompt
 from hydrarun.pipeline.state import State

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydrarun.acceleration.cache.base import NoCache, Schedule, Step
+from hydrarun.acceleration.cache.base import NoCache, Schedule
 from hydrarun.acceleration.offload.modulation_tables import rows_of_steps
 from hydrarun.acceleration.parallel.cfg import predict_branches
 from hydrarun.core.errors import RunError
 from hydrarun.core.timing import Timings
 from hydrarun.models.experts import LOW_NOISE, Experts
-from hydrarun.models.transformer import Inputs
-from hydrarun.pipeline.guidance import FEWER_BLOCKS, POSITIVE
+from hydrarun.models.transformer import FEWER_BLOCKS, POSITIVE, Inputs, Step
 from hydrarun.pipeline.stage import Parts, Stage
 from hydrarun.pipeline.state import State
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hydrarun.core.errors import UsageError
 from hydrarun.core.timing import Timings
-from hydrarun.pipeline.guidance import NEGATIVE, POSITIVE
+from hydrarun.models.transformer import NEGATIVE, POSITIVE
 from hydrarun.pipeline.stage import Parts, Stage
 from hydrarun.pipeline.stages.images import fit_area
 from hydrarun.pipeline.state import State

@@ -1,0 +1,117 @@
+"""The way through Hydra: what it composes, the output directory it makes, and its own help, sweeps and completion."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import version
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core import utils
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from hydrarun.config import schema
+from hydrarun.config.hydra_errors import explained
+from hydrarun.config.recipes import search
+from hydrarun.core import resources
+from hydrarun.core.errors import UsageError
+from hydrarun.core.flags import flag_value
+
+CONFIG = "config"
+
+
+def load_configuration(
+    overrides: Sequence[str], flags: Sequence[str] = (), mode: RunMode = RunMode.RUN
+) -> tuple[ConfigLoaderImpl, DictConfig]:
+    """What Hydra composes of quoted overrides (`core.quoting.literal`), with its own node `hydra`.
+
+    `flags`: Hydra's, of which those count that say where options are. Raises UsageError.
+    """
+    version.setbase("1.3")
+    utils.setup_globals()
+    register(overrides)
+    with explained(overrides):
+        loader = ConfigLoaderImpl(search_path(flags))
+        name = flag_value(flags, "--config-name", "-cn") or CONFIG
+        return loader, loader.load_configuration(name, list(overrides), mode)
+
+
+def register(overrides: Sequence[str]) -> None:
+    """Make the schema and the recipes known to Hydra, with those of the collections that the overrides name."""
+    schema.register()
+    search.register()
+    search.look_in(overrides)
+
+
+def search_path(flags: Sequence[str]) -> Any:
+    """Where Hydra looks for options."""
+    path = create_config_search_path(flag_value(flags, "--config-path", "-cp") or str(resources.folder("conf")))
+    if folder := flag_value(flags, "--config-dir", "-cd"):
+        if not Path(folder).is_dir():
+            raise UsageError(f"--config-dir {folder}: no such folder")
+        path.prepend("command-line", f"file://{os.path.abspath(folder)}", SearchPathQuery(provider="schema"))
+    return path
+
+
+def run_job(task: Callable[[Path], Any], composed: DictConfig, loader: ConfigLoaderImpl) -> Any:
+    """Have Hydra make the output directory of a composed run and call `task` with it; returns what that returns.
+
+    Raises what `task` raises, and UsageError for a directory that cannot be written.
+    """
+    callbacks = Callbacks(composed)
+    callbacks.on_run_start(config=composed, config_name=CONFIG)
+    with writing_folder():
+        done = utils.run_job(
+            lambda _: task(Path(composed.hydra.runtime.output_dir)),
+            composed,
+            job_dir_key="hydra.run.dir",
+            job_subdir_key=None,
+            hydra_context=HydraContext(loader, callbacks),
+        )
+    callbacks.on_run_end(config=composed, config_name=CONFIG, job_return=done)
+    return done.return_value
+
+
+def run_with_hydra(task: Callable[[DictConfig], Any], overrides: list[str], flags: list[str]) -> None:
+    """Have Hydra do what its flags say; of a sweep it calls `task` with each configuration, in that point's directory.
+
+    Raises UsageError.
+    """
+    register(overrides)
+    decorate = hydra.main(version_base="1.3", config_path=str(resources.folder("conf")), config_name=CONFIG)
+    with writing_folder(), explained(overrides), replaced_argv([*overrides, *flags]):
+        decorate(task)()
+
+
+def set_run_folder(composed: DictConfig, folder: str) -> None:
+    """Write the run into `folder`, whatever the configuration says."""
+    OmegaConf.update(composed, "hydra.run.dir", folder.replace("${", "\\${"))
+
+
+@contextmanager
+def writing_folder() -> Iterator[None]:
+    """What cannot be written by Hydra is the user's to change; a run's own errors do not come this way."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot write the output directory: {error}; choose another: hydra.run.dir=…") from error
+
+
+@contextmanager
+def replaced_argv(words: list[str]) -> Iterator[None]:
+    """Hydra reads sys.argv."""
+    before = sys.argv
+    sys.argv = [before[0], *words]
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -1,0 +1,12 @@
+"""The files that a configuration names as inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def image_paths(config: Mapping[str, Any]) -> list[str]:
+    """`input.images` as a list."""
+    images = config["input"]["images"]
+    return [images] if isinstance(images, str) else list(images or [])

@@ -1,0 +1,75 @@
+"""One run: what its configuration asks for, drawn together, with its files and run.json."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from hydrarun.core.errors import RunError
+from hydrarun.core.timing import Timings
+from hydrarun.engine.runner import Runner, pictures
+from hydrarun.engine.runs.quality import Measured, follow_measuring, measure
+from hydrarun.outputs.media.images import InputImage
+from hydrarun.outputs.writer import OutputWriter, Picture
+
+
+def run_single(runner: Runner, config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
+    """Draw what `config` asks for with the loaded model, write it into `output_dir` and return what run.json says."""
+    start = time.perf_counter()
+    timings = Timings(runner.built.parts.device)
+    given = runner.read_images(config)
+    facts = {**runner.facts(), "inputs": [describe_image(image) for image in given]}
+    writer = OutputWriter(output_dir, config, facts, config["output"]["metadata"])
+    results: dict[str, Any] = {}
+    try:
+        runner.warm_up(config, given, timings)
+        drawn = pictures(runner.draw(runner.state(config, given), timings, config["cache"]))
+        save_pictures(runner, drawn, writer, runner.measured(timings, start))
+        results = runner.results(timings, start)  # of the run alone, before anything else is drawn
+        if config["report"]["metrics"]:
+            measured = measure(runner, config, given, drawn, writer.facts, results)
+            results = with_quality(results, measured)
+            for index, record in enumerate(writer.outputs):
+                record.update(measured.of_output(index))
+    except BaseException as error:  # Ctrl-C and a full disk too: what was made stays, and run.json says so
+        writer.fail(error, results or runner.results(timings, start))
+        raise
+    record = writer.finish(results)
+    runner.progress.table(record, output_dir)
+    return record
+
+
+def follow_single(runner: Runner, config: dict[str, Any]) -> None:
+    """Do this rank's part of a run that rank 0 writes."""
+    given = runner.read_images(config)
+    timings = Timings(runner.built.parts.device)
+    runner.warm_up(config, given, timings)
+    runner.draw(runner.state(config, given), timings, config["cache"])
+    if config["report"]["metrics"]:
+        follow_measuring(runner, config, given)
+
+
+def save_pictures(runner: Runner, drawn: list[Picture], writer: OutputWriter, timings: dict[str, Any]) -> None:
+    """Write every picture that can be; then raise for the first that could not."""
+    refused: list[RunError] = []
+    with runner.progress.phase("saving", total=len(drawn)) as advance:
+        for picture in drawn:
+            try:
+                writer.save(**vars(picture), timings=timings)
+            except RunError as error:
+                refused.append(error)
+            advance()
+    if refused:
+        raise refused[0]
+
+
+def with_quality(results: dict[str, Any], measured: Measured) -> dict[str, Any]:
+    """`results` with what was measured beside."""
+    timings = {**results["timings"], "quality_s": measured.seconds}
+    return {**results, "timings": timings, "quality": measured.quality}
+
+
+def describe_image(image: InputImage) -> dict[str, Any]:
+    """What run.json says about an input image."""
+    return {"path": str(image.path), "sha256": image.sha256, "width": image.image.width, "height": image.image.height}

@@ -1,0 +1,160 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hydrarun.acceleration.parallel.data import first_ranks
+from hydrarun.core.errors import RunError, UsageError
+from hydrarun.core.timing import Timings
+from hydrarun.models.transformer import NEGATIVE
+from hydrarun.pipeline.stage import Parts, Stage
+from hydrarun.pipeline.stages import images, timesteps
+from hydrarun.pipeline.stages.encode import EncodePrompt, pad_to_longest, refuse_placeholder
+from hydrarun.pipeline.state import State
+
+
+class FitImages(Stage):
+    """Input images at the nearest size that both the prior model and the VAE see as the same tokens.
+
+    Where height or width is not set, it is the first one's; without any, `height` and `width`.
+    """
+
+    needs = ("input_images", "height", "width")
+    gives = ("input_images", "height", "width")
+    phase = "encode"
+
+    def __init__(self, height: int, width: int) -> None:
+        self.default = height, width
+
+    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+        state.input_images = [fitted(image, parts) for image in state.input_images]
+        sizes = [(image.height, image.width) for image in state.input_images]
+        height, width = (*sizes, self.default)[0]
+        state.height, state.width = state.height or height, state.width or width
+
+
+def fitted(image: Image.Image, parts: Parts) -> Image.Image:
+    """The image at a size that stays. Raises `UsageError` for one that the prior model does not take."""
+    side = 2 * parts.patch_size * parts.pipeline.vae_scale_factor  # pixels of a prior token
+    try:
+        _, rows, columns = parts.pipeline.processor.image_processor(image)["image_grid_thw"][0]
+    except ValueError as error:
+        size = f"{image.width} x {image.height}"
+        raise UsageError(f"input.images: the prior model does not take a picture of {size} pixels: {error}") from None
+    resized = parts.pipeline.image_processor.resize(image, int(rows) * side, int(columns) * side)
+    return resized if resized.size == image.size else fitted(resized, parts)
+
+
+class EncodePromptAndDrawPrior(EncodePrompt):
+    """Quoted text to embeddings, and prior tokens drawn from the whole prompt and the input images.
+
+    Each item's are drawn alone, by its own seed. The reference seeds the process' generators of random numbers, which
+    are left as they were here. Its negative branch has no text, no prior tokens and no input images.
+    """
+
+    needs = (*EncodePrompt.needs, "seeds", "input_images", "height", "width")
+    gives = (*EncodePrompt.gives, "prior_tokens", "image_prior_tokens")
+
+    def __init__(self) -> None:
+        super().__init__(["encoder_hidden_states", None], {"do_classifier_free_guidance": False})
+
+    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+        refuse_placeholder(state.prompts, parts.pipeline.processor.image_token)
+        encoded = replace(state, negative_prompts=[""] * len(state.prompts))
+        super().__call__(encoded, parts, timings)
+        for branch, given in encoded.conditioning.items():
+            given["told"] = torch.full([len(state.prompts)], float(branch != NEGATIVE), device=parts.device)
+        state.conditioning = encoded.conditioning
+        with parts.progress.phase("drawing prior tokens", total=len(state.prompts)) as advance:
+            drawn = []
+            for prompt, seed in zip(state.prompts, state.seeds, strict=True):
+                drawn.append(draw_prior(prompt, seed, state, parts))
+                advance()
+        state.prior_tokens = first_ranks(torch.cat([tokens for tokens, _ in drawn]), parts.mesh)
+        state.image_prior_tokens = drawn[0][1]  # the same for all
+
+    def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Any]:
+        alone = [super(EncodePromptAndDrawPrior, self).encode([prompt], state, parts) for prompt in prompts]
+        return pad_to_longest([one["encoder_hidden_states"][0] for one in alone])
+
+
+def draw_prior(prompt: str, seed: int, state: State, parts: Parts) -> tuple[Tensor, Tensor | None]:
+    """Ids of the picture's tokens `[1, S]`, and of those of all input images `[1, I]`; None: there are none.
+
+    As the reference's `generate_prior_tokens`, whose way with images is not that of today's transformers. Raises
+    `RunError` for a prior model that ends before the picture is whole.
+    """
+    pipeline, prior = parts.pipeline, parts.pipeline.vision_language_encoder
+    shown = [{"type": "image", "image": image} for image in state.input_images]
+    inputs = pipeline.processor.apply_chat_template(
+        [[{"role": "user", "content": [*shown, {"type": "text", "text": prompt}]}]],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"target_h": state.height, "target_w": state.width},
+    ).to(parts.device)
+    grids = inputs["image_grid_thw"]
+    count, start, rows, columns = pipeline._compute_generation_params(grids, is_text_to_image=not shown)
+    of_images = []
+    if shown:
+        sources = grids[: len(shown)]
+        ids = prior.get_image_tokens(prior.get_image_features(inputs["pixel_values"], sources).pooler_output)
+        each = zip(sources.tolist(), ids.split(sources.prod(-1).tolist()), strict=True)
+        of_images = [pipeline._upsample_token_ids(own, *sides) for (_, *sides), own in each]
+    devices = [parts.device] if parts.device.type == "cuda" else []
+    with torch.random.fork_rng(devices, device_type="cuda"):
+        torch.manual_seed(seed)  # of all devices
+        output = prior.generate(**inputs, max_new_tokens=count, do_sample=True)
+    tokens = pipeline._extract_large_image_tokens(output, inputs["input_ids"].shape[1], start, rows * columns)
+    if tokens.numel() < rows * columns:
+        raise RunError(
+            f"the prior model drew {tokens.numel()} of the picture's {rows * columns} tokens and ended there, with seed"
+            f" {seed} for the prompt {prompt[:60]!r}: another sampling.seed"
+        )
+    return pipeline._upsample_token_ids(tokens, rows, columns), torch.cat(of_images, dim=1) if shown else None
+
+
+class EncodeFittedImages(images.EncodeImages):
+    """Each input image as packed latents, at its own size; none is none."""
+
+    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+        state.image_grids = ()
+        if state.input_images:
+            super().__call__(state, parts, timings)
+
+    def size(self, image: Image.Image, state: State) -> tuple[int, int]:
+        return image.height, image.width
+
+
+class PrepareTimesteps(timesteps.PrepareTimesteps):
+    """Whole numbers evenly from 1000 down are the timesteps; the noise levels that go with them are shifted by size.
+
+    A scheduler that does not take both makes its own.
+    """
+
+    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+        scheduler = parts.pipeline.scheduler
+        if not {"timesteps", "sigmas", "mu"} <= inspect.signature(scheduler.set_timesteps).parameters.keys():
+            super().__call__(state, parts, timings)
+            return
+        count = scheduler.config.num_train_timesteps
+        steps = np.linspace(count, 1.0, state.num_inference_steps + 1)[:-1].astype(np.int64).astype(np.float32)
+        scheduler.set_timesteps(
+            timesteps=steps, sigmas=steps / count, mu=self.mu(scheduler.config, state.grid), device=parts.device
+        )
+        scheduler.set_begin_index(0)
+        state.timesteps = scheduler.timesteps
+
+    def mu(self, config: Any, grid: Sequence[int]) -> float:
+        tokens = grid[1] * grid[2]
+        base = config.get("base_image_seq_len", 256)
+        return (tokens / base) ** 0.5 * config.get("max_shift", 0.75) + config.get("base_shift", 0.25)

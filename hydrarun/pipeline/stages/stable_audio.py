@@ -1,0 +1,50 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import torch
+
+from hydrarun.pipeline.stage import Parts
+from hydrarun.pipeline.stages.encode import EncodePrompt
+from hydrarun.pipeline.stages.sound import span
+from hydrarun.pipeline.state import State
+
+
+class StableAudioPipeline(diffusers.StableAudioPipeline):
+    """diffusers', without a transformer, of which its own asks the width of a head."""
+
+    def __init__(
+        self, vae: Any, text_encoder: Any, projection_model: Any, tokenizer: Any, transformer: Any, scheduler: Any
+    ) -> None:
+        diffusers.DiffusionPipeline.__init__(self)
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            projection_model=projection_model,
+            tokenizer=tokenizer,
+            transformer=transformer,
+            scheduler=scheduler,
+        )
+
+
+class EncodePromptAndSeconds(EncodePrompt):
+    """The prompt's tokens and behind them one for the second at which the sound starts and one for its end.
+
+    The transformer takes the two once more, as `global_hidden_states`.
+    """
+
+    needs = (*EncodePrompt.needs, "audio_start_in_s", "audio_end_in_s")
+
+    def __init__(self) -> None:
+        super().__init__(returns=(), arguments={"do_classifier_free_guidance": False})
+
+    def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Any]:
+        text = parts.pipeline.encode_prompt(prompt=prompts, device=parts.device, **self.arguments)
+        seconds = parts.pipeline.encode_duration(*span(state, parts), parts.device, False, len(prompts))
+        return {
+            "encoder_hidden_states": torch.cat([text, *seconds], dim=1),
+            "global_hidden_states": torch.cat(seconds, dim=2),
+        }
