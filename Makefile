@@ -19,13 +19,14 @@ test: $(VENV)/installed-test ## lint, check types, run all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-launchers: $(VENV)/installed-launchers ## run sweeps by Ray, submitit and Optuna, for real, on this machine
 	$(BIN)/python -m pytest tests/launchers
 
 golden: $(VENV)/installed-test ## rewrite what is made from the code: tests/golden, README's table, recipes/schema.json
-	$(BIN)/python tests/golden/update.py
+	$(BIN)/python -m tests.golden.update
 
 matrix: $(VENV)/installed-test ## run every model with every acceleration and write README's tables of what was found
 	$(BIN)/python -m pytest tests/test_matrix.py --write-matrix

@@ -30,7 +30,7 @@ from hydrarun.core.device import DTYPES
 from hydrarun.core.progress import Progress
 from hydrarun.core.tables import Table, format_plain
 from hydrarun.core.threads import Pool
-from hydrarun.models.weights.loader import load_transformer, place
+from hydrarun.models.weights.loader import find_placement, load_transformer
 from hydrarun.models.weights.safetensors import Checkpoint
 
 
@@ -43,7 +43,7 @@ def save_random(cls: Any, folder: Path, blocks: int) -> None:
     shards: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in transformer.named_parameters():
         shard = "".join(part for part in name.split(".") if part.isdecimal()) or "around"
-        for piece in place(transformer, name, tuple(value.shape)).pieces:
+        for piece in find_placement(transformer, name, tuple(value.shape)).pieces:
             files[piece.source] = f"{shard}.safetensors"
             shards.setdefault(files[piece.source], {})[piece.source] = torch.randn(piece.shape, dtype=torch.bfloat16)
     for file, tensors in shards.items():

@@ -20,7 +20,7 @@ from hydrarun.core.progress import Progress
 from hydrarun.engine.plan.configs import Configs
 from hydrarun.engine.plan.estimate import structure
 from hydrarun.models.transformer import Transformer
-from hydrarun.models.weights.loader import place, put
+from hydrarun.models.weights.loader import find_placement, put
 from hydrarun.pipeline.components import quiet_libraries
 
 
@@ -58,7 +58,7 @@ def diffusers_transformer(transformer: Transformer, configs: Configs, device: to
         if not isinstance(module, nn.ModuleList) and not any(True for _ in module.parameters()):
             setattr(theirs, name, module.to(device))  # positions: numbers that are no weights
     for name, parameter in transformer.named_parameters():
-        for piece in place(transformer, name, tuple(parameter.shape)).pieces:
+        for piece in find_placement(transformer, name, tuple(parameter.shape)).pieces:
             put(theirs, piece.source, parameter.data[piece.put])
     return theirs.eval()
 

@@ -13,14 +13,11 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 import gc
 from pathlib import Path
 
-import fakeacc
 import pytest
-import ranks
-import subjects
-import tiny
 import torch
 
 from hydrarun.cli.commands import list as listing
+from tests.helpers import fakeacc, ranks, subjects, tiny
 
 torch.set_num_threads(1)  # these models are too small for more
 

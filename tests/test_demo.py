@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from diffusers import QwenImagePipeline
 
@@ -14,6 +13,7 @@ from hydrarun.config.recipes import search as source
 from hydrarun.engine.runner import Runner
 from hydrarun.outputs.media import png
 from hydrarun.outputs.quality.scene_judge import held_out_prompts, judge_all
+from tests.helpers import tiny
 
 MAX_BYTES = 10e6
 
@@ -65,7 +65,7 @@ def test_another_prompt_is_judged_wrong(runner):
 def test_shipped_recipes_run_and_draw_what_they_say(name, count, tmp_path):
     """Every picture passes the judge: a recipe is what a newcomer runs first. And it is that of the evidence."""
     record = Runner(compose([f"recipe={name}", "device=cpu", "dtype=float32"])).run(tmp_path)
-    pictures = [(png.read(tmp_path / output["path"])[0], output["prompt"]) for output in record["outputs"]]
+    pictures = [(png.read_png(tmp_path / output["path"])[0], output["prompt"]) for output in record["outputs"]]
     assert len(pictures) == count
     assert judge_all(pictures).right == 1
     found = evidence.compare(source.recipe(name).evidence.measured, evidence.measured(record, tmp_path, None))

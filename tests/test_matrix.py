@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matrix
 import pytest
-from matrix import Column, Found
-from subjects import CONFIGS, MODELS
 
 from hydrarun.cli.commands import list as listing
 from hydrarun.config.checks import compatibility as compat
 from hydrarun.core import resources
 from hydrarun.core.errors import UsageError
+from tests.helpers import matrix
+from tests.helpers.matrix import Column, Found
+from tests.helpers.subjects import CONFIGS, MODELS
 
 
 @pytest.fixture(scope="module")

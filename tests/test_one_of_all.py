@@ -1,4 +1,4 @@
-"""The house rule: whatever is not `conf/model` or `hydrarun/models` knows no model."""
+"""The house rule: only `conf/model`, `hydrarun/models` and a family's own file of stages know a model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 
 import hydrarun
-from hydrarun.core import resources
 
 PACKAGE = Path(hydrarun.__file__).parent
-MODULES = sorted(file for file in PACKAGE.rglob("*.py") if file.parent.name != "models")
+ROOT = PACKAGE.parent
+#: the contract is no family
+OF_FAMILIES = {file.name for file in (PACKAGE / "models").glob("[a-z]*.py")} - {"transformer.py", "experts.py"}
+#: a file of a family's: its transformer, or its stages
+OWN = {PACKAGE / folder / name for folder in ("models", "pipeline/stages") for name in OF_FAMILIES}
+MODULES = sorted(file for file in PACKAGE.rglob("*.py") if file not in OWN)
 #: the families that are there: the modules' names, and the first word of the options'
-FAMILIES = {file.stem.split("_")[0] for file in (PACKAGE / "models").glob("[a-z]*.py")}
-# the list of what may be built has to name it; the demo model's judge is about the demo model
-MAY_NAME = {"targets.py", "judge.py", "scenes.py"}
+FAMILIES = {name.removesuffix(".py").split("_")[0] for name in OF_FAMILIES}
+# the demo model's judge is about the demo model
+MAY_NAME = {"scene_judge.py", "scenes.py"}
 
 
 def named(text: str) -> list[str]:
@@ -59,15 +63,13 @@ def test_the_rule_can_fail():
     assert set(named(code(PACKAGE / "models" / "wan.py"))) == {"Wan"}
 
 
-def test_a_family_is_one_module_of_at_most_400_lines():
-    for file in (PACKAGE / "models").glob("*.py"):
-        assert len(file.read_text(encoding="utf-8").splitlines()) <= 400, file.name
+@pytest.mark.parametrize("file", sorted(ROOT.glob("[btht]*/**/*.py")), ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_file_is_longer_than_400_lines(file):
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 400
 
 
-def test_a_model_option_is_data():
-    """No option brings code of its own beside its family's module: every target is on the shared list."""
-    from hydrarun.config.targets import ALLOWED
-
-    for file in (resources.folder("conf") / "model").glob("*.yaml"):
-        for target in re.findall(r"_target_: (\S+)", file.read_text(encoding="utf-8")):
-            assert target in ALLOWED, (file.name, target)
+def test_a_room_says_what_it_is_for():
+    for folder in {file.parent for file in PACKAGE.rglob("*.py")}:
+        doc = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+        assert doc, folder
+        assert "\n" not in doc, folder

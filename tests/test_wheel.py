@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from hydrarun.outputs.media import png
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 SHIPPED = ("conf", "recipes", "weights")
 
 
@@ -96,6 +96,6 @@ def test_the_command_knows_its_configuration(run):
 def test_the_command_draws(run, tmp_path):
     run("hydrarun", "sampling.num_inference_steps=2", "hydra.run.dir=here")
     (picture,) = (tmp_path / "here").glob("*.png")
-    pixels, record = png.read(picture)
+    pixels, record = png.read_png(picture)
     assert pixels.shape == (128, 128, 3)
     assert record["weights"]["path"] == "package:demo"

@@ -1,7 +1,7 @@
 """Many pictures: what each of them is, and which of them are drawn together.
 
-A run is one of batches if it has `input.prompts` or `batch_size`. Everything here is plain data: the driver and every
-rank come to the same items and batches from the same configuration.
+A run is one of batches if it has `input.prompts` or `batch_size`. The driver computes the items and the batches once,
+and sends the ranks a `BatchJob` with those that they draw.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from hydrarun.config import prompts
 from hydrarun.config.prompts import LINE, Line
@@ -25,6 +26,71 @@ class Item:
     sampling: dict[str, Any]
     images: Any
     line: int | None = None
+
+    def to_json(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The item as JSON for `from_json`. Leaves out what equals the run's `config`, so that a job stays small."""
+        sampling, images = config["sampling"], config["input"]["images"]
+        own = {
+            name: value
+            for name, value in self.sampling.items()
+            if name not in sampling or _differ(value, sampling[name])
+        }
+        return {
+            "index": self.index,
+            "sampling": own,
+            **({"images": self.images} if _differ(self.images, images) else {}),
+            **({"line": self.line} if self.line is not None else {}),
+        }
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any], config: Mapping[str, Any]) -> Item:
+        """The item that `to_json` wrote with the same `config`."""
+        images = row.get("images", config["input"]["images"])
+        return cls(row["index"], {**config["sampling"], **row["sampling"]}, images, row.get("line"))
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two values differ as JSON. Python says that 1 equals 1.0, but their files have different names."""
+    return json.dumps(one) != json.dumps(other)
+
+
+class PendingBatch(NamedTuple):
+    """A batch to draw: its number among the batches of the run, and the indices of its items that are not there yet."""
+
+    number: int
+    items: tuple[Item, ...]
+    missing: tuple[int, ...]
+
+
+class BatchJob(NamedTuple):
+    """What the driver sends the ranks: the batches to draw, in order, and how many batches the run has in all."""
+
+    output_dir: Path
+    batches: list[PendingBatch]
+    total: int
+
+    def to_json(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The job as JSON for `from_json`; `config`: that of the run, which the ranks have too."""
+        rows = [
+            {
+                "number": batch.number,
+                "items": [item.to_json(config) for item in batch.items],
+                "missing": list(batch.missing),
+            }
+            for batch in self.batches
+        ]
+        return {"output_dir": str(self.output_dir), "batches": rows, "total": self.total}
+
+    @classmethod
+    def from_json(cls, job: Mapping[str, Any], config: Mapping[str, Any]) -> BatchJob:
+        """The job that `to_json` wrote with the same `config`."""
+        pending = [
+            PendingBatch(
+                row["number"], tuple(Item.from_json(item, config) for item in row["items"]), tuple(row["missing"])
+            )
+            for row in job["batches"]
+        ]
+        return cls(Path(job["output_dir"]), pending, job["total"])
 
 
 def batched(config: Mapping[str, Any]) -> bool:

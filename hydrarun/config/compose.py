@@ -9,16 +9,17 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from hydrarun.config import batches, targets
-from hydrarun.config.checks import compatibility as compat
+from hydrarun.config import batches
 from hydrarun.config.checks.checkpoint import check_folder_fit
-from hydrarun.config.checks.values import cfg_off, cfg_scale, check_values
+from hydrarun.config.checks.configuration import check_configuration
+from hydrarun.config.checks.values import cfg_off, cfg_scale
 from hydrarun.config.hub import local_folder
 from hydrarun.config.hydra_errors import explained, one_option
 from hydrarun.config.hydra_main import load_configuration
 from hydrarun.config.recipes import search as source
 from hydrarun.core.errors import UsageError, refuse
 from hydrarun.core.inputs import image_paths
+from hydrarun.core.moved_names import current_names
 from hydrarun.core.quoting import literal
 from hydrarun.core.resources import groups
 
@@ -48,9 +49,9 @@ def split(composed: DictConfig, hydra_node: DictConfig) -> tuple[dict[str, Any],
 
 
 def plain(composed: DictConfig) -> dict[str, Any]:
-    """The run's own part of what Hydra composed, resolved, as plain data."""
+    """The run's own part of what Hydra composed, resolved, as plain data; classes by their names of today."""
     own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
-    return OmegaConf.to_container(own, resolve=True)
+    return current_names(OmegaConf.to_container(own, resolve=True))
 
 
 def check(config: dict[str, Any], origin: Origin) -> dict[str, Any]:
@@ -58,13 +59,11 @@ def check(config: dict[str, Any], origin: Origin) -> dict[str, Any]:
 
     Raises UsageError that lists every violation.
     """
-    targets.check(config, origin)
     setter = origin("sampling.prompt")
     if config["input"]["prompts"] is not None and not setter.startswith(("model", "default")):
         raise UsageError(f"sampling.prompt ({setter}) and input.prompts are both given: leave one out")
     config = batches.resolved(config)
-    check_values(config, origin)
-    compat.check(config)
+    check_configuration(config, origin)
     folder = local_folder(config["model"]["path"], config["model"]["revision"])
     if folder is not None:  # a hub checkpoint is asked when it is here
         refuse(_of_lines(config, lambda one: check_folder_fit(one, folder)))
@@ -92,7 +91,7 @@ class _Images:
             if path not in self.read:
                 from hydrarun.outputs.media import images, kinds  # and Pillow only then
 
-                images.read(path, kinds.drawn_by(config["model"]).alpha)
+                images.read_image(path, kinds.drawn_by(config["model"]).alpha)
                 self.read.add(path)
 
 

@@ -13,6 +13,10 @@ from typing import Any, Optional
 MISSING: Any = "???"  # as OmegaConf writes it: ranks read this module, and they import neither Hydra nor OmegaConf
 
 
+#: sections whose keys the chosen class decides: they are set without Hydra's `+`, and checked where the class is known
+OPEN = ("scheduler",)
+
+
 @dataclass
 class Model:
     """Which checkpoint, and the parts (`_target_` nodes) that turn it into a pipeline."""
@@ -25,7 +29,7 @@ class Model:
     transformer: dict[str, Any] = MISSING
     patch_size: int = 2
     experts: int = 1
-    scheduler: Any = None  # a node or null: OmegaConf cannot merge a node into a null of type dict
+    scheduler: Any = None  # a node or null; as files of version 0.1.0 have it: now the group `scheduler`
     guidance: dict[str, Any] = MISSING
     stages: list[dict[str, Any]] = MISSING
     takes: list[str] = MISSING
@@ -133,10 +137,12 @@ class Plan:
 class Config:
     """The whole configuration.
 
-    `cache`, `attention`, `compile`, `quantization`, `offload` are `_target_` nodes, checked against their callee.
+    `cache`, `attention`, `compile`, `quantization`, `offload` are `_target_` nodes, checked against their callee;
+    `scheduler` is one that may lack the `_target_`, which is then the checkpoint's.
     """
 
     model: Model = field(default_factory=Model)
+    scheduler: dict[str, Any] = field(default_factory=dict)
     sampling: Sampling = field(default_factory=Sampling)
     input: Input = field(default_factory=Input)
     parallel: Parallel = field(default_factory=Parallel)
@@ -175,5 +181,9 @@ def filled(config: Any, section: type = Config) -> Any:
 def register() -> None:
     """Make the schema known to Hydra under the name that `conf/config.yaml` lists first."""
     from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
 
-    ConfigStore.instance().store("schema", Config)
+    node = OmegaConf.structured(Config)
+    for section in OPEN:
+        OmegaConf.set_struct(node[section], False)
+    ConfigStore.instance().store("schema", node)

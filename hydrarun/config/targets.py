@@ -1,114 +1,42 @@
 """What a configuration may build: an allow-list of exact classes, and the building itself.
 
-A `_target_` is code chosen by data, and recipes and pictures carry data from strangers. So every target must be one of
-`ALLOWED` (exact names, no prefixes: a prefix such as `torch.` admits `torch.load`), or a class that the user allowed
-by `--allow-target`. Hydra 1.3 has only a block-list, which is no boundary; its `instantiate` is not used here.
+A `_target_` is code chosen by data, and recipes and pictures carry data from strangers. So every target must be one
+that stands in the package's own `conf/` (exact names, no prefixes: a prefix such as `torch.` admits `torch.load`), or a
+class that the user allowed by `--allow-target`. Options of the user's own and of collections do not widen the list.
+Hydra 1.3 has only a block-list, which is no boundary; its `instantiate` is not used here.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from hydrarun.config.type_check import describe, fits, show
+from hydrarun.core import resources
 from hydrarun.core.errors import UsageError, nearest
 
-ALLOWED = frozenset(
-    {
-        "hydrarun.models.qwen_image.QwenImageTransformer",
-        "hydrarun.models.flux.FluxTransformer",
-        "hydrarun.models.sd3.SD3Transformer",
-        "hydrarun.pipeline.stages.longcat_image.LongCatImagePipeline",
-        "hydrarun.pipeline.stages.longcat_image.LongCatImageEditPipeline",
-        "hydrarun.models.longcat_image.LongCatImageTransformer",
-        "hydrarun.pipeline.stages.longcat_image.EncodePromptWithImages",
-        "hydrarun.models.ovis_image.OvisImageTransformer",
-        "hydrarun.models.glm_image.GlmImageTransformer",
-        "hydrarun.pipeline.stages.glm_image.FitImages",
-        "hydrarun.pipeline.stages.glm_image.EncodePromptAndDrawPrior",
-        "hydrarun.pipeline.stages.glm_image.EncodeFittedImages",
-        "hydrarun.pipeline.stages.glm_image.PrepareTimesteps",
-        "hydrarun.models.wan.WanTransformer",
-        "hydrarun.pipeline.stages.wan.EncodeFirstFrame",
-        "hydrarun.pipeline.stages.wan.EncodeFirstFrameAsChannels",
-        "hydrarun.pipeline.stages.wan.KeepFirstFrame",
-        "hydrarun.models.zimage.ZImageTransformer",
-        "hydrarun.pipeline.stages.stable_audio.StableAudioPipeline",
-        "hydrarun.models.stable_audio.StableAudioTransformer",
-        "hydrarun.pipeline.stages.stable_audio.EncodePromptAndSeconds",
-        "hydrarun.pipeline.guidance.ClassifierFreeGuidance",
-        "hydrarun.pipeline.guidance.SkipLayerGuidance",
-        "hydrarun.pipeline.stages.validate.ValidateInput",
-        "hydrarun.pipeline.stages.images.SizeFromImage",
-        "hydrarun.pipeline.stages.images.EncodeImages",
-        "hydrarun.pipeline.stages.encode.EncodePrompt",
-        "hydrarun.pipeline.stages.encode.EncodeRaggedPrompt",
-        "hydrarun.pipeline.stages.encode.EncodePromptWithImages",
-        "hydrarun.pipeline.stages.encode.EmbedGuidance",
-        "hydrarun.pipeline.stages.caption.EncodePromptOrCaption",
-        "hydrarun.pipeline.stages.latents.PrepareLatents",
-        "hydrarun.pipeline.stages.layers.PrepareLayers",
-        "hydrarun.pipeline.stages.layers.DecodeLayers",
-        "hydrarun.pipeline.stages.timesteps.PrepareTimesteps",
-        "hydrarun.pipeline.stages.denoise.Denoise",
-        "hydrarun.pipeline.stages.decode.DecodeLatents",
-        "hydrarun.pipeline.stages.sound.PrepareSoundLatents",
-        "hydrarun.pipeline.stages.sound.DecodeSound",
-        "hydrarun.models.layers.attention_backends.SDPA",
-        "hydrarun.models.layers.attention_backends.FlashAttention",
-        "hydrarun.models.layers.attention_backends.CuDNNAttention",
-        "hydrarun.models.layers.attention_backends.FlexAttention",
-        "hydrarun.models.layers.attention_backends.SageAttention",
-        "hydrarun.acceleration.cache.base.NoCache",
-        "hydrarun.acceleration.cache.step_cache.StepCache",
-        "hydrarun.acceleration.cache.cache_dit.CacheDiT",
-        "hydrarun.acceleration.cache.adaptive_gates.TeaCache",
-        "hydrarun.acceleration.cache.adaptive_gates.FirstBlock",
-        "hydrarun.acceleration.cache.gates.EveryN",
-        "hydrarun.acceleration.cache.gates.Mask",
-        "hydrarun.acceleration.cache.predictors.Reuse",
-        "hydrarun.acceleration.cache.predictors.Taylor",
-        "hydrarun.acceleration.compilation.NoCompile",
-        "hydrarun.acceleration.compilation.CompileBlocks",
-        "hydrarun.acceleration.compilation.CompileFull",
-        "hydrarun.acceleration.quantization.NoQuantization",
-        "hydrarun.acceleration.quantization.TorchAO",
-        "hydrarun.acceleration.offload.strategies.NoOffload",
-        "hydrarun.acceleration.offload.strategies.ExpertOffload",
-        "hydrarun.acceleration.offload.modulation_tables.ModulationOffload",
-        "hydrarun.acceleration.offload.strategies.ModelOffload",
-        "hydrarun.acceleration.offload.strategies.LayerwiseOffload",
-        "hydrarun.acceleration.offload.strategies.DiskOffload",
-        "hydrarun.acceleration.offload.strategies.TextEncoderOffload",
-        "diffusers.QwenImagePipeline",
-        "diffusers.QwenImageEditPipeline",
-        "diffusers.QwenImageEditPlusPipeline",
-        "diffusers.QwenImageLayeredPipeline",
-        "diffusers.FluxPipeline",
-        "diffusers.StableDiffusion3Pipeline",
-        "diffusers.OvisImagePipeline",
-        "diffusers.GlmImagePipeline",
-        "diffusers.WanPipeline",
-        "diffusers.WanImageToVideoPipeline",
-        "diffusers.ZImagePipeline",
-        "diffusers.FlowMatchEulerDiscreteScheduler",
-        "diffusers.FlowMatchHeunDiscreteScheduler",
-        "diffusers.FlowMatchLCMScheduler",
-        "diffusers.UniPCMultistepScheduler",
-        "diffusers.DPMSolverMultistepScheduler",
-        "diffusers.CosineDPMSolverMultistepScheduler",
-        "diffusers.DEISMultistepScheduler",
-        "diffusers.SASolverScheduler",
-    }
-)
+TARGET = "_target_"
 
 # Arguments that make an allowed class run code from a checkpoint's repository.
 FORBIDDEN_ARGUMENTS = frozenset({"trust_remote_code", "custom_pipeline", "custom_revision"})
 
+#: a line of YAML that names a class, alone or in braces; comments don't
+SHIPPED = re.compile(r"[^#]*\b_target_: *([\w.]+)")
+
 _allowed_by_user: set[str] = set()
+
+
+@cache
+def shipped_targets() -> frozenset[str]:
+    """Every `_target_` that stands in the package's own `conf/`, read as text: composing all options takes seconds."""
+    files = resources.folder("conf").rglob("*.yaml")
+    lines = (line for file in files for line in file.read_text(encoding="utf-8").splitlines())
+    return frozenset(match[1] for line in lines if (match := SHIPPED.match(line)))
 
 
 def allowed_by_user() -> list[str]:
@@ -137,7 +65,7 @@ def load_class(node: Mapping[str, Any], where: str = "") -> type:
 
     `where` is the node's key path, for messages. Raises UsageError.
     """
-    name: Any = node.get("_target_")
+    name: Any = node.get(TARGET)
     for key, text in _target_problem(name, f"{where}._target_".lstrip(".")):
         raise UsageError(f"{key}: {text}")
     where = where or name
@@ -145,7 +73,7 @@ def load_class(node: Mapping[str, Any], where: str = "") -> type:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        if name in ALLOWED and module.startswith("hydrarun."):
+        if name in shipped_targets() and module.startswith("hydrarun."):
             raise  # our own module does not load: a bug, not a mistake of the user
         raise UsageError(f"{where}: cannot load {name}: {error}") from error
     package = module.partition(".")[0]
@@ -157,16 +85,23 @@ def load_class(node: Mapping[str, Any], where: str = "") -> type:
 def instantiate(node: Mapping[str, Any], where: str = "", /, **extra: Any) -> Any:
     """Build the class that `node` names from the node's other keys and `extra`, what the caller adds to them.
 
-    The callee's signature is the schema: unknown and missing arguments and simple types (bool, int, float, str, None,
-    Literal and unions of them) are checked before the call. `where` is the node's key path, for messages. Nested
-    nodes are passed as they are. Raises UsageError.
+    `where` is the node's key path, for messages. Nested nodes are passed as they are. Raises UsageError.
     """
     cls = load_class(node, where)
-    where = where or cls.__name__
-    given = {key: value for key, value in node.items() if key != "_target_"}
+    given = {key: value for key, value in node.items() if key != TARGET}
+    check_arguments(cls, given, where or cls.__name__, extra)
+    return cls(**given, **extra)
+
+
+def check_arguments(cls: type, given: Mapping[str, Any], where: str, extra: Collection[str] = ()) -> None:
+    """Whether `cls` can be called with what was `given` at the key path `where`, beside the `extra` arguments.
+
+    The callee's signature is the schema: unknown and missing arguments and simple types (bool, int, float, str, None,
+    Literal and unions of them). Raises UsageError.
+    """
     parameters = {name: p for name, p in inspect.signature(cls).parameters.items() if name != "self"}
     named = {name for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    settable = sorted(named - extra.keys())
+    settable = sorted(named.difference(extra))
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in given:
         if key in extra or (key not in named and not open_ended):
@@ -179,9 +114,9 @@ def instantiate(node: Mapping[str, Any], where: str = "", /, **extra: Any) -> An
         raise UsageError(f"{where}: {cls.__name__} needs {', '.join(missing)}; set {where}.{missing[0]}=…")
     hints = _hints(cls)
     for key, value in given.items():
-        if key in hints and not fits(value, hints[key]):
+        unset = value is None and key in parameters and parameters[key].default is None  # whatever its annotation says
+        if key in hints and not unset and not fits(value, hints[key]):
             raise UsageError(f"{where}.{key}: {show(value)} is not {describe(hints[key])}.")
-    return cls(**given, **extra)
 
 
 def _problems(node: Any, path: str) -> Iterator[tuple[str, str]]:
@@ -189,7 +124,7 @@ def _problems(node: Any, path: str) -> Iterator[tuple[str, str]]:
     if isinstance(node, Mapping):
         for key, value in node.items():
             here = f"{path}.{key}" if path else str(key)
-            if key == "_target_":
+            if key == TARGET:
                 yield from _target_problem(value, here)
             elif str(key).startswith("_"):
                 yield here, "keys with a leading underscore other than _target_ are not allowed."
@@ -203,7 +138,7 @@ def _problems(node: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _target_problem(name: Any, path: str) -> Iterator[tuple[str, str]]:
-    allowed = ALLOWED | _allowed_by_user
+    allowed = shipped_targets() | _allowed_by_user
     if not isinstance(name, str) or name not in allowed:
         hint = nearest(str(name), allowed) or " For a class of your own: --allow-target my.module.Class"
         yield path, f"{name!r} is not on the list of allowed classes.{hint}"

@@ -34,6 +34,7 @@ from hydrarun.models.weights.checksums import verify
 from hydrarun.models.weights.loader import load_transformer
 from hydrarun.models.weights.safetensors import check_folder, fingerprint
 from hydrarun.pipeline.components import load_module, load_pipeline, quiet_libraries
+from hydrarun.pipeline.schedulers import make_scheduler, read_scheduler
 from hydrarun.pipeline.stage import Parts, Stage, check_chain
 from hydrarun.pipeline.vae import arrange_vae
 
@@ -47,6 +48,8 @@ class Built:
     source: Source
     attention: AttentionBackend
     quantization: NoQuantization
+    #: of the configuration's own node
+    cache: Cache
     #: of weights, by this process, and the seconds that it took
     read_bytes: int
     read_s: float
@@ -64,7 +67,6 @@ def build(config: dict[str, Any], progress: Progress, device_name: str) -> Built
     guidance = instantiate(model["guidance"], "model.guidance")
     with quiet_libraries():
         stages = [instantiate(node, f"model.stages[{index}]") for index, node in enumerate(model["stages"])]
-        scheduler = instantiate(model["scheduler"], "model.scheduler") if model["scheduler"] else None
         transformer_class = load_class(model["transformer"], "model.transformer")
         pipeline_class = load_class(model["pipeline"], "model.pipeline")
         quantization.prepare(device)
@@ -79,12 +81,14 @@ def build(config: dict[str, Any], progress: Progress, device_name: str) -> Built
     source = resolve(model)
     check_folder_fit(config, source.folder)
     check_folder(source.folder)
+    with quiet_libraries():
+        scheduler = make_scheduler(config, read_scheduler(source.folder))
     if config["verify"] and rank_info().local_rank == 0:  # one rank of each machine; where it fails, all end
         verify(source.folder, progress)
-    make_cache(config["cache"], source.folder)  # for what is wrong with it
+    cache = make_cache(config["cache"], source.folder)
 
     vae_dtype = DTYPES.get(config["vae"]["dtype"], dtype)
-    place = partial(offload.place, device=device)
+    place = partial(offload.load_device, device=device)
     with progress.reading("loading weights") as tally, Pool() as pool:
 
         def fill_transformers() -> dict[str, Transformer]:
@@ -98,7 +102,7 @@ def build(config: dict[str, Any], progress: Progress, device_name: str) -> Built
                     pool=pool,
                     tally=tally,
                     axis=mesh["tensor"] if mesh else None,
-                    left=offload.left,
+                    left=offload.skip_loading,
                     loaded=quantization.loaded,
                 )
                 for name in NAMES[: model["experts"]]
@@ -142,15 +146,15 @@ def build(config: dict[str, Any], progress: Progress, device_name: str) -> Built
         return module
 
     modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
-    offload.take(modules | transformers, device, read_again, source.folder, dtype)
+    offload.attach(modules | transformers, device, read_again, source.folder, dtype)
     experts = Experts(transformers, boundary(pipeline))
     shared = {"mesh": mesh, "offload": offload, "tables": tables}
     parts = Parts(experts, pipeline, guidance, model["patch_size"], device, dtype, progress, **shared)
-    return Built(parts, stages, source, attention, quantization, tally.done, read_s)
+    return Built(parts, stages, source, attention, quantization, cache, tally.done, read_s)
 
 
 def make_cache(node: dict[str, Any], folder: Path) -> Cache:
-    """The cache of a `cache` node, for the weights in `folder`; every request has its own.
+    """The cache of a `cache` node, for the weights in `folder`.
 
     Raises `UsageError` for arguments that cannot be, and for TeaCache coefficients that were fitted on other weights.
     """

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from hydrarun.acceleration.cache.base import Cache
 from hydrarun.acceleration.parallel.data import all_frames, own_indices
-from hydrarun.config.checks import compatibility as compat
-from hydrarun.config.checks.values import check_values
+from hydrarun.config.checks.configuration import check_configuration
 from hydrarun.core.device import choose_device, forget_peak, peak_bytes
 from hydrarun.core.distributed.mesh import Axis
 from hydrarun.core.errors import UsageError, nearest
@@ -63,15 +63,14 @@ class Runner:
             if name not in fields:
                 raise UsageError(f"sampling has no field {name!r}.{nearest(name, [*fields, 'images'])}")
         changed = {**self.config, "sampling": {**fields, **sampling}, "input": given}
-        check_values(changed)
-        compat.check(changed)
+        check_configuration(changed)
         state = self.state(changed, self.read_images(changed))
         return pictures(self.draw(state, Timings(self.built.parts.device), changed["cache"]))
 
     def read_images(self, config: dict[str, Any]) -> list[InputImage]:
         """The input images; says what was changed in reading one."""
         alpha = kinds.drawn_by(config["model"]).alpha
-        read = [images.read(path, alpha) for path in image_paths(config)]
+        read = [images.read_image(path, alpha) for path in image_paths(config)]
         for image in read:
             if image.note:
                 self.progress.note(f"{image.path.name}: {image.note}")
@@ -125,12 +124,17 @@ class Runner:
     ) -> None:
         """Run these stages on this rank's share of the request `state`."""
         parts = self.built.parts
-        parts.cache = make_cache(cache or self.config["cache"], self.built.source.folder)
+        parts.cache = self.cache_of(cache or self.config["cache"])
         try:
             run_stages(stages, own, parts, timings)
         except torch.OutOfMemoryError as error:
             asked = {**self.config, "sampling": sampling_of(state)}
             raise out_of_memory(asked, timings.running, parts.device) from error
+
+    def cache_of(self, node: dict[str, Any]) -> Cache:
+        """The cache of a node: the one that was built with the model, if it is that one's. A request starts it anew."""
+        built = self.built
+        return built.cache if node == self.config["cache"] else make_cache(node, built.source.folder)
 
     def whole(self, state: State, own: State) -> State:
         """The request `state` with what was drawn of it on every rank; `own`: this rank's share, drawn."""

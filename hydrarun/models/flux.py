@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, ClassVar
 
@@ -79,12 +80,24 @@ def single_stream_weights() -> dict[str, str | tuple[str, ...]]:
     }
 
 
+@dataclass(eq=False, repr=False)
 class StreamsTransformer(Transformer):
     """Dual-stream blocks, then single-stream ones; conditioned on timestep and text.
 
-    The images to edit are more latent tokens, behind those that are predicted. Relatives have a `time_embed`, or a
-    `make_temb` of their own for what else they are conditioned on. `gated`: the feed-forwards are.
+    The fields are the checkpoint's transformer/config.json. A relative declares those that it adds, and those whose
+    published value is another. It has a `time_embed`, or a `make_temb` of its own for what else it is conditioned on.
+    The images to edit are more latent tokens, behind those that are predicted.
     """
+
+    patch_size: int = 1
+    in_channels: int = 64
+    out_channels: int | None = None
+    num_layers: int = 19
+    num_single_layers: int = 38
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096
+    axes_dims_rope: Sequence[int] = (16, 56, 56)
 
     block_lists = ("blocks", "single_blocks")
     weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = {
@@ -92,32 +105,29 @@ class StreamsTransformer(Transformer):
         **single_stream_weights(),
         "norm_out.modulation.linear": "norm_out.linear",
     }
+    #: whether the feed-forwards are gated
+    gated: ClassVar[bool] = False
     #: whether rows and columns of text tokens are their number in the text; else 0
     text_is_counted: ClassVar[bool] = True
     #: whether pictures begin where the text ends, in rows, columns and number; else all at 0
     pictures_follow_text: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        blocks: tuple[int, int],
-        shape: tuple[int, int],
-        channels: tuple[int, int],
-        text_dim: int,
-        axes_dims_rope: Sequence[int],
-        gated: bool = False,
-    ) -> None:
-        """How many blocks of either kind, `(heads, head_dim)`, channels of the latents' tokens in and out."""
-        super().__init__()
-        heads, head_dim = shape
-        dim = heads * head_dim
-        self.axes_dims_rope = tuple(axes_dims_rope)
-        self.context_embedder = nn.Linear(text_dim, dim)
-        self.x_embedder = nn.Linear(channels[0], dim)
-        stream = partial(Stream, gated=gated)
-        self.blocks = nn.ModuleList(DualStreamBlock(dim, *shape, stream, stream) for _ in range(blocks[0]))
-        self.single_blocks = nn.ModuleList(SingleStreamBlock(dim, *shape, gated) for _ in range(blocks[1]))
+    def __post_init__(self) -> None:
+        super().__init__()  # nn.Module's
+        heads, head_dim = self.num_attention_heads, self.attention_head_dim
+        self.dim = dim = heads * head_dim
+        self.axes_dims_rope = tuple(self.axes_dims_rope)
+        self.context_embedder = nn.Linear(self.joint_attention_dim, dim)
+        self.x_embedder = nn.Linear(self.in_channels, dim)
+        stream = partial(Stream, gated=self.gated)
+        self.blocks = nn.ModuleList(
+            DualStreamBlock(dim, heads, head_dim, stream, stream) for _ in range(self.num_layers)
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleStreamBlock(dim, heads, head_dim, self.gated) for _ in range(self.num_single_layers)
+        )
         self.norm_out = AdaLayerNorm(dim)
-        self.proj_out = nn.Linear(dim, channels[1])
+        self.proj_out = nn.Linear(dim, self.patch_size**2 * (self.out_channels or self.in_channels))
 
     def embed(
         self,
@@ -187,38 +197,21 @@ def as_reference(timestep: Tensor, dtype: torch.dtype) -> Tensor:
     return timestep.to(dtype) / 1000 * 1000
 
 
+@dataclass(eq=False, repr=False)
 class FluxTransformer(StreamsTransformer):
-    """Arguments are the checkpoint's transformer/config.json."""
+    """Conditioned on a summary of the prompt too, and distilled ones on the guidance scale."""
+
+    pooled_projection_dim: int = 768
+    guidance_embeds: bool = False
 
     text_is_counted = False
 
-    def __init__(
-        self,
-        patch_size: int = 1,
-        in_channels: int = 64,
-        out_channels: int | None = None,
-        num_layers: int = 19,
-        num_single_layers: int = 38,
-        attention_head_dim: int = 128,
-        num_attention_heads: int = 24,
-        joint_attention_dim: int = 4096,
-        pooled_projection_dim: int = 768,
-        guidance_embeds: bool = False,
-        axes_dims_rope: Sequence[int] = (16, 56, 56),
-    ) -> None:
-        super().__init__(
-            (num_layers, num_single_layers),
-            (num_attention_heads, attention_head_dim),
-            (in_channels, patch_size * patch_size * (out_channels or in_channels)),
-            joint_attention_dim,
-            axes_dims_rope,
-        )
+    def __post_init__(self) -> None:
+        super().__post_init__()
         embeddings = (
-            CombinedTimestepGuidanceTextProjEmbeddings if guidance_embeds else CombinedTimestepTextProjEmbeddings
+            CombinedTimestepGuidanceTextProjEmbeddings if self.guidance_embeds else CombinedTimestepTextProjEmbeddings
         )
-        self.time_text_embed = embeddings(
-            embedding_dim=num_attention_heads * attention_head_dim, pooled_projection_dim=pooled_projection_dim
-        )
+        self.time_text_embed = embeddings(embedding_dim=self.dim, pooled_projection_dim=self.pooled_projection_dim)
 
     def make_temb(
         self,

@@ -6,14 +6,18 @@ Reference: diffusers' `LongCatImageTransformer2DModel`, whose checkpoints it loa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 from hydrarun.models.flux import StreamsTransformer, TimeEmbedding
 
 
+@dataclass(eq=False, repr=False)
 class LongCatImageTransformer(StreamsTransformer):
-    """Arguments are the checkpoint's transformer/config.json."""
+    """Pictures stand behind the text, in rows and columns too."""
+
+    joint_attention_dim: int = 3584
 
     weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = {
         **StreamsTransformer.weight_map,
@@ -21,22 +25,6 @@ class LongCatImageTransformer(StreamsTransformer):
     }
     pictures_follow_text = True
 
-    def __init__(
-        self,
-        patch_size: int = 1,
-        in_channels: int = 64,
-        num_layers: int = 19,
-        num_single_layers: int = 38,
-        attention_head_dim: int = 128,
-        num_attention_heads: int = 24,
-        joint_attention_dim: int = 3584,
-        axes_dims_rope: Sequence[int] = (16, 56, 56),
-    ) -> None:
-        super().__init__(
-            (num_layers, num_single_layers),
-            (num_attention_heads, attention_head_dim),
-            (in_channels, patch_size * patch_size * in_channels),
-            joint_attention_dim,
-            axes_dims_rope,
-        )
-        self.time_embed = TimeEmbedding(num_attention_heads * attention_head_dim)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.time_embed = TimeEmbedding(self.dim)

@@ -1,4 +1,4 @@
-"""What was done, one line of JSON for each thing, so that work that was stopped goes on where it was."""
+"""An append-only file of JSON lines, one for each thing that was done, so that interrupted work can be continued."""
 
 from __future__ import annotations
 
@@ -12,47 +12,54 @@ from hydrarun.core.errors import UsageError
 
 
 class Ledger:
-    """The rows in `file`, in order. Its first line says what they are about."""
+    """The rows of `file`, in order. The first line is not a row: it says which configuration the rows belong to."""
 
     def __init__(self, file: Path, identity: Mapping[str, Any], rows_of: str) -> None:
-        """Begins `file`, or continues it: a last line that was cut off is dropped. `rows_of` names rows to the user.
+        """Creates `file`, or reads it; a torn last line is cut off. `rows_of` names the rows to the user.
 
         Raises `UsageError` for a file of another `identity` (what JSON can hold), and a damaged one.
         """
         self.file = file
+        self.rows: list[dict[str, Any]] = []
+        #: how many bytes of the file are in `rows`
+        self._end = 0
         file.parent.mkdir(parents=True, exist_ok=True)
-        lines = whole_lines(file)
-        self.rows = [self._read(number, line) for number, line in enumerate(lines, start=1)][1:]
+        lines = self._read_new_lines() if file.exists() else []
         if lines:
-            self._check(self._read(1, lines[0]), json.loads(json.dumps(identity)), rows_of)
+            found, *self.rows = [self._parse_row(number, line) for number, line in enumerate(lines, start=1)]
+            self._check_identity(found, json.loads(json.dumps(identity)), rows_of)
         else:
-            self._append(identity)
+            self._end = append_row(file, identity)
+
+    def refresh(self) -> None:
+        """Read the rows that another writer has appended since the last read; a torn last line is cut off."""
+        lines = self._read_new_lines()
+        self.rows += [self._parse_row(number, line) for number, line in enumerate(lines, start=len(self.rows) + 2)]
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Keep a row; when this returns the disk has it."""
-        self._append(row)
+        """Append a row; when this returns, it is on disk. Rows of other writers must have been read before."""
+        self._end += append_row(self.file, row)
         self.rows.append(dict(row))
 
-    def damaged(self, row: int) -> UsageError:
-        """What to raise for a row (counted from 0) that cannot be understood."""
-        return self._damaged(row + 2)
+    def damage_error(self, row: int) -> UsageError:
+        """The error to raise for a row (counted from 0) that cannot be understood."""
+        return self._line_error(row + 2)
 
-    def _append(self, row: Mapping[str, Any]) -> None:
-        with self.file.open("ab") as file:
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def _read_new_lines(self) -> list[bytes]:
+        lines = read_whole_lines(self.file, self._end)
+        self._end += sum(len(line) + 1 for line in lines)
+        return lines
 
-    def _read(self, number: int, line: bytes) -> dict[str, Any]:
+    def _parse_row(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             row = json.loads(line)
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise self._damaged(number)
+            raise self._line_error(number)
         return row
 
-    def _check(self, theirs: Mapping[str, Any], ours: Mapping[str, Any], rows_of: str) -> None:
+    def _check_identity(self, theirs: Mapping[str, Any], ours: Mapping[str, Any], rows_of: str) -> None:
         other = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
         if other:
             raise UsageError(
@@ -60,16 +67,26 @@ class Ledger:
                 " hydra.run.dir=…"
             )
 
-    def _damaged(self, number: int) -> UsageError:
+    def _line_error(self, number: int) -> UsageError:
         return UsageError(f"{self.file}: line {number} is damaged; delete the file, or choose another hydra.run.dir=…")
 
 
-def whole_lines(file: Path) -> list[bytes]:
-    """The lines of a file, empty where there is none; what follows the last line break is cut off, on disk too."""
-    if not file.exists():
-        return []
-    content = file.read_bytes()
+def append_row(file: Path, row: Mapping[str, Any]) -> int:
+    """Append a row to a ledger without reading it; returns the bytes written. When this returns, they are on disk."""
+    line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    with file.open("ab") as opened:
+        opened.write(line)
+        opened.flush()
+        os.fsync(opened.fileno())
+    return len(line)
+
+
+def read_whole_lines(file: Path, start: int) -> list[bytes]:
+    """The lines of a file from byte `start` on, without line breaks. Cuts off a torn last line, on disk too."""
+    with file.open("rb") as opened:
+        opened.seek(start)
+        content = opened.read()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
-        os.truncate(file, len(whole))
+        os.truncate(file, start + len(whole))
     return whole.split(b"\n")[:-1]

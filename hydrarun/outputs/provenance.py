@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hydrarun.core.moved_names import original_names
 from hydrarun.core.version import __version__
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow", "cache-dit", "torchao", "torchsde")
@@ -23,10 +24,18 @@ SECRET_KEY = re.compile(r"(^|_)(token|password|secret|api_?key)$", re.IGNORECASE
 SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 REMOVED = "[removed]"
 
+#: sections that version 0.1.0 did not have
+LATER = ("scheduler",)
+
 
 def config_hash(config: dict[str, Any]) -> str:
-    """8 hex digits that name what was asked for."""
-    canonical = json.dumps(asked(config), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    """8 hex digits that name what was asked for, the same in every version that knows it.
+
+    So a batch that an older version began is gone on with, and its files keep their names: classes count by their first
+    names, and sections that came later don't count while they are empty.
+    """
+    wanted = {key: value for key, value in original_names(asked(config)).items() if key not in LATER or value}
+    canonical = json.dumps(wanted, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode(errors="surrogatepass")).hexdigest()[:8]
 
 

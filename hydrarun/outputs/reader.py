@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hydrarun.core.errors import UsageError
+from hydrarun.core.moved_names import current_names
 from hydrarun.outputs.media import frames
-from hydrarun.outputs.media.read import read
+from hydrarun.outputs.media.read import read_output
 from hydrarun.outputs.writer import FORMAT, WHICH, pixels_sha256
 
 T = TypeVar("T")
@@ -75,14 +76,14 @@ def is_lossy(path: Path) -> bool:
 
 
 def _from_medium(path: Path) -> Recorded:
-    pixels, record = read(path)
+    pixels, record = read_output(path)
     if record is None:
         raise UsageError(
             f"{path}: holds no recipe: it was written with output.metadata=false, by another tool, or the recipe was "
             "stripped on the way; a run.json beside it can be replayed instead"
         )
     _check_format(path, record)
-    config = _get(path, record, "config", dict)
+    config = current_names(_get(path, record, "config", dict))
     sampling = _get(path, config, "sampling", dict)
     batch = _get(path, record, "batch", dict)
     index = _get(path, batch, "index", int)
@@ -93,14 +94,14 @@ def _from_medium(path: Path) -> Recorded:
     whole, part = "pixels_sha256", None
     for form, (stem, _) in frames.STEMS.items():
         if stem in record and not path.is_dir():
-            whole, part = f"{stem}_sha256", frames.name(_get(path, record, stem, int), form)
+            whole, part = f"{stem}_sha256", frames.frame_file_name(_get(path, record, stem, int), form)
     digest = _get(path, record, whole, str)
     picture = RecordedPicture(path.name, index, digest, _as_hashed(path, pixels, digest), is_lossy(path), part)
     return Recorded(run_config, _facts(record), [picture])
 
 
 def run_json(path: Path) -> dict[str, Any]:
-    """A run.json of this format, as it is. Raises UsageError for another file."""
+    """A run.json of this format; classes have their names of today. Raises UsageError for another file."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UsageError(f"{path}: refused, larger than {MAX_JSON_BYTES} bytes")
@@ -112,7 +113,7 @@ def run_json(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UsageError(f"{path}: not the run.json of a run")
     _check_format(path, record)
-    return record
+    return current_names(record)
 
 
 def _from_run(path: Path) -> Recorded:
@@ -130,7 +131,7 @@ def _listed(path: Path, output: Any) -> RecordedPicture:
         raise UsageError(f"{path}: {name!r} is not the name of a file beside it")
     index, digest = _get(path, output, "index", int), _get(path, output, "pixels_sha256", str)
     file = path.with_name(name)
-    pixels = _as_hashed(file, read(file)[0], digest) if os.path.exists(file) else None
+    pixels = _as_hashed(file, read_output(file)[0], digest) if os.path.exists(file) else None
     return RecordedPicture(name, index, digest, pixels, is_lossy(file))
 
 

@@ -27,9 +27,9 @@ SLUG_LENGTH = 40
 
 #: the bytes of a file, by its format; of pixels or samples, their record and the texts inside
 ENCODERS: dict[str, Callable[[np.ndarray, Mapping[str, Any], Mapping[str, str]], bytes]] = {
-    "png": lambda pixels, record, text: png.encode(pixels, text),
-    "mp4": lambda pixels, record, text: mp4.encode(pixels, record["fps"], text),
-    "wav": lambda samples, record, text: wav.encode(samples, record["sample_rate"], text),
+    "png": lambda pixels, record, text: png.encode_png(pixels, text),
+    "mp4": lambda pixels, record, text: mp4.encode_mp4(pixels, record["fps"], text),
+    "wav": lambda samples, record, text: wav.encode_wav(samples, record["sample_rate"], text),
 }
 
 # the part of `sampling` that says which pictures, videos or sounds a run draws, beside how
@@ -98,7 +98,7 @@ class OutputWriter:
             **texts,
             **({} if caption is None else {"caption": caption}),
             "pixels_sha256": pixels_sha256(pixels),
-            **kinds.of(pixels).extent(pixels, output, self.facts),
+            **kinds.kind_of(pixels).extent(pixels, output, self.facts),
         }
         record |= self._write(pixels, record, Place(position, digest), timings)
         self.outputs.append(record)
@@ -133,7 +133,7 @@ class OutputWriter:
         if form in frames.STEMS:
             stem, _ = frames.STEMS[form]
             own = ({stem: number, f"{stem}_sha256": pixels_sha256(one)} for number, one in enumerate(pixels))
-            frames.write(path, pixels, [self._text(record, place, timings, extra) for extra in own], form)
+            frames.write_frames(path, pixels, [self._text(record, place, timings, extra) for extra in own], form)
             return {}
         data = ENCODERS[form](pixels, record, self._text(record, place, timings, {}))
         write_atomically(path, data)
@@ -250,7 +250,7 @@ def pixels_sha256(pixels: np.ndarray) -> str:
 
 
 def _refuse_constant(pixels: np.ndarray, prompt: str, seed: int) -> None:
-    kind = kinds.of(pixels)
+    kind = kinds.kind_of(pixels)
     nothing = kind.monotone(pixels)
     if nothing is None:
         return

@@ -2,25 +2,24 @@
 and the JSON schema of recipes.
 
 A diff shows what a change gives users.
-python tests/golden/update.py        rewrites the files; `make golden` does the same
+`make golden` rewrites the files.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import yaml
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))  # the checkout, when it is not installed
+from hydrarun.cli.commands import list as listing
+from hydrarun.cli.recipe import json_schema as editors
+from hydrarun.config.compose import compose_raw
+from hydrarun.config.recipes import search as source
+from hydrarun.core import resources
+from hydrarun.core.tables import format_markdown
+from tests.helpers.paths import ROOT
 
-from hydrarun.cli.commands import list as listing  # noqa: E402
-from hydrarun.cli.recipe import json_schema as editors  # noqa: E402
-from hydrarun.config.compose import compose_raw  # noqa: E402
-from hydrarun.config.recipes import search as source  # noqa: E402
-from hydrarun.core import resources  # noqa: E402
-from hydrarun.core.tables import format_markdown  # noqa: E402
+HERE = Path(__file__).resolve().parent
 
 
 def golden() -> dict[str, str]:
@@ -33,7 +32,7 @@ def golden() -> dict[str, str]:
 
 def readme() -> tuple[Path, str]:
     """README.md with its table of models as the code has it: what `hydrarun list models --markdown` prints."""
-    file = HERE.parents[1] / "README.md"
+    file = ROOT / "README.md"
     before, start, rest = file.read_text(encoding="utf-8").partition("<!-- hydrarun list models --markdown -->\n")
     _, end, after = rest.partition("<!-- end -->\n")
     if not (start and end):

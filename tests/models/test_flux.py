@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import checkpoints
 import pytest
-import tiny
 import torch
 
 from hydrarun.models.flux import FluxTransformer
+from tests.helpers import checkpoints, tiny
 
 TOLERANCE = 1e-5  # float32, the same operations in another order
 

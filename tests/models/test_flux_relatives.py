@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import checkpoints
 import pytest
-import tiny
 import torch
 from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import calculate_dimensions
 from PIL import Image
@@ -16,6 +14,7 @@ from hydrarun.engine.plan.planner import planned
 from hydrarun.models.longcat_image import LongCatImageTransformer
 from hydrarun.models.ovis_image import OvisImageTransformer
 from hydrarun.pipeline.stages.images import fit_area
+from tests.helpers import checkpoints, tiny
 
 TOLERANCE = 1e-5  # float32, the same operations in another order
 TEXT = 7  # tokens

@@ -6,16 +6,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import checkpoints_prior
 import numpy as np
-import parallel_runs
 import pytest
-import tiny
 import torch
-from caches import node
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from PIL import Image
-from subjects import LONG, SHORT, pictures
 
 from hydrarun.acceleration.cache.base import NoCache
 from hydrarun.acceleration.compilation import allow_graphs
@@ -30,6 +25,9 @@ from hydrarun.models.glm_image import GlmImageTransformer
 from hydrarun.models.transformer import Inputs, Step
 from hydrarun.pipeline.request import make_state
 from hydrarun.pipeline.stages.glm_image import draw_prior, fitted
+from tests.helpers import checkpoints_prior, parallel_runs, tiny
+from tests.helpers.caches import node
+from tests.helpers.subjects import LONG, SHORT, pictures
 
 TOLERANCE = 1e-5  # float32, the same operations in another order
 LATENTS, PIXELS = 1e-4, 1  # of whole runs

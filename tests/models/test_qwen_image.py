@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 
 from hydrarun.core.errors import UsageError
 from hydrarun.models.layers.tokens import Tokens
 from hydrarun.models.qwen_image import QwenImageTransformer
+from tests.helpers import tiny
 
 # float32 on one machine, the same operations in another order: rounding only
 TOLERANCE = 1e-5

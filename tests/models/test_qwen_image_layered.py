@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import parallel_runs
 import pytest
-import tiny
 import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_layered import calculate_dimensions
 from PIL import Image
-from subjects import CONFIGS, pictures
 
 from hydrarun.cli import main as cli
 from hydrarun.config.compose import compose
@@ -19,6 +16,8 @@ from hydrarun.core.errors import UsageError
 from hydrarun.engine.runner import Runner
 from hydrarun.outputs.media import frames
 from hydrarun.pipeline.stages.images import SizeFromImage
+from tests.helpers import parallel_runs, tiny
+from tests.helpers.subjects import CONFIGS, pictures
 
 NAME = "qwen_image_layered"
 LATENTS = 1e-4
@@ -169,7 +168,7 @@ def test_a_file_of_images_alone(subject, tmp_path):
     assert cli.main([*kept, f"input.prompts={lines}", f"hydra.run.dir={tmp_path / 'run'}"]) == 0
     outputs = json.loads((tmp_path / "run" / "run.json").read_text())["outputs"]
     assert [bool(one.get("caption")) for one in outputs] == [True, True, False]
-    layers = [frames.read(tmp_path / "run" / one["path"])[0] for one in outputs]
+    layers = [frames.read_frames(tmp_path / "run" / one["path"])[0] for one in outputs]
     assert {one.shape for one in layers} == {(4, 32, 32, 4)}
     assert not np.array_equal(layers[0], layers[1])
 

@@ -6,16 +6,10 @@ import functools
 from dataclasses import replace
 from typing import Any
 
-import checkpoints
 import numpy as np
-import parallel_runs
 import pytest
-import tiny
 import torch
-from caches import node
 from diffusers import StableDiffusion3Pipeline
-from matrix import uncompiled
-from subjects import LONG
 
 from hydrarun.acceleration.compilation import CompileFull
 from hydrarun.config.compose import compose
@@ -24,6 +18,10 @@ from hydrarun.core.timing import Timings
 from hydrarun.engine.runner import Runner
 from hydrarun.models.sd3 import SD3Transformer
 from hydrarun.pipeline.request import make_state
+from tests.helpers import checkpoints, parallel_runs, tiny
+from tests.helpers.caches import node
+from tests.helpers.matrix import uncompiled
+from tests.helpers.subjects import LONG
 
 TOLERANCE = 1e-5  # float32, the same operations in another order
 LATENTS = 1e-4  # of whole runs

@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import av
-import checkpoints
 import numpy as np
 import pytest
-import tiny
 import torch
 from diffusers.models.embeddings import apply_rotary_emb, get_1d_rotary_pos_embed
-from subjects import SHORT
 
 from hydrarun.cli import main as cli
 from hydrarun.cli.recipe import pixel_digest as pixels
@@ -28,6 +25,8 @@ from hydrarun.outputs.media import wav
 from hydrarun.outputs.quality.metrics import compare
 from hydrarun.pipeline.stages.sound import DecodeSound
 from hydrarun.pipeline.vae import arrange_vae
+from tests.helpers import checkpoints, tiny
+from tests.helpers.subjects import SHORT
 
 TOLERANCE = 1e-5  # float32, the same operations in another order
 #: the tiny checkpoint's, and of the whole sound
@@ -191,7 +190,7 @@ def test_a_command_writes_a_wav_that_is_drawn_again_from_itself(subject, tmp_pat
             assert (other.getnframes(), other.getframerate(), other.getnchannels()) == (count, RATE, 2)
             assert other.readframes(count) == samples.tobytes()
         assert len(samples) == count
-        assert wav.read(file)[1]["config"]["sampling"]["audio_end_in_s"] == 40
+        assert wav.read_wav(file)[1]["config"]["sampling"]["audio_end_in_s"] == 40
     drawn = recorded.load(file).pictures[0]
     assert (drawn.index, drawn.lossy) == (1, False)
     assert np.array_equal(drawn.pixels, samples)
@@ -202,7 +201,7 @@ def test_a_command_writes_a_wav_that_is_drawn_again_from_itself(subject, tmp_pat
     found = re.search(
         r"different samples, largest difference (\d+) of 65535, PSNR ([\d.]+) dB", capsys.readouterr().out
     )
-    other = wav.read(next((tmp_path / "other").glob("0001-*.wav")))[0].astype(int)
+    other = wav.read_wav(next((tmp_path / "other").glob("0001-*.wav")))[0].astype(int)
     assert int(found[1]) == np.abs(other - samples).max()
     assert float(found[2]) == pytest.approx(10 * np.log10(65535**2 / np.square(other - samples).mean()), abs=0.06)
 
@@ -221,10 +220,12 @@ def test_a_batch_its_quality_and_its_report(subject, tmp_path):
     ]
     record = run(subject, tmp_path / "run", f"input.prompts={lines}", "sampling.num_inference_steps=5", *words)
     assert [output["duration_s"] for output in record["outputs"]] == [48.0, 10.0, 48.0]
-    twins = {seed: wav.read(file)[0] for seed in (0, 1, 3) for file in (tmp_path / "twins").glob(f"*/*-{seed}-*.wav")}
+    twins = {
+        seed: wav.read_wav(file)[0] for seed in (0, 1, 3) for file in (tmp_path / "twins").glob(f"*/*-{seed}-*.wav")
+    }
     for output in record["outputs"]:
         samples, twin = (
-            wav.read(tmp_path / "run" / output["path"])[0].astype(float),
+            wav.read_wav(tmp_path / "run" / output["path"])[0].astype(float),
             twins[output["seed"]].astype(float),
         )
         want = 10 * np.log10(np.square(twin).mean() / np.square(samples - twin).mean())

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import checkpoints
 import pytest
-import tiny
 import torch
 
 from hydrarun.core.errors import UsageError
 from hydrarun.models.wan import WanTokens, WanTransformer
+from tests.helpers import checkpoints, tiny
 
 TOLERANCE = 1e-5  # float32, the same operations in another order
 

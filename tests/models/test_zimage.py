@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import checkpoint_zimage
-import parallel_runs
 import pytest
-import tiny
 import torch
-from subjects import CONFIGS, LONG, SHORT
 
 from hydrarun.config.checks.compatibility import check
 from hydrarun.config.compose import compose
@@ -17,6 +13,8 @@ from hydrarun.core.errors import UsageError
 from hydrarun.engine.runner import Runner
 from hydrarun.models.zimage import ZImageTransformer
 from hydrarun.pipeline.stages.encode import pad_to_longest
+from tests.helpers import checkpoint_zimage, parallel_runs, tiny
+from tests.helpers.subjects import CONFIGS, LONG, SHORT
 
 TOLERANCE = 1e-5  # float32, the same operations in another order
 LATENTS = 1e-4  # of a whole run

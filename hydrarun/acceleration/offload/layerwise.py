@@ -22,7 +22,7 @@ from hydrarun.acceleration.offload.packed_tensors import Packed
 from hydrarun.core.device import Copies
 from hydrarun.models.layers.tokens import Tokens
 from hydrarun.models.transformer import Transformer
-from hydrarun.models.weights.loader import dtype_of, fill, place
+from hydrarun.models.weights.loader import dtype_of, fill, find_placement
 from hydrarun.models.weights.safetensors import Checkpoint
 
 
@@ -181,7 +181,7 @@ class FromFiles(Turns):
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="blocks")
         self.sources = [
             [
-                (place(transformer, key, tuple(weight.shape)), dtype_of(transformer, key, dtype))
+                (find_placement(transformer, key, tuple(weight.shape)), dtype_of(transformer, key, dtype))
                 for key, weight in block.named_parameters(prefix=name)
             ]
             for name, block in named_blocks(transformer)

@@ -19,7 +19,7 @@ from hydrarun.acceleration.parallel.hsdp import whole_around_blocks
 from hydrarun.core.progress import Progress
 from hydrarun.models.layers.norm import Modulation, by_token
 from hydrarun.models.transformer import Step, Transformer
-from hydrarun.models.weights.loader import Placement, fill, place, put
+from hydrarun.models.weights.loader import Placement, fill, find_placement, put
 from hydrarun.models.weights.safetensors import Checkpoint
 
 MIB = 2**20
@@ -130,7 +130,7 @@ def swap(transformer: Transformer) -> Iterator[Place]:
     for name, module in list(transformer.named_modules()):
         if isinstance(module, Modulation):
             weights = {leaf: tuple(parameter.shape) for leaf, parameter in module.named_parameters()}
-            sources = {leaf: place(transformer, f"{name}.{leaf}", shape) for leaf, shape in weights.items()}
+            sources = {leaf: find_placement(transformer, f"{name}.{leaf}", shape) for leaf, shape in weights.items()}
             owner, _, attribute = name.rpartition(".")
             table = ModulationTable(module.parts)
             setattr(transformer.get_submodule(owner), attribute, table)

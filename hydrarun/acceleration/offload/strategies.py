@@ -33,15 +33,15 @@ class NoOffload:
         self.device = HOST
         self.waiting: dict[str, Moving] = {}
 
-    def place(self, name: str, device: torch.device) -> torch.device:
+    def load_device(self, name: str, device: torch.device) -> torch.device:
         """Where the module of that name is loaded to."""
         return HOST if use_of(name) in self.moves else device
 
-    def left(self, transformer: Transformer) -> Collection[str]:
+    def skip_loading(self, transformer: Transformer) -> Collection[str]:
         """Names of the transformer's modules whose weights are not read when it is loaded."""
         return ()
 
-    def take(
+    def attach(
         self,
         modules: Mapping[str, nn.Module],
         device: torch.device,
@@ -49,7 +49,7 @@ class NoOffload:
         folder: Path,
         dtype: torch.dtype,
     ) -> None:
-        """Take charge of the modules, by their names in the checkpoint in `folder`, that lie where `place` said.
+        """Take charge of the modules, by their names in the checkpoint in `folder`, that lie where `load_device` said.
 
         `read` reads one again onto the host; `dtype` is what most weights are held in.
         """
@@ -142,10 +142,10 @@ class DiskOffload(NoOffload):
 
     moves = ("text_encoder", "transformer")
 
-    def place(self, name: str, device: torch.device) -> torch.device:
+    def load_device(self, name: str, device: torch.device) -> torch.device:
         return device  # what is there at all
 
-    def left(self, transformer: Transformer) -> Collection[str]:
+    def skip_loading(self, transformer: Transformer) -> Collection[str]:
         return transformer.block_lists
 
     def mover(self, module: nn.Module, read: Callable[[], nn.Module], folder: Path, dtype: torch.dtype) -> Moving:

@@ -20,9 +20,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
 from hydrarun.cli.arguments import Arguments
-from hydrarun.config import batches, schema, targets
-from hydrarun.config.checks import compatibility as compat
-from hydrarun.config.checks.values import check_values
+from hydrarun.config import batches, schema
+from hydrarun.config.checks.configuration import check_configuration
 from hydrarun.config.compose import compose
 from hydrarun.config.schema import Report
 from hydrarun.core.errors import UsageError, nearest
@@ -31,7 +30,7 @@ from hydrarun.core.progress import Progress
 from hydrarun.core.quoting import literal, printable
 from hydrarun.engine.ranks import launch
 from hydrarun.outputs.media import frames, kinds
-from hydrarun.outputs.media.read import read
+from hydrarun.outputs.media.read import read_output
 from hydrarun.outputs.provenance import expand
 from hydrarun.outputs.reader import FACTS, Recorded, RecordedPicture, is_lossy, load
 from hydrarun.outputs.writer import WHICH, pixels_sha256
@@ -105,9 +104,7 @@ def configure(recorded: Recorded, overrides: Sequence[str]) -> dict[str, Any]:
         for override in overrides:
             _apply(config, override)
         config = expand(config)
-        targets.check(config)
-        check_values(config)
-        compat.check(config)
+        check_configuration(config)
     except RecursionError:
         raise UsageError("the file's configuration is nested too deeply") from None
     return config
@@ -191,12 +188,12 @@ def compare(picture: RecordedPicture, record: dict[str, Any], folder: Path) -> b
     of_them = "samples" if "samples" in output else "pixels"
     if picture.part is not None:
         file /= picture.part
-        digest = pixels_sha256(read(file)[0])
+        digest = pixels_sha256(read_output(file)[0])
     if digest == picture.pixels_sha256:
         print(f"{name}: identical {of_them}")
         return True
     lossy = " (as decoded from mp4, which is lossy)" if picture.lossy or is_lossy(file) else ""
-    print(f"{name}: different {of_them}, {_distance(picture.pixels, read(file)[0])}{lossy}")
+    print(f"{name}: different {of_them}, {_distance(picture.pixels, read_output(file)[0])}{lossy}")
     return False
 
 
@@ -212,12 +209,12 @@ def _distance(old: np.ndarray | None, new: np.ndarray) -> str:
     largest, error = max(most for most, _ in measured), sum(mean for _, mean in measured) / len(measured)
     if largest == 0:  # of two lossy files of different pixels
         return "too little to be measured"
-    levels = kinds.of(old).levels
+    levels = kinds.kind_of(old).levels
     return f"largest difference {largest} of {levels}, PSNR {10 * math.log10(levels**2 / error):.1f} dB"
 
 
 def _size(pixels: np.ndarray) -> str:
-    kind = kinds.of(pixels)
+    kind = kinds.kind_of(pixels)
     if kind is kinds.SOUND:
         return f"{len(pixels)} samples"
     count = f"{len(pixels)} {kind.parts} of " if kind.parts else ""

@@ -13,7 +13,7 @@ from hydrarun.cli.recipe import pixel_digest as pixels
 from hydrarun.config.recipes.metadata import Measured, Status, Verdict, take
 from hydrarun.config.recipes.yaml_loader import Refused
 from hydrarun.core.errors import RunError
-from hydrarun.outputs.media.read import read
+from hydrarun.outputs.media.read import read_output
 from hydrarun.outputs.reader import is_lossy
 from hydrarun.outputs.writer import pixels_sha256
 
@@ -79,13 +79,13 @@ def is_folder(path: str) -> bool:
 
 def drawn(record: Mapping[str, Any], folder: Path) -> np.ndarray:
     """The pixels of a run's first output, as its file holds them."""
-    return read(folder / Path(record["outputs"][0]["path"]).name)[0]
+    return read_output(folder / Path(record["outputs"][0]["path"]).name)[0]
 
 
 def _output(output: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     kept = ("index", "prompt", "seed", "pixels_sha256", *EXTENT)
     path = folder / Path(output["path"]).name
-    found = read(path)[0]
+    found = read_output(path)[0]
     if not is_lossy(path) and pixels_sha256(found) != output["pixels_sha256"]:
         raise RunError(f"{path}: holds other pixels than the run drew")
     return {**{key: output[key] for key in kept if key in output}, "fingerprint": pixels.fingerprint(found)}

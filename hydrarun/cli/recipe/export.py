@@ -12,9 +12,7 @@ from typing import Any
 from hydrarun.cli.recipe import evidence, minimal
 from hydrarun.cli.recipe import pixel_digest as pixels
 from hydrarun.cli.recipe.preview import drawn, quoted
-from hydrarun.config import targets
-from hydrarun.config.checks import compatibility as compat
-from hydrarun.config.checks.values import check_values
+from hydrarun.config.checks.configuration import check_configuration
 from hydrarun.config.compose import compose
 from hydrarun.config.prompts import LINE
 from hydrarun.config.recipes import file
@@ -85,9 +83,7 @@ def checked(record: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UsageError("recipe export: run.json holds no configuration.")
     config = filled(expand(config))
-    targets.check(config)
-    check_values(config)
-    compat.check(config)
+    check_configuration(config)
     if any("images" in line for line in config["input"]["prompts"] or ()):
         raise UsageError(
             "recipe export: the run's prompts have input images of their own: export a run of one of them."

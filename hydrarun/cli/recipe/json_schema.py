@@ -24,7 +24,7 @@ Schema = dict[str, Any]
 PLAIN = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
 
 #: sections that are filled by the options of a group of `_target_` nodes
-NODES = ("cache", "attention", "compile", "quantization", "offload")
+NODES = ("scheduler", "cache", "attention", "compile", "quantization", "offload")
 
 #: what a recipe may not set
 BARRED = ("report.twins", "compile.cache_dir")

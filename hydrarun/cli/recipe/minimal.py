@@ -14,7 +14,7 @@ from hydrarun.core import resources
 from hydrarun.outputs.provenance import asked
 
 #: groups whose option is found by what the configuration has; `model` goes by its name, `cache/predictor` comes after
-GROUPS = ("parallel", "attention", "compile", "quantization", "offload", "cache")
+GROUPS = ("scheduler", "parallel", "attention", "compile", "quantization", "offload", "cache")
 PREDICTOR = "cache/predictor"
 TARGET = "_target_"
 

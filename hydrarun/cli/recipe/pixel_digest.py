@@ -22,7 +22,7 @@ def fingerprint(pixels: np.ndarray) -> str:
     Of a video ([F, H, W, 3]) those of its first, middle and last frame; of layers ([L, H, W, 4]) of each, with alpha;
     of a sound ([samples, channels]) how loud it is in each of 768 parts of its time.
     """
-    kind = kinds.of(pixels)
+    kind = kinds.kind_of(pixels)
     if kind is kinds.SOUND:
         return base64.b64encode(loudness(pixels).tobytes()).decode()
     frames = [*pixels] if kind is kinds.LAYERS else [pixels]
@@ -53,7 +53,7 @@ def psnr(one: str, other: str) -> float:
 
 def sample(pixels: np.ndarray) -> bytes:
     """A WEBP file of what stands for an output (`Kind.still`), at most 256 pixels wide and high."""
-    image = Image.fromarray(kinds.of(pixels).still(pixels))
+    image = Image.fromarray(kinds.kind_of(pixels).still(pixels))
     image.thumbnail((SAMPLE, SAMPLE))
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=85)

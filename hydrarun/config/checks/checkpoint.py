@@ -20,8 +20,8 @@ SHARED_HEADS = "num_key_value_attention_heads"
 
 def check_folder_fit(config: dict[str, Any], folder: Path) -> None:
     """Refuse what the checkpoint in `folder` cannot make or would ignore; says nothing where its JSON does not tell."""
-    vae, transformer = (read(folder / name / "config.json") for name in ("vae", "transformer"))
-    check_configs(config, read(folder / "model_index.json"), vae, transformer)
+    vae, transformer = (read_json(folder / name / "config.json") for name in ("vae", "transformer"))
+    check_configs(config, read_json(folder / "model_index.json"), vae, transformer)
 
 
 def check_configs(
@@ -105,8 +105,8 @@ def check_experts(model: Mapping[str, Any], index: Mapping[str, Any]) -> None:
 def check_fitted(config: Mapping[str, Any], index: Mapping[str, Any]) -> None:
     """Raises `UsageError` for TeaCache coefficients that were fitted with another scheduler than the run's."""
     fit = (config["cache"].get("gate") or {}).get("fit")
-    chosen = config["model"]["scheduler"]
-    name = chosen["_target_"].rpartition(".")[2] if chosen else (index.get("scheduler") or [None, None])[1]
+    chosen = config["scheduler"].get("_target_") or (config["model"]["scheduler"] or {}).get("_target_")
+    name = chosen.rpartition(".")[2] if chosen else (index.get("scheduler") or [None, None])[1]
     if fit and fit["scheduler"] and name and name != fit["scheduler"]:
         raise UsageError(
             f"cache.gate.fit: the coefficients were fitted with {fit['scheduler']}, not {name}; make them for it:"
@@ -187,7 +187,7 @@ def check_guidance_scale(scale: float | None, distilled: bool) -> None:
         )
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one where there is none to read: loading says what is wrong with it."""
     try:
         content = json.loads(path.read_text())

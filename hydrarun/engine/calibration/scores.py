@@ -21,7 +21,7 @@ class Scores:
             try:
                 self.scores[tuple(row["steps"])] = float(row["score"])
             except (KeyError, TypeError):
-                raise self.ledger.damaged(number) from None
+                raise self.ledger.damage_error(number) from None
 
     def add(self, steps: Steps, score: float) -> None:
         """Keep a score; when this returns the disk has it."""

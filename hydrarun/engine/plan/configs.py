@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from hydrarun.config.checks.checkpoint import read
+from hydrarun.config.checks.checkpoint import read_json
 from hydrarun.config.hub import local_folder, snapshot
 from hydrarun.core.errors import UsageError
 from hydrarun.core.resources import PACKAGE
@@ -68,12 +68,15 @@ def find(model: dict[str, Any]) -> Configs:
 
 def of_folder(path: Path) -> Configs:
     """Raises `UsageError` for a folder without an index."""
-    index = read(path / "model_index.json")
+    index = read_json(path / "model_index.json")
     if not index:
         raise UsageError(f"{path / 'model_index.json'}: not the index of a diffusers pipeline")
     found = Configs(path, index, {}, str(path))
     found.components = {
-        name: read(path / name / file) for name in found.entries for file in FILES if (path / name / file).is_file()
+        name: read_json(path / name / file)
+        for name in found.entries
+        for file in FILES
+        if (path / name / file).is_file()
     }
     return found
 

@@ -34,6 +34,7 @@ from hydrarun.models.transformer import Transformer
 from hydrarun.outputs.media import images, kinds
 from hydrarun.pipeline.components import quiet_libraries
 from hydrarun.pipeline.request import make_state
+from hydrarun.pipeline.schedulers import make_scheduler, saved_scheduler
 from hydrarun.pipeline.stage import Parts, Stage
 from hydrarun.pipeline.state import State
 from hydrarun.pipeline.vae import arrange_vae
@@ -55,7 +56,7 @@ def rehearse(config: dict[str, Any], configs: Configs, dtype: torch.dtype) -> Re
     meter = Meter()
     with pretended_ranks(config["parallel"]) as mesh, quiet_libraries():
         stages: list[Stage] = [instantiate(node, f"model.stages[{i}]") for i, node in enumerate(model["stages"])]
-        scheduler = instantiate(model["scheduler"], "model.scheduler") if model["scheduler"] else None
+        scheduler = make_scheduler(config, saved_scheduler(configs.index, configs.components.get("scheduler", {})))
         made = stand_ins.modules(configs, dtype, vae_dtype)
         pipeline = stand_ins.pipeline(load_class(model["pipeline"], "model.pipeline"), configs, made, scheduler, meter)
         cls = load_class(model["transformer"], "model.transformer")
@@ -128,7 +129,7 @@ def given_images(config: dict[str, Any]) -> list[Image.Image]:
     """The input images; where they are yet to be given, as many blank ones of a megapixel as there must be."""
     paths, alpha = image_paths(config), kinds.drawn_by(config["model"]).alpha
     if paths:
-        return [images.read(path, alpha).image for path in paths]
+        return [images.read_image(path, alpha).image for path in paths]
     return [Image.new("RGBA" if alpha else "RGB", (1024, 1024)) for _ in range(config["model"]["input_images"][0])]
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hydrarun.config import batches, targets
+from hydrarun.config import batches
 from hydrarun.config.checks import compatibility as compat
 from hydrarun.config.checks.checkpoint import check_configs
-from hydrarun.config.checks.values import check_values
+from hydrarun.config.checks.configuration import check_parts
 from hydrarun.config.compose import Origin
 from hydrarun.core.distributed.degrees import world_size
 from hydrarun.core.errors import UsageError
@@ -46,10 +46,9 @@ class Plan:
 
 def make(config: dict[str, Any], origin: Origin | None = None) -> Plan:
     """The plan of a composed configuration. Raises `UsageError` for values that cannot be."""
-    targets.check(config, origin)
     device = chosen(config)
     config = batches.resolved({**config, "device": device.kind, "plan": {"auto": False, "device": None}})
-    check_values(with_images(config), origin)
+    check_parts(with_images(config), origin)
     ranks = world_size(config["parallel"])
     conflicts = list(dict.fromkeys(text for _, one in batches.each(config) for text in compat.lines(one)))
     if conflicts:

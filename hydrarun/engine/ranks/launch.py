@@ -92,10 +92,11 @@ def kept(action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Abst
         return recorded(config, Path(arguments["output_dir"]))
     if action == "batches":
         from hydrarun.core.progress import Progress
-        from hydrarun.engine.runs import batch as batch_run
+        from hydrarun.engine.runs.batch import BatchPlan, recording_failures
         from hydrarun.outputs.writer import now
 
-        return batch_run.told(batch_run.Todo(config, Path(arguments["output_dir"]), Progress()), now())
+        folder = Path(arguments["output_dir"])
+        return recording_failures(lambda: BatchPlan(config, folder, Progress()), now())
     return nullcontext()
 
 
@@ -150,14 +151,14 @@ def run(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     config = fitted(config)
     check_size(config["parallel"])
     if batches.batched(config):
-        from hydrarun.engine.runs import batch as batch_run
+        from hydrarun.engine.runs.batch import run_batches
 
-        return batch_run.run(config, output_dir, lambda job: place(config).do("batches", config, job))
-    return place(config).do("run", config, {"output_dir": str(output_dir)})
+        return run_batches(config, output_dir, lambda job: executor_for(config).do("batches", config, job))
+    return executor_for(config).do("run", config, {"output_dir": str(output_dir)})
 
 
-def place(config: dict[str, Any]) -> Local | Ranks | Torchrun:
-    """Where `config` is run: what the last run was in, if that will do."""
+def executor_for(config: dict[str, Any]) -> Local | Ranks | Torchrun:
+    """What runs `config`: what ran the last one, if that will do."""
     global _kept
     kind = Local if world_size(config["parallel"]) == 1 else Torchrun if is_rank() else Ranks
     if not isinstance(_kept, kind):

@@ -42,6 +42,7 @@ CONNECT = timedelta(minutes=2)
 #: what a runner is built from; jobs that agree in these share one
 BUILT_FROM = (
     "model",
+    "scheduler",
     "parallel",
     "attention",
     "offload",
@@ -94,9 +95,10 @@ class Session:
                 return follow_single(runner, config)
             return run_single(runner, config, Path(arguments["output_dir"]))
         if action == "batches":
-            from hydrarun.engine.runs import batch_worker as batch_draw
+            from hydrarun.config.batches import BatchJob
+            from hydrarun.engine.runs import batch_worker
 
-            return batch_draw.draw(runner, config, Path(arguments["output_dir"]), arguments["left"])
+            return batch_worker.draw_batches(runner, config, BatchJob.from_json(arguments, config))
         if action == "generate":
             drawn = runner.generate(**arguments["sampling"])
             return keep(drawn, Path(arguments["folder"])) if self.place.rank == 0 else None

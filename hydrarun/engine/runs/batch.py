@@ -1,6 +1,6 @@
-"""A run of batches from the driver's side: what is left to do, again after a failure, and run.json at the end.
+"""The driver's side of a run of batches: has the ranks draw what is missing, retries what failed, writes run.json.
 
-The ledger says what is there. The same command again goes on from it, whatever ended the last one.
+The ledger says which pictures are there. The same command continues from it, however the last one ended.
 """
 
 from __future__ import annotations
@@ -8,162 +8,175 @@ from __future__ import annotations
 import fcntl
 import shutil
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydrarun.config import batches
-from hydrarun.config.batches import Config
+from hydrarun.config.batches import BatchJob, Config, PendingBatch
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.core.progress import Progress
-from hydrarun.engine.runs.batch_ledger import Book
+from hydrarun.engine.runs.batch_ledger import BatchLedger
 from hydrarun.outputs.writer import now, write_run
 
-LOCK = ".lock"
+LOCK_FILE = ".lock"
 
 #: pictures, videos and run.json under their temporary names
 HALF_WRITTEN = (".[0-9][0-9][0-9][0-9]*-*.tmp", ".run.json.*.tmp")
 
-#: a job for this process or its ranks: to draw what is `left` into `output_dir`
-Do = Callable[[dict[str, Any]], None]
+#: has this process, or the ranks, do a `BatchJob` (as JSON)
+DoJob = Callable[[dict[str, Any]], Any]
 
 
-def run(config: Config, folder: Path, do: Do) -> dict[str, Any]:
-    """Draw into `folder` what is not there yet; returns run.json.
+def run_batches(config: Config, folder: Path, do_job: DoJob) -> dict[str, Any]:
+    """Draw every picture that is not in `folder` yet; returns run.json.
 
-    Raises RunError if any picture could not be made, after all others are; what `do` raises before it begins with a
-    picture; and UsageError of one, which may well be that of others.
+    Raises RunError at the end if any picture could not be made. Stops at once, and raises the error of `do_job`, if
+    that fails before any batch is begun, or with a UsageError, which other batches may well raise too.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        clear_away(folder)
-        todo = Todo(config, folder, Progress())
+    with lock_folder(folder):
+        remove_half_written(folder)
+        plan = BatchPlan(config, folder, Progress())
         created = now()
-        with told(todo, created):
-            todo.work(do)
-        record = write_run(folder, todo.book().summary(created, todo.done(), None))
-    todo.progress.table(record, folder)
+        with recording_failures(lambda: plan, created):
+            plan.draw_all(do_job)
+        record = write_run(folder, plan.summarize(created, None))
+    plan.progress.table(record, folder)
     if record["status"] == "failed":
         raise RunError(f"{record['error']['message']}\nThe same command again tries them: {folder}")
     return record
 
 
 @contextmanager
-def told(todo: Todo, created: str) -> Iterator[None]:
-    """Where the block is left by an exception, Ctrl-C too, run.json says what is there."""
+def recording_failures(open_plan: Callable[[], BatchPlan], created: str) -> Iterator[None]:
+    """Write run.json if the block raises, Ctrl-C included, and any batch was begun. `open_plan` is called only then."""
     try:
         yield
     except BaseException as error:
-        if todo.book().rows("begun"):
-            write_run(todo.folder, todo.book().summary(created, todo.done(), error))
+        plan = open_plan()
+        if plan.ledger.select_rows("begun"):
+            write_run(plan.folder, plan.summarize(created, error))
         raise
 
 
-class Todo:
-    """What is left of a run."""
+class BatchPlan:
+    """The items and batches of a run, and its ledger: what is there, and what is left to draw."""
 
     def __init__(self, config: Config, folder: Path, progress: Progress) -> None:
+        """Opens the ledger. Raises UsageError as `BatchLedger` does."""
         self.config = config
         self.folder = folder
         self.progress = progress
         self.items = batches.items(config)
-        self.every = batches.together(self.items, batches.limit(config))
-        self.names = self.book().names(self.items)
-        self.known: dict[int, dict[str, Any]] = {}
+        self.batches = batches.together(self.items, batches.limit(config))
+        self.ledger = BatchLedger(folder, config)
+        self.file_names = self.ledger.name_files(self.items)
+        self.verified: dict[int, dict[str, Any]] = {}
 
-    def book(self) -> Book:
-        """The ledger as it is now: a rank may have added to it."""
-        return Book(self.folder, self.config)
+    def find_done(self) -> dict[int, dict[str, Any]]:
+        """The records of the pictures that are there, by index. A file that was verified is not read again."""
+        self.verified = self.ledger.find_done(self.file_names, self.verified)
+        return self.verified
 
-    def done(self) -> dict[int, dict[str, Any]]:
-        """The records of what is there, by their places."""
-        self.known = self.book().done(self.names, self.known)
-        return self.known
+    def find_missing(self, numbers: Iterable[int]) -> list[PendingBatch]:
+        """Those of these batches that are not complete.
 
-    def left(self, among: Sequence[int]) -> dict[int, list[int]]:
-        """Of these batches, by their numbers, the places of pictures that are not there.
-
-        What was begun before comes last: if it takes the process down with it, the others are there by then.
+        Batches that were begun before come last: if one of them ends the process, the others are there by then.
         """
-        done, begun = self.done(), self.book().begun()
-        left = {number: [item.index for item in self.every[number] if item.index not in done] for number in among}
-        order = sorted(left, key=lambda number: begun[self.every[number][0].index])
-        return {number: left[number] for number in order if left[number]}
+        done, starts = self.find_done(), self.ledger.count_starts()
+        order = sorted(numbers, key=lambda number: starts[self.batches[number][0].index])
+        pending = [
+            PendingBatch(number, items, tuple(item.index for item in items if item.index not in done))
+            for number, items in ((number, self.batches[number]) for number in order)
+        ]
+        return [batch for batch in pending if batch.missing]
 
-    def work(self, do: Do) -> None:
-        """Draw everything; what failed again as often as `retry` says."""
-        self.tell()
+    def draw_all(self, do_job: DoJob) -> None:
+        """Draw everything that is missing, and what failed as often again as `retry` says."""
+        self.print_done()
         for attempt in range(self.config["retry"] + 1):
-            left = self.left(range(len(self.every)))
-            if not left:
+            pending = self.find_missing(range(len(self.batches)))
+            if not pending:
                 return
             if attempt:
-                self.progress.note(
-                    f"once more, {attempt} of {self.config['retry']}: {sum(map(len, left.values()))} failed"
-                )
-            if not self.through(do, left) and self.config["fail_fast"]:
+                count = sum(len(batch.missing) for batch in pending)
+                self.progress.note(f"once more, {attempt} of {self.config['retry']}: {count} failed")
+            if not self.draw_once(do_job, pending) and self.config["fail_fast"]:
                 return
 
-    def through(self, do: Do, left: dict[int, list[int]]) -> bool:
-        """Draw these batches, and go on behind one that fails; whether none did."""
-        before = len(self.book().rows("failed"))
-        while left:
-            rows = len(self.book().ledger.rows)
+    def draw_once(self, do_job: DoJob, pending: list[PendingBatch]) -> bool:
+        """Draw these batches, and continue behind one that fails. Returns whether no picture failed."""
+        failures = len(self.ledger.select_rows("failed"))
+        while pending:
+            row_count = self.ledger.row_count
             try:
-                do({"output_dir": str(self.folder), "left": {str(number): places for number, places in left.items()}})
+                self.send_job(do_job, pending)
                 break
             except OSError:
                 raise
             except Exception as error:
-                number = self.culprit(rows)
-                if number is None:  # nothing was begun
+                number = self.find_last_begun(row_count)
+                if number is None:
                     raise
-                self.failed(number, error, rows)
-                if isinstance(error, UsageError):  # the others may well fail alike
-                    raise UsageError(f"{self.place(number)}{error}") from None
+                self.record_failure(number, error, row_count)
+                if isinstance(error, UsageError):  # the other batches may well fail alike
+                    raise UsageError(f"{self.format_line(number)}{error}") from None
                 if self.config["fail_fast"]:
                     break
-                numbers = list(left)
-                left = self.left(numbers[numbers.index(number) + 1 :])
-        return len(self.book().rows("failed")) == before
+                numbers = [batch.number for batch in pending]
+                pending = self.find_missing(numbers[numbers.index(number) + 1 :])
+        return len(self.ledger.select_rows("failed")) == failures
 
-    def culprit(self, rows: int) -> int | None:
-        """The number of the batch that was drawn last since the ledger had so many rows; None: there was none."""
-        drawing = [row["drawing"] for row in self.book().ledger.rows[rows:] if "drawing" in row]
+    def send_job(self, do_job: DoJob, pending: list[PendingBatch]) -> None:
+        """Have these batches drawn, then read what rank 0 has added to the ledger, also after a failure."""
+        job = BatchJob(self.folder, pending, len(self.batches))
+        try:
+            do_job(job.to_json(self.config))
+        finally:
+            self.ledger.refresh()
+
+    def find_last_begun(self, row_count: int) -> int | None:
+        """The number of the last batch begun since the ledger had `row_count` rows; None if there was none."""
+        drawing = self.ledger.select_rows("drawing", row_count)
         if not drawing:
             return None
-        return next(number for number, batch in enumerate(self.every) if batch[0].index == drawing[-1][0])
+        return next(number for number, items in enumerate(self.batches) if items[0].index == drawing[-1][0])
 
-    def place(self, number: int) -> str:
-        """The line that a batch begins with, to say what is wrong there."""
-        line = self.every[number][0].line
+    def format_line(self, number: int) -> str:
+        """The start of a message about a batch: the line of its first item; empty without a file of prompts."""
+        line = self.batches[number][0].line
         return f"line {line} of input.prompts: " if line else ""
 
-    def failed(self, number: int, error: Exception, rows: int) -> None:
-        """Keep and say that a batch failed, if a rank did not since the ledger had so many rows."""
-        book, places = self.book(), self.left([number]).get(number, [])
-        known = {place for row in book.ledger.rows[rows:] if "failed" in row for place in row["failed"]["indices"]}
-        if new := [place for place in places if place not in known]:
-            book.fail(new, error)
-            foreseen = isinstance(error, (RunError, UsageError))
-            said = str(error) if foreseen else "".join(traceback.format_exception(error)).rstrip()
-            self.progress.note(f"failed: {said}")
+    def record_failure(self, number: int, error: Exception, row_count: int) -> None:
+        """Record and print that a batch failed, unless a rank has done so since the ledger had `row_count` rows."""
+        recorded = {index for row in self.ledger.select_rows("failed", row_count) for index in row["indices"]}
+        missing = [index for batch in self.find_missing([number]) for index in batch.missing]
+        if new := [index for index in missing if index not in recorded]:
+            self.ledger.record_failure(new, error)
+            expected = isinstance(error, (RunError, UsageError))
+            text = str(error) if expected else "".join(traceback.format_exception(error)).rstrip()
+            self.progress.note(f"failed: {text}")
 
-    def tell(self) -> None:
-        """Say what is there already."""
-        done, book = self.done(), self.book()
-        if gone := book.broken(self.names, done):
-            self.progress.note(f"drawn again, because the file is gone or not what was written: {', '.join(gone)}")
+    def print_done(self) -> None:
+        """Say how many pictures are there, and which files must be drawn again."""
+        done = self.find_done()
+        if broken := self.ledger.list_broken(self.file_names, done):
+            self.progress.note(f"drawn again, because the file is gone or not what was written: {', '.join(broken)}")
         if done:
             known = f"{len(done)} of {len(self.items)} are there and verified"
             self.progress.note(f"{known}, {len(self.items) - len(done)} to draw: {self.folder}")
 
+    def summarize(self, created: str, stopped: BaseException | None) -> dict[str, Any]:
+        """What run.json says of the run so far; `stopped`: the error that ended it early."""
+        return self.ledger.summarize(self.items, self.find_done(), created, stopped)
+
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from drawing into the same folder meanwhile. Raises UsageError."""
-    with (folder / LOCK).open("w") as file:
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other processes from drawing into `folder` while the block runs. Raises UsageError if one does already."""
+    with (folder / LOCK_FILE).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -171,8 +184,8 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def clear_away(folder: Path) -> None:
-    """Take away what a process that was killed had half written; in a folder of the user's nothing else."""
+def remove_half_written(folder: Path) -> None:
+    """Remove the temporary files that a killed run left; the user's own files stay."""
     for pattern in HALF_WRITTEN:
         for path in folder.glob(pattern):
             if path.is_dir():

@@ -1,170 +1,178 @@
-"""A run of batches on one rank: draws those that are left, and keeps what became of each picture in the ledger."""
+"""One rank's side of a run of batches: draws what the driver sends. Rank 0 writes files, and rows of the ledger."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from hydrarun.config import batches
-from hydrarun.config.batches import Config, Item
+from hydrarun.config.batches import BatchJob, Config, PendingBatch, configuration
 from hydrarun.core.device import HOST
 from hydrarun.core.distributed.rank import rank_info
 from hydrarun.core.errors import RunError
 from hydrarun.core.timing import Timings
 from hydrarun.engine.runner import Runner, pictures
-from hydrarun.engine.runs.batch_ledger import Book
+from hydrarun.engine.runs.batch_ledger import LEDGER_FILE, describe_failure
 from hydrarun.engine.runs.quality import follow_measuring, measure
 from hydrarun.engine.runs.single import describe_image, with_quality
+from hydrarun.outputs.journal import append_row
 from hydrarun.outputs.media.images import InputImage
 from hydrarun.outputs.provenance import redact
 from hydrarun.outputs.writer import OutputWriter, Picture
 from hydrarun.pipeline.stage import Stage
 from hydrarun.pipeline.state import State
 
-#: batches whose prompts are encoded one after the other, before the text encoder leaves the device
-AHEAD = 32
+#: how many batches have their prompts encoded before a text encoder that is offloaded leaves the device
+ENCODED_AHEAD = 32
 
 
-class Begun(NamedTuple):
-    """A batch whose prompts are encoded."""
+class EncodedBatch(NamedTuple):
+    """A batch whose prompts are encoded; `config`: that of a run of this batch alone."""
 
-    number: int
+    batch: PendingBatch
     config: Config
-    items: Sequence[Item]
-    given: list[InputImage]
+    images: list[InputImage]
     state: State
-    own: State
+    #: this rank's share of `state`
+    local_state: State
     timings: Timings
+    #: what encoding took
     seconds: float
 
 
-def draw(runner: Runner, config: Config, folder: Path, left: Mapping[str, Sequence[int]]) -> None:
-    """Draw batches of the run that `config` asks for. `left`: by their numbers, their pictures that are not there yet.
+def draw_batches(runner: Runner, config: Config, job: BatchJob) -> None:
+    """Draw the batches of `job`, which are of the run that `config` asks for.
 
-    A picture that cannot be written is kept as failed, and the others go on; what else fails ends it.
+    A picture that cannot be written is recorded as failed, and the others are drawn. Any other error ends the job.
     """
-    every = batches.together(batches.items(config), batches.limit(config))
-    todo = [(int(number), every[int(number)]) for number in left]
-    keep = Keeper(runner, Book(folder, config), left, len(every)) if rank_info().rank == 0 else None
-    moves = "text_encoder" in runner.built.parts.offload.moves
-    size = AHEAD if moves else 1
-    for start in range(0, len(todo), size):
-        begun = [begin(runner, config, *batch, keep, first=batch == todo[0]) for batch in todo[start : start + size]]
-        for batch in begun:
-            finish(runner, batch, keep)
+    writer = BatchWriter(runner, job, config["fail_fast"]) if rank_info().rank == 0 else None
+    offloaded = "text_encoder" in runner.built.parts.offload.moves
+    size = ENCODED_AHEAD if offloaded else 1
+    for start in range(0, len(job.batches), size):
+        group = job.batches[start : start + size]
+        encoded = [encode_batch(runner, config, batch, writer, batch is job.batches[0]) for batch in group]
+        for batch in encoded:
+            draw_batch(runner, batch, writer)
 
 
-def begin(
-    runner: Runner, config: Config, number: int, items: Sequence[Item], keep: Keeper | None, first: bool
-) -> Begun:
-    """Encode a batch's prompts; what comes of it waits on the host. Before the `first` is where a run warms up."""
-    own_config = batches.configuration(config, items)
+def encode_batch(
+    runner: Runner, config: Config, batch: PendingBatch, writer: BatchWriter | None, warm_up: bool
+) -> EncodedBatch:
+    """Encode a batch's prompts; the result waits in host memory. `warm_up`: whether the run warms up before it."""
+    own_config = configuration(config, batch.items)
     timings = Timings(runner.built.parts.device)
     start = time.perf_counter()
-    if keep:
-        keep.drawing(items)
-    given = runner.read_images(own_config)
-    if first:
-        runner.warm_up(own_config, given, timings)
-    state = runner.state(own_config, given)
-    own = runner.own(state)
-    runner.play(encoding(runner.built.stages), state, own, timings, own_config["cache"])
-    move(own, HOST)
-    return Begun(number, own_config, items, given, state, own, timings, time.perf_counter() - start)
+    if writer:
+        writer.record_start(batch)
+    images = runner.read_images(own_config)
+    if warm_up:
+        runner.warm_up(own_config, images, timings)
+    state = runner.state(own_config, images)
+    local_state = runner.own(state)
+    runner.play(select_encoding(runner.built.stages), state, local_state, timings, own_config["cache"])
+    move_state(local_state, HOST)
+    return EncodedBatch(batch, own_config, images, state, local_state, timings, time.perf_counter() - start)
 
 
-def finish(runner: Runner, batch: Begun, keep: Keeper | None) -> None:
-    """Draw a batch whose prompts are encoded; on rank 0 its pictures are written."""
-    start = time.perf_counter() - batch.seconds
-    if keep:
-        keep.drawing(batch.items)
-        runner.progress.note(keep.title(batch))
-    move(batch.own, runner.built.parts.device)
+def draw_batch(runner: Runner, encoded: EncodedBatch, writer: BatchWriter | None) -> None:
+    """Run the stages behind the encoding; rank 0 writes the pictures, the others take part in measuring them."""
+    start = time.perf_counter() - encoded.seconds
+    if writer:
+        writer.record_start(encoded.batch)
+        runner.progress.note(writer.format_title(encoded.batch))
+    state, local_state = encoded.state, encoded.local_state
+    move_state(local_state, runner.built.parts.device)
     stages = runner.built.stages
-    runner.play(stages[len(encoding(stages)) :], batch.state, batch.own, batch.timings, batch.config["cache"])
-    drawn = pictures(runner.whole(batch.state, batch.own))
-    if keep:
-        keep.batch(batch, drawn, start)
-    elif batch.config["report"]["metrics"]:
-        follow_measuring(runner, batch.config, batch.given)
+    rest = stages[len(select_encoding(stages)) :]
+    runner.play(rest, state, local_state, encoded.timings, encoded.config["cache"])
+    drawn = pictures(runner.whole(state, local_state))
+    if writer:
+        writer.write_batch(encoded, drawn, start)
+    elif encoded.config["report"]["metrics"]:
+        follow_measuring(runner, encoded.config, encoded.images)
     runner.again()
 
 
-def encoding(stages: Sequence[Stage]) -> Sequence[Stage]:
+def select_encoding(stages: Sequence[Stage]) -> Sequence[Stage]:
     """The first stages, up to the last one that computes with the text encoder."""
     last = max((place for place, stage in enumerate(stages) if "text_encoder" in stage.uses), default=-1)
     return stages[: last + 1]
 
 
-def move(state: State, device: torch.device) -> None:
-    """Take what stages gave to the device."""
+def move_state(state: State, device: torch.device) -> None:
+    """Move the tensors that stages have put into `state` to `device`."""
     for name in State.stage_fields():
-        given = getattr(state, name)
-        setattr(state, name, tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, given))
+        value = getattr(state, name)
+        setattr(state, name, tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, value))
 
 
-class Keeper:
-    """Writes pictures and rows of the ledger, on rank 0."""
+class BatchWriter:
+    """Rank 0's files, and its rows of the ledger. It appends rows without reading any: the driver has done that."""
 
-    def __init__(self, runner: Runner, book: Book, left: Mapping[str, Sequence[int]], count: int) -> None:
+    def __init__(self, runner: Runner, job: BatchJob, fail_fast: bool) -> None:
+        """Records that this process is ready to draw: what it uses, and what loading took."""
         self.runner = runner
-        self.book = book
-        self.left = left
-        self.count = count
+        self.job = job
+        self.fail_fast = fail_fast
+        self.last_row: dict[str, Any] = {}
         loading = {"load_s": runner.load_s, **runner.read(), "total_s": runner.load_s}
-        book.add("begun", {"facts": redact(runner.facts()), "timings": loading, "memory": runner.memory()})
+        self.add_row("begun", {"facts": redact(runner.facts()), "timings": loading, "memory": runner.memory()})
         runner.again()
 
-    def drawing(self, items: Sequence[Item]) -> None:
-        """Keep that these are begun: if nothing more is heard of them, they are what failed."""
-        row = {"drawing": [item.index for item in items]}
-        if self.book.ledger.rows[-1] != row:
-            self.book.ledger.add(row)
+    def add_row(self, kind: str, content: Any) -> None:
+        """Append a row to the ledger."""
+        self.last_row = {kind: content}
+        append_row(self.job.output_dir / LEDGER_FILE, self.last_row)
 
-    def title(self, batch: Begun) -> str:
-        """A line about a batch that is drawn now."""
+    def record_start(self, batch: PendingBatch) -> None:
+        """Record that a batch is begun: if the process ends without another row, this batch is what failed."""
+        indices = [item.index for item in batch.items]
+        if self.last_row != {"drawing": indices}:
+            self.add_row("drawing", indices)
+
+    def format_title(self, batch: PendingBatch) -> str:
+        """The line that announces a batch."""
         pairs = [(item.sampling["prompt"][:60], item.sampling["seed"]) for item in batch.items[:3]]
         texts = ", ".join(f"{prompt!r} (seed {seed})" for prompt, seed in pairs)
         more = f" and {len(batch.items) - 3} more" if len(batch.items) > 3 else ""
-        return f"[{batch.number + 1}/{self.count}] {texts}{more}"
+        return f"[{batch.number + 1}/{self.job.total}] {texts}{more}"
 
-    def batch(self, batch: Begun, drawn: list[Picture], start: float) -> None:
-        """Write a batch's pictures, measure them, and keep what became of them."""
-        runner = self.runner
-        facts = {**runner.facts(), "inputs": [describe_image(image) for image in batch.given]}
-        places = [item.index for item in batch.items]
-        metadata = batch.config["output"]["metadata"]
-        writer = OutputWriter(self.book.folder, batch.config, facts, metadata, places)
-        refused = list(self.save(writer, batch, drawn, runner.measured(batch.timings, start)))
-        results = runner.results(batch.timings, start)
-        if batch.config["report"]["metrics"]:
-            measured = measure(runner, batch.config, batch.given, drawn, writer.facts, results)
+    def write_batch(self, encoded: EncodedBatch, drawn: list[Picture], start: float) -> None:
+        """Write a batch's pictures, measure them, and record the results."""
+        runner, config = self.runner, encoded.config
+        facts = {**runner.facts(), "inputs": [describe_image(image) for image in encoded.images]}
+        indices = [item.index for item in encoded.batch.items]
+        writer = OutputWriter(self.job.output_dir, config, facts, config["output"]["metadata"], indices)
+        timings = runner.measured(encoded.timings, start)
+        refused = list(self.write_pictures(writer, encoded.batch, drawn, timings))
+        results = runner.results(encoded.timings, start)
+        if config["report"]["metrics"]:
+            measured = measure(runner, config, encoded.images, drawn, writer.facts, results)
             results = with_quality(results, measured)
             for record in writer.outputs:
-                record.update(measured.of_output(places.index(record["index"])))
-                self.book.add("done", record)
+                record.update(measured.of_output(indices.index(record["index"])))
+                self.add_row("done", record)
         results["timings"]["save_s"] = writer.save_s
         made = [record["index"] for record in writer.outputs]
-        self.book.add("drawn", {"outputs": made, **results, "inputs": writer.facts["inputs"]})
-        if refused and batch.config["fail_fast"]:
+        self.add_row("drawn", {"outputs": made, **results, "inputs": writer.facts["inputs"]})
+        if refused and self.fail_fast:
             raise refused[0]
 
-    def save(self, writer: OutputWriter, batch: Begun, drawn: list[Picture], timings: Any) -> Iterator[RunError]:
-        """Write each picture that is not there yet and can be; the errors of the others."""
-        wanted = self.left[str(batch.number)]
+    def write_pictures(
+        self, writer: OutputWriter, batch: PendingBatch, drawn: list[Picture], timings: Any
+    ) -> Iterator[RunError]:
+        """Write each picture that is missing; yields the errors of those that cannot be written."""
         for item, picture in zip(batch.items, drawn, strict=True):
-            if item.index not in wanted:
+            if item.index not in batch.missing:
                 writer.skip()
                 continue
             try:
-                self.book.add("done", writer.save(**vars(picture), timings=timings))
+                self.add_row("done", writer.save(**vars(picture), timings=timings))
             except RunError as error:
-                self.book.fail([item.index], error)
+                self.add_row("failed", describe_failure([item.index], error))
                 self.runner.progress.note(str(error))
                 yield error

@@ -119,7 +119,8 @@ def read_config(cls: type, path: Path, note: Callable[[str], None]) -> dict[str,
 
 def plan(transformer: Transformer, checkpoint: Checkpoint) -> list[Placement]:
     """Which of the checkpoint's tensors go where; every one must be used, and every place filled."""
-    placements = [place(transformer, name, tuple(value.shape)) for name, value in transformer.named_parameters()]
+    parameters = transformer.named_parameters()
+    placements = [find_placement(transformer, name, tuple(value.shape)) for name, value in parameters]
     shapes = checkpoint.shapes
     pieces = [piece for placement in placements for piece in placement.pieces]
     used = {piece.source for piece in pieces}
@@ -135,7 +136,7 @@ def plan(transformer: Transformer, checkpoint: Checkpoint) -> list[Placement]:
     return placements
 
 
-def place(transformer: Transformer, name: str, shape: Shape) -> Placement:
+def find_placement(transformer: Transformer, name: str, shape: Shape) -> Placement:
     """Where our parameter `name`, on this rank of `shape`, comes from."""
     sources = source_names(name, transformer.weight_map)
     owner, _, leaf = name.rpartition(".")

@@ -8,21 +8,21 @@ import numpy as np
 SQUARE, GREYS = 8, (204, 255)
 
 
-def premultiplied(pixels: np.ndarray) -> np.ndarray:
+def premultiply_alpha(pixels: np.ndarray) -> np.ndarray:
     """uint8 `[..., 4]` with the colours times alpha: what cannot be seen is equal."""
     alpha = pixels[..., 3:].astype(np.uint16)
     seen = (pixels[..., :3] * alpha + 127) // 255
     return np.concatenate([seen, alpha], axis=-1).astype(np.uint8)
 
 
-def comparable(pixels: np.ndarray) -> np.ndarray:
+def make_comparable(pixels: np.ndarray) -> np.ndarray:
     """Pixels as their difference counts: with alpha premultiplied, others as they are."""
-    return premultiplied(pixels) if pixels.shape[-1] == 4 else pixels
+    return premultiply_alpha(pixels) if pixels.shape[-1] == 4 else pixels
 
 
-def side_by_side(layers: np.ndarray) -> np.ndarray:
+def draw_side_by_side(layers: np.ndarray) -> np.ndarray:
     """Layers from left to right over a checkerboard: uint8 `[H, L * W, 3]`."""
-    seen = premultiplied(layers).astype(np.uint16)
+    seen = premultiply_alpha(layers).astype(np.uint16)
     rows, columns = np.indices(layers.shape[1:3]) // SQUARE
     board = np.where((rows + columns) % 2, *GREYS)[..., None]
     flat = seen[..., :3] + (255 - seen[..., 3:]) * board // 255

@@ -16,7 +16,7 @@ import numpy as np
 
 from hydrarun.core.errors import UsageError
 from hydrarun.core.files import write_flushed
-from hydrarun.outputs.media import png
+from hydrarun.outputs.media.png import encode_png, read_png
 
 MAX_BYTES = 2**31  # of one decoded video that is read: about 770 frames of 1280x720
 
@@ -26,13 +26,15 @@ STEMS = {"frames": ("frame", 5), "layers": ("layer", 1)}
 NAME = re.compile(r"frame-(\d{5,})\.png|layer-(\d+)\.png")
 
 
-def name(number: int, output_format: str = "frames") -> str:
+def frame_file_name(number: int, output_format: str = "frames") -> str:
     """The file name of a frame or layer, counted from 0."""
     stem, digits = STEMS[output_format]
     return f"{stem}-{number:0{digits}d}.png"
 
 
-def write(folder: Path, pixels: np.ndarray, texts: Sequence[Mapping[str, str]], output_format: str = "frames") -> None:
+def write_frames(
+    folder: Path, pixels: np.ndarray, texts: Sequence[Mapping[str, str]], output_format: str = "frames"
+) -> None:
     """Write `pixels` (uint8 [F, H, W, 3], or [L, H, W, 4]) as the files of `folder`; `texts`: the chunks of each.
 
     All or nothing: the folder appears when its last frame is on the disk, in the place of an older one.
@@ -41,13 +43,13 @@ def write(folder: Path, pixels: np.ndarray, texts: Sequence[Mapping[str, str]], 
         new = Path(temporary, "new")
         new.mkdir()
         for number, (frame, text) in enumerate(zip(pixels, texts, strict=True)):
-            write_flushed(new / name(number, output_format), png.encode(frame, text))
+            write_flushed(new / frame_file_name(number, output_format), encode_png(frame, text))
         if folder.exists():
             os.replace(folder, Path(temporary, "old"))
         os.replace(new, folder)
 
 
-def read(folder: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
+def read_frames(folder: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
     """The frames (uint8 [F, H, W, 3]) or layers ([L, H, W, 4]) of a folder by their numbers, and the first's recipe.
 
     The folder may be a stranger's: everything that can be wrong with it is a `UsageError` of one line.
@@ -60,13 +62,14 @@ def read(folder: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
     numbers = {"frames": [match[1] for match in matches], "layers": [match[2] for match in matches]}
     found = {form: sorted(int(one) for one in own if one) for form, own in numbers.items() if any(own)}
     if not found:
-        raise UsageError(f"{folder}: holds no {name(0)} and no {name(0, 'layers')}, as folders that can be read do")
+        first_frame, first_layer = frame_file_name(0), frame_file_name(0, "layers")
+        raise UsageError(f"{folder}: holds no {first_frame} and no {first_layer}, as folders that can be read do")
     form = next(iter(found))
-    files = [folder / name(number, form) for number in found[form]]
-    return stack(folder, (png.read(file)[0] for file in files)), png.read(files[0])[1]
+    files = [folder / frame_file_name(number, form) for number in found[form]]
+    return stack_frames(folder, (read_png(file)[0] for file in files)), read_png(files[0])[1]
 
 
-def stack(path: Path, frames: Iterable[np.ndarray]) -> np.ndarray:
+def stack_frames(path: Path, frames: Iterable[np.ndarray]) -> np.ndarray:
     """One array [F, H, W, 3] of frames (uint8 [H, W, 3], layers with alpha) that are made one by one.
 
     Raises UsageError, naming `path`, as soon as they are too many bytes or not of one size.

@@ -52,10 +52,10 @@ class InputImage:
 
 
 class _RefusedError(Exception):
-    """Why a file cannot be an input image; `read` puts the key and the path in front."""
+    """Why a file cannot be an input image; `read_image` puts the key and the path in front."""
 
 
-def read(path: str | Path, alpha: bool = False) -> InputImage:
+def read_image(path: str | Path, alpha: bool = False) -> InputImage:
     """The picture in a local file; `~` is the home folder. What is transparent is laid over white, or `alpha` kept.
 
     Raises UsageError, one line that starts with `input.images: PATH: `, for a file that is missing, damaged, of another
@@ -66,26 +66,26 @@ def read(path: str | Path, alpha: bool = False) -> InputImage:
     try:
         status = local.stat()
     except (OSError, ValueError):
-        return _read(str(path), local, alpha, None)  # raises
-    return _read(str(path), local, alpha, (status.st_ino, status.st_size, status.st_mtime_ns))
+        return _read_cached(str(path), local, alpha, None)  # raises
+    return _read_cached(str(path), local, alpha, (status.st_ino, status.st_size, status.st_mtime_ns))
 
 
 @lru_cache(maxsize=4)
-def _read(path: str, local: Path, alpha: bool, stamp: tuple[int, int, int] | None) -> InputImage:
+def _read_cached(path: str, local: Path, alpha: bool, stamp: tuple[int, int, int] | None) -> InputImage:
     """`stamp`: another one for every change of the file."""
     notes: list[str] = []
     try:
-        with _open(local) as file:
-            sha256 = _sha256(file)
-            image = _decode(file, notes)
-            turn = _turn(image, notes)
+        with _open_file(local) as file:
+            sha256 = _hash_file(file)
+            image = _decode_image(file, notes)
+            turn = _find_turn(image, notes)
     except _RefusedError as refused:
         raise UsageError(f"input.images: {path}: {refused}") from None
-    plain = _with_alpha(image, notes) if alpha else _over_white(image, notes)
+    plain = _keep_alpha(image, notes) if alpha else _lay_over_white(image, notes)
     return InputImage(plain if turn is None else plain.transpose(turn), local, sha256, "; ".join(notes) or None)
 
 
-def _open(path: Path) -> BinaryIO:
+def _open_file(path: Path) -> BinaryIO:
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -94,12 +94,12 @@ def _open(path: Path) -> BinaryIO:
             raise _RefusedError("not a regular file")
         return path.open("rb")
     except FileNotFoundError:
-        raise _RefusedError(_missing(path)) from None
+        raise _RefusedError(_describe_missing(path)) from None
     except (OSError, ValueError) as error:  # ValueError: a null character
         raise _RefusedError(getattr(error, "strerror", None) or str(error)) from None
 
 
-def _missing(path: Path) -> str:
+def _describe_missing(path: Path) -> str:
     if re.search(r"(^|/)[a-z][a-z0-9+.-]*:/", str(path), re.IGNORECASE):
         return "only local files can be read, not URLs: download it first"
     try:
@@ -108,21 +108,21 @@ def _missing(path: Path) -> str:
         return f"no such file, nor a folder {path.parent}"
 
 
-def _sha256(file: BinaryIO) -> str:
+def _hash_file(file: BinaryIO) -> str:
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
 
 
-def _decode(file: BinaryIO, notes: list[str]) -> Image.Image:
+def _decode_image(file: BinaryIO, notes: list[str]) -> Image.Image:
     """The image with all its pixels read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(file, formats=FORMATS)
-            _check(image, notes)
+            _check_header(image, notes)
             image.load()
             return image
     except _RefusedError:
@@ -135,7 +135,7 @@ def _decode(file: BinaryIO, notes: list[str]) -> Image.Image:
         raise _RefusedError(f"damaged or cut short: {error}") from None
 
 
-def _check(image: Image.Image, notes: list[str]) -> None:
+def _check_header(image: Image.Image, notes: list[str]) -> None:
     """Refuse by the header alone, before the pixels take time and memory."""
     frames = getattr(image, "n_frames", 1)
     if image.format == "MPO":  # a JPEG in which a camera left previews or depth behind the photo
@@ -155,7 +155,7 @@ def _check(image: Image.Image, notes: list[str]) -> None:
         )
 
 
-def _turn(image: Image.Image, notes: list[str]) -> Transpose | None:
+def _find_turn(image: Image.Image, notes: list[str]) -> Transpose | None:
     try:
         return UPRIGHT.get(image.getexif().get(Base.Orientation, 1))
     except Exception:  # the parser raises nearly anything for damaged EXIF data, and the pixels are good
@@ -163,35 +163,35 @@ def _turn(image: Image.Image, notes: list[str]) -> Transpose | None:
         return None
 
 
-def _over_white(image: Image.Image, notes: list[str]) -> Image.Image:
+def _lay_over_white(image: Image.Image, notes: list[str]) -> Image.Image:
     """A new RGB image without metadata, lest somebody turns it or converts its colours again."""
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     flat = Image.new("RGB", image.size, "white")
-    flat.paste(_srgb(image, notes), mask=alpha)
+    flat.paste(_convert_to_srgb(image, notes), mask=alpha)
     if alpha is not None and np.asarray(alpha).min() < 255:
         notes.append("transparency laid over white")
     return flat
 
 
-def _with_alpha(image: Image.Image, notes: list[str]) -> Image.Image:
+def _keep_alpha(image: Image.Image, notes: list[str]) -> Image.Image:
     """A new RGBA image without metadata; one without transparency is opaque."""
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")
-    found = Image.merge("RGBA", (*_srgb(image, notes).split(), Image.new("L", image.size, 255)))
+    found = Image.merge("RGBA", (*_convert_to_srgb(image, notes).split(), Image.new("L", image.size, 255)))
     if image.has_transparency_data:
         found.putalpha(image.convert("RGBA").getchannel("A"))
     return found
 
 
-def _srgb(image: Image.Image, notes: list[str]) -> Image.Image:
+def _convert_to_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
     """The colours (RGB), by the embedded profile if there is one that makes a difference."""
     plain = image.convert("RGB")
     if not image.info.get("icc_profile"):
         return plain
     try:
-        converted = _by_profile(image)
+        converted = _apply_profile(image)
     except (ImageCms.PyCMSError, OSError):
         notes.append("its colour profile cannot be used: taken as sRGB")
         return plain
@@ -200,7 +200,7 @@ def _srgb(image: Image.Image, notes: list[str]) -> Image.Image:
     return converted if spread > 2 else plain
 
 
-def _by_profile(image: Image.Image) -> Image.Image:
+def _apply_profile(image: Image.Image) -> Image.Image:
     source = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
     grey = image.mode in ("1", "L", "LA") and source.profile.xcolor_space == "GRAY"
     colours = image.convert("L" if grey else "CMYK" if image.mode == "CMYK" else "RGB")

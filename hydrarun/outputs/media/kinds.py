@@ -6,7 +6,7 @@ Arrays are uint8 `[H, W, 3]`, uint8 `[F, H, W, 3]`, uint8 `[L, H, W, 4]` and int
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ class Kind:
     """One of them."""
 
     one: str  # in sentences
-    many: str
     nameless: str  # in the name of a file whose prompt has no letters for it
     #: of `output.format`, those that hold it, with their files' suffixes, "" for a folder; the last is without loss
     formats: Mapping[str, str]
@@ -42,6 +41,11 @@ class Kind:
     parts: str | None = None
     #: whether pixels are RGBA, those of input images too
     alpha: bool = False
+
+    @property
+    def many(self) -> str:
+        """In sentences, of several."""
+        return f"{self.one}s"
 
     @property
     def lossless(self) -> str:
@@ -84,16 +88,16 @@ def _every_layer_empty(pixels: np.ndarray) -> str | None:
     """One layer may well be of one colour, or wholly transparent, but not all."""
     import numpy as np
 
-    from hydrarun.outputs.media.alpha import premultiplied
+    from hydrarun.outputs.media.alpha import premultiply_alpha
 
-    spreads = (int(np.ptp(layer[..., channel])) for layer in premultiplied(pixels) for channel in range(4))
+    spreads = (int(np.ptp(layer[..., channel])) for layer in premultiply_alpha(pixels) for channel in range(4))
     return None if max(spreads) > 1 else "one colour or transparent in every layer"
 
 
 def _side_by_side(pixels: np.ndarray) -> np.ndarray:
-    from hydrarun.outputs.media.alpha import side_by_side
+    from hydrarun.outputs.media.alpha import draw_side_by_side
 
-    return side_by_side(pixels)
+    return draw_side_by_side(pixels)
 
 
 def _silence(samples: np.ndarray) -> str | None:
@@ -109,9 +113,9 @@ def _middle(pixels: np.ndarray) -> np.ndarray:
 
 
 def _waveform(samples: np.ndarray) -> np.ndarray:
-    from hydrarun.outputs.media.waveform import draw
+    from hydrarun.outputs.media.waveform import draw_waveform
 
-    return draw(samples)
+    return draw_waveform(samples)
 
 
 def _width_by_height(sampling: Mapping[str, Any]) -> str:
@@ -124,39 +128,41 @@ def _seconds(sampling: Mapping[str, Any]) -> str:
     return f"from {sampling['audio_start_in_s']:g} s to " + ("the longest's end" if end is None else f"{end:g} s")
 
 
-NEAR = ("psnr", "ssim")
-VIDEO = Kind(
+PICTURE = Kind(
+    one="picture",
+    nameless="picture",
+    formats={"png": ".png"},
+    metrics=("psnr", "ssim"),
+    levels=255,
+    extent=_width_and_height,
+    monotone=_one_colour,
+    still=_itself,
+    size=_width_by_height,
+)
+VIDEO = replace(
+    PICTURE,
     one="video",
-    many="videos",
     nameless="video",
     formats={"mp4": ".mp4", "frames": ""},
-    metrics=NEAR,
-    levels=255,
     extent=_with_frames,
-    monotone=_one_colour,
     still=_middle,
-    size=_width_by_height,
     field="num_frames",
     parts="frames",
 )
-LAYERS = Kind(
+LAYERS = replace(
+    PICTURE,
     one="layered picture",
-    many="layered pictures",
     nameless="layers",
     formats={"layers": ""},
-    metrics=NEAR,
-    levels=255,
     extent=_with_layers,
     monotone=_every_layer_empty,
     still=_side_by_side,
-    size=_width_by_height,
     field="layers",
     parts="layers",
     alpha=True,
 )
 SOUND = Kind(
     one="sound",
-    many="sounds",
     nameless="sound",
     formats={"wav": ".wav"},
     metrics=("snr",),
@@ -166,18 +172,6 @@ SOUND = Kind(
     still=_waveform,
     size=_seconds,
     field="audio_end_in_s",
-)
-PICTURE = Kind(
-    one="picture",
-    many="pictures",
-    nameless="picture",
-    formats={"png": ".png"},
-    metrics=NEAR,
-    levels=255,
-    extent=_width_and_height,
-    monotone=_one_colour,
-    still=_itself,
-    size=_width_by_height,
 )
 KINDS = (VIDEO, LAYERS, SOUND, PICTURE)
 #: by the number of the array's axes
@@ -194,6 +188,6 @@ def written_as(output_format: str) -> Kind:
     return next(kind for kind in KINDS if output_format in kind.formats)
 
 
-def of(pixels: np.ndarray) -> Kind:
+def kind_of(pixels: np.ndarray) -> Kind:
     """What an array is."""
     return LAYERS if pixels.ndim == 4 and pixels.shape[-1] == 4 else _BY_AXES[pixels.ndim]

@@ -16,42 +16,40 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 
 from hydrarun.core.errors import RunError, UsageError
-from hydrarun.outputs.media import container, png
-from hydrarun.outputs.media.frames import stack
+from hydrarun.outputs.media import png
+from hydrarun.outputs.media.container import read_container
+from hydrarun.outputs.media.frames import stack_frames
+from hydrarun.outputs.media.recipe_text import check_text_sizes, parse_recipe
 
 TAGS = {"parameters": "description", png.CHUNK: "comment"}
-
-MAX_TEXT_BYTES = container.MAX_TEXT_BYTES
 
 CRF = "17"  # constant quality; the eye takes 17-18 for lossless
 
 BT709 = 1  # the colours of HDTV, in the numbers of ITU-T H.273
 
 
-def encode(pixels: np.ndarray, fps: int, text: Mapping[str, str]) -> bytes:
-    """The bytes of an MP4 file. `pixels`: uint8 [F, H, W, 3], H and W even; `text`: by keyword, as for `png.encode`.
+def encode_mp4(pixels: np.ndarray, fps: int, text: Mapping[str, str]) -> bytes:
+    """The bytes of an MP4 file. `pixels`: uint8 [F, H, W, 3], H and W even; `text`: by keyword, as for `encode_png`.
 
-    Raises RunError for an odd height or width, ValueError for a text that `read` would refuse.
+    Raises RunError for an odd height or width, ValueError for a text that `read_mp4` would refuse.
     """
     height, width = pixels.shape[1:3]
     if height % 2 or width % 2:
         raise RunError(f"an mp4 holds even widths and heights, not {width}x{height}; output.format=frames holds any")
-    for keyword, value in text.items():
-        if len(value.encode()) > MAX_TEXT_BYTES:
-            raise ValueError(f"the {keyword!r} text is larger than {MAX_TEXT_BYTES} bytes")
+    check_text_sizes(text, "text")
     # a file, because moving the index to its front (so that a browser plays it while it loads) reads it again
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "video.mp4")
         with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             container.metadata.update({TAGS[keyword]: value for keyword, value in text.items()})
-            stream = _h264(container, width, height, fps)
+            stream = _add_h264_stream(container, width, height, fps)
             for number, frame in enumerate(pixels):
-                container.mux(stream.encode(_yuv(frame, number)))
+                container.mux(stream.encode(_to_yuv(frame, number)))
             container.mux(stream.encode(None))
         return path.read_bytes()
 
 
-def _h264(container: Any, width: int, height: int, fps: int) -> Any:
+def _add_h264_stream(container: Any, width: int, height: int, fps: int) -> Any:
     stream = container.add_stream("libx264", rate=fps, options={"crf": CRF})
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"  # the one that every player knows
     # said in the file: players guess the colour matrix of a file that does not say it, by its size, and differ
@@ -61,22 +59,22 @@ def _h264(container: Any, width: int, height: int, fps: int) -> Any:
     return stream
 
 
-def _yuv(frame: np.ndarray, number: int) -> av.VideoFrame:
+def _to_yuv(frame: np.ndarray, number: int) -> av.VideoFrame:
     rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
     yuv = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
     yuv.pts = number
     return yuv
 
 
-def read(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
+def read_mp4(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
     """The decoded (lossy) frames, uint8 [F, H, W, 3], and what the `comment` tag says; None when there is none.
 
     The file may be a stranger's: everything that can be wrong with it is a `UsageError` of one line.
     """
-    return container.read(path, "mp4", _read)
+    return read_container(path, "mp4", _decode_mp4)
 
 
-def _read(path: Path, file: BinaryIO) -> tuple[np.ndarray, dict[str, Any] | None]:
+def _decode_mp4(path: Path, file: BinaryIO) -> tuple[np.ndarray, dict[str, Any] | None]:
     # an open file and a named format: no other format, no playlist and no network address is ever tried
     if file.read(8)[4:] != b"ftyp":
         raise UsageError(f"{path}: not an mp4 file, or damaged at its start")
@@ -86,11 +84,11 @@ def _read(path: Path, file: BinaryIO) -> tuple[np.ndarray, dict[str, Any] | None
         codecs = [stream.codec_context and stream.codec_context.name for stream in video]  # no context: an unknown one
         if codecs != ["h264"]:
             raise UsageError(f"{path}: refused, not an mp4 file with one H.264 video in it")
-        record = container.recipe(path, opened.metadata.get(TAGS[png.CHUNK]))
-        return stack(path, _decode(path, opened, video[0])), record
+        record = parse_recipe(path, opened.metadata.get(TAGS[png.CHUNK]), "comment tag")
+        return stack_frames(path, _decode_frames(path, opened, video[0])), record
 
 
-def _decode(path: Path, container: Any, stream: Any) -> Iterator[np.ndarray]:
+def _decode_frames(path: Path, container: Any, stream: Any) -> Iterator[np.ndarray]:
     stream.codec_context.options = {"err_detect": "explode"}  # otherwise damage is painted over
     count = 0
     for count, frame in enumerate(container.decode(stream), 1):  # noqa: B007 - the last one is compared below

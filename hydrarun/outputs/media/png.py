@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import io
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,29 +16,26 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from hydrarun.core.errors import UsageError
+from hydrarun.outputs.media.recipe_text import check_text_sizes, parse_recipe
 
 CHUNK = "hydrarun"
 
-# Pillow refuses compressed chunks that unpack to more; we hold uncompressed ones to the same bound.
-MAX_TEXT_BYTES = PngImagePlugin.MAX_TEXT_CHUNK
 
-
-def encode(pixels: np.ndarray, text: Mapping[str, str]) -> bytes:
+def encode_png(pixels: np.ndarray, text: Mapping[str, str]) -> bytes:
     """The bytes of a PNG file. `pixels`: uint8 [H, W, 3], or [H, W, 4] with alpha; `text`: chunks by keyword.
 
-    They are UTF-8 (iTXt) where latin-1 fails. Raises ValueError for a chunk that `read` would refuse.
+    They are UTF-8 (iTXt) where latin-1 fails. Raises ValueError for a chunk that `read_png` would refuse.
     """
+    check_text_sizes(text, "text chunk")
     chunks = PngImagePlugin.PngInfo()
     for keyword, value in text.items():
-        if len(value.encode()) > MAX_TEXT_BYTES:
-            raise ValueError(f"the {keyword!r} text chunk is larger than {MAX_TEXT_BYTES} bytes")
         chunks.add_text(keyword, value)
     buffer = io.BytesIO()
     Image.fromarray(pixels, "RGBA" if pixels.shape[-1] == 4 else "RGB").save(buffer, "PNG", pnginfo=chunks)
     return buffer.getvalue()
 
 
-def read(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
+def read_png(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
     """The pixels (uint8 [H, W, 3], or [H, W, 4]) of a PNG file and what its `hydrarun` chunk says; None without one.
 
     The file may be a stranger's: everything that can be wrong with it is a `UsageError` of one line.
@@ -58,16 +54,4 @@ def read(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
     except (OSError, SyntaxError, ValueError) as error:
         system = getattr(error, "strerror", None)  # no such file, ...; the rest is what Pillow raises for damaged files
         raise UsageError(f"{path}: {system or f'damaged PNG file: {error}'}") from None
-    return pixels, None if text is None else _parse(text, path)
-
-
-def _parse(text: str, path: Path) -> dict[str, Any]:
-    if len(text.encode(errors="replace")) > MAX_TEXT_BYTES:
-        raise UsageError(f"{path}: refused, its {CHUNK!r} text chunk is larger than {MAX_TEXT_BYTES} bytes")
-    try:
-        metadata = json.loads(text)
-    except (ValueError, RecursionError):
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise UsageError(f"{path}: its {CHUNK!r} text chunk is not a JSON object")
-    return metadata
+    return pixels, parse_recipe(path, text, f"{CHUNK!r} text chunk")

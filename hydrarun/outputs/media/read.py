@@ -7,23 +7,24 @@ from typing import Any
 
 import numpy as np
 
-from hydrarun.outputs.media import frames, png
+from hydrarun.outputs.media.frames import read_frames
+from hydrarun.outputs.media.png import read_png
 
 
-def read(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
+def read_output(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
     """What a PNG, an MP4, a WAV or a folder of frames holds (`hydrarun.outputs.media.kinds`), and the recipe inside it.
 
     Raises UsageError of one line for a file that is not whole, or another.
     """
     suffix = path.suffix.lower()
     if path.is_dir():
-        return frames.read(path)
+        return read_frames(path)
     if suffix == ".mp4":
-        from hydrarun.outputs.media import mp4  # and its library only for videos and sounds
+        from hydrarun.outputs.media.mp4 import read_mp4  # and its library only for videos and sounds
 
-        return mp4.read(path)
+        return read_mp4(path)
     if suffix == ".wav":
-        from hydrarun.outputs.media import wav
+        from hydrarun.outputs.media.wav import read_wav
 
-        return wav.read(path)
-    return png.read(path)
+        return read_wav(path)
+    return read_png(path)

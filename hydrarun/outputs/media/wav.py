@@ -15,11 +15,11 @@ import av
 import numpy as np
 
 from hydrarun.core.errors import RunError, UsageError
-from hydrarun.outputs.media import container, png
+from hydrarun.outputs.media import png
+from hydrarun.outputs.media.container import read_container
+from hydrarun.outputs.media.recipe_text import check_text_sizes, parse_recipe
 
 TAGS = {"parameters": "ISBJ", png.CHUNK: "comment"}
-
-MAX_TEXT_BYTES = container.MAX_TEXT_BYTES
 
 MAX_BYTES = 2**30  # of samples that are read: an hour and a half of stereo at 48 kHz
 
@@ -28,25 +28,23 @@ LAYOUTS = {1: "mono", 2: "stereo"}
 BLOCK = 2**16  # samples that are handed over at once
 
 
-def encode(samples: np.ndarray, rate: int, text: Mapping[str, str]) -> bytes:
+def encode_wav(samples: np.ndarray, rate: int, text: Mapping[str, str]) -> bytes:
     """The bytes of a WAV file. `samples`: int16 [samples, channels]; `rate`: of them, in Hz; `text`: by keyword, as for
-    `png.encode`.
+    `encode_png`.
 
-    Raises RunError for more channels than two, ValueError for a text that `read` would refuse.
+    Raises RunError for more channels than two, ValueError for a text that `read_wav` would refuse.
     """
     if samples.shape[1] not in LAYOUTS:
         raise RunError(f"a wav holds one channel or two here, not {samples.shape[1]}")
-    for keyword, value in text.items():
-        if len(value.encode()) > MAX_TEXT_BYTES:
-            raise ValueError(f"the {keyword!r} text is larger than {MAX_TEXT_BYTES} bytes")
+    check_text_sizes(text, "text")
     file = io.BytesIO()
     with av.open(file, "w", format="wav") as container:
         container.metadata.update({TAGS[keyword]: value for keyword, value in text.items()})
-        write(container, "pcm_s16le", samples, rate)
+        write_samples(container, "pcm_s16le", samples, rate)
     return file.getvalue()
 
 
-def write(container: Any, codec: str, samples: np.ndarray, rate: int, **options: Any) -> None:
+def write_samples(container: Any, codec: str, samples: np.ndarray, rate: int, **options: Any) -> None:
     """Put samples into an open container as a stream of this codec."""
     layout = LAYOUTS[samples.shape[1]]
     stream = container.add_stream(codec, rate=rate, layout=layout, **options)
@@ -58,15 +56,15 @@ def write(container: Any, codec: str, samples: np.ndarray, rate: int, **options:
     container.mux(stream.encode(None))
 
 
-def read(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
+def read_wav(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
     """The samples, int16 [samples, channels], and what the comment says; None when there is none.
 
     The file may be a stranger's: everything that can be wrong with it is a `UsageError` of one line.
     """
-    return container.read(path, "wav", _read)
+    return read_container(path, "wav", _decode_wav)
 
 
-def _read(path: Path, file: BinaryIO) -> tuple[np.ndarray, dict[str, Any] | None]:
+def _decode_wav(path: Path, file: BinaryIO) -> tuple[np.ndarray, dict[str, Any] | None]:
     # an open file and a named format: no other format, no playlist and no network address is ever tried
     head, length = file.read(12), file.seek(0, io.SEEK_END)
     if head[:4] != b"RIFF" or head[8:] != b"WAVE":
@@ -78,11 +76,11 @@ def _read(path: Path, file: BinaryIO) -> tuple[np.ndarray, dict[str, Any] | None
         streams = opened.streams.audio
         if [stream.codec_context and stream.codec_context.name for stream in streams] != ["pcm_s16le"]:
             raise UsageError(f"{path}: refused, not a wav file of 16-bit PCM")
-        record = container.recipe(path, opened.metadata.get(TAGS[png.CHUNK]))
-        return _decode(path, opened, streams[0]), record
+        record = parse_recipe(path, opened.metadata.get(TAGS[png.CHUNK]), "comment tag")
+        return _decode_samples(path, opened, streams[0]), record
 
 
-def _decode(path: Path, container: Any, stream: Any) -> np.ndarray:
+def _decode_samples(path: Path, container: Any, stream: Any) -> np.ndarray:
     channels, data = stream.codec_context.channels, bytearray()
     for frame in container.decode(stream):
         data += frame.to_ndarray().tobytes()

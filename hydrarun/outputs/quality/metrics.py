@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hydrarun.outputs.media.alpha import comparable
+from hydrarun.outputs.media.alpha import make_comparable
 
 #: dB; what is closer, identical too, counts as this: JSON has no infinity, and a mean would drown in it
 PSNR_CAP = 100.0
@@ -26,7 +26,7 @@ def compare(ours: np.ndarray, twin: np.ndarray, names: Sequence[str]) -> dict[st
     """
     if ours.shape != twin.shape:
         raise ValueError(f"{list(ours.shape)} and {list(twin.shape)} cannot be compared")
-    each = (comparable(pixels).reshape(-1, *pixels.shape[-3:]) for pixels in (ours, twin))
+    each = (make_comparable(pixels).reshape(-1, *pixels.shape[-3:]) for pixels in (ours, twin))
     pairs = list(zip(*each, strict=True))
     return {name: MEASURES[name](pairs) for name in names if name in MEASURES}
 

@@ -91,7 +91,7 @@ def _placed(obj: SceneObject, x: float, y: float) -> SceneObject:
     return replace(obj, x=x, y=y, radius=SIZES[obj.size])
 
 
-def place(layout: str, objects: list[SceneObject], variant: str, shift: float) -> tuple[SceneObject, ...]:
+def place_objects(layout: str, objects: list[SceneObject], variant: str, shift: float) -> tuple[SceneObject, ...]:
     """Give each object its centre and radius.
 
     `variant` is the corner ("top left") of a corner scene or the one of the first object of a diagonal scene. `shift`
@@ -138,7 +138,7 @@ def _sample_any(rng: random.Random) -> Scene:
     count = {"one": 1, "corner": 1, "row": 3, "column": 3}.get(layout, 2)
     objects = [_sample_object(rng, background, says_size=count < 3) for _ in range(count)]
     corners = ["top left", "top right"] + (["bottom left", "bottom right"] if layout == "corner" else [])
-    placed = place(layout, objects, rng.choice(corners), rng.choice([-JITTER, 0.0, JITTER]))
+    placed = place_objects(layout, objects, rng.choice(corners), rng.choice([-JITTER, 0.0, JITTER]))
     said = rng.random() < 0.88
     return Scene(layout, background, said, placed, reversed_wording=rng.random() < 0.5)
 
@@ -253,7 +253,7 @@ def _scene_from_match(text: str, layout: str, match: re.Match[str], background: 
             objects, variant = objects[::-1], groups["other"]
     elif len(objects) == 2 and turned:
         objects = objects[::-1]
-    return Scene(layout, background, background is not None, place(layout, objects, variant, 0.0), turned)
+    return Scene(layout, background, background is not None, place_objects(layout, objects, variant, 0.0), turned)
 
 
 def _parse_object(words: str) -> SceneObject:

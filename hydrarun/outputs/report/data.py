@@ -33,7 +33,7 @@ def build(folder: Path, layout: Layout, cells: Mapping[Cell, Shown | str], gain:
             one["speedup"] = numbers.speedup(one["timings"], there["timings"])
     front, by_twin = pareto_labels(entries), measured(entries)
     for one in entries:
-        one["pareto"] = one["setting"] in front if place(one, by_twin) else None
+        one["pareto"] = one["setting"] in front if plot_point(one, by_twin) else None
     statuses = [point.status for point in layout.points]
     return {
         "format": FORMAT,
@@ -122,7 +122,7 @@ def measured(entries: Sequence[Entry]) -> bool:
     return any(number(one, "quality", "psnr", "mean") is not None for one in entries)
 
 
-def place(one: Entry, by_twin: bool) -> tuple[float, float] | None:
+def plot_point(one: Entry, by_twin: bool) -> tuple[float, float] | None:
     """Steady seconds of denoising per output, and PSNR; None where one of them is not known."""
     seconds = one["timings"]["steady_denoise_s"]
     if by_twin:
@@ -137,7 +137,7 @@ def settings(entries: Sequence[Entry]) -> dict[str, tuple[float, float]]:
     by_twin = measured(entries)
     found: dict[str, list[tuple[float, float]]] = {}
     for one in entries:
-        if where := place(one, by_twin):
+        if where := plot_point(one, by_twin):
             found.setdefault(one["setting"], []).append(where)
     return {label: mean(places) for label, places in found.items()}
 

@@ -206,7 +206,7 @@ def draw_plot(entries: Sequence[Entry]) -> str:
 def marks(entries: Sequence[Entry], by_twin: bool) -> Iterator[plot.Mark]:
     """The settings of the plot, with their points."""
     for label, middle in data.settings(entries).items():
-        own = [(one["name"], data.place(one, by_twin)) for one in entries if one["setting"] == label]
+        own = [(one["name"], data.plot_point(one, by_twin)) for one in entries if one["setting"] == label]
         yield plot.Mark(label, middle, [(name, where) for name, where in own if where])
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from hydrarun.core.errors import UsageError
 from hydrarun.outputs.media import kinds
-from hydrarun.outputs.media import read as reading
-from hydrarun.outputs.media.alpha import comparable
+from hydrarun.outputs.media.alpha import make_comparable
+from hydrarun.outputs.media.read import read_output
 from hydrarun.outputs.quality.metrics import PSNR_CAP, WINDOW, compare
 from hydrarun.outputs.report.layout import Layout, Row
 
@@ -126,7 +126,7 @@ def rate_of(row: Row, column: int) -> int:
 def read(file: Path) -> np.ndarray | str:
     """What a file holds (an array of `hydrarun.outputs.media.kinds`); or why there is nothing."""
     try:
-        return reading.read(file)[0]
+        return read_output(file)[0]
     except UsageError as error:
         return str(error).removeprefix(f"{file}: ")
     except OSError as error:
@@ -138,15 +138,15 @@ def difference(ours: np.ndarray, theirs: np.ndarray, side: int) -> Difference | 
     if ours.shape != theirs.shape:
         return None
     # frame by frame: a whole video as wide numbers would not fit beside itself
-    each = (comparable(pixels).reshape(-1, *pixels.shape[-3:]) for pixels in (ours, theirs))
+    each = (make_comparable(pixels).reshape(-1, *pixels.shape[-3:]) for pixels in (ours, theirs))
     apart_by_frame = map(distance, zip(*each, strict=True))
     measured = [(int(apart.max()), float(np.square(apart, dtype=np.uint32).mean())) for apart in apart_by_frame]
     error = sum(mean for _, mean in measured) / len(measured)
-    psnr = min(PSNR_CAP, 10 * math.log10(kinds.of(ours).levels ** 2 / error)) if error else PSNR_CAP
+    psnr = min(PSNR_CAP, 10 * math.log10(kinds.kind_of(ours).levels ** 2 / error)) if error else PSNR_CAP
     pixels = np.asarray(reduce(distance((middle(ours), middle(theirs))), side))
-    quick = kinds.of(ours) in (kinds.PICTURE, kinds.LAYERS) and min(ours.shape[-3:-1]) >= WINDOW
+    quick = kinds.kind_of(ours) in (kinds.PICTURE, kinds.LAYERS) and min(ours.shape[-3:-1]) >= WINDOW
     ssim = compare(ours, theirs, ["ssim"])["ssim"] if quick else None
-    return Difference(psnr, ssim, max(most for most, _ in measured), pixels, kinds.of(ours).levels)
+    return Difference(psnr, ssim, max(most for most, _ in measured), pixels, kinds.kind_of(ours).levels)
 
 
 def distance(pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -157,7 +157,7 @@ def distance(pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
 
 def middle(pixels: np.ndarray) -> np.ndarray:
     """The picture itself, the middle frame of a video, all layers, or the waveform of a sound."""
-    return kinds.of(pixels).still(pixels)
+    return kinds.kind_of(pixels).still(pixels)
 
 
 def shown(file: Path, pixels: np.ndarray, rate: int, apart: Difference | None, side: int) -> Shown:
@@ -165,10 +165,10 @@ def shown(file: Path, pixels: np.ndarray, rate: int, apart: Difference | None, s
     still = middle(pixels)
     small = reduce(still, side)
     whole_size = still.shape[1], still.shape[0]
-    size = (pixels.shape[-2], pixels.shape[-3]) if kinds.of(pixels) is kinds.LAYERS else whole_size
-    if kinds.of(pixels) in (kinds.PICTURE, kinds.LAYERS):
+    size = (pixels.shape[-2], pixels.shape[-3]) if kinds.kind_of(pixels) is kinds.LAYERS else whole_size
+    if kinds.kind_of(pixels) in (kinds.PICTURE, kinds.LAYERS):
         return Shown(picture_uri(small), size, small.size != whole_size or not is_small(small), None, apart)
-    if kinds.of(pixels) is kinds.SOUND:
+    if kinds.kind_of(pixels) is kinds.SOUND:
         whole = file.stat().st_size <= SMALL_FILE
         sound = uri("audio/wav", file.read_bytes()) if whole else sound_uri(pixels, rate)
         return Shown(picture_uri(small), size, not whole, None, apart, sound)
@@ -202,7 +202,7 @@ def video_uri(pixels: np.ndarray, fps: int) -> str | None:
 
     small = np.stack([np.asarray(reduce(frame, VIDEO_SIDE)) for frame in pixels])
     height, width = (side - side % 2 for side in small.shape[1:3])
-    return uri("video/mp4", mp4.encode(small[:, :height, :width], fps, {})) if height and width else None
+    return uri("video/mp4", mp4.encode_mp4(small[:, :height, :width], fps, {})) if height and width else None
 
 
 def sound_uri(samples: np.ndarray, rate: int) -> str:
@@ -213,7 +213,7 @@ def sound_uri(samples: np.ndarray, rate: int) -> str:
 
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        wav.write(container, "aac", samples, rate)
+        wav.write_samples(container, "aac", samples, rate)
     return uri("audio/mp4", file.getvalue())
 
 

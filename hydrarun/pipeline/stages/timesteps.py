@@ -45,7 +45,7 @@ class PrepareTimesteps(Stage):
             self.sigmas == "linear_unless_flow" and scheduler.config.get("use_flow_sigmas", False)
         )
         arguments: dict[str, Any] = {"device": parts.device}
-        if "mu" in accepted and (self.sigmas != "scheduler" or scheduler.config.get("use_dynamic_shifting", False)):
+        if "mu" in accepted and scheduler.config.get("use_dynamic_shifting", False):
             arguments["mu"] = self.mu(scheduler.config, state.grid)
         if "sigmas" in accepted and not own:
             steps = state.num_inference_steps

@@ -1,0 +1,40 @@
+"""The recipe inside a finished file: a text in JSON, of bounded size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import PngImagePlugin
+
+from hydrarun.core.errors import UsageError
+
+#: Pillow refuses compressed chunks of a PNG file that unpack to more; all other texts are held to the same bound
+MAX_TEXT_BYTES = PngImagePlugin.MAX_TEXT_CHUNK
+
+
+def check_text_sizes(texts: Mapping[str, str], holder: str) -> None:
+    """Raise ValueError for a text that `parse_recipe` would refuse. `texts`: by keyword; `holder`: what holds each."""
+    for keyword, value in texts.items():
+        if len(value.encode()) > MAX_TEXT_BYTES:
+            raise ValueError(f"the {keyword!r} {holder} is larger than {MAX_TEXT_BYTES} bytes")
+
+
+def parse_recipe(path: Path, text: str | None, holder: str) -> dict[str, Any] | None:
+    """The recipe in the text of a file; None where there is no text.
+
+    `holder` is what holds the text, for messages. Raises UsageError, naming `path`, for a text that is no recipe.
+    """
+    if text is None:
+        return None
+    if len(text.encode(errors="replace")) > MAX_TEXT_BYTES:
+        raise UsageError(f"{path}: refused, its {holder} is larger than {MAX_TEXT_BYTES} bytes")
+    try:
+        recipe = json.loads(text)
+    except (ValueError, RecursionError):
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise UsageError(f"{path}: its {holder} is not a JSON object")
+    return recipe

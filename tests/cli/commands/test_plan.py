@@ -1,0 +1,174 @@
+"""`hydrarun plan` from its words to what it prints, `plan=auto`, and the message when memory runs out."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+
+import pytest
+import torch
+
+from hydrarun.cli import main as cli
+from hydrarun.config.compose import compose
+from hydrarun.core.errors import RunError, UsageError
+from hydrarun.core.timing import Timings
+from hydrarun.engine.plan import out_of_memory as exhausted
+from hydrarun.engine.plan import planner as choose
+from hydrarun.engine.plan.devices import GIB, Device
+from hydrarun.engine.plan.memory_model import PHASES
+from hydrarun.engine.runner import Runner
+from hydrarun.pipeline.request import make_state
+from tests.engine.plan.test_memory_model import asked
+from tests.helpers import midsize
+from tests.helpers.subjects import command
+
+
+def said(capsys, *words: str) -> tuple[int, str]:
+    """The exit code of a command line and what it printed."""
+    code = cli.main(["plan", *words])
+    out, err = capsys.readouterr()
+    return code, (out + err).strip()
+
+
+def test_a_model_that_is_not_there_is_planned_from_its_published_shapes(capsys):
+    words = ["model=qwen_image", "plan.device=rtx4090"]
+    code, out = said(capsys, *words, "--json")
+    found = json.loads(out)
+    assert (code, found["fits"], found["source"]) == (1, False, "published shapes: not downloaded")
+    assert [phase["phase"] for phase in found["phases"]] == ["encode", "denoise", "decode"]
+    assert (
+        found["peak_bytes"] == max(phase["peak_bytes"] for phase in found["phases"]) > found["device"]["memory_bytes"]
+    )
+    assert found["components"]["transformer"] / GIB == pytest.approx(38.05, abs=0.01)  # 20.4 B parameters in bfloat16
+    first, second, third = found["suggestions"]
+    assert first["seconds"] <= second["seconds"] * 1.02 <= third["seconds"] * 1.02**2
+    for one in (first, second, third):
+        assert one["peak_bytes"] <= found["device"]["memory_bytes"]
+        assert one["lossless"] != any("quantization" in word or "tiling" in word for word in one["overrides"])
+    code, out = said(capsys, *words, *first["overrides"], "--json")
+    again = json.loads(out)
+    assert (code, again["fits"], again["peak_bytes"]) == (0, True, first["peak_bytes"])
+    assert again["suggestions"][0]["overrides"] == []
+
+
+def test_people_get_a_table_and_overrides_to_paste(capsys):
+    code, out = said(capsys, "plan.device=h100", "parallel=cfg2")
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0].startswith("demo on h100 (78.20 GiB for a run)")
+    assert [line.split()[0] for line in lines[3:7]] == ["phase", "encode", "denoise", "decode"]
+    assert lines[7].startswith("fits: ")
+    assert lines[9].strip().startswith("(as it is)")
+
+
+def test_all_conflicts_come_at_once_with_their_fixes(capsys):
+    code, out = said(capsys, "offload=expert", "parallel=cfg2", "sampling.true_cfg_scale=1", "plan.device=h100")
+    assert code == 2
+    assert [line.rpartition(" Use ")[2] for line in out.splitlines()] == [
+        "parallel.cfg_degree=1, or a scale above 1.",
+        "offload=none.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["plan.device=h10"], "plan.device=h10: not known here. Did you mean 'h100'? Known: h200, h100, "),
+        (["plan.device=h100", "device=cpu"], "device=cpu is no h100: leave out plan.device, or device=cpu"),
+        (["plan=auto"], "plan=auto is for a run, which then takes the first suggestion; `hydrarun plan` shows all"),
+        (
+            ["plan.device=h100", "offload=layerwise", "offload.resident_blocks=5"],
+            "offload.resident_blocks=5 offload.prefetch_blocks=1: 5 blocks that stay and 2 in turn leave none of",
+        ),
+        (["device=cuda"], "device=cuda: torch sees 0 CUDA devices here; use device=cpu or device=auto"),
+        (["--jsn"], "plan: --jsn: no such flag; it takes --json"),
+        (["a cat"], "plan: a cat: neither key=value nor a flag"),
+        (["sampling.hieght=64"], "sampling.hieght (command line): unknown key. Did you mean 'height'?"),
+        (["sampling.num_inference_steps=0"], "sampling.num_inference_steps"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, words, message):
+    code, out = said(capsys, *words)
+    assert code == 2
+    assert out.startswith(message)
+    assert len(out.splitlines()) == 1
+
+
+def test_a_checkpoint_that_cannot_be_planned_is_named(capsys, demo_folder, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(demo_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))  # no weights are needed
+    assert said(capsys, f"model.path={bare}")[0] == 0
+    other = said(capsys, "model=qwen_image_edit", f"model.path={bare}")[1]
+    assert other.startswith(f"{bare}/model_index.json: a checkpoint of QwenImagePipeline")
+    (bare / "vae" / "config.json").unlink()
+    code, out = said(capsys, f"model.path={bare}")
+    assert (code, out) == (2, f"{bare}: there is no vae/config.json, which a plan reads, or it is damaged")
+    code, out = said(capsys, "model.path=somebody/something")
+    assert code == 2
+    assert out.startswith("model.path=somebody/something: not downloaded, and model demo has no published shapes here")
+    code, out = said(capsys, "model=wan21_t2v_14b", f"model.path={bare}")
+    assert code == 2
+
+
+def test_a_run_takes_the_device_that_is_there():
+    with pytest.raises(UsageError, match=r"^plan\.device \(command line\): a run takes the device that is there"):
+        compose(["plan.device=h100"])
+    assert compose(["plan=auto", "plan.device=h100"])["plan"] == {"auto": True, "device": "h100"}
+
+
+@pytest.fixture
+def cramped(fake, tmp_path, request):
+    """The command line of a run that takes a third more than the fake device has, and what it takes."""
+    subject = request.getfixturevalue("subject")
+    folder = midsize.saved(subject.name, subject.folder, tmp_path / "midsize")
+    config = asked(compose([*command(subject.name, folder), "dtype=float32", "device=auto"]), guided=True)
+    needed = choose.planned({**config, "device": "cuda"}, Device("fake", 2**40, "cuda"), 1).asked.peak
+    gc.collect()
+    fake.set_limit(fake.memory_allocated() + needed * 3 // 4)
+    yield {**config, "device": "fake"}
+    fake.set_limit(2**40)
+
+
+@pytest.mark.parametrize("subject", ["qwen_image"], indirect=True)
+def test_auto_runs_what_fits_and_says_so(subject, cramped, fake):
+    notes: list[str] = []
+    config = choose.fitted({**cramped, "plan": {"auto": True, "device": None}}, notes.append)
+    assert notes == ["plan=auto: it would not fit fake; run with offload=modulation"]
+    assert config == {**cramped, "offload": config["offload"], "plan": {"auto": False, "device": None}}
+    assert config["offload"]["_target_"].endswith("ModulationOffload")
+    drawn = Runner(config)
+    drawn.draw(make_state(config["sampling"]), Timings(drawn.built.parts.device))
+    assert choose.fitted(config, notes.append) is config
+    again = choose.fitted({**config, "plan": {"auto": True, "device": None}}, notes.append)
+    assert (again, notes[1:]) == (config, ["plan=auto: it fits fake as it is"])
+
+
+@pytest.mark.parametrize("subject", ["qwen_image"], indirect=True)
+def test_out_of_memory_says_where_what_was_expected_and_what_would_fit(subject, cramped, fake, monkeypatch):
+    """While loading, by a plan of another process; and while denoising, by one of this."""
+    with pytest.raises(RunError) as caught:
+        Runner(cramped)
+    first, *expected, fix = str(caught.value).splitlines()
+    assert first.startswith("out of memory in loading: fake has ")
+    assert [line.partition(":")[0] for line in expected] == [f"the plan expects in {phase}" for phase in PHASES]
+    assert fix.startswith("it fits with offload=modulation | ")
+    fake.set_limit(2**40)
+    drawn = Runner(cramped)
+    fake.set_limit(fake.memory_allocated() + 2**16)
+    monkeypatch.setattr(exhausted, "ask", lambda config, device: {"phases": [PHASE], "suggestions": []})
+    with pytest.raises(RunError, match=r"^out of memory in encode: fake has .*\nthe plan expects in encode: weights 1"):
+        drawn.draw(make_state(cramped["sampling"]), Timings(drawn.built.parts.device))
+
+
+PHASE = {"phase": "encode", "weights_bytes": GIB, "activations_bytes": GIB, "peak_bytes": 2 * GIB}
+
+
+def test_without_a_plan_the_message_still_comes(monkeypatch):
+    def fails(*_):
+        raise OSError
+
+    monkeypatch.setattr(exhausted, "ask", fails)
+    said = str(exhausted.out_of_memory({}, "decode", torch.device("cpu")))
+    assert said.startswith("out of memory in decode: cpu has ")
+    assert said.endswith("no plan could be made of it. Try offload=model, or a smaller size")

@@ -1,0 +1,74 @@
+"""Files of version 0.1.0 name classes by where they were then."""
+
+from __future__ import annotations
+
+import pytest
+
+from hydrarun.cli.commands import replay
+from hydrarun.cli.main import dispatch
+from hydrarun.config.compose import compose, compose_raw
+from hydrarun.config.targets import load_class, shipped_targets
+from hydrarun.core.moved_names import current_names, moved_names, original_names
+from hydrarun.outputs import reader
+from hydrarun.outputs.media.read import read_output
+from hydrarun.outputs.provenance import config_hash, hardware
+from tests.helpers import tiny
+from tests.helpers.paths import DATA
+
+FILES = DATA / "v0.1.0"
+#: every class of this package that version 0.1.0 could build
+OLD = (FILES / "targets.txt").read_text().split()
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_every_class_of_version_0_1_0_is_found(name):
+    today = current_names({"_target_": name})["_target_"]
+    assert today in shipped_targets()
+    assert load_class({"_target_": today}).__name__ == name.rpartition(".")[2]
+
+
+def test_names_go_back_and_forth():
+    assert len(set(moved_names().values())) == len(moved_names())
+    config = {"a": [{"_target_": old} for old in OLD], "prompt": OLD[0], "b": {"_target_": "my.Own", "x": 1}}
+    moved = current_names(config)
+    assert original_names(moved) == config
+    assert moved["prompt"] == OLD[0]
+    assert moved["b"] == config["b"]
+
+
+def test_a_hash_is_that_of_version_0_1_0():
+    """What a batch's files and ledger are named by: measured with that version."""
+    assert config_hash(compose_raw(["sampling.prompt=x"])[0]) == "c5c0ca22"
+
+
+def test_an_option_of_the_users_may_have_old_names(tmp_path):
+    old = tmp_path / "cache" / "mine.yaml"
+    old.parent.mkdir()
+    old.write_text(
+        "_target_: hydrarun.cache.step_cache.StepCache\n"
+        "gate: {_target_: hydrarun.cache.gates.EveryN, n: 3, first: 1, last: 1}\n"
+        "predictor: {_target_: hydrarun.cache.predictors.Reuse}\n"
+    )
+    config = compose([f"hydra.searchpath=[file://{tmp_path}]", "cache=mine"])
+    assert config["cache"] == compose(["cache=every_n", "cache.gate.n=3"])["cache"]
+
+
+@pytest.mark.parametrize("name", ["plain", "teacache"])
+def test_a_picture_of_version_0_1_0_replays(name, tmp_path, capsys):
+    """Identical on hardware like that it was drawn on; elsewhere within 1 of 255, as its kernels round."""
+    file = FILES / f"{name}.png"
+    then = reader.load(file)
+    code = dispatch(["replay", str(file), f"hydra.run.dir={tmp_path / 'again'}"])
+    said = capsys.readouterr().out
+    drawn = read_output(next((tmp_path / "again").glob("*.png")))[0]
+    here = hardware("cpu")
+    if all(then.facts["hardware"][key] == here[key] for key in ("cpu", "cpu_capability", "torch_threads")):
+        assert (code, f"{name}.png: identical pixels" in said) == (0, True)
+    assert abs(drawn.astype(int) - read_output(file)[0].astype(int)).max() <= 1
+
+
+def test_a_recorded_configuration_has_names_of_today(tiny_folder):
+    config = original_names(tiny.config(tiny_folder))
+    del config["scheduler"]
+    recorded = reader.Recorded(current_names(config), dict.fromkeys(reader.FACTS), [])
+    assert replay.configure(recorded, []) == tiny.config(tiny_folder)

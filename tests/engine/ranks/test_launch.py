@@ -1,0 +1,284 @@
+"""Ranks from their start to their end: real processes on gloo, most with a stand-in for the runner (`fake_rank`)."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hydrarun
+from hydrarun import __main__
+from hydrarun.cli import main as cli
+from hydrarun.config import targets
+from hydrarun.config.compose import compose
+from hydrarun.core.distributed.rank import RankInfo, threads_per_rank
+from hydrarun.core.errors import UsageError
+from hydrarun.engine.ranks import launch, worker
+from hydrarun.engine.ranks import local_group as group
+from tests.helpers.paths import environment
+
+TWO = ["parallel=ulysses2", "device=cpu"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tests.helpers.fake_rank"]
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """The command's ranks have the stand-in; it runs in an empty folder; the user has allowed a class."""
+    monkeypatch.setattr(targets, "_allowed_by_user", {"my.Own"})
+    monkeypatch.setattr(group, "WORKER", "tests.helpers.fake_rank")
+    monkeypatch.chdir(tmp_path)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs (one that nobody has waited for yet does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def gone(pids: list[int], seconds: float = 10) -> bool:
+    """Whether all have ended after so long."""
+    deadline = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(file.read_text()) for file in sorted(folder.rglob("run.json"))]
+
+
+def test_a_sweep_keeps_its_ranks_survives_a_failure_and_names_it_once(fake, tmp_path, capfd):
+    prompts = '"fine","so so","1 ZeroDivisionError","well"'
+    words = [*TWO, "-m", f"sampling.prompt=choice({prompts})", "sampling.seed=7", "hydra.sweep.dir=here"]
+    assert cli.main(words) == 1
+    first, second, failed, last = records(tmp_path)
+    assert (failed["status"], failed["error"]["type"]) == ("failed", "RunError")
+    assert failed["error"]["message"].endswith("rank 1: ZeroDivisionError: the sky is green")
+    assert [first[key] for key in ("seed", "device", "total", "jobs", "load_s")] == [7, "cpu", 2.0, 1, 1.0]
+    assert (first["threads"], first["allowed"]) == (threads_per_rank(2), ["my.Own"])
+    assert second == {**first, "jobs": 2, "load_s": 0.0, "read_bytes": 0}
+    assert not set(last["pids"]) & set(first["pids"])
+    assert gone(first["pids"] + last["pids"])
+    error = capfd.readouterr().err
+    assert error.count("Traceback") == 1
+    point = '2 (sampling.prompt="1 ZeroDivisionError")'
+    closing = f"1 of 4 points failed:\n  {point}: rank 1: ZeroDivisionError: the sky is green\n"
+    assert f"{closing}report: " in error
+    assert error.partition(closing)[0].count("the sky is green") == 1
+    assert "\nrank 1: ZeroDivisionError: the sky is green\n" in error
+    assert sorted(path.name for path in (tmp_path / "here" / "0").iterdir()) == [".hydra", "pids.json", "run.json"]
+
+
+def test_another_build_gets_other_ranks(fake):
+    ranks = group.Ranks()
+    folder = {"output_dir": str(Path.cwd())}
+    config = compose(TWO)
+    first = ranks.do("run", config, folder)
+    second = ranks.do("run", {**config, "dtype": "bfloat16"}, folder)
+    assert gone(first["pids"], 1)
+    assert second["jobs"] == 1
+    start = time.monotonic()
+    with pytest.raises(UsageError) as raised:
+        ranks.do("run", {**config, "dtype": "bfloat16", "sampling": {"prompt": "1 UsageError"}}, folder)
+    assert str(raised.value) == "the sky is green"
+    assert gone(second["pids"], 1)
+    assert time.monotonic() - start < 10
+
+
+def test_a_killed_rank_is_named(fake, capfd, tmp_path):
+    assert cli.main([*TWO, "sampling.prompt=1 SIGKILL", "hydra.run.dir=here"]) == 1
+    file = tmp_path / "here" / "pids.json"  # written right before
+    pids = json.loads(file.read_text())
+    assert time.time() - file.stat().st_mtime < 10
+    assert gone(pids, 0)
+    error = capfd.readouterr().err
+    assert "rank 1 was killed (signal 9)\n" in error
+    assert error.splitlines()[-1] == "  about to SIGKILL"
+
+
+def started(tmp_path: Path) -> tuple[subprocess.Popen, list[int]]:
+    """A command in the middle of a job, and its ranks."""
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "tests.helpers.fake_rank", *TWO, "sampling.prompt=1 sleep", "hydra.run.dir=here"],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        # a suite that a shell runs in the background ignores Ctrl-C, and what it starts inherits that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    file = tmp_path / "here" / "pids.json"
+    deadline = time.monotonic() + 60
+    while not (file.exists() and file.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return driver, json.loads(file.read_text())
+
+
+def test_ctrl_c_ends_all(tmp_path):
+    driver, pids = started(tmp_path)
+    assert all(map(alive, pids))
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(20) == 130
+    assert gone(pids, 0)
+    assert driver.stderr.read().splitlines()[-1] == "interrupted"
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == [".hydra", "pids.json"]
+
+
+def test_the_ranks_of_a_killed_driver_die(tmp_path):
+    driver, pids = started(tmp_path)
+    driver.kill()
+    driver.wait()
+    assert gone(pids)
+
+
+def torchrun(tmp_path: Path, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*TORCHRUN, *words], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+
+
+def test_torchrun(tmp_path):
+    """One directory for each point, written once; the ranks are torchrun's, and go with the first that fails."""
+    prompts = 'sampling.prompt=choice("fine","so so","1 RunError","never")'
+    done = torchrun(tmp_path, *TWO, "-m", prompts, "hydra.sweep.dir=here", "--allow-target", "my.Own")
+    first, second, failed = records(tmp_path)
+    assert failed["error"] == {"type": "RunError", "message": "the sky is green"}
+    assert (first["total"], first["jobs"], first["allowed"]) == (2.0, 1, ["my.Own"])
+    assert second == {**first, "jobs": 2, "load_s": 0.0, "read_bytes": 0}
+    assert done.returncode == 1
+    assert done.stderr.count("the sky is green") == 1
+    assert not (tmp_path / "here" / "3").exists()
+
+
+def test_torchrun_of_another_size_is_refused_once(tmp_path):
+    done = torchrun(tmp_path, "parallel=ulysses4", "device=cpu")
+    assert done.stderr.count("= 4 ranks, and torchrun started 2") == 1
+    assert "(exitcode: 2) local_rank: 0" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torchrun_lets_its_ranks_go(tmp_path):
+    """There is nothing to draw."""
+    done = torchrun(tmp_path, "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("hydrarun runs diffusion transformers") == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size", "local", "text"),
+    [
+        (["parallel=ulysses4"], 2, 2, "ulysses 4 x tensor 1 = 4 ranks, and torchrun started 2: use --nproc_per_node 4, "
+         "or parallel.ulysses_degree=2"),
+        (["parallel=none"], 2, 2, "tensor 1 = 1 rank, and torchrun started 2: use --nproc_per_node 1, "
+         "or parallel.ulysses_degree=2"),
+        (["parallel=ulysses2"], 1, 1, "= 2 ranks, and torchrun started 1: use --nproc_per_node 2, "
+         "or parallel.ulysses_degree=1"),
+        (["parallel=hsdp2"], 3, 3, "= 1 rank, with hsdp 2 and vae 1: 2 ranks, and torchrun started 3: "
+         "use --nproc_per_node 2"),
+        (["parallel=ulysses4"], 16, 8, "and torchrun started 16: use --nproc_per_node 2, "
+         "or parallel.ulysses_degree=16"),
+    ],
+)  # fmt: skip
+def test_the_wrong_number_of_ranks(monkeypatch, overrides, size, local, text):
+    for name, value in {"RANK": 0, "WORLD_SIZE": size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": local}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UsageError) as raised:
+        launch.check_size(compose(overrides)["parallel"])
+    assert text in str(raised.value)
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """Makes torch see that many CUDA devices."""
+
+    def see(count: int) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+
+    return see
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "expected"),
+    [("cpu", 2, "cpu"), ("auto", 0, "cpu"), ("auto", 2, "cuda:1"), ("cuda", 4, "cuda:1"), ("cuda:0", 2, "cuda:1")],
+)
+def test_each_rank_has_its_device(devices, name, count, expected):
+    devices(count)
+    assert worker.own_device(name, RankInfo(1, 2, 1, 2)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "text"),
+    [
+        ("cuda:1", 2, "device=cuda:1: each of 2 ranks has a device of its own; use device=cuda"),
+        ("cuda", 0, "device=cuda: 2 ranks on this machine need as many CUDA devices, and torch sees 0; "),
+        ("auto", 1, "device=auto: 2 ranks on this machine need as many CUDA devices, and torch sees 1; "),
+    ],
+)
+def test_too_few_devices_are_the_users_to_know(devices, name, count, text):
+    devices(count)
+    with pytest.raises(UsageError) as raised:
+        worker.own_device(name, RankInfo(0, 2, 0, 2))
+    assert str(raised.value).startswith(text)
+
+
+def test_no_rank_imports_hydra():
+    """Of all that a runner imports, only what checks a configuration comes near Hydra."""
+    modules = (
+        "hydrarun.engine.ranks.worker, hydrarun.config.checks.values, hydrarun.config.targets, hydrarun.outputs.writer"
+    )
+    script = f"import sys, {modules}; sys.exit('hydra' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], env=environment()).returncode == 0
+
+
+def test_several_ranks_get_the_configuration_and_the_directory(fake, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("hydrarun.engine.ranks.launch.Ranks.do", lambda self, *job: seen.append(job))
+    assert cli.main(["parallel=ulysses2", "sampling.seed=3", "hydra.run.dir=here"]) == 0
+    [(action, config, arguments)] = seen
+    assert (action, arguments) == ("run", {"output_dir": str(tmp_path / "here")})
+    assert (config["sampling"]["seed"], config["parallel"]["ulysses_degree"]) == (3, 2)
+
+
+def test_a_rank_of_torchrun_serves_and_reads_no_configuration(monkeypatch):
+    served = []
+    monkeypatch.setattr(__main__, "serve_torchrun", served.append)
+    monkeypatch.setattr("hydrarun.cli.main.main", lambda: 7)
+    monkeypatch.setattr(sys, "argv", ["hydrarun", "x=1"])
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for rank, code in (("0", 7), ("1", 0), ("5", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert __main__.main() == code
+    assert served == [["x=1"], ["x=1"]]
+
+
+def test_the_store_listens_to_this_machine_alone():
+    listener = group.socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    store = group._host(listener, port)
+    store.set("a", "1")
+    table = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
+    lines = [line.split() for line in table.splitlines()]
+    listening = [line[1] for line in lines if line[3] == "0A" and line[1].endswith(f":{port:04X}")]
+    assert listening == [f"0100007F:{port:04X}"]
+
+
+def test_pictures_of_ranks_are_those_of_one_process():
+    sampling = {"num_inference_steps": 3, "seed": [4, 5]}
+    remote = hydrarun.load(*TWO)
+    (first, second) = remote.generate(**sampling)
+    with pytest.raises(UsageError) as raised:
+        remote.generate(sede=1)
+    assert str(raised.value) == "sampling has no field 'sede'. Did you mean 'seed'?"
+    remote.close()
+    alone = hydrarun.load("device=cpu").generate(**sampling)
+    for ours, theirs in zip((first, second), alone, strict=True):
+        assert (ours.prompt, ours.seed) == (theirs.prompt, theirs.seed)
+        assert np.abs(ours.pixels.astype(int) - theirs.pixels).max() <= 1

@@ -1,0 +1,72 @@
+"""Points that change what is built: nothing of the last build is left, in a process that builds twenty times."""
+
+from __future__ import annotations
+
+import gc
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hydrarun.engine.ranks.worker import Session
+from tests.helpers import tiny
+
+#: what allocators may keep, of a process that has built twice already
+KEPT = 16 * 2**20
+
+
+@pytest.fixture
+def unseen():
+    """What is there already is not looked through again."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def live() -> tuple[int, int]:
+    """Tensors that were made since `unseen`, and their bytes."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and one.device.type != "meta"]
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+    return len(tensors), sum(storages.values())
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(re.search(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' record of a process")
+def test_twenty_builds_in_turns_leave_nothing(tiny_folder, unseen, tmp_path):
+    """Weights in other numbers each time; caches that put themselves between the blocks are among what must go."""
+    words = ["sampling.num_inference_steps=2", "cache=dbcache", "cache.max_warmup_steps=1"]
+    configs = [tiny.config(tiny_folder, *words, *more) for more in (["vae.tiling=true"], ["dtype=bfloat16"])]
+    session, counts, sizes, loads = Session(None), [], [], []
+    for number in range(20):
+        record = session.do("run", configs[number % 2], {"output_dir": str(tmp_path / str(number))})
+        loads.append(record["timings"]["load_s"] > 0)
+        counts.append(live())
+        sizes.append(resident())
+    assert all(loads)
+    assert counts[2:] == [counts[2], counts[3]] * 9
+    assert sizes[-1] - sizes[3] <= KEPT
+    session.close()
+    assert live()[0] < counts[2][0] / 10
+
+
+@pytest.mark.parametrize("other", ["offload=layerwise", "quantization=int8_weight_only", "vae.tiling=true"])
+def test_a_device_is_empty_after_each_build(fake, tiny_folder, other, tmp_path):
+    words = ["sampling.num_inference_steps=2", "device=auto"]
+    configs = [{**tiny.config(tiny_folder, *words, *more), "device": "fake"} for more in ([], [other])]
+    session, held, closed = Session(None), [], []
+    for number in range(4):
+        session.do("run", configs[number % 2], {"output_dir": str(tmp_path / str(number))})
+        held.append(fake.memory_allocated())
+        session.close()
+        closed.append(fake.memory_allocated())
+    assert held[2:] == held[:2]
+    assert closed == closed[:1] * 4  # tables of positions, which models keep for the last sizes
+    assert closed[0] < min(held) / 20

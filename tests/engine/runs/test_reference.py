@@ -1,0 +1,172 @@
+"""Twins on disk: ordinary runs, reused only while everything is as it was."""
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hydrarun.core.errors import RunError
+from hydrarun.engine.runs import reference as twins
+from hydrarun.outputs import reader as recorded
+from hydrarun.outputs.provenance import config_hash
+from hydrarun.outputs.writer import OutputWriter, Picture
+from tests.outputs.test_writer import CONFIG, FACTS, MEASURED, PIXELS, VIDEO
+
+CACHED = {"_target_": "hydrarun.acceleration.cache.step_cache.StepCache", "gate": {"n": 2}}
+PICTURES = [Picture(PIXELS, "a red circle", " ", 7), Picture(255 - PIXELS, "一只猫", " ", 8)]
+
+
+def configuration(folder: Path, **changes) -> dict:
+    model = {**CONFIG["model"], "takes": ["true_cfg_scale"]}
+    report = {"metrics": ["psnr"], "noise_floor": ["repeat"], "twins": str(folder / "twins")}
+    return {**CONFIG, "model": model, "cache": CACHED, "report": report, **changes}
+
+
+def facts(folder: Path) -> dict:
+    """As a run's writer has them."""
+    return OutputWriter(folder / "run", CONFIG, FACTS, metadata=True).facts
+
+
+@pytest.fixture
+def config(tmp_path) -> dict:
+    """A configuration whose twin is kept."""
+    config = configuration(tmp_path)
+    twins.keep(config, facts(tmp_path), PICTURES, MEASURED)
+    return config
+
+
+def test_the_twin_is_the_same_without_cache_and_measuring_and_loss(tmp_path):
+    twin = twins.configuration(configuration(tmp_path, output={"metadata": False, "format": "png", "fps": None}))
+    assert twin["cache"] == {"_target_": "hydrarun.acceleration.cache.base.NoCache"}
+    assert twin["output"] == {"metadata": True, "format": "png", "fps": None}
+    assert twin["report"] == {"metrics": [], "noise_floor": [], "objectives": [], "twins": "outputs/twins"}
+    assert twin["sampling"] == CONFIG["sampling"]
+    assert twin["warmup"] == 0
+
+
+def test_the_folder_is_named_by_the_twins_hash_whatever_the_cache_is_and_what_is_measured(config, tmp_path):
+    place = twins.folder(config)
+    assert place == tmp_path / "twins" / config_hash(twins.configuration(config))
+    assert twins.folder({**config, "cache": twins.no_cache()}) == place
+    assert twins.folder({**config, "report": {**config["report"], "metrics": []}}) == place
+    other = {**config, "sampling": {**config["sampling"], "seed": 9}}
+    assert twins.folder(other).parent == place.parent
+    assert twins.folder(other) != place
+
+
+def test_a_kept_twin_is_an_ordinary_run(config):
+    record = json.loads((twins.folder(config) / "run.json").read_text())
+    assert record["status"] == "complete"
+    assert record["config_hash"] == twins.folder(config).name
+    assert {key: record[key] for key in MEASURED if key != "timings"} == {
+        "memory": MEASURED["memory"],
+        "cache": MEASURED["cache"],
+    }
+    loaded = recorded.load(twins.folder(config) / "run.json")
+    for have, want in zip(loaded.pictures, PICTURES, strict=True):
+        assert np.array_equal(have.pixels, want.pixels)
+
+
+def test_what_is_kept_comes_back_in_order_and_nothing_else_is_left(config, tmp_path):
+    found = twins.kept(config, facts(tmp_path))
+    assert [np.array_equal(have, want.pixels) for have, want in zip(found, PICTURES, strict=True)] == [True, True]
+    assert os.listdir(tmp_path / "twins") == [twins.folder(config).name]
+
+
+def test_a_video_is_kept_as_frames_whatever_the_run_writes(tmp_path):
+    output = {"metadata": False, "format": "mp4", "fps": 16}
+    model = {**CONFIG["model"], "takes": ["num_frames"]}
+    config = configuration(tmp_path, output=output, model=model)
+    twins.keep(config, facts(tmp_path), [Picture(VIDEO, "a red circle", " ", 7)], MEASURED)
+    (found,) = twins.kept(config, facts(tmp_path))
+    assert np.array_equal(found, VIDEO)
+
+
+def test_none_is_kept_yet(tmp_path):
+    assert twins.kept(configuration(tmp_path), facts(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "versions",
+        "hardware",
+        "weights",
+        "inputs",
+        "device",
+        "dtype",
+        "attention",
+        "scheduler",
+        "compile",
+        "quantization",
+    ],
+)
+def test_one_that_was_made_otherwise_is_not_reused(config, tmp_path, key):
+    now = copy.deepcopy(facts(tmp_path))
+    if key == "hardware":
+        now["hardware"]["torch_threads"] = 3
+    else:
+        now[key] = "another"
+    assert twins.kept(config, now) is None
+
+
+def rewrite(file: Path, **changes) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+DAMAGE = {
+    "failed": lambda folder: rewrite(folder / "run.json", status="failed"),
+    "another configuration of the same hash": lambda folder: rewrite(folder / "run.json", config=CONFIG),
+    "no configuration": lambda folder: rewrite(folder / "run.json", config=[]),
+    "another format": lambda folder: rewrite(folder / "run.json", format=0),
+    "not JSON": lambda folder: (folder / "run.json").write_text("{"),
+    "a list": lambda folder: (folder / "run.json").write_text("[]"),
+    "other pixels": lambda folder: os.replace(*sorted(folder.glob("*.png"))),
+    "a picture is gone": lambda folder: sorted(folder.glob("*.png"))[0].unlink(),
+    "a damaged picture": lambda folder: sorted(folder.glob("*.png"))[0].write_bytes(b"\x89PNG"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_one_is_not_reused_and_replaced(config, tmp_path, name):
+    DAMAGE[name](twins.folder(config))
+    assert twins.kept(config, facts(tmp_path)) is None
+    twins.keep(config, facts(tmp_path), PICTURES, MEASURED)
+    assert len(twins.kept(config, facts(tmp_path))) == 2
+    assert os.listdir(tmp_path / "twins") == [twins.folder(config).name]
+
+
+def test_a_black_one_is_refused_and_leaves_the_older_one(config, tmp_path):
+    black = Picture(np.zeros_like(PIXELS), "a red circle", " ", 7)
+    with pytest.raises(RunError, match="^the uncached twin: the picture for seed 7 .* is all black"):
+        twins.keep(config, facts(tmp_path), [PICTURES[0], black], MEASURED)
+    assert len(twins.kept(config, facts(tmp_path))) == 2
+    assert os.listdir(tmp_path / "twins") == [twins.folder(config).name]
+
+
+def test_a_folder_that_cannot_be_is_one_line(tmp_path):
+    (tmp_path / "twins").write_text("a file")
+    config = configuration(tmp_path)
+    with pytest.raises(RunError) as caught:
+        twins.keep(config, facts(tmp_path), PICTURES, MEASURED)
+    assert str(caught.value) == (
+        f"the uncached twin cannot be kept in {twins.folder(config)}: File exists; choose another folder: "
+        "report.twins=…"
+    )
+
+
+def test_two_runs_that_keep_the_same_twin_at_once_are_both_content(config, tmp_path, monkeypatch):
+    """The other one's is put there between our two steps."""
+    replace = os.replace
+
+    def raced(source, target):
+        if Path(target) == twins.folder(config):
+            replace(Path(source).parent / "old", target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", raced)
+    twins.keep(config, facts(tmp_path), PICTURES, MEASURED)
+    assert len(twins.kept(config, facts(tmp_path))) == 2

@@ -1,0 +1,45 @@
+"""Runs of several pictures of a tiny model, for tests: their configurations, and pictures that fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hydrarun.config.compose import compose
+from hydrarun.engine.runs import batch_worker
+from tests.helpers import tiny
+
+
+def compose_lines(
+    tiny_folder: Path, folder: Path, *rows: dict[str, Any], words: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The configuration of a run of these lines, which are written into `folder`."""
+    file = folder / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain = [word for word in tiny.overrides(tiny_folder) if not word.startswith("sampling.prompt=")]
+    return compose([*plain, f"input.prompts={file}", *words])
+
+
+def prompts(*texts: str) -> list[dict[str, Any]]:
+    return [{"prompt": text, "seed": seed} for seed, text in enumerate(texts)]
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())
+
+
+def failing(monkeypatch, texts: dict[str, list[BaseException]]) -> list[str]:
+    """Have pictures of these prompts raise, once for each error of theirs; the prompts that are drawn."""
+    drawn: list[str] = []
+    finished = batch_worker.pictures
+
+    def pictures(state):
+        drawn.extend(state.prompts)
+        for prompt in state.prompts:
+            if texts.get(prompt):
+                raise texts[prompt].pop(0)
+        return finished(state)
+
+    monkeypatch.setattr(batch_worker, "pictures", pictures)
+    return drawn

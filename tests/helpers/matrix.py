@@ -1,0 +1,347 @@
+"""The matrix: every model with every acceleration, how each cell is run, and README's tables of what was found.
+
+Columns are the options of the configuration, so that one that is added later is here by itself: those of `parallel`
+that two ranks are enough for, and all of each group in `GROUPS`. Rows are the options of `model`.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from torch._dynamo.utils import counters
+
+from hydrarun.acceleration.compilation import CompileFull
+from hydrarun.config.checks import compatibility as compat
+from hydrarun.config.checks.values import cfg_off, cfg_scale
+from hydrarun.config.options import load_option
+from hydrarun.config.targets import instantiate
+from hydrarun.core import resources
+from hydrarun.core.distributed.degrees import shares, world_size
+from hydrarun.engine.runner import Runner
+from tests.helpers import caches, parallel_runs, subjects, watched
+from tests.helpers.deeper import deeper_subject
+from tests.helpers.paths import ROOT
+from tests.helpers.subjects import CONFIGS, LONG, MODELS, SHORT
+
+README = ROOT / "README.md"
+#: groups of which each option is a column, by the tables that they stand in
+TABLES = {
+    "Over two ranks": ("parallel",),
+    "Caches": ("cache",),
+    "Memory and compilation": ("offload", "quantization", "compile"),
+}
+GROUPS = tuple(group for groups in TABLES.values() for group in groups)
+
+
+class Kind(NamedTuple):
+    """How far from the plain run a cell may be: of the largest difference of latents, or (`lossy`) their root mean
+    square in parts of the latents' deviation."""
+
+    most: float
+    why: str
+    lossy: bool = False
+
+
+#: by option, or by group; the narrowest that says something
+KINDS = {
+    "parallel": Kind(1e-4, "ranks add up in another order, in float32"),
+    "parallel=data2": Kind(1e-4, "each picture is drawn in a smaller batch, whose products add up in another order"),
+    "offload": Kind(0.0, "the same numbers come to the same kernels"),
+    "offload=modulation": Kind(1e-5, "one product of many rows adds up in another order than many of a few"),
+    "compile": Kind(1e-5, "the same operations, but for rotations, which are done without complex numbers"),
+    "quantization=int8_weight_only": Kind(1e-1, "weights in 8 bits, a scale for each row", lossy=True),
+    "quantization=int8": Kind(2e-1, "weights and what they are multiplied with in 8 bits", lossy=True),
+    "quantization=fp8": Kind(2e-1, "as fp8_weight_only; on GPUs alone", lossy=True),
+    "quantization=fp8_weight_only": Kind(2e-1, "weights with 3 bits behind the point", lossy=True),
+    "cache": Kind(
+        1.0, "a quarter to half of the steps is skipped, and random weights are the worst to foresee", lossy=True
+    ),
+}
+#: steps of a run: with two experts one for each; caches need some to skip
+STEPS, CACHE_STEPS = 2, 8
+#: how caches are set, so that those that measure skip too: nothing is too different, and some steps are computed anyhow
+SKIPPING = {"residual_diff_threshold": 1e9, "max_warmup_steps": 2, "max_continuous_cached_steps": 1}
+SKIPPING_GATE = {"threshold": 1e9, "first": 1, "last": 5}
+
+
+@dataclass(frozen=True)
+class Column:
+    """An option of a group."""
+
+    group: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.group}={self.name}"
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[str(self)] if str(self) in KINDS else KINDS[self.group]
+
+    def steps(self, name: str) -> int:
+        """Of a model's run: as many as its coefficients, where it has some, are for."""
+        if self.group != "cache":
+            return STEPS
+        fitted = (CONFIGS[name]["model"]["teacache"] or {}).get("num_inference_steps")
+        return max(CACHE_STEPS, *(fitted or [])[:1], 0) if self.name == "teacache" else CACHE_STEPS
+
+    def config(self, name: str, guided: bool = True) -> dict[str, Any]:
+        """The configuration of a model's small run with this option, as it is or with guidance on."""
+        config = CONFIGS[name]
+        asked = {**request(name, self.steps(name)), "negative_prompt": None, "seed": 0}
+        if not guided:
+            del asked[cfg_scale(config)[0]]
+        sampling = {**config["sampling"], **asked}
+        file = resources.folder("conf") / self.group / f"{self.name}.yaml"
+        node = load_option(config, self.group, file)
+        if self.group == "parallel":
+            node = {**config["parallel"], **node}
+        if self.group == "cache":
+            node = set_to_skip({**caches.option(self.name, None), **node})  # with its predictor
+        device = "cpu" if self.group != "offload" else "fake"  # there must be something to offload to
+        return {**config, "dtype": "auto", "device": device, "sampling": sampling, self.group: node}
+
+
+def set_to_skip(node: dict[str, Any]) -> dict[str, Any]:
+    """A cache's node with the values of `SKIPPING` that it has; TeaCache's coefficients are for these weights too."""
+    if "gate" in node:
+        gate = {key: SKIPPING_GATE.get(key, value) for key, value in node["gate"].items()}
+        if gate.get("fit"):
+            gate["fit"] = {**gate["fit"], "weights": None}
+        return {**node, "gate": gate}
+    return {key: SKIPPING.get(key, value) for key, value in node.items()}
+
+
+@cache
+def columns() -> tuple[Column, ...]:
+    """All there are."""
+    found = []
+    for group in GROUPS:
+        for file in sorted((resources.folder("conf") / group).glob("*.yaml")):
+            column = Column(group, file.stem)
+            if file.stem != "none" and (group != "parallel" or ranks(column) == 2):
+                found.append(column)
+    return tuple(found)
+
+
+def ranks(column: Column) -> int:
+    return world_size(column.config("demo")["parallel"])
+
+
+def request(name: str, steps: int = STEPS) -> dict[str, Any]:
+    """Two prompts of unequal length with guidance."""
+    guidance = {cfg_scale(CONFIGS[name])[0]: 3.0}
+    return {
+        "prompt": [SHORT, LONG],
+        "negative_prompt": ["x", LONG],
+        "seed": [3, 4],
+        "num_inference_steps": steps,
+        **guidance,
+    }
+
+
+def refusal(name: str, column: Column) -> str | None:
+    """Why a model does not go with an option, and what goes instead; None where it does."""
+    for rule in compat.violations(column.config(name)):
+        sentence = rule.sentence.replace("another model than {model}", "another model")
+        sentence = sentence.replace("model {model}", "the model").replace("{steps}", str(column.steps(name)))
+        return f"{sentence[0].upper()}{sentence[1:]}. Use {rule.fix.replace('{model}', 'MODEL')}."
+    return None
+
+
+def condition(name: str, column: Column) -> str:
+    """What a model goes with an option only with; mostly nothing."""
+    if not any(compat.violations(column.config(name, guided=False))):
+        return ""
+    return f"{cfg_scale(CONFIGS[name])[0]} > {cfg_off(CONFIGS[name]):g}"
+
+
+# --- what a cell is run with -----------------------------------------------------------------------------------------
+
+
+class Bench:
+    """Runs the cells; what several of them need is made once."""
+
+    def __init__(self, pool: Any, fake: Any) -> None:
+        self.pool = pool
+        self.fake = fake
+        self.kept: dict[tuple[Any, ...], Any] = {}
+
+    def once(self, *key: Any, make: Any) -> Any:
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
+
+    def distance(self, subject: subjects.Subject, column: Column) -> float:
+        """How far the latents are from the plain run's, as the column's kind counts it."""
+        found, want = getattr(self, column.group)(subject, column)
+        assert found.shape == want.shape
+        assert np.isfinite(found).all()
+        difference = found.astype(np.float64) - want
+        if column.kind.lossy:
+            return float(np.sqrt(np.square(difference).mean()) / want.std())
+        return float(np.abs(difference).max())
+
+    def plain(self, subject: subjects.Subject, steps: int = STEPS, **more: Any) -> Any:
+        """The state of the plain run."""
+        fields = {**request(subject.name, steps), **more}
+        return self.once(subject.name, steps, *more, make=lambda: subject.draw(**fields))
+
+    def parallel(self, subject: subjects.Subject, column: Column) -> tuple[np.ndarray, np.ndarray]:
+        """Sizes at which tokens do not divide. Also: every rank shows the same pictures, within one level."""
+        size = subject.size(3, 5)
+        alone = self.plain(subject, **size)
+        degrees = column.config(subject.name)["parallel"]
+        chosen = {key: value for key, value in degrees.items() if value > 1}
+        images = CONFIGS[subject.name]["model"]["input_images"][0]
+        fields = {**request(subject.name), **size}
+        results = self.pool(ranks(column), parallel_runs.draw, subject.name, subject.folder, chosen, images, fields)
+        for frames, _, _ in results:
+            assert subjects.apart(frames, alone.frames) <= 1
+        want = alone.latents.numpy()
+        return joined([latents for _, latents, _ in results], degrees["data_degree"], want), want
+
+    def cache(self, subject: subjects.Subject, column: Column) -> tuple[np.ndarray, np.ndarray]:
+        """Also: there are blocks that were not computed."""
+        steps = column.steps(subject.name)
+        want = self.plain(subject, steps).latents.numpy()
+        node = column.config(subject.name)["cache"]
+        found = subject.draw(cache=node, **request(subject.name, steps)).latents.numpy()
+        blocks = subject.runner.built.parts.cache.record()["blocks"]
+        assert 0 < blocks["run"] < blocks["all"]
+        return found, want
+
+    def offload(self, subject: subjects.Subject, column: Column) -> tuple[np.ndarray, np.ndarray]:
+        """On a device that has memory of its own; the second request, for which weights come again.
+
+        Twice the blocks: those that are there can take turns.
+        """
+        deep = self.once(subject.name, "deep", make=lambda: deeper_subject(subject, Path(tempfile.mkdtemp())))
+        want = self.once(subject.name, "fake", make=lambda: drawn(watched.runner(deep, "fake")))
+        runner = watched.runner(deep, "fake", column.name)
+        drawn(runner)
+        return drawn(runner), want
+
+    def quantization(self, subject: subjects.Subject, column: Column) -> tuple[np.ndarray, np.ndarray]:
+        node = column.config(subject.name)["quantization"]
+        runner = Runner({**watched.smallest(subject.name, subject.folder), "quantization": node})
+        want = self.once(subject.name, "cpu", make=lambda: drawn(watched.runner(subject, "cpu")))
+        return drawn(runner), want
+
+    def compile(self, subject: subjects.Subject, column: Column) -> tuple[np.ndarray, np.ndarray]:
+        """Traced, without the time that a code generator takes. Also: one graph for each kind of piece, no break."""
+        want = self.plain(subject, prompt="a cat", negative_prompt="a dog", seed=3).latents.numpy()
+        fields = {**request(subject.name), "prompt": "a cat", "negative_prompt": "a dog", "seed": 3}
+        option = instantiate(column.config(subject.name)["compile"], "compile")
+        torch._dynamo.reset()
+        counters.clear()
+        with mock.patch.object(torch, "compile", partial(torch.compile, backend="eager")), uncompiled(subject):
+            for transformer in subject.runner.built.parts.experts:
+                option.apply(transformer)
+            found = subject.draw(**fields).latents.numpy()
+        assert not counters["graph_break"]
+        assert counters["stats"]["unique_graphs"] == 1 or column.name != "full"
+        assert counters["stats"]["unique_graphs"] >= 1
+        return found, want
+
+
+def drawn(runner: Runner) -> np.ndarray:
+    """The latents of the smallest run."""
+    return watched.draw(runner).latents.cpu().numpy()
+
+
+def joined(shares_of_ranks: Sequence[np.ndarray], data: int, like: np.ndarray) -> np.ndarray:
+    """The latents of all pictures; ranks that draw the same ones have the same ones to the bit, or nearly."""
+    together = len(shares_of_ranks) // data
+    first = shares_of_ranks[::together]
+    assert [len(one) for one in first] == list(shares(len(like), data))
+    for rank, latents in enumerate(shares_of_ranks):
+        assert np.abs(latents - first[rank // together]).max() <= KINDS["parallel"].most
+    return np.concatenate(first)
+
+
+@contextmanager
+def uncompiled(subject: subjects.Subject) -> Iterator[None]:
+    """Afterwards its transformers are as they were."""
+    try:
+        yield
+    finally:
+        for transformer in subject.runner.built.parts.experts:
+            for name in CompileFull.pieces:
+                vars(transformer).pop(name, None)
+            for block in transformer.all_blocks():
+                block._compiled_call_impl = None
+
+
+# --- README ----------------------------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """What a cell came to: a distance and what was to be on for it, or why the model is refused."""
+
+    distance: float = 0.0
+    condition: str = ""
+    refusal: str = ""
+
+
+def written(found: Found, kind: Kind, notes: list[str]) -> str:
+    """A cell's text; reasons go to `notes` and are named by their number."""
+    if found.refusal:
+        if found.refusal not in notes:
+            notes.append(found.refusal)
+        return f"– ({notes.index(found.refusal) + 1})"
+    number = f"{100 * found.distance:.2g} %" if kind.lossy else f"{found.distance:.0e}"
+    number = "0" if found.distance == 0 else number
+    return f"{number} ({found.condition})" if found.condition else number
+
+
+def tables(cells: Mapping[tuple[str, Column], Found]) -> str:
+    """README's tables, in Markdown."""
+    return "\n\n".join(table(title, groups, cells) for title, groups in TABLES.items())
+
+
+def table(title: str, groups: Sequence[str], cells: Mapping[tuple[str, Column], Found]) -> str:
+    notes: list[str] = []
+    own = [column for column in columns() if column.group in groups]
+    header = ["model=", *(f"`{column}`" for column in own)]
+    rows = [["at most", *(most(column.kind) for column in own)]]
+    rows += [[name, *(written(cells[name, column], column.kind, notes) for column in own)] for name in MODELS]
+    body = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
+    reasons = [f"{number}. {note}" for number, note in enumerate(notes, 1)]
+    return "\n".join([f"**{title}**", "", *body, *(["", *reasons] if reasons else [])])
+
+
+def most(kind: Kind) -> str:
+    return f"{100 * kind.most:g} %" if kind.lossy else f"{kind.most:g}"
+
+
+MARK, END = "<!-- make matrix -->\n", "<!-- end of the matrix -->\n"
+
+
+def in_readme() -> str:
+    """The tables that README has."""
+    _, mark, rest = README.read_text(encoding="utf-8").partition(MARK)
+    shown, end, _ = rest.partition(END)
+    assert mark
+    assert end
+    return shown.strip()
+
+
+def write_readme(text: str) -> None:
+    before, _, rest = README.read_text(encoding="utf-8").partition(MARK)
+    README.write_text(before + MARK + "\n" + text + "\n\n" + END + rest.partition(END)[2], encoding="utf-8")
+
+
+def shape(text: str) -> list[list[str]]:
+    """Tables as every machine has them, cell by cell: how near a number is differs from one to the next."""
+    return [[re.sub(r"^[\d.e+-]+( %)?", "#", cell) for cell in line.split(" | ")] for line in text.splitlines()]

@@ -1,0 +1,144 @@
+"""The group `scheduler`: each option against diffusers with the same scheduler put in, and what is refused."""
+
+from __future__ import annotations
+
+import inspect
+
+import diffusers
+import pytest
+
+from hydrarun.config.compose import compose
+from hydrarun.core.errors import UsageError
+from hydrarun.core.resources import options
+from hydrarun.engine.runner import Runner
+from hydrarun.pipeline.schedulers import make_scheduler
+from tests.helpers import tiny
+
+SAVED = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.41", "shift": 3.0, **tiny.SCHEDULER}
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+#: of each option: what the reference is made with; the rest is the checkpoint's
+REFERENCES = {
+    "euler": {},
+    "heun": {},
+    "lcm": {},
+    "unipc": FLOW,
+    "dpm_solver": FLOW,
+    "deis": FLOW,
+    "sa_solver": FLOW,
+}
+
+
+def made(*overrides: str, saved: dict = SAVED):
+    return make_scheduler(compose([*overrides]), saved)
+
+
+def test_every_option_is_tried_here():
+    assert {*options("scheduler")} == {*REFERENCES, "checkpoint", "cosine_dpm_solver"}
+
+
+def test_the_checkpoints_own_is_left_alone():
+    assert compose([])["scheduler"] == {}
+    assert made() is None
+
+
+def reference_scheduler(name: str, saved: dict):
+    cls = getattr(diffusers, options("scheduler")[name]["_target_"].partition(".")[2])
+    return cls.from_config({**saved, **REFERENCES[name]})
+
+
+def check_settings(ours, theirs) -> None:
+    takes = inspect.signature(type(theirs)).parameters
+    assert type(ours) is type(theirs)
+    assert {key: ours.config[key] for key in takes} == {key: theirs.config[key] for key in takes}
+
+
+@pytest.mark.parametrize("name", ["euler", "unipc"])
+def test_noise_levels_shifted_by_size_are_diffusers(name, tiny_folder, tiny_pipeline):
+    """Those that the reference pipeline can use here: it gives noise levels of its own. Latents within 1e-4."""
+    scheduler = reference_scheduler(name, dict(tiny_pipeline.scheduler.config))
+    runner = tiny.runner(tiny_folder, f"scheduler={name}")
+    check_settings(runner.built.parts.pipeline.scheduler, scheduler)
+    state = tiny.draw(runner, num_inference_steps=5)
+    reference = diffusers.QwenImagePipeline(**{**tiny_pipeline.components, "scheduler": scheduler})
+    reference.set_progress_bar_config(disable=True)
+    assert (tiny.reference(reference, state, "latent") - state.latents).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("subject", ["wan21_t2v_14b"], indirect=True)
+@pytest.mark.parametrize("name", ["euler", "unipc", "dpm_solver", "deis"])
+def test_a_schedulers_own_noise_levels_are_diffusers(name, subject):
+    """Latents within 1e-4 of the reference pipeline with the scheduler that `from_config` makes of its own."""
+    saved = {**dict(subject.pipeline.scheduler.config)}
+    saved["shift"] = saved["flow_shift"]
+    solver = {"dpm_solver": "midpoint", "deis": "logrho"}.get(name, "bh2")
+    scheduler = reference_scheduler(name, {**saved, "solver_type": solver})
+    runner = Runner(compose([*subject.overrides(), f"scheduler={name}"]))
+    check_settings(runner.built.parts.pipeline.scheduler, scheduler)
+    state = tiny.draw(runner)
+    pipeline = diffusers.WanPipeline(**{**subject.pipeline.components, "scheduler": scheduler})
+    pipeline.set_progress_bar_config(disable=True)
+    assert (tiny.reference(pipeline, state, "latent") - state.latents).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["heun", "lcm", "sa_solver"])
+def test_others_draw(name, tiny_folder, tiny_pipeline):
+    """The reference pipeline refuses Heun and SA-Solver; the noise of LCM is drawn by item here."""
+    runner = tiny.runner(tiny_folder, f"scheduler={name}")
+    check_settings(
+        runner.built.parts.pipeline.scheduler, reference_scheduler(name, dict(tiny_pipeline.scheduler.config))
+    )
+    both, alone = (tiny.draw(runner, num_inference_steps=4, seed=seed).latents for seed in ([3, 4], [4]))
+    assert both.isfinite().all()
+    assert (both[1:] - alone).abs().max() <= 1e-4  # a batch is its singles
+    assert (both[1:] - tiny.draw(tiny.runner(tiny_folder), num_inference_steps=4, seed=[4]).latents).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("subject", ["wan21_t2v_14b"], indirect=True)
+def test_the_shift_has_two_names(subject):
+    """The checkpoint's `flow_shift` is another class's `shift`, and the other way round."""
+    runner = Runner(compose([*subject.overrides(), "scheduler=euler"]))
+    own = subject.pipeline.scheduler.config.flow_shift
+    assert runner.built.parts.pipeline.scheduler.config.shift == own
+    assert made("scheduler=unipc", "scheduler.shift=4").config.flow_shift == 4.0
+    assert made("scheduler=unipc").config.flow_shift == SAVED["shift"]
+    assert made("scheduler=heun").config.shift == SAVED["shift"]
+
+
+def test_single_values_of_the_checkpoints_own():
+    scheduler = made("scheduler.base_shift=1.0986", "scheduler.max_shift=1.0986", "scheduler.shift_terminal=null")
+    assert type(scheduler).__name__ == SAVED["_class_name"]
+    want = {**SAVED, "base_shift": 1.0986, "max_shift": 1.0986, "shift_terminal": None}
+    assert {key: scheduler.config[key] for key in want if not key.startswith("_")} == {
+        key: value for key, value in want.items() if not key.startswith("_")
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["scheduler.shfit=3"], "scheduler.shfit: FlowMatchEulerDiscreteScheduler takes no such argument."),
+        (["scheduler=heun", "scheduler.use_karras_sigmas=true"], "scheduler.use_karras_sigmas: FlowMatchHeun"),
+        (["scheduler.shift=big"], "scheduler.shift: 'big' is not a number"),
+        (["scheduler=cosine_dpm_solver"], "CosineDPMSolverMultistepScheduler takes another kind of prediction than"),
+        (["scheduler=unipc", "scheduler.prediction_type=epsilon"], "UniPCMultistepScheduler takes another kind"),
+    ],
+)
+def test_what_cannot_be_is_refused(overrides, said):
+    with pytest.raises(UsageError) as caught:
+        made(*overrides)
+    assert said in str(caught.value)
+
+
+def test_a_model_without_a_flow_has_no_flow_scheduler():
+    saved = {"_class_name": "CosineDPMSolverMultistepScheduler", "prediction_type": "v_prediction"}
+    assert type(made("scheduler=cosine_dpm_solver", saved=saved)).__name__ == saved["_class_name"]
+    with pytest.raises(UsageError, match="EulerDiscreteScheduler takes another kind of prediction"):
+        made("scheduler=euler", saved=saved)
+
+
+def test_what_version_0_1_0_wrote_is_made_as_it_was():
+    """By `model.scheduler`, without the checkpoint's settings; an option of the group goes first."""
+    older = "model.scheduler={_target_: diffusers.FlowMatchEulerDiscreteScheduler, max_shift: 2.0}"
+    assert made(older).config.shift == 1.0
+    assert made(older).config.max_shift == 2.0
+    assert type(made(older, "scheduler=heun")).__name__ == "FlowMatchHeunDiscreteScheduler"
