@@ -70,6 +70,14 @@ def load(path: Path) -> Recorded:
     return _from_run(path) if path.suffix.lower() == ".json" else _from_medium(path)
 
 
+def _current_config(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """The recorded configuration; classes have their names of today."""
+    try:
+        return current_names(_get(path, record, "config", dict))
+    except RecursionError:
+        raise UsageError(f"{path}: its configuration is nested too deeply") from None
+
+
 def is_lossy(path: Path) -> bool:
     """Whether such a file holds the pixels only nearly."""
     return path.suffix.lower() == ".mp4"
@@ -83,7 +91,7 @@ def _from_medium(path: Path) -> Recorded:
             "stripped on the way; a run.json beside it can be replayed instead"
         )
     _check_format(path, record)
-    config = current_names(_get(path, record, "config", dict))
+    config = _current_config(path, record)
     sampling = _get(path, config, "sampling", dict)
     batch = _get(path, record, "batch", dict)
     index = _get(path, batch, "index", int)
@@ -105,7 +113,7 @@ def run_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UsageError(f"{path}: refused, larger than {MAX_JSON_BYTES} bytes")
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = current_names(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError):
@@ -113,7 +121,7 @@ def run_json(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UsageError(f"{path}: not the run.json of a run")
     _check_format(path, record)
-    return current_names(record)
+    return record
 
 
 def _from_run(path: Path) -> Recorded:

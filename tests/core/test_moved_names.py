@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
+from hydrarun.cli import main as cli
 from hydrarun.cli.commands import replay
 from hydrarun.cli.main import dispatch
 from hydrarun.config.compose import compose, compose_raw
@@ -65,6 +69,30 @@ def test_a_picture_of_version_0_1_0_replays(name, tmp_path, capsys):
     if all(then.facts["hardware"][key] == here[key] for key in ("cpu", "cpu_capability", "torch_threads")):
         assert (code, f"{name}.png: identical pixels" in said) == (0, True)
     assert abs(drawn.astype(int) - read_output(file)[0].astype(int)).max() <= 1
+
+
+def test_a_batch_that_version_0_1_0_began_is_gone_on_with(tmp_path, monkeypatch, capsys):
+    """Its ledger and its files are this run's: what is there is not drawn again, one that is gone is."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(FILES / "batch", "run")
+    Path("prompts.txt").write_text("a red circle\na blue square\n")
+    gone = next(Path("run").glob("0001-*.png"))
+    before = gone.read_bytes()
+    gone.unlink()
+    words = ["input.prompts=prompts.txt", "device=cpu", "sampling.num_inference_steps=2", "hydra.run.dir=run"]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().err
+    assert "1 of 2 are there and verified, 1 to draw" in said
+    again, first = (read_output(file)[0].astype(int) for file in (gone, _written(tmp_path, before)))
+    assert abs(again - first).max() <= 1  # as above
+    rows = Path("run", "ledger.jsonl").read_text().splitlines()
+    assert rows[0] == (FILES / "batch" / "ledger.jsonl").read_text().splitlines()[0]
+
+
+def _written(folder: Path, content: bytes) -> Path:
+    file = folder / "before.png"
+    file.write_bytes(content)
+    return file
 
 
 def test_a_recorded_configuration_has_names_of_today(tiny_folder):

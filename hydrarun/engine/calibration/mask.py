@@ -10,6 +10,7 @@ import numpy as np
 from hydrarun.acceleration.cache.base import NoCache, Schedule
 from hydrarun.config.targets import instantiate
 from hydrarun.core.errors import UsageError
+from hydrarun.core.moved_names import original_names
 from hydrarun.core.progress import Progress
 from hydrarun.core.resources import options
 from hydrarun.engine.calibration.scores import Scores
@@ -107,15 +108,17 @@ def node(job: Job, steps: Steps) -> dict[str, Any]:
 
 
 def identity(job: Job, twins: Twins) -> dict[str, Any]:
-    """All that a score depends on beside the steps."""
+    """All that a score depends on beside the steps; in every version the same, so that an older search goes on."""
     facts = twins.draws.runner.facts()
-    return {
+    known = {
         **{key: job.config[key] for key in ("model", "sampling", "input", "compile", "quantization")},
         **{key: facts[key] for key in ("weights", "device", "dtype", "attention", "scheduler")},
         "prompts": job.prompts,
         "predictor": job.cache["predictor"],
         "computed steps": twins.count,
+        **({"scheduler settings": job.config["scheduler"]} if job.config["scheduler"] else {}),
     }
+    return original_names(known)
 
 
 def report(found: Found, near: dict[Steps, str], job: Job, twins: Twins) -> str:

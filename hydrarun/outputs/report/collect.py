@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from hydrarun.core.errors import UsageError
+from hydrarun.core.moved_names import current_names
 
 FORMAT = 1  # of run.json, as this module reads it
 
@@ -105,7 +106,7 @@ def read_record(file: Path) -> tuple[dict[str, Any], str | None]:
     try:
         if file.stat().st_size > MAX_BYTES:
             return {}, f"{RECORD}: larger than {MAX_BYTES} bytes"
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = current_names(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}, UNFINISHED
     except OSError as error:
