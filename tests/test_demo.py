@@ -11,6 +11,7 @@ from hydrarun.cli.recipe import evidence
 from hydrarun.config.compose import compose
 from hydrarun.config.recipes import search as source
 from hydrarun.engine.runner import Runner
+from hydrarun.engine.runs.single import run_single
 from hydrarun.outputs.media import png
 from hydrarun.outputs.quality.scene_judge import held_out_prompts, judge_all
 from tests.helpers import tiny
@@ -64,7 +65,8 @@ def test_another_prompt_is_judged_wrong(runner):
 @pytest.mark.parametrize(("name", "count"), [("demo/quick", 1), ("demo/grid", 6), ("demo/teacache", 4)])
 def test_shipped_recipes_run_and_draw_what_they_say(name, count, tmp_path):
     """Every picture passes the judge: a recipe is what a newcomer runs first. And it is that of the evidence."""
-    record = Runner(compose([f"recipe={name}", "device=cpu", "dtype=float32"])).run(tmp_path)
+    config = compose([f"recipe={name}", "device=cpu", "dtype=float32"])
+    record = run_single(Runner(config), config, tmp_path)
     pictures = [(png.read_png(tmp_path / output["path"])[0], output["prompt"]) for output in record["outputs"]]
     assert len(pictures) == count
     assert judge_all(pictures).right == 1

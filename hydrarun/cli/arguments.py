@@ -21,6 +21,7 @@ RUN_FLAGS = {
 }
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 ALLOW_TARGET = "--allow-target"
+CONFIG_DIR = ("--config-dir", "-cd")
 
 
 class Verb(NamedTuple):
@@ -116,7 +117,8 @@ def _unknown_flag(verb: str, name: str) -> str:
     if verb == "run":
         return f"{name}: no such flag.{nearest(name, [*RUN_FLAGS, ALLOW_TARGET])} `--help` shows them."
     own = [flag for flag in VERBS[verb].flags if flag not in HELP]
-    return f"{_prefix(verb)}{name}: no such flag; it takes {' and '.join(own) or 'none but --help'}."
+    hint = " A folder of your own options: 'hydra.searchpath=[file:///folder]'" if name in CONFIG_DIR else ""
+    return f"{_prefix(verb)}{name}: no such flag; it takes {' and '.join(own) or 'none but --help'}.{hint}"
 
 
 def _prefix(verb: str) -> str:

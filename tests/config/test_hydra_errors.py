@@ -12,7 +12,7 @@ from hydrarun.core.errors import UsageError
     [
         ("sampling.stpes=3", "sampling.stpes (command line): unknown key. Did you mean 'num_inference_"),
         ("+sampling.stpes=3", "sampling.stpes (command line): unknown key. Did you mean 'num_inference_"),
-        ("modle=demo", "modle (command line): unknown key. Did you mean 'model'? Known: model, sampling,"),
+        ("modle=demo", "modle (command line): unknown key. Did you mean 'model'? Known: model, scheduler, sampling,"),
         ("prompt=a cat", "prompt (command line): unknown key. Did you mean 'sampling.prompt'?"),
         ("steps=3", "Did you mean 'sampling.num_inference_steps'?"),
         ("reciep=demo/quick", "Did you mean 'recipe'?"),

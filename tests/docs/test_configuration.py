@@ -32,8 +32,8 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("line", commands())
 def test_a_shown_command_can_be_typed(line):
-    words = arguments.parse(shlex.split(line)[1:])
-    overrides = literal(words.overrides)
+    words = arguments.parse(shlex.split(line, comments=True)[1:])
+    overrides = literal(words.words)
     if "-m" in words.flags:
         parsed = OverridesParser.create().parse_overrides(overrides)
         assert any(override.is_sweep_override() for override in parsed)

@@ -18,7 +18,7 @@ from transformers import T5Config, T5EncoderModel
 from hydrarun.core.progress import Progress
 from hydrarun.core.threads import Pool
 from hydrarun.models.qwen_image import QwenImageTransformer
-from hydrarun.models.weights.loader import load_transformer, place
+from hydrarun.models.weights.loader import find_placement, load_transformer
 from hydrarun.pipeline.components import load_component
 
 SMALL = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 3, "axes_dims_rope": (8, 4, 4)}
@@ -31,7 +31,7 @@ def save(folder: Path, settings: dict, kind: str) -> Path:
     with torch.device("meta"):
         transformer = QwenImageTransformer(**settings)
     names = ((name, tuple(value.shape)) for name, value in transformer.named_parameters())
-    pieces = [piece for name, shape in names for piece in place(transformer, name, shape).pieces]
+    pieces = [piece for name, shape in names for piece in find_placement(transformer, name, shape).pieces]
     folder.mkdir()
     write(folder / "diffusion_pytorch_model.safetensors", {piece.source: piece.shape for piece in pieces}, kind)
     (folder / "config.json").write_text(json.dumps(settings))

@@ -28,7 +28,7 @@ MIB = 2**20
 class ModulationOffload(NoOffload):
     """Tables take the place of the modulation weights, which stay in their files, on every device."""
 
-    def left(self, transformer: Transformer) -> list[str]:
+    def skip_loading(self, transformer: Transformer) -> list[str]:
         return [name for name, module in transformer.named_modules() if isinstance(module, Modulation)]
 
 

@@ -20,7 +20,7 @@ from hydrarun.config.compose import Origin, check, compose_raw
 from hydrarun.core.distributed.degrees import world_size
 from hydrarun.core.errors import UsageError
 from hydrarun.core.quoting import literal
-from hydrarun.engine.calibration.trial import Job
+from hydrarun.engine.calibration.job import Job
 from hydrarun.engine.ranks import launch
 
 USAGE = """\

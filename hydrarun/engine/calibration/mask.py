@@ -22,7 +22,7 @@ from hydrarun.pipeline.stages.denoise import schedule
 from hydrarun.pipeline.state import State
 
 if TYPE_CHECKING:
-    from hydrarun.engine.calibration.trial import Job
+    from hydrarun.engine.calibration.job import Job
 
 #: the spreads that a search starts from: as every_n's steps lie, and denser at the start, as SCM's do
 POWERS = (1.0, 1.5, 2.0)

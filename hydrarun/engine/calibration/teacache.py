@@ -18,7 +18,7 @@ from hydrarun.core.tables import Table, format_plain
 from hydrarun.engine.calibration.trial import Draws, entry, many, write_option
 
 if TYPE_CHECKING:
-    from hydrarun.engine.calibration.trial import Job
+    from hydrarun.engine.calibration.job import Job
 
 DEGREE = 4
 

@@ -120,6 +120,9 @@ def test_it_is_refused_on_anything_else(fitted, tiny_folder, tmp_path, capsys, c
     code, said = drawn(capsys, *words, f"hydra.run.dir={tmp_path / 'out'}", "--config-dir", str(fitted))
     assert code == 2
     assert message in said
+    if "model.path" not in change:  # refused before there is a directory
+        assert not (tmp_path / "out").exists()
+        return
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (record["status"], record["outputs"]) == ("failed", [])
     assert record["error"]["message"].startswith(message)
@@ -306,8 +309,8 @@ def test_the_first_step_of_each_expert_is_computed(subject, tmp_path):
         (["cache=mask", "cache.budget=nan"], "cache.budget=nan: not a share of the steps"),
         (["cache=mask", "cache.budget=0.5", "cache.evaluations=0"], "cache.evaluations=0: not a whole number >= 1"),
         (["cache=mask", "cache.budget=0.5", "cache.gate.steps=[0,2]"], "cache.gate.steps: calibrate searches them"),
-        (["cache=teacache", "-m"], "calibrate: -m: it takes key=value and no flags; a folder of your own options:"),
-        (["cache=teacache", "prompts.txt"], "calibrate: prompts.txt: it takes key=value and no flags"),
+        (["cache=teacache", "-m"], "calibrate: -m: no such flag; it takes none but --help."),
+        (["cache=teacache", "prompts.txt"], "calibrate: prompts.txt: neither key=value nor a flag"),
         (["cache=teacache", "warmup=1"], "warmup: calibrate measures no times; leave it out"),
         (["cache=teacache", "parallel=cfg2"], "parallel: calibrate in one process (parallel=none); the result holds"),
         (
@@ -345,7 +348,7 @@ def test_prompts_are_read_to_the_letter(prompts):
 def test_mistakes_are_found_before_torch_is_imported():
     code = """
 import sys
-from hydrarun.cli.commands import calibrate
+from hydrarun.cli.main import dispatch
 from hydrarun.core.errors import UsageError
 try:
     dispatch(["calibrate", "cache=mask", "cache.budget=2"])

@@ -24,6 +24,7 @@ from hydrarun.config.compose import compose, compose_raw
 from hydrarun.config.recipes import search as source
 from hydrarun.config.recipes.yaml_loader import parse
 from hydrarun.core import resources
+from hydrarun.core.errors import UsageError
 from hydrarun.core.tables import format_plain
 from hydrarun.engine.plan import planner as choose
 from hydrarun.engine.plan import suggest
@@ -211,9 +212,9 @@ def test_a_collection_brings_options_and_vetted_recipes(scheme, collection):
         ("unvetted", "recipe=unvetted: no such recipe."),
         ("demo/quick", "recipe=demo/quick: in several places"),
     ):
-        with pytest.raises(cli.UsageError, match=re.escape(said)):
+        with pytest.raises(UsageError, match=re.escape(said)):
             compose([where, f"recipe={recipe}"])
-    with pytest.raises(cli.UsageError, match="no such recipe"):  # told once, it is not remembered
+    with pytest.raises(UsageError, match="no such recipe"):  # told once, it is not remembered
         compose(["recipe=team/fast"])
 
 

@@ -48,6 +48,7 @@ GOOD = {
     "parallel": dict.fromkeys(
         (f"{name}_degree" for name in ("data", "cfg", "ring", "ulysses", "tensor", "hsdp", "vae")), 1
     ),
+    "scheduler": {},
     "cache": TARGET,
     "attention": TARGET,
     "compile": TARGET,

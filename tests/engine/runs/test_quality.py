@@ -148,7 +148,8 @@ def test_accuracy_of_outputs_and_twins_is_the_judges(tmp_path):
         "report.metrics=[accuracy]",
         f"report.twins={tmp_path / 'twins'}",
     ]
-    record = Runner(compose(asked)).run(tmp_path / "run")
+    config = compose(asked)
+    record = run_single(Runner(config), config, tmp_path / "run")
     right = {
         name: np.mean([judge(*pair).right for pair in zip(read(folder), prompts, strict=True)])
         for name, folder in {"outputs": tmp_path / "run", "twins": Path(record["quality"]["twin"])}.items()

@@ -18,6 +18,7 @@ from hydrarun.core.errors import RunError, UsageError
 from hydrarun.core.progress import Progress
 from hydrarun.engine.ranks import worker
 from hydrarun.engine.runner import Runner
+from hydrarun.engine.runs.single import run_single
 from hydrarun.models.weights.checksums import verify
 from tests.helpers import tiny
 
@@ -131,7 +132,8 @@ def test_a_line_that_cannot_be(folder, line, message):
 
 def test_the_shipped_weights_are_recorded(demo_folder, tmp_path):
     verify(demo_folder, QUIET)
-    record = Runner(compose(["device=cpu", "sampling.num_inference_steps=2", "verify=true"])).run(tmp_path)
+    config = compose(["device=cpu", "sampling.num_inference_steps=2", "verify=true"])
+    record = run_single(Runner(config), config, tmp_path)
     assert record["verified"] is True
     assert record["config"]["verify"] is True
 
@@ -148,7 +150,8 @@ def damaged(tiny_folder, tmp_path) -> Path:
 
 def test_nothing_is_loaded_from_other_files(damaged, tmp_path, monkeypatch):
     """Without `verify` the run says that it was not verified."""
-    record = tiny.runner(damaged, "sampling.num_inference_steps=2").run(tmp_path / "run")
+    runner = tiny.runner(damaged, "sampling.num_inference_steps=2")
+    record = run_single(runner, runner.config, tmp_path / "run")
     assert record["verified"] is False
     monkeypatch.setattr("hydrarun.engine.build.load_transformer", None)
     monkeypatch.setattr("hydrarun.engine.build.load_pipeline", None)

@@ -64,7 +64,7 @@ def composed(command: str) -> dict:
     assert program == "hydrarun"
     line = arguments.parse(words)
     assert (line.verb, line.flags) == ("run", [])
-    return compose_raw(literal(line.overrides))[0]
+    return compose_raw(literal(line.words))[0]
 
 
 def commands(folder: Path) -> dict[str, str | None]:

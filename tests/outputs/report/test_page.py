@@ -235,8 +235,8 @@ def test_the_verb(tmp_path, capsys):
     [
         ([], "report takes one folder, not none\n"),
         (["a", "b"], "report takes one folder, not a b\n"),
-        (["--html"], "report: --html: no such flag; it takes --reference NAME\n"),
-        (["a", "--reference"], "report: --reference: needs a value\n"),
+        (["--html"], "report: --html: no such flag; it takes --reference.\n"),
+        (["a", "--reference"], "--reference: needs a value.\n"),
         (["gone"], "report: gone: no such folder\n"),
     ],
 )
