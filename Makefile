@@ -25,10 +25,10 @@ test: $(VENV)/installed-test ## lint, check types, run all tests
 test-launchers: $(VENV)/installed-launchers ## run sweeps by Ray, submitit and Optuna, for real, on this machine
 	$(BIN)/python -m pytest tests/launchers
 
-golden: $(VENV)/installed-test ## rewrite what is made from the code: tests/golden, README's table, recipes/schema.json
+golden: $(VENV)/installed-test ## rewrite what is made from the code: tests/golden, tables of README and docs/models.md, recipes/schema.json
 	$(BIN)/python -m tests.golden.update
 
-matrix: $(VENV)/installed-test ## run every model with every acceleration and write README's tables of what was found
+matrix: $(VENV)/installed-test ## run every model with every acceleration and write docs/matrix.md
 	$(BIN)/python -m pytest tests/test_matrix.py --write-matrix
 
 bench: $(VENV)/installed-test ## our denoising loop against diffusers' on the demo model

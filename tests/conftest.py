@@ -26,7 +26,7 @@ gc.freeze()
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--write-matrix", action="store_true", help="write README's matrix from what was found")
+    parser.addoption("--write-matrix", action="store_true", help="write docs/matrix.md from what was found")
 
 
 @pytest.fixture(scope="session")

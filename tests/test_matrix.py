@@ -1,4 +1,4 @@
-"""Every model with every acceleration against the plain run: README's tables, each cell of them.
+"""Every model with every acceleration against the plain run: each cell of the tables in docs/matrix.md.
 
 `pytest tests/test_matrix.py --write-matrix` (`make matrix`) writes the tables. How near a cell must be: `matrix.KINDS`.
 """
@@ -45,13 +45,13 @@ def test_a_cell(subject, column, bench, found):
     found[subject.name, column] = Found(distance, condition)
 
 
-def test_readme_shows_what_was_found(found, request):
+def test_the_page_shows_what_was_found(found, request):
     if len(found) < len(MODELS) * len(matrix.columns()):
         pytest.skip("the tables are of all cells, and not all were run, or not all as they must")
     text = matrix.tables(found)
     if request.config.getoption("--write-matrix"):
-        matrix.write_readme(text)
-    assert matrix.shape(matrix.in_readme()) == matrix.shape(text), "`make matrix` writes the tables anew"
+        matrix.write_tables(text)
+    assert matrix.shape(matrix.read_tables()) == matrix.shape(text), "`make matrix` writes the tables anew"
 
 
 def test_every_acceleration_is_a_column():
@@ -97,9 +97,9 @@ def test_what_differs_is_seen(subject, bench):
 
 
 def test_the_tables_are_read_as_they_are_written(tmp_path, monkeypatch):
-    readme = Path(tmp_path / "README.md")
-    readme.write_text(f"before\n{matrix.MARK}old\n{matrix.END}after\n", encoding="utf-8")
-    monkeypatch.setattr(matrix, "README", readme)
-    matrix.write_readme("| a |")
-    assert matrix.in_readme() == "| a |"
-    assert readme.read_text(encoding="utf-8").endswith(f"{matrix.END}after\n")
+    page = Path(tmp_path / "matrix.md")
+    page.write_text(f"before\n{matrix.MARK}old\n{matrix.END}after\n", encoding="utf-8")
+    monkeypatch.setattr(matrix, "PAGE", page)
+    matrix.write_tables("| a |")
+    assert matrix.read_tables() == "| a |"
+    assert page.read_text(encoding="utf-8").endswith(f"{matrix.END}after\n")

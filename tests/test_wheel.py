@@ -1,15 +1,18 @@
 """A built wheel, installed where the checkout cannot be seen, works from any folder."""
 
 import os
+import re
 import site
 import subprocess
 import sys
 import venv
 import zipfile
+from email.parser import BytesParser
 from pathlib import Path
 
 import pytest
 
+from hydrarun.core.version import __version__
 from hydrarun.outputs.media import png
 from tests.helpers.paths import ROOT
 
@@ -79,6 +82,18 @@ def test_the_wheel_holds_nothing_else(wheel):
     assert all(name.startswith(("hydrarun/", "hydrarun-")) for name in names)
     assert not [name for name in names if name.endswith(".pyc")]
     assert [name for name in names if name.endswith("licenses/LICENSE")]
+
+
+def test_what_an_extra_brings_is_not_among_the_dependencies(wheel):
+    with zipfile.ZipFile(wheel) as files:
+        (name,) = (name for name in files.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = BytesParser().parsebytes(files.read(name))
+    required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    names = {re.match(r"[\w-]+", line)[0].lower() for line in required}
+    assert {"torch", "imageio", "av", "accelerate", "scikit-image"} <= names
+    assert not names & {"matplotlib", "torchsde", "flash-attn", "torchao"}
+    assert {"audio", "flash", "quantization"} <= {*metadata.get_all("Provides-Extra")}
+    assert metadata["Version"] == __version__
 
 
 def test_the_checkout_is_not_what_runs(run, installed):

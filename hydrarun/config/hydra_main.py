@@ -78,6 +78,8 @@ def run_job(task: Callable[[Path], Any], composed: DictConfig, loader: ConfigLoa
             hydra_context=HydraContext(loader, callbacks),
         )
     callbacks.on_run_end(config=composed, config_name=CONFIG, job_return=done)
+    if done.status is utils.JobStatus.FAILED:
+        raise done._return_value  # its `return_value` would print a line of its own
     return done.return_value
 
 
@@ -90,6 +92,13 @@ def run_with_hydra(task: Callable[[DictConfig], Any], overrides: list[str], flag
     decorate = hydra.main(version_base="1.3", config_path=str(resources.folder("conf")), config_name=CONFIG)
     with writing_folder(), explained(overrides), replaced_argv([*overrides, *flags]):
         decorate(task)()
+
+
+def set_run_mode(composed: DictConfig) -> None:
+    """Record that this is a single run, as Hydra itself does."""
+    if composed.hydra.mode is None:
+        OmegaConf.update(composed, "hydra.mode", RunMode.RUN)
+        composed.hydra.overrides.hydra.append("hydra.mode=RUN")
 
 
 def set_run_folder(composed: DictConfig, folder: str) -> None:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers import SchedulerMixin
+
 from hydrarun.config.checks.checkpoint import read_json
 from hydrarun.config.targets import TARGET, check_arguments, instantiate, load_class
+from hydrarun.config.type_check import show
 from hydrarun.core.errors import UsageError
 
 CLASS_NAME = "_class_name"
 
 #: one setting, as two kinds of schedulers name it
 SHIFTS = ("shift", "flow_shift")
+#: schedulers that draw their noise with torchsde, which the extra `audio` brings
+USES_TORCHSDE = ("CosineDPMSolverMultistepScheduler",)
+#: settings of the shift by the picture's size, which takes the place of a fixed one
+SHIFTED_BY_SIZE = ("use_dynamic_shifting", "base_shift", "max_shift")
 
 
 def read_scheduler(folder: Path) -> dict[str, Any]:
@@ -34,24 +43,29 @@ def make_scheduler(config: Mapping[str, Any], saved: Mapping[str, Any]) -> Any |
     """The scheduler that `config` chooses, or None for the checkpoint's own as it is.
 
     `saved`: the checkpoint's (`read_scheduler`). Its settings hold where the chosen class has them; those of
-    `config["scheduler"]` win. Raises UsageError for settings that the class does not have, and for a class that takes
-    another kind of prediction than the checkpoint's.
+    `config["scheduler"]` win. Raises UsageError for settings that the class does not have or take together, and for a
+    class that takes another kind of prediction than the checkpoint's.
     """
     own, older = config["scheduler"], config["model"]["scheduler"]
+    require_torchsde(own.get(TARGET) or (older or {}).get(TARGET) or str(saved[CLASS_NAME]))
     if older and TARGET not in own:  # as files of version 0.1.0 have it: the checkpoint's settings do not count
         return instantiate({**older, **own}, "model.scheduler")
     if not own:
         return None
     node = {TARGET: f"diffusers.{saved[CLASS_NAME]}", **own}
     cls = load_class(node, "scheduler")
+    if not issubclass(cls, SchedulerMixin):
+        raise UsageError(f"scheduler._target_: {cls.__name__} is no scheduler of diffusers'")
     takes = inspect.signature(cls).parameters
-    given = {_known_as(key, takes): value for key, value in node.items() if key != TARGET}
+    given = _settle_shift({key: value for key, value in node.items() if key != TARGET}, takes)
     check_arguments(cls, given, "scheduler")
     # what the class does not know stays in its config, where the shift by size is read from
     settings = {**saved, **{_known_as(key, takes): value for key, value in saved.items()}, **given}
-    scheduler = cls.from_config(  # type: ignore[attr-defined]
-        {key: value for key, value in settings.items() if key != CLASS_NAME}
-    )
+    del settings[CLASS_NAME]
+    try:
+        scheduler = cls.from_config(settings)
+    except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
+        raise UsageError(f"scheduler: {cls.__name__} does not take these settings together: {error}") from None
     if predicts_flow(saved, str(saved[CLASS_NAME])) != predicts_flow(scheduler.config, cls.__name__):
         raise UsageError(
             f"scheduler: {cls.__name__} takes another kind of prediction than the checkpoint's"
@@ -60,9 +74,47 @@ def make_scheduler(config: Mapping[str, Any], saved: Mapping[str, Any]) -> Any |
     return scheduler
 
 
+def require_torchsde(target: str) -> None:
+    """Raises UsageError for a scheduler that needs torchsde, where that is not installed."""
+    name = target.rpartition(".")[2]
+    if name in USES_TORCHSDE and not is_installed("torchsde"):
+        raise UsageError(f"scheduler: {name} needs torchsde, which is not installed: pip install 'hydrarun[audio]'")
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported here."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # it is hidden
+        return False
+
+
 def predicts_flow(settings: Mapping[str, Any], class_name: str) -> bool:
     """Whether a scheduler takes its model's prediction for the velocity of a flow."""
     return class_name.startswith("FlowMatch") or settings.get("prediction_type") == "flow_prediction"
+
+
+def _settle_shift(given: Mapping[str, Any], takes: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's settings with the shift under the name that the class takes; a given shift is what counts.
+
+    Checkpoints that shift by size would take no notice of it, so that is off beside it. Raises UsageError for a shift
+    that cannot be, and for one beside settings of the shift by size.
+    """
+    shifts = [key for key in given if key in SHIFTS]
+    if not shifts:
+        return dict(given)
+    key, value = shifts[0], given[shifts[0]]
+    if len(shifts) > 1:
+        raise UsageError(f"scheduler.{' and scheduler.'.join(shifts)} are one setting under two names: leave one out")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise UsageError(f"scheduler.{key}: {show(value)} is not a finite number above 0")
+    if by_size := [name for name in SHIFTED_BY_SIZE if given.get(name)]:
+        raise UsageError(
+            f"scheduler.{key}: has no effect where noise levels are shifted by size (scheduler.{by_size[0]}):"
+            " leave one of them out"
+        )
+    fixed = {"use_dynamic_shifting": False} if "use_dynamic_shifting" in takes else {}
+    return {**fixed, **{_known_as(name, takes): setting for name, setting in given.items()}}
 
 
 def _known_as(key: str, takes: Mapping[str, Any]) -> str:

@@ -262,6 +262,26 @@ def test_the_driver_imports_nothing_heavy(words, code, tmp_path):
     assert not imported & HEAVY
 
 
+def test_an_error_of_the_run_is_one_line_too(runs, capsys):
+    """Hydra has a line of its own for it, which says nothing."""
+    runs.fail[3] = RunError("weights are corrupt")
+    assert cli.main(["sampling.seed=3"]) == 1
+    assert capsys.readouterr().err.splitlines() == ["weights are corrupt"]
+
+
+def test_hydra_records_what_it_did_before(runs, tmp_path):
+    assert cli.main(["sampling.seed=3", "hydra.run.dir=here"]) == 0
+    recorded = yaml.safe_load((tmp_path / "here" / ".hydra" / "hydra.yaml").read_text())["hydra"]
+    assert (recorded["mode"], recorded["overrides"]["hydra"]) == ("RUN", ["hydra.run.dir=here", "hydra.mode=RUN"])
+    assert yaml.safe_load((tmp_path / "here" / ".hydra" / "overrides.yaml").read_text()) == ["sampling.seed=3"]
+
+
+def test_a_sweep_may_be_asked_for_by_a_setting(runs):
+    assert cli.main(["sampling.seed=1,2", "-m", "hydra.sweep.dir=a"]) == 0
+    assert cli.main(["sampling.seed=4", "hydra.mode=MULTIRUN", "hydra.sweep.dir=b"]) == 0
+    assert [folder.relative_to(folder.parents[1]).as_posix() for _, folder in runs] == ["a/0", "a/1", "b/0"]
+
+
 def test_a_mistake_is_one_line_on_stderr(tmp_path):
     done = command("sampling.stpes=3", cwd=tmp_path)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""The matrix: every model with every acceleration, how each cell is run, and README's tables of what was found.
+"""The matrix: every model with every acceleration, how each cell is run, and the tables in docs/matrix.md.
 
 Columns are the options of the configuration, so that one that is added later is here by itself: those of `parallel`
 that two ranks are enough for, and all of each group in `GROUPS`. Rows are the options of `model`.
@@ -33,7 +33,7 @@ from tests.helpers.deeper import deeper_subject
 from tests.helpers.paths import ROOT
 from tests.helpers.subjects import CONFIGS, LONG, MODELS, SHORT
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "matrix.md"
 #: groups of which each option is a column, by the tables that they stand in
 TABLES = {
     "Over two ranks": ("parallel",),
@@ -283,7 +283,7 @@ def uncompiled(subject: subjects.Subject) -> Iterator[None]:
                 block._compiled_call_impl = None
 
 
-# --- README ----------------------------------------------------------------------------------------------------------
+# --- docs/matrix.md --------------------------------------------------------------------------------------------------
 
 
 class Found(NamedTuple):
@@ -306,7 +306,7 @@ def written(found: Found, kind: Kind, notes: list[str]) -> str:
 
 
 def tables(cells: Mapping[tuple[str, Column], Found]) -> str:
-    """README's tables, in Markdown."""
+    """The tables of docs/matrix.md, in Markdown."""
     return "\n\n".join(table(title, groups, cells) for title, groups in TABLES.items())
 
 
@@ -328,18 +328,19 @@ def most(kind: Kind) -> str:
 MARK, END = "<!-- make matrix -->\n", "<!-- end of the matrix -->\n"
 
 
-def in_readme() -> str:
-    """The tables that README has."""
-    _, mark, rest = README.read_text(encoding="utf-8").partition(MARK)
+def read_tables() -> str:
+    """The tables that docs/matrix.md has."""
+    _, mark, rest = PAGE.read_text(encoding="utf-8").partition(MARK)
     shown, end, _ = rest.partition(END)
     assert mark
     assert end
     return shown.strip()
 
 
-def write_readme(text: str) -> None:
-    before, _, rest = README.read_text(encoding="utf-8").partition(MARK)
-    README.write_text(before + MARK + "\n" + text + "\n\n" + END + rest.partition(END)[2], encoding="utf-8")
+def write_tables(text: str) -> None:
+    """Replace the tables of docs/matrix.md."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARK)
+    PAGE.write_text(before + MARK + "\n" + text + "\n\n" + END + rest.partition(END)[2], encoding="utf-8")
 
 
 def shape(text: str) -> list[list[str]]:

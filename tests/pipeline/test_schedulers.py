@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 
 import diffusers
 import pytest
@@ -104,6 +105,23 @@ def test_the_shift_has_two_names(subject):
     assert made("scheduler=heun").config.shift == SAVED["shift"]
 
 
+@pytest.mark.parametrize("option", ["checkpoint", "euler", "unipc", "dpm_solver", "deis", "heun", "sa_solver", "lcm"])
+def test_a_shift_is_never_without_effect(option, tiny_runner):
+    """The checkpoint shifts by size, which a given shift replaces: sigma' = s sigma / (1 + (s - 1) sigma)."""
+
+    def levels(shift: int):
+        saved = {**SAVED, "shift_terminal": None}
+        scheduler = made(f"scheduler={option}", f"scheduler.shift={shift}", saved=saved)
+        scheduler.set_timesteps(num_inference_steps=4)
+        return scheduler.sigmas[: len(scheduler.sigmas) - 1]
+
+    plain, shifted = levels(1), levels(3)
+    inside = (plain > 1e-3) & (plain < 0.999)
+    assert inside.any()
+    want = 3 * plain / (1 + 2 * plain)
+    assert (shifted - want)[inside].abs().max() <= 2e-3  # the ends are cut at other places
+
+
 def test_single_values_of_the_checkpoints_own():
     scheduler = made("scheduler.base_shift=1.0986", "scheduler.max_shift=1.0986", "scheduler.shift_terminal=null")
     assert type(scheduler).__name__ == SAVED["_class_name"]
@@ -118,7 +136,18 @@ def test_single_values_of_the_checkpoints_own():
     [
         (["scheduler.shfit=3"], "scheduler.shfit: FlowMatchEulerDiscreteScheduler takes no such argument."),
         (["scheduler=heun", "scheduler.use_karras_sigmas=true"], "scheduler.use_karras_sigmas: FlowMatchHeun"),
-        (["scheduler.shift=big"], "scheduler.shift: 'big' is not a number"),
+        (["scheduler.shift=big"], "scheduler.shift: 'big' is not a finite number above 0"),
+        (["scheduler.shift=null"], "scheduler.shift: null is not a finite number above 0"),
+        (["scheduler.shift=0"], "scheduler.shift: 0 is not a finite number above 0"),
+        (["scheduler.shift=inf"], "scheduler.shift: inf is not a finite number above 0"),
+        (["scheduler.base_shift=big"], "scheduler.base_shift: 'big' is not a number"),
+        (["scheduler=unipc", "scheduler.shift=2", "scheduler.flow_shift=3"], "are one setting under two names"),
+        (["scheduler.shift=2", "scheduler.use_dynamic_shifting=true"], "scheduler.shift: has no effect where noise"),
+        (
+            ["scheduler=unipc", "scheduler.use_flow_sigmas=false"],
+            "UniPCMultistepScheduler does not take these settings",
+        ),
+        (["scheduler._target_=hydrarun.pipeline.guidance.ClassifierFreeGuidance"], "is no scheduler of diffusers'"),
         (["scheduler=cosine_dpm_solver"], "CosineDPMSolverMultistepScheduler takes another kind of prediction than"),
         (["scheduler=unipc", "scheduler.prediction_type=epsilon"], "UniPCMultistepScheduler takes another kind"),
     ],
@@ -142,3 +171,10 @@ def test_what_version_0_1_0_wrote_is_made_as_it_was():
     assert made(older).config.shift == 1.0
     assert made(older).config.max_shift == 2.0
     assert type(made(older, "scheduler=heun")).__name__ == "FlowMatchHeunDiscreteScheduler"
+
+
+def test_what_an_extra_brings_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchsde", None)
+    saved = {"_class_name": "CosineDPMSolverMultistepScheduler", "prediction_type": "v_prediction"}
+    with pytest.raises(UsageError, match=r"needs torchsde, .*: pip install 'hydrarun\[audio\]'"):
+        made(saved=saved)

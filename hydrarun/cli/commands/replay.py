@@ -48,7 +48,7 @@ Exit code: 0 identical, 1 different, 2 FILE cannot be replayed."""
 RUN_DIR = "hydra.run.dir="
 
 # the groups that say how to draw; `model` and `sampling` say what, which is the file's to say
-GROUPS = ("parallel", "cache", "attention", "compile", "quantization", "offload")
+GROUPS = ("scheduler", "parallel", "cache", "attention", "compile", "quantization", "offload")
 
 
 # what is given as a whole list
@@ -132,10 +132,10 @@ def _apply(config: dict[str, Any], text: str) -> None:
     section: Any = config
     for part in path:
         section = section.get(part) if isinstance(section, dict) else None
-    if not isinstance(section, dict) or name not in section:
+    if not isinstance(section, dict) or (name not in section and ".".join(path) not in schema.OPEN):
         known = map(str, section) if isinstance(section, dict) else ()
         raise UsageError(f"{key}: the file's configuration has no such key.{nearest(name, known)}")
-    if isinstance(section[name], (dict, list)) and key not in LISTS:
+    if isinstance(section.get(name), (dict, list)) and key not in LISTS:
         raise UsageError(f"{key}: a replay changes single values, not whole sections")
     section[name] = override.value()
     if key == "model.path":

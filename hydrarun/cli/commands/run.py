@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from hydrarun.cli.arguments import Arguments
 from hydrarun.config.compose import check, compose_raw, split
 from hydrarun.config.hydra_errors import explained
-from hydrarun.config.hydra_main import load_configuration, run_job, run_with_hydra, set_run_folder
+from hydrarun.config.hydra_main import load_configuration, run_job, run_with_hydra, set_run_folder, set_run_mode
 from hydrarun.core.errors import UsageError
 from hydrarun.core.quoting import literal
 from hydrarun.core.version import __version__
@@ -69,8 +69,11 @@ def run_overrides(overrides: list[str], flags: list[str]) -> int:
 def run_once(overrides: list[str], flags: list[str]) -> int:
     """Compose, check and run; returns the exit code. Raises UsageError before there is an output directory."""
     loader, composed = load_configuration(overrides, flags)
-    if composed.hydra.mode is RunMode.MULTIRUN:
-        raise UsageError("hydra.mode=MULTIRUN: a sweep is asked for by -m")
+    if composed.hydra.mode is RunMode.MULTIRUN:  # asked for by a setting
+        from hydrarun.cli.sweep import driver
+
+        return driver.run(overrides, [*flags, "-m"], fail_fast=False)
+    set_run_mode(composed)
     with explained(overrides):
         composed_config, origin = split(composed, composed.hydra)
     config = check(composed_config, origin)

@@ -15,6 +15,7 @@ from hydrarun.acceleration.cache.recorder import Recording
 from hydrarun.core.errors import UsageError
 from hydrarun.core.progress import Progress
 from hydrarun.core.tables import Table, format_plain
+from hydrarun.engine.calibration.plot import Panel, draw_fit
 from hydrarun.engine.calibration.trial import Draws, entry, many, write_option
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def calibrate(job: Job) -> Path:
         print(f"warning: {line}")
     file = job.option("teacache")
     write(file, facts(job, draws.runner.facts(), pairs), coefficients, found)
-    plot(job.folder / f"{file.stem}.png", pairs, coefficients)
+    plot(job.folder / f"{file.stem}.svg", pairs, coefficients)
     return file
 
 
@@ -179,24 +180,14 @@ def write(file: Path, told: Mapping[str, Any], coefficients: Coefficients, found
 
 
 def plot(file: Path, pairs: Pairs, coefficients: Coefficients) -> None:
-    """Draw the pairs, coloured by branch, and the polynomial of each expert, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7 * len(coefficients), 5), dpi=120, layout="constrained")
-    panels = figure.subplots(1, len(coefficients), squeeze=False)[0]
-    for axes, (expert, polynomial) in zip(panels, coefficients.items(), strict=True):
-        for (owner, branch), found in pairs.items():
-            if owner == expert:
-                axes.scatter(*np.array(found).T, s=9, alpha=0.35, linewidths=0, label=f"{branch}, {len(found)} pairs")
-        x, y = of_expert(pairs, expert).T
+    """Draw the pairs, coloured by branch, and the polynomial of each expert, as an SVG."""
+    panels = []
+    for expert, polynomial in coefficients.items():
+        x = of_expert(pairs, expert)[:, 0]
         at = np.linspace(x.min(), x.max(), 201)
-        axes.plot(at, np.polyval(polynomial, at), color="black", linewidth=2, label=f"fit of degree {DEGREE}")
-        axes.set(title=expert, xlabel="relative change of the signal", ylabel="relative change of the output")
-        axes.set_ylim(0, 1.05 * y.max())
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        for handle in axes.legend(frameon=False, loc="upper left").legend_handles:
-            handle.set_alpha(1)
+        curve = list(zip(at.tolist(), np.polyval(polynomial, at).tolist(), strict=True))
+        panels.append(
+            Panel(expert, {branch: found for (owner, branch), found in pairs.items() if owner == expert}, curve)
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(file)
+    file.write_text(draw_fit(panels, DEGREE), encoding="utf-8")

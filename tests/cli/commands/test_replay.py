@@ -168,6 +168,12 @@ def test_overrides_change_how_it_is_drawn(config):
     assert config["device"] == "cpu"
 
 
+def test_the_scheduler_can_be_another(config):
+    assert configured(config, "scheduler=heun")["scheduler"]["_target_"].endswith("HeunDiscreteScheduler")
+    assert configured(config, "scheduler.shift=2")["scheduler"] == {"shift": 2}
+    assert "Did you mean 'heun'?" in complaint(config, "scheduler=huen")
+
+
 def test_other_places_of_the_input_images(config):
     config["input"]["images"] = ["/data/a.png", "/data/b.png"]
     config["model"]["input_images"] = [1, 2]
