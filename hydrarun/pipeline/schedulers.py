@@ -53,7 +53,7 @@ def make_scheduler(config: Mapping[str, Any], saved: Mapping[str, Any]) -> Any |
     if not own:
         return None
     node = {TARGET: f"diffusers.{saved[CLASS_NAME]}", **own}
-    cls = load_class(node, "scheduler")
+    cls: Any = load_class(node, "scheduler")
     if not issubclass(cls, SchedulerMixin):
         raise UsageError(f"scheduler._target_: {cls.__name__} is no scheduler of diffusers'")
     takes = inspect.signature(cls).parameters
