@@ -68,6 +68,12 @@ def test_no_file_is_longer_than_400_lines(file):
     assert len(file.read_text(encoding="utf-8").splitlines()) <= 400
 
 
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_file_says_what_it_is_for(file):
+    first = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n")[0]
+    assert len(first.split()) >= 3
+
+
 def test_a_room_says_what_it_is_for():
     for folder in {file.parent for file in PACKAGE.rglob("*.py")}:
         doc = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))

@@ -1,7 +1,7 @@
 """Wan 2.1 and 2.2 (https://arxiv.org/abs/2503.20314): latent video tokens with self-attention, text by cross-attention.
 
-Reference: diffusers' `WanTransformer3DModel`, whose checkpoints it loads, and the stages of its pipelines that prepare
-a given first frame.
+Reference: diffusers' `WanTransformer3DModel`, whose checkpoints it loads. The stages that prepare a given first frame
+are in `pipeline/stages/wan.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command: verbs, and the way from a command line through Hydra to a run. Nothing heavy before a run starts."""
+"""The verb `run`: one run or a sweep, or what Hydra's flags show. Nothing heavy is imported before a run starts."""
 
 from __future__ import annotations
 

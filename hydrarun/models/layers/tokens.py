@@ -1,4 +1,4 @@
-"""TODO."""
+"""What flows through the blocks: tokens, their positions and masks, and which fields are cut over ranks."""
 
 from __future__ import annotations
 

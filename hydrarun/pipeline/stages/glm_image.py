@@ -1,4 +1,4 @@
-"""TODO."""
+"""GLM-Image's own stages: input images at sizes that its prior model takes, prior tokens, its schedule."""
 
 from __future__ import annotations
 

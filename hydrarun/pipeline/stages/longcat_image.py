@@ -1,4 +1,4 @@
-"""TODO."""
+"""LongCat-Image's own stages: diffusers' pipelines with `encode_prompt` as others have it, and edits' prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Stable Audio's own stages: diffusers' pipeline without a transformer, and prompts with the sound's seconds."""
 
 from __future__ import annotations
 

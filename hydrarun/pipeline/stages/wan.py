@@ -1,4 +1,4 @@
-"""TODO."""
+"""Wan's own stages: a given first frame as latents, as more channels, and kept through the steps."""
 
 from __future__ import annotations
 
