@@ -27,17 +27,17 @@ import torch
 from measuring import keep
 
 from hydrarun.acceleration.cache.base import Cache, NoCache, Schedule
-from hydrarun.config.compose import compose, compose_raw
+from hydrarun.config.compose import compose_config, compose_unchecked
 from hydrarun.config.targets import instantiate
 from hydrarun.core.progress import Progress
 from hydrarun.core.tables import Table, format_markdown, format_plain
-from hydrarun.engine.calibration.teacache import fit, record
-from hydrarun.engine.calibration.trial import Draws
+from hydrarun.engine.calibration.teacache import fit_polynomials, record_changes
+from hydrarun.engine.calibration.trial import TrialRunner
 from hydrarun.models.qwen_image import QwenImageTransformer
 from hydrarun.models.transformer import Inputs, Step
-from hydrarun.outputs.quality.metrics import accuracy, compare, summary
-from hydrarun.outputs.quality.scene_judge import held_out_prompts
-from hydrarun.outputs.quality.scenes import caption, sample_scene
+from hydrarun.outputs.quality.metrics import compare_outputs, measure_accuracy, summarize_values
+from hydrarun.outputs.quality.scene_judge import sample_held_out_prompts
+from hydrarun.outputs.quality.scenes import caption_scene, sample_scene
 from hydrarun.pipeline.state import State
 
 PREDICTORS = ("", " cache/predictor=taylor")
@@ -83,8 +83,8 @@ class Demo:
 
     def __init__(self, steps: int, count: int) -> None:
         self.steps = steps
-        self.prompts = held_out_prompts(count)
-        self.draws = Draws(compose([f"sampling.num_inference_steps={steps}"]), Progress(quiet=True))
+        self.prompts = sample_held_out_prompts(count)
+        self.draws = TrialRunner(compose_config([f"sampling.num_inference_steps={steps}"]), Progress(quiet=True))
         self.prepared = [self.draws.prepare(prompt) for prompt in self.prompts]
         self.fewer = lru_cache(self.draw_fewer)
         self.plain = self.fewer(steps)
@@ -106,7 +106,7 @@ class Demo:
 
     def node(self, option: str) -> dict[str, Any]:
         """The option; TeaCache's coefficients are fitted here where the model's own are for other numbers of steps."""
-        node = compose_raw([f"sampling.num_inference_steps={self.steps}", *option.split()])[0]["cache"]
+        node = compose_unchecked([f"sampling.num_inference_steps={self.steps}", *option.split()])[0]["cache"]
         known = (node.get("gate", {}).get("fit") or {}).get("num_inference_steps")
         if known and not known[0] <= self.steps <= known[1]:
             node["gate"]["fit"] = {"coefficients": self.coefficients()}
@@ -117,7 +117,7 @@ class Demo:
         if "made" not in self.__dict__:
             generator = random.Random(7)
             scenes = [sample_scene(generator, held_out=False) for _ in range(20)]
-            self.made = fit(record(self.draws, [caption(scene) for scene in scenes]))
+            self.made = fit_polynomials(record_changes(self.draws, [caption_scene(scene) for scene in scenes]))
         return self.made
 
     def row(self, option: str) -> tuple[str, ...]:
@@ -141,9 +141,9 @@ class Demo:
 
     def quality(self, pictures: Sequence[np.ndarray]) -> tuple[str, str, str]:
         """PSNR and SSIM against the plain run, and the judge's accuracy."""
-        pairs = [compare(ours, twin, ("psnr", "ssim")) for ours, twin in zip(pictures, self.plain, strict=True)]
-        psnr, ssim = (summary([pair[name] for pair in pairs]).values() for name in ("psnr", "ssim"))
-        right = accuracy([frames[0] for frames in pictures], self.prompts)
+        pairs = [compare_outputs(ours, twin, ("psnr", "ssim")) for ours, twin in zip(pictures, self.plain, strict=True)]
+        psnr, ssim = (summarize_values([pair[name] for pair in pairs]).values() for name in ("psnr", "ssim"))
+        right = measure_accuracy([frames[0] for frames in pictures], self.prompts)
         return " / ".join(f"{x:.1f}" for x in psnr), " / ".join(f"{x:.4f}" for x in ssim), f"{right:.1%}"
 
     def rows(self) -> Iterator[tuple[str, ...]]:
@@ -166,7 +166,7 @@ def wall(rounds: int = 3, steps: int = 24) -> Iterator[tuple[str, ...]]:
     transformer = QwenImageTransformer(**shape, joint_attention_dim=256).eval()
     plan = Schedule(tuple(Step(index, 1000.0 * (1 - index / steps)) for index in range(steps)))
     for option in WALL:
-        node = compose_raw(option.split())[0]["cache"]
+        node = compose_unchecked(option.split())[0]["cache"]
         if "fit" in node["gate"]:
             node["gate"]["fit"] = {"coefficients": {"transformer": [1.0, 0.0]}}
         cache = instantiate(node, "cache")
@@ -174,7 +174,7 @@ def wall(rounds: int = 3, steps: int = 24) -> Iterator[tuple[str, ...]]:
         loop(transformer, NoCache(), plan)
         for _ in range(rounds):
             uncached, own = loop(transformer, NoCache(), plan), loop(transformer, cache, plan)
-            results = cache.results(own)
+            results = cache.summarize(own)
             ratios.append(sum(own) / sum(uncached))
             seconds.append(1000 * results["computed_step_s"])
             skipped.append((results["skipped_step_s"] or 0.0) / results["computed_step_s"])

@@ -18,21 +18,21 @@ from shared_weights import SharedTables, diffusers_transformer, own_bytes, quant
 from torch import Tensor
 
 from hydrarun.acceleration.cache.base import NoCache
-from hydrarun.config.compose import compose_raw
+from hydrarun.config.compose import compose_unchecked
 from hydrarun.config.targets import instantiate, load_class
-from hydrarun.core.device import peak_bytes
+from hydrarun.core.device import read_peak_bytes
 from hydrarun.core.errors import UsageError
 from hydrarun.core.progress import Progress
 from hydrarun.core.timing import Timings
-from hydrarun.engine.plan.configs import known
-from hydrarun.engine.plan.dry_forward import Rehearsal
-from hydrarun.engine.plan.estimate import shorten, structure
+from hydrarun.engine.plan.configs import read_known_shapes
+from hydrarun.engine.plan.dry_forward import DryForward
+from hydrarun.engine.plan.estimate import build_meta_transformer, shorten_blocks
 from hydrarun.engine.plan.meter import META, Meter, Work
 from hydrarun.models.experts import Experts
 from hydrarun.models.transformer import NEGATIVE, POSITIVE
 from hydrarun.pipeline.components import quiet_libraries
 from hydrarun.pipeline.request import make_state
-from hydrarun.pipeline.stage import Parts, Stage, run_stages
+from hydrarun.pipeline.stage import Components, Stage, run_stages
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ class Bench:
             "guidance_scale_2": "null",  # one expert
         }
         overrides = [f"model={case.model}", *(f"sampling.{key}={value}" for key, value in sampling.items())]
-        config, _ = compose_raw(overrides)
+        config, _ = compose_unchecked(overrides)
         self.model = config["model"]
-        self.configs = smaller(known(self.model["facts"]["shapes"]), blocks, heads)
+        self.configs = smaller(read_known_shapes(self.model["facts"]["shapes"]), blocks, heads)
         self.cls = load_class(self.model["transformer"], "model.transformer")
         self.guidance = instantiate(self.model["guidance"], "model.guidance")
         nodes = enumerate(self.model["stages"])
@@ -134,13 +134,15 @@ class Bench:
         tokens = (self.case.text,) if name == "encoder_hidden_states" else ()
         return torch.randn(1, *tokens, width, generator=self.generator).to(self.device, self.dtype)
 
-    def parts(self, transformer: Any, device: torch.device) -> Parts:
+    def parts(self, transformer: Any, device: torch.device) -> Components:
         """What a run would have built; of the VAE there is only its config."""
         with torch.device("meta"), quiet_libraries():
             vae = self.configs.cls("vae").from_config(self.configs.components["vae"])
         pipeline = SimpleNamespace(scheduler=self.scheduler(), vae=vae)
         guided = (self.guidance, self.model["patch_size"])
-        return Parts(Experts({"transformer": transformer}), pipeline, *guided, device, self.dtype, Progress(quiet=True))
+        return Components(
+            Experts({"transformer": transformer}), pipeline, *guided, device, self.dtype, Progress(quiet=True)
+        )
 
     def scheduler(self) -> Any:
         return self.configs.cls("scheduler").from_config(self.configs.components["scheduler"])
@@ -158,21 +160,21 @@ class Bench:
     @cached_property
     def eight_bits(self) -> Any:
         """Ours, quantized; raises `UsageError` where the device cannot compute with it."""
-        node = compose_raw(["quantization=fp8"])[0]["quantization"]
+        node = compose_unchecked(["quantization=fp8"])[0]["quantization"]
         return quantized(self.weights, instantiate(node, "quantization"), self.device)
 
     def work(self) -> Work:
         """Of one step with all its branches, counted where there are no numbers."""
         meter = Meter()
-        transformer = structure(self.cls, self.configs, "transformer", self.dtype, None)
+        transformer = build_meta_transformer(self.cls, self.configs, "transformer", self.dtype, None)
         meter.leave_out(transformer)
-        shorten(transformer, meter, 2)
+        shorten_blocks(transformer, meter, 2)
         state = replace(self.state)
         state.conditioning = {
             branch: {name: None if value is None else value.to(META) for name, value in texts.items()}
             for branch, texts in self.state.conditioning.items()
         }
-        acts = Rehearsal(self.stages, self.parts(transformer, META), meter).rehearse(state)
+        acts = DryForward(self.stages, self.parts(transformer, META), meter).run(state)
         return sum((act.work for act in acts), Work()) * (1 / state.num_inference_steps)
 
     def row(self, name: str) -> Row:
@@ -203,7 +205,7 @@ class Bench:
                 raise UsageError("this model's blocks have no modulation weights")
             parts.tables = {"transformer": tables}
         if "compile" in settings:
-            instantiate(compose_raw(["compile=blocks"])[0]["compile"], "compile").apply(transformer)
+            instantiate(compose_unchecked(["compile=blocks"])[0]["compile"], "compile").apply(transformer)
         return Row(transformer, parts, CACHE if "cache" in settings else ())
 
     def draw(self, name: str) -> Drawn:
@@ -215,7 +217,7 @@ class Bench:
         before = module.memory_allocated(self.device)
         module.reset_peak_memory_stats(self.device)
         drawn = loop(row)
-        row.peak = own_bytes(row.transformer) + peak_bytes(self.device) - before
+        row.peak = own_bytes(row.transformer) + read_peak_bytes(self.device) - before
         return drawn
 
     def their_loop(self, row: Row) -> Drawn:
@@ -229,10 +231,10 @@ class Bench:
             return theirs(row.runs, row.transformer, asked(row.runs, self.state, **texts), self.device)
 
     def our_loop(self, row: Row) -> Drawn:
-        row.runs.cache = instantiate(compose_raw(row.cache)[0]["cache"], "cache") if row.cache else NoCache()
+        row.runs.cache = instantiate(compose_unchecked(row.cache)[0]["cache"], "cache") if row.cache else NoCache()
         state, timings = replace(self.state), Timings(self.device)
         run_stages(self.stages, state, row.runs, timings)
         if row.cache:
-            found = row.runs.cache.results(timings.steps)
+            found = row.runs.cache.summarize(timings.steps)
             row.skipped.append(found["skipped_step_s"] / found["computed_step_s"])
         return Drawn(timings.steps, state.latents)

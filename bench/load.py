@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from hydrarun.config.compose import compose_raw
+from hydrarun.config.compose import compose_unchecked
 from hydrarun.config.targets import load_class
 from hydrarun.core.device import DTYPES
 from hydrarun.core.progress import Progress
 from hydrarun.core.tables import Table, format_plain
-from hydrarun.core.threads import Pool
+from hydrarun.core.threads import ThreadPool
 from hydrarun.models.weights.loader import find_placement, load_transformer
 from hydrarun.models.weights.safetensors import Checkpoint
 
@@ -64,7 +64,7 @@ def load(cls: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> fl
     """Seconds of ours."""
     options = {"device": device, "dtype": dtype, "note": print}
     start = time.perf_counter()
-    with Progress(quiet=True).reading("loading") as tally, Pool() as pool:
+    with Progress(quiet=True).reading("loading") as tally, ThreadPool() as pool:
         load_transformer(cls, folder, pool=pool, tally=tally, **options)
     return time.perf_counter() - start
 
@@ -94,14 +94,14 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    config, _ = compose_raw([f"model={arguments.model}"])
+    config, _ = compose_unchecked([f"model={arguments.model}"])
     cls = load_class(config["model"]["transformer"], "model.transformer")
     with tempfile.TemporaryDirectory() as temporary:
         if arguments.folder is None:
             save_random(cls, Path(temporary), arguments.blocks)
         table = measure(cls, arguments.folder or Path(temporary), arguments)
     print(format_plain(table))
-    print(f"Measured on {platform.machine()}, {Pool().threads} threads, torch {torch.__version__}.")
+    print(f"Measured on {platform.machine()}, {ThreadPool().threads} threads, torch {torch.__version__}.")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from measuring import Drawn, asked, difference, in_turns, keep, machine, missing, ratio, theirs
 
-from hydrarun.config.compose import compose
+from hydrarun.config.compose import compose_config
 from hydrarun.core.tables import Table, format_markdown, format_plain
 from hydrarun.core.timing import Timings
 from hydrarun.engine.runner import Runner
@@ -55,7 +55,7 @@ class Loops:
     def runner(self, name: str) -> Runner:
         """Raises `UsageError` for what does not go together."""
         if name not in self.runners:
-            self.runners[name] = Runner(compose([*self.overrides, *ROWS[name]]))
+            self.runners[name] = Runner(compose_config([*self.overrides, *ROWS[name]]))
         return self.runners[name]
 
     def draw(self, name: str) -> Drawn:
@@ -70,7 +70,7 @@ class Loops:
 
     def state(self, name: str) -> State:
         runner = self.runner(name)
-        return runner.state(runner.config, runner.read_images(runner.config))
+        return runner.prepare_state(runner.config, runner.read_images(runner.config))
 
     def diffusers(self, name: str) -> Drawn:
         """The same request by diffusers' pipeline, in the dtype of our row `name`."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from hydrarun.core.device import synchronize
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.core.files import write_atomically
-from hydrarun.outputs.provenance import hardware, versions
+from hydrarun.outputs.provenance import collect_versions, describe_hardware
 from hydrarun.pipeline.request import PLAIN
 from hydrarun.pipeline.state import State
 
@@ -106,7 +106,7 @@ def difference(ours: Sequence[Drawn], others: Sequence[Drawn]) -> float:
 
 def machine(device: torch.device) -> str:
     """Where and when something is measured, and with what; the load is that of the last minute."""
-    facts, known = hardware(str(device)), versions()
+    facts, known = describe_hardware(str(device)), collect_versions()
     name = facts["gpu"] if "gpu" in facts else f"{facts['cpu']}, {facts['torch_threads']} threads"
     libraries = ", ".join(f"{library} {known[library]}" for library in ("torch", "diffusers"))
     return f"{name}; {libraries}; {date.today()}; load {os.getloadavg()[0]:.1f}"

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hydrarun.acceleration.offload.modulation_tables import ModulationTables, Place, swap
-from hydrarun.acceleration.quantization import TorchAO, stored_bytes
+from hydrarun.acceleration.offload.modulation_tables import ModulationTables, TableSlot, insert_tables
+from hydrarun.acceleration.quantization import TorchAO, count_stored_bytes
 from hydrarun.config.checks.checkpoint import DEPTHS
 from hydrarun.core.progress import Progress
-from hydrarun.engine.plan.configs import Configs
-from hydrarun.engine.plan.estimate import structure
+from hydrarun.engine.plan.configs import ComponentConfigs
+from hydrarun.engine.plan.estimate import build_meta_transformer
 from hydrarun.models.transformer import Transformer
-from hydrarun.models.weights.loader import find_placement, put
+from hydrarun.models.weights.loader import find_placement, set_parameter
 from hydrarun.pipeline.components import quiet_libraries
 
 
-def smaller(configs: Configs, blocks: int | None, heads: int | None) -> Configs:
+def smaller(configs: ComponentConfigs, blocks: int | None, heads: int | None) -> ComponentConfigs:
     """The same with a transformer of so many blocks in each list, and heads; None: as published."""
     config = configs.components["transformer"]
     depths = {key: blocks for key in DEPTHS if blocks and key in config}
@@ -32,10 +32,12 @@ def smaller(configs: Configs, blocks: int | None, heads: int | None) -> Configs:
     return replace(configs, components=configs.components | {"transformer": config | depths | widths})
 
 
-def random_transformer(cls: type[Transformer], configs: Configs, device: torch.device, dtype: torch.dtype) -> Any:
+def random_transformer(
+    cls: type[Transformer], configs: ComponentConfigs, device: torch.device, dtype: torch.dtype
+) -> Any:
     """Ours, with weights drawn on the device so that values neither grow nor vanish: the variance of a layer's input
     is that of its output, norms and tables are near one and zero."""
-    transformer = structure(cls, configs, "transformer", dtype, None)
+    transformer = build_meta_transformer(cls, configs, "transformer", dtype, None)
     torch.manual_seed(0)
     for name, parameter in list(transformer.named_parameters()):
         weight = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
@@ -43,11 +45,11 @@ def random_transformer(cls: type[Transformer], configs: Configs, device: torch.d
             weight.normal_(std=1 / math.sqrt(math.prod(parameter.shape[1:])))
         else:
             weight.normal_(mean=float(name.endswith("weight")), std=0.02)
-        put(transformer, name, weight)
+        set_parameter(transformer, name, weight)
     return transformer
 
 
-def diffusers_transformer(transformer: Transformer, configs: Configs, device: torch.device) -> Any:
+def diffusers_transformer(transformer: Transformer, configs: ComponentConfigs, device: torch.device) -> Any:
     """diffusers' transformer on the weights of ours, by the map that loads its checkpoints."""
     cls, config = configs.cls("transformer"), configs.components["transformer"]
     with quiet_libraries():
@@ -59,7 +61,7 @@ def diffusers_transformer(transformer: Transformer, configs: Configs, device: to
             setattr(theirs, name, module.to(device))  # positions: numbers that are no weights
     for name, parameter in transformer.named_parameters():
         for piece in find_placement(transformer, name, tuple(parameter.shape)).pieces:
-            put(theirs, piece.source, parameter.data[piece.put])
+            set_parameter(theirs, piece.source, parameter.data[piece.put])
     return theirs.eval()
 
 
@@ -85,13 +87,13 @@ class SharedTables(ModulationTables):
         self.transformer = transformer
         self.dtype = dtype
         self.progress = Progress(quiet=True)
-        self.places = list(swap(transformer))
+        self.places = list(insert_tables(transformer))
         self.made_of: Tensor | None = None
 
-    def values(self, place: Place, temb: Tensor) -> Tensor:
+    def compute_table(self, place: TableSlot, temb: Tensor) -> Tensor:
         return place.modulation.values(temb)
 
 
 def own_bytes(module: nn.Module) -> int:
     """What a model's weights and tables take, shared or not."""
-    return sum(stored_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
+    return sum(count_stored_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))

@@ -21,7 +21,7 @@ import torch
 from measuring import machine
 
 from hydrarun.cli.commands.run import run_overrides
-from hydrarun.config.compose import compose
+from hydrarun.config.compose import compose_config
 from hydrarun.engine.ranks import launch
 from hydrarun.engine.runner import Runner
 
@@ -53,9 +53,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="times that each is measured, after one to warm up")
     arguments = parser.parse_args()
     overrides = [*DEFAULT, *arguments.overrides]
-    runner = Runner(compose(overrides))
+    runner = Runner(compose_config(overrides))
     rounds = [(generated(runner), swept(overrides, 1), swept(overrides, 3)) for _ in range(arguments.rounds + 1)][1:]
-    launch.close()
+    launch.close_executor()
     bare = statistics.median(bare for bare, _, _ in rounds)
     point = statistics.median((three - one) / 2 for _, one, three in rounds)
     print(f"runner.generate           {bare * 1000:7.0f} ms")

@@ -21,14 +21,14 @@ def main() -> int:
 
 def serve_torchrun(argv: list[str]) -> None:
     """A rank above 0 of torchrun: it has the command line of rank 0, which says what is wrong with it."""
-    from hydrarun.cli.arguments import parse
+    from hydrarun.cli.arguments import parse_arguments
     from hydrarun.config import targets
-    from hydrarun.engine.ranks.worker import serve_rank, torchrun_store
+    from hydrarun.engine.ranks.worker import open_torchrun_store, serve_rank
 
     with suppress(UsageError):
-        for name in parse(argv).targets:
-            targets.allow(name)
-    serve_rank(torchrun_store(), tell=True)
+        for name in parse_arguments(argv).targets:
+            targets.allow_target(name)
+    serve_rank(open_torchrun_store(), tell=True)
 
 
 if __name__ == "__main__":

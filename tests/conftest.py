@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hydrarun.cli.commands import list as listing
+from hydrarun.cli.commands import list
 from tests.helpers import fakeacc, ranks, subjects, tiny
 
 torch.set_num_threads(1)  # these models are too small for more
@@ -52,9 +52,9 @@ def tiny_runner(tiny_folder):
 @pytest.fixture(scope="session")
 def demo_folder() -> Path:
     """The trained model that the package ships."""
-    from hydrarun.core.resources import folder
+    from hydrarun.core.resources import find_folder
 
-    return folder("weights") / "demo"
+    return find_folder("weights") / "demo"
 
 
 @pytest.fixture(scope="session")
@@ -87,16 +87,16 @@ def fake():
 
 
 @pytest.fixture(scope="session")
-def accelerations_table() -> listing.Table:
+def accelerations_table() -> list.Table:
     """What `hydrarun list accelerations` shows, which takes seconds."""
-    return listing.table("accelerations")
+    return list.make_table("accelerations")
 
 
 @pytest.fixture
 def listed(accelerations_table, monkeypatch) -> None:
     """`hydrarun list` shows that table."""
-    monkeypatch.setattr(listing, "_accelerations", lambda: accelerations_table)
-    monkeypatch.setattr(listing, "configurations", lambda: [(name, subjects.CONFIGS[name]) for name in subjects.MODELS])
+    monkeypatch.setattr(list, "_make_accelerations_table", lambda: accelerations_table)
+    monkeypatch.setattr(list, "compose_models", lambda: [(name, subjects.CONFIGS[name]) for name in subjects.MODELS])
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,12 @@ import torch
 from diffusers import QwenImagePipeline
 
 from hydrarun.cli.recipe import evidence
-from hydrarun.config.compose import compose
-from hydrarun.config.recipes import search as source
+from hydrarun.config.compose import compose_config
+from hydrarun.config.recipes import search
 from hydrarun.engine.runner import Runner
 from hydrarun.engine.runs.single import run_single
 from hydrarun.outputs.media import png
-from hydrarun.outputs.quality.scene_judge import held_out_prompts, judge_all
+from hydrarun.outputs.quality.scene_judge import judge_pairs, sample_held_out_prompts
 from tests.helpers import tiny
 
 MAX_BYTES = 10e6
@@ -21,7 +21,7 @@ MAX_BYTES = 10e6
 
 @pytest.fixture(scope="module")
 def runner() -> Runner:
-    return Runner(compose(["device=cpu", "dtype=float32"]))
+    return Runner(compose_config(["device=cpu", "dtype=float32"]))
 
 
 def test_size(demo_folder):
@@ -48,27 +48,29 @@ def test_it_is_an_ordinary_checkpoint_of_the_family(runner, demo_folder):
 @pytest.mark.parametrize("changes", [{}, {"true_cfg_scale": 1.0}])
 def test_it_draws_what_it_is_told(runner, changes):
     """Every tenth of the 200 held-out prompts, at most one of them wrong (docs/demo-model.md: the figures on all)."""
-    prompts = held_out_prompts()[::10]
+    prompts = sample_held_out_prompts()[::10]
     pictures = runner.generate(prompt=prompts, seed=list(range(20)), **changes)
-    result = judge_all((picture.pixels, picture.prompt) for picture in pictures)
+    result = judge_pairs((picture.pixels, picture.prompt) for picture in pictures)
     assert result.right >= 0.95, result
 
 
 def test_another_prompt_is_judged_wrong(runner):
     """The floor above can fail: the same pictures do not pass for other captions."""
-    prompts = held_out_prompts()[:8]
+    prompts = sample_held_out_prompts()[:8]
     pictures = runner.generate(prompt=prompts, seed=list(range(8)), num_inference_steps=8)
     shifted = [*prompts[1:], prompts[0]]
-    assert judge_all((p.pixels, other) for p, other in zip(pictures, shifted, strict=True)).right == 0
+    assert judge_pairs((p.pixels, other) for p, other in zip(pictures, shifted, strict=True)).right == 0
 
 
 @pytest.mark.parametrize(("name", "count"), [("demo/quick", 1), ("demo/grid", 6), ("demo/teacache", 4)])
 def test_shipped_recipes_run_and_draw_what_they_say(name, count, tmp_path):
     """Every picture passes the judge: a recipe is what a newcomer runs first. And it is that of the evidence."""
-    config = compose([f"recipe={name}", "device=cpu", "dtype=float32"])
+    config = compose_config([f"recipe={name}", "device=cpu", "dtype=float32"])
     record = run_single(Runner(config), config, tmp_path)
     pictures = [(png.read_png(tmp_path / output["path"])[0], output["prompt"]) for output in record["outputs"]]
     assert len(pictures) == count
-    assert judge_all(pictures).right == 1
-    found = evidence.compare(source.recipe(name).evidence.measured, evidence.measured(record, tmp_path, None))
+    assert judge_pairs(pictures).right == 1
+    found = evidence.compare_evidence(
+        search.load_recipe(name).evidence.measured, evidence.measure_run(record, tmp_path, None)
+    )
     assert "different" not in {verdict.result for verdict in found.outputs}

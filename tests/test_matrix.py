@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hydrarun.cli.commands import list as listing
-from hydrarun.config.checks import compatibility as compat
+from hydrarun.cli.commands import list
+from hydrarun.config.checks import compatibility
 from hydrarun.core import resources
 from hydrarun.core.errors import UsageError
 from tests.helpers import matrix
@@ -36,7 +36,7 @@ def test_a_cell(subject, column, bench, found):
     reason, condition = matrix.refusal(subject.name, column), matrix.condition(subject.name, column)
     if reason:
         with pytest.raises(UsageError) as refused:
-            compat.check(column.config(subject.name))
+            compatibility.check_compatibility(column.config(subject.name))
         assert " Use " in str(refused.value)
         found[subject.name, column] = Found(refusal=reason)
         return
@@ -56,11 +56,11 @@ def test_the_page_shows_what_was_found(found, request):
 
 def test_every_acceleration_is_a_column():
     """Each group but what attention is computed with, whose kernels want a GPU; each way to spread work."""
-    groups = {folder.name for folder in resources.folder("conf").iterdir() if (folder / "none.yaml").exists()}
+    groups = {folder.name for folder in resources.find_folder("conf").iterdir() if (folder / "none.yaml").exists()}
     assert groups - {"plan"} == {*matrix.GROUPS}
     degrees = {key for column in matrix.columns() if column.group == "parallel" for key in degrees_of(column)}
-    assert degrees == {f"{name}_degree" for name in listing.METHODS}
-    assert {*listing.ACCELERATIONS} - {"attention"} < {*matrix.GROUPS}
+    assert degrees == {f"{name}_degree" for name in list.METHODS}
+    assert {*list.ACCELERATIONS} - {"attention"} < {*matrix.GROUPS}
 
 
 def test_what_hydrarun_lists_was_run_here(found, accelerations_table):

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demo import common, diffusion, pool, release, text, vae
 
-from hydrarun.outputs.quality.scene_judge import held_out_prompts
+from hydrarun.outputs.quality.scene_judge import sample_held_out_prompts
 
 STAGES = ("tokenizer", "vae", "pool", "transformer", "refine", "save", "judge")
 
@@ -80,7 +80,7 @@ def _run_stage(stage: str, options: argparse.Namespace) -> None:
 
 def _judge(options: argparse.Namespace) -> None:
     pipeline = release.load_pipeline(options.out, getattr(torch, options.dtype))
-    prompts = held_out_prompts(options.prompts)
+    prompts = sample_held_out_prompts(options.prompts)
     print("guidance | steps | right | with size | background | clean | position | colour | shape | size | s/picture")
     for guidance in options.guidance:
         sheet = options.work / f"sheet_{options.side}_steps{options.steps}_guidance{guidance:g}_{options.dtype}.png"

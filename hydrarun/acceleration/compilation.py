@@ -40,14 +40,14 @@ class CompileBlocks:
     def __init__(self, mode: Mode = "default", dynamic: bool = False, cache_dir: str | None = None) -> None:
         self.mode = mode
         self.dynamic = dynamic
-        keep_graphs(cache_dir)
+        set_graph_cache(cache_dir)
 
     def apply(self, transformer: Transformer, alone: bool = True) -> None:
         """Compile every block in place; a block that cannot be one graph raises at its first call.
 
         Where ranks work together (not `alone`), the graph breaks at what they send each other.
         """
-        allow_graphs()
+        raise_graph_limit()
         for block in transformer.all_blocks():
             block.compile(fullgraph=alone, mode=self.mode, dynamic=self.dynamic)
 
@@ -72,22 +72,22 @@ class CompileFull:
     ) -> None:
         self.mode = mode
         self.dynamic = dynamic
-        keep_graphs(cache_dir)
+        set_graph_cache(cache_dir)
 
     def apply(self, transformer: Transformer, alone: bool = True) -> None:
         """Compile the forward's pieces in place; one that cannot be one graph raises at its first call."""
-        allow_graphs()
+        raise_graph_limit()
         for name in self.pieces:
             piece = getattr(transformer, name)
             setattr(transformer, name, torch.compile(piece, fullgraph=True, mode=self.mode, dynamic=self.dynamic))
 
 
-def allow_graphs() -> None:
+def raise_graph_limit() -> None:
     """Each length of a prompt is a size of its own, and torch gives up after 8 of them."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
 
 
-def keep_graphs(cache_dir: str | None) -> None:
+def set_graph_cache(cache_dir: str | None) -> None:
     """Have torch keep what it compiles in `cache_dir`, for later processes too."""
     # torch sets the variable itself once it is imported, to a temporary folder
     if cache_dir is None and os.environ.get(CACHE_DIR, default_cache_dir()) != default_cache_dir():

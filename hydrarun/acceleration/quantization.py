@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from hydrarun.acceleration.offload.strategies import use_of
-from hydrarun.acceleration.parallel.hsdp import repeated_layers
+from hydrarun.acceleration.offload.strategies import find_use
+from hydrarun.acceleration.parallel.hsdp import find_repeated_layers
 from hydrarun.core.errors import UsageError
 from hydrarun.models.transformer import Transformer
 
@@ -89,12 +89,12 @@ class TorchAO(NoQuantization):
 
     def prepare(self, device: torch.device) -> None:
         """Raises `UsageError` for a missing torchao, and for float8 activations where no kernel multiplies them."""
-        if self.name == "fp8" and not multiplies_float8(device):
+        if self.name == "fp8" and not supports_float8(device):
             raise UsageError(
                 "quantization=fp8 multiplies float8 numbers, which needs an NVIDIA GPU of compute capability 8.9 or"
                 f" more (Ada, Hopper, Blackwell), and device={device} is none. Use quantization=fp8_weight_only"
             )
-        self.config = scheme(self.name, device)
+        self.config = make_torchao_config(self.name, device)
         # torch.compile says so of torchao's tensors; what it would save is compiling once more in the next process
         warnings.filterwarnings("ignore", message=".* does not implement _.*_hash_for_caching")
 
@@ -102,14 +102,14 @@ class TorchAO(NoQuantization):
         """Quantize it, if it is such a weight: at no time are more of them there in full than there are threads."""
         layer = transformer.get_submodule(name.rpartition(".")[0])
         inside = name.split(".")[0] in transformer.block_lists
-        if TRANSFORMER in self.components and inside and takes(name, layer, kept_in(transformer)):
+        if TRANSFORMER in self.components and inside and is_quantizable(name, layer, find_unquantized(transformer)):
             with self.lock:
                 self.quantize(layer)
 
     def component(self, name: str, module: Any) -> None:
         """Quantize it, layer by layer, if it is a text encoder."""
-        if TEXT_ENCODER in self.components and isinstance(module, nn.Module) and use_of(name) == TEXT_ENCODER:
-            for part in repeated_layers(module):
+        if TEXT_ENCODER in self.components and isinstance(module, nn.Module) and find_use(name) == TEXT_ENCODER:
+            for part in find_repeated_layers(module):
                 for layer in part.modules():
                     if isinstance(layer, nn.Linear):
                         self.quantize(layer)
@@ -121,9 +121,9 @@ class TorchAO(NoQuantization):
         if self.dynamic and any(side % MULTIPLE for side in layer.weight.shape):
             self.odd += 1
             return
-        self.bytes_before += stored_bytes(layer.weight)
+        self.bytes_before += count_stored_bytes(layer.weight)
         quantize_(layer, self.config, filter_fn=lambda *_: True)
-        self.bytes_after += stored_bytes(layer.weight)
+        self.bytes_after += count_stored_bytes(layer.weight)
         self.layers += 1
 
     def summary(self) -> str | None:
@@ -133,17 +133,17 @@ class TorchAO(NoQuantization):
         return f"quantization={self.name}: {self.layers} linear layers, {size}{odd}"
 
 
-def kept_in(transformer: Transformer) -> Collection[str]:
+def find_unquantized(transformer: Transformer) -> Collection[str]:
     """Names of modules in the blocks that are left alone."""
     return {*transformer.keep_unquantized, *transformer.keep_in_float32}
 
 
-def takes(name: str, owner: nn.Module, kept: Collection[str] = ()) -> bool:
+def is_quantizable(name: str, owner: nn.Module, kept: Collection[str] = ()) -> bool:
     """Whether a parameter of a block or layer, by its name and the module that it is of, gets 8 bits."""
     return isinstance(owner, nn.Linear) and name.endswith(".weight") and not set(kept) & set(name.split("."))
 
 
-def scheme(name: str, device: torch.device) -> Any:
+def make_torchao_config(name: str, device: torch.device) -> Any:
     """torchao's configuration for an option. Its settings for torch.compile are for the whole process: left alone."""
     try:
         from torchao import quantization as ao
@@ -163,12 +163,12 @@ def scheme(name: str, device: torch.device) -> Any:
     return ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow(), set_inductor_config=False)
 
 
-def multiplies_float8(device: torch.device) -> bool:
+def supports_float8(device: torch.device) -> bool:
     """Whether the device has such kernels."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
 
 
-def stored_bytes(tensor: Tensor) -> int:
+def count_stored_bytes(tensor: Tensor) -> int:
     """Bytes that a tensor takes; of a quantized one those of its numbers and scales."""
     if not is_traceable_wrapper_subclass(tensor):
         return tensor.nbytes

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from hydrarun.core.errors import UsageError, nearest
+from hydrarun.core.errors import UsageError, suggest_name
 
 HELP = {"--help": False, "-h": False}
 
@@ -36,7 +36,7 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "run": Verb("run.run", RUN_FLAGS, settings_only=True),
+    "run": Verb("run.run_command", RUN_FLAGS, settings_only=True),
     "plan": Verb("plan.show_plan", {**HELP, "--json": False}, settings_only=True),
     "replay": Verb("replay.replay_file"),
     "report": Verb("report.write_report", {**HELP, "--reference": True}),
@@ -60,7 +60,7 @@ class Arguments(NamedTuple):
     targets: list[str]  # classes that the user allows by --allow-target
 
 
-def parse(argv: Sequence[str]) -> Arguments:
+def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Sort `[verb] words… flags…`. Raises UsageError for an unknown verb or flag, or a stray word.
 
     Hydra 1.3 refuses overrides on both sides of a flag, and `--info` swallows an override that follows it: so flags go
@@ -76,19 +76,19 @@ def parse(argv: Sequence[str]) -> Arguments:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         if name == ALLOW_TARGET:
-            targets.append(value if equals else _value(name, rest))
+            targets.append(value if equals else _take_value(name, rest))
         elif word.startswith("-"):
             flags.append(word)
             if name not in takes.flags:
-                raise UsageError(_unknown_flag(verb, name))
+                raise UsageError(_describe_unknown_flag(verb, name))
             if takes.flags[name] and not equals:
-                flags.append(_value(name, rest))
+                flags.append(_take_value(name, rest))
             elif name in ("--info", "-i") and rest and rest[0] in INFO:
                 flags.append(rest.pop(0))
         elif takes.settings_only and "=" not in word and not word.startswith("~"):
             raise UsageError(
-                f"{_prefix(verb)}{word}: neither key=value nor a flag; a text with spaces needs quotes around it:"
-                ' sampling.prompt="a red cat".'
+                f"{_format_prefix(verb)}{word}: neither key=value nor a flag; a text with spaces needs quotes around"
+                ' it: sampling.prompt="a red cat".'
             )
         else:
             words.append(word)
@@ -102,30 +102,30 @@ def _take_verb(rest: list[str]) -> str:
     verb = rest.pop(0)
     main_verbs = [one for one in VERBS if " " not in one]
     if verb not in main_verbs:
-        known = f"{nearest(verb, main_verbs)} Verbs: {', '.join(main_verbs)}"
+        known = f"{suggest_name(verb, main_verbs)} Verbs: {', '.join(main_verbs)}"
         raise UsageError(f"{verb}: no such verb.{known}; settings look like key=value.")
     inner = [one.partition(" ")[2] for one in VERBS if one.startswith(f"{verb} ")]
     if not inner or not rest or rest[0].startswith("-"):
         return verb
     second = rest.pop(0)
     if second not in inner:
-        raise UsageError(f"{verb} {second}: no such verb.{nearest(second, inner)} Verbs: {', '.join(inner)}.")
+        raise UsageError(f"{verb} {second}: no such verb.{suggest_name(second, inner)} Verbs: {', '.join(inner)}.")
     return f"{verb} {second}"
 
 
-def _unknown_flag(verb: str, name: str) -> str:
+def _describe_unknown_flag(verb: str, name: str) -> str:
     if verb == "run":
-        return f"{name}: no such flag.{nearest(name, [*RUN_FLAGS, ALLOW_TARGET])} `--help` shows them."
+        return f"{name}: no such flag.{suggest_name(name, [*RUN_FLAGS, ALLOW_TARGET])} `--help` shows them."
     own = [flag for flag in VERBS[verb].flags if flag not in HELP]
     hint = " A folder of your own options: 'hydra.searchpath=[file:///folder]'" if name in CONFIG_DIR else ""
-    return f"{_prefix(verb)}{name}: no such flag; it takes {' and '.join(own) or 'none but --help'}.{hint}"
+    return f"{_format_prefix(verb)}{name}: no such flag; it takes {' and '.join(own) or 'none but --help'}.{hint}"
 
 
-def _prefix(verb: str) -> str:
+def _format_prefix(verb: str) -> str:
     return "" if verb == "run" else f"{verb}: "
 
 
-def _value(flag: str, rest: list[str]) -> str:
+def _take_value(flag: str, rest: list[str]) -> str:
     if not rest:
         raise UsageError(f"{flag}: needs a value.")
     return rest.pop(0)

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from hydrarun.cli.arguments import HELP, VERBS, parse
+from hydrarun.cli.arguments import HELP, VERBS, parse_arguments
 from hydrarun.config import targets
 from hydrarun.core.errors import report_error
 from hydrarun.engine.ranks import launch
@@ -24,15 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         try:
-            return exit_code(lambda: dispatch(words))
+            return get_exit_code(lambda: dispatch_verb(words))
         finally:
-            launch.close()
+            launch.close_executor()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
-def exit_code(action: Callable[[], int]) -> int:
+def get_exit_code(action: Callable[[], int]) -> int:
     """The code that `action` returns, or that of its exception, which is printed."""
     try:
         return action()
@@ -40,11 +40,11 @@ def exit_code(action: Callable[[], int]) -> int:
         return report_error(error)
 
 
-def dispatch(argv: Sequence[str]) -> int:
+def dispatch_verb(argv: Sequence[str]) -> int:
     """Do what the command line's verb says; its module is imported only now. Returns the exit code."""
-    line = parse(argv)
+    line = parse_arguments(argv)
     for name in line.targets:
-        targets.allow(name)
+        targets.allow_target(name)
     module_name, _, function = VERBS[line.verb].function.partition(".")
     module = importlib.import_module(f"hydrarun.cli.commands.{module_name}")
     if line.verb != "run" and HELP.keys() & set(line.flags):

@@ -19,7 +19,7 @@ Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Item:
+class BatchItem:
     """One picture or video of the run: its place in it, and the `sampling` and input images that draw it alone."""
 
     index: int
@@ -33,23 +33,23 @@ class Item:
         own = {
             name: value
             for name, value in self.sampling.items()
-            if name not in sampling or _differ(value, sampling[name])
+            if name not in sampling or _json_differs(value, sampling[name])
         }
         return {
             "index": self.index,
             "sampling": own,
-            **({"images": self.images} if _differ(self.images, images) else {}),
+            **({"images": self.images} if _json_differs(self.images, images) else {}),
             **({"line": self.line} if self.line is not None else {}),
         }
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any], config: Mapping[str, Any]) -> Item:
+    def from_json(cls, row: Mapping[str, Any], config: Mapping[str, Any]) -> BatchItem:
         """The item that `to_json` wrote with the same `config`."""
         images = row.get("images", config["input"]["images"])
         return cls(row["index"], {**config["sampling"], **row["sampling"]}, images, row.get("line"))
 
 
-def _differ(one: Any, other: Any) -> bool:
+def _json_differs(one: Any, other: Any) -> bool:
     """Whether two values differ as JSON. Python says that 1 equals 1.0, but their files have different names."""
     return json.dumps(one) != json.dumps(other)
 
@@ -58,7 +58,7 @@ class PendingBatch(NamedTuple):
     """A batch to draw: its number among the batches of the run, and the indices of its items that are not there yet."""
 
     number: int
-    items: tuple[Item, ...]
+    items: tuple[BatchItem, ...]
     missing: tuple[int, ...]
 
 
@@ -86,59 +86,59 @@ class BatchJob(NamedTuple):
         """The job that `to_json` wrote with the same `config`."""
         pending = [
             PendingBatch(
-                row["number"], tuple(Item.from_json(item, config) for item in row["items"]), tuple(row["missing"])
+                row["number"], tuple(BatchItem.from_json(item, config) for item in row["items"]), tuple(row["missing"])
             )
             for row in job["batches"]
         ]
         return cls(Path(job["output_dir"]), pending, job["total"])
 
 
-def batched(config: Mapping[str, Any]) -> bool:
+def is_batch_run(config: Mapping[str, Any]) -> bool:
     """Whether the run is one of batches."""
     return config["input"]["prompts"] is not None or config["batch_size"] is not None
 
 
-def resolved(config: Config) -> Config:
+def resolve_prompts(config: Config) -> Config:
     """The same with the lines of the file `input.prompts` in its place. Raises UsageError."""
     given = config["input"]["prompts"]
     if not isinstance(given, str):
         return config
-    return {**config, "input": {**config["input"], "prompts": prompts.read(given)}}
+    return {**config, "input": {**config["input"], "prompts": prompts.read_prompts(given)}}
 
 
-def limit(config: Mapping[str, Any]) -> int:
+def max_batch_size(config: Mapping[str, Any]) -> int:
     """The most pictures of one batch; by itself the lines of a file are drawn one by one, or one by each rank."""
     return config["batch_size"] or config["parallel"]["data_degree"]
 
 
-def each(config: Config) -> Iterator[tuple[Line | None, Config]]:
+def iterate_lines(config: Config) -> Iterator[tuple[Line | None, Config]]:
     """Each line with the configuration of a run that draws it; of a run without a file that run itself."""
     lines = config["input"]["prompts"]
     if lines is None:
         yield None, config
     else:
-        yield from ((line, single(config, line)) for line in lines)
+        yield from ((line, derive_line_config(config, line)) for line in lines)
 
 
-def single(config: Config, line: Line) -> Config:
+def derive_line_config(config: Config, line: Line) -> Config:
     """The configuration of a run that draws what one line says."""
     own = {name: value for name, value in line.items() if name not in (LINE, "images")}
     given = {"images": line.get("images", config["input"]["images"]), "prompts": None}
-    return {**config, "sampling": {**config["sampling"], **own}, "input": given, "batch_size": limit(config)}
+    return {**config, "sampling": {**config["sampling"], **own}, "input": given, "batch_size": max_batch_size(config)}
 
 
-def items(config: Config) -> list[Item]:
+def list_items(config: Config) -> list[BatchItem]:
     """Every picture of the run, line after line, and of a line one after the other."""
-    found: list[Item] = []
-    for line, one in each(config):
-        for prompt, negative, seed in expand(one["sampling"]):
+    found: list[BatchItem] = []
+    for line, one in iterate_lines(config):
+        for prompt, negative, seed in expand_prompts(one["sampling"]):
             alone = {"prompt": prompt, "negative_prompt": negative, "seed": seed, "num_images_per_prompt": 1}
             place = line.get(LINE) if line else None
-            found.append(Item(len(found), {**one["sampling"], **alone}, one["input"]["images"], place))
+            found.append(BatchItem(len(found), {**one["sampling"], **alone}, one["input"]["images"], place))
     return found
 
 
-def expand(sampling: Mapping[str, Any]) -> list[tuple[str, str | None, int]]:
+def expand_prompts(sampling: Mapping[str, Any]) -> list[tuple[str, str | None, int]]:
     """Prompt, negative prompt and seed of each picture: prompt after prompt, and of each its pictures.
 
     A whole number as seed: the k-th picture of every prompt gets `seed + k`. A list: one per picture. No
@@ -161,25 +161,25 @@ def as_list(value: str | list[str]) -> list[str]:
     return value if isinstance(value, list) else [value]
 
 
-def together(found: Sequence[Item], most: int) -> list[tuple[Item, ...]]:
+def group_batches(found: Sequence[BatchItem], most: int) -> list[tuple[BatchItem, ...]]:
     """Batches of at most `most` items that go together, by their first items' places.
 
     Items do if they differ in prompt, negative prompt and seed alone, and have a negative prompt all or none.
     """
-    alike: dict[str, list[Item]] = {}
+    alike: dict[str, list[BatchItem]] = {}
     for item in found:
-        alike.setdefault(_kind(item), []).append(item)
+        alike.setdefault(_make_group_key(item), []).append(item)
     batches = [tuple(group[start : start + most]) for group in alike.values() for start in range(0, len(group), most)]
     return sorted(batches, key=lambda batch: batch[0].index)
 
 
-def _kind(item: Item) -> str:
+def _make_group_key(item: BatchItem) -> str:
     guided = item.sampling["negative_prompt"] is not None
     common = {**item.sampling, "prompt": None, "negative_prompt": guided, "seed": None}
     return json.dumps([common, item.images], sort_keys=True)
 
 
-def configuration(config: Config, batch: Sequence[Item]) -> Config:
+def derive_batch_config(config: Config, batch: Sequence[BatchItem]) -> Config:
     """The configuration of a run that draws this batch and nothing else."""
     first = batch[0].sampling
     texts = {name: [item.sampling[name] for item in batch] for name in ("prompt", "negative_prompt", "seed")}

@@ -12,49 +12,49 @@ from omegaconf import DictConfig, OmegaConf
 from hydrarun.config import batches
 from hydrarun.config.checks.checkpoint import check_folder_fit
 from hydrarun.config.checks.configuration import check_configuration
-from hydrarun.config.checks.values import cfg_off, cfg_scale
-from hydrarun.config.hub import local_folder
-from hydrarun.config.hydra_errors import explained, one_option
+from hydrarun.config.checks.values import find_cfg_scale, get_unguided_scale
+from hydrarun.config.hub import find_local_folder
+from hydrarun.config.hydra_errors import describe_option_list, translate_errors
 from hydrarun.config.hydra_main import load_configuration
-from hydrarun.config.recipes import search as source
-from hydrarun.core.errors import UsageError, refuse
+from hydrarun.config.recipes import search
+from hydrarun.core.errors import UsageError, raise_mistakes
 from hydrarun.core.inputs import image_paths
-from hydrarun.core.moved_names import current_names
-from hydrarun.core.quoting import literal
-from hydrarun.core.resources import groups
+from hydrarun.core.moved_names import use_current_names
+from hydrarun.core.quoting import quote_overrides
+from hydrarun.core.resources import list_groups
 
 
-def compose(overrides: Sequence[str]) -> dict[str, Any]:
+def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
     """The resolved and validated configuration that `hydrarun OVERRIDES…` runs. Raises UsageError."""
-    return check(*compose_raw(literal(overrides)))
+    return check_composed(*compose_unchecked(quote_overrides(overrides)))
 
 
-def compose_raw(overrides: Sequence[str]) -> tuple[dict[str, Any], Origin]:
+def compose_unchecked(overrides: Sequence[str]) -> tuple[dict[str, Any], ConfigOrigin]:
     """The resolved configuration of quoted overrides (`quoting.literal`), unchecked: what is missing is `???`."""
     _, composed = load_configuration(overrides)
-    with explained(overrides):
-        return split(composed, composed.hydra)
+    with translate_errors(overrides):
+        return split_composed(composed, composed.hydra)
 
 
-def split(composed: DictConfig, hydra_node: DictConfig) -> tuple[dict[str, Any], Origin]:
+def split_composed(composed: DictConfig, hydra_node: DictConfig) -> tuple[dict[str, Any], ConfigOrigin]:
     """The run's own part of what Hydra composed, as plain data, and where its values come from."""
-    config = plain(composed)
+    config = to_plain_config(composed)
     overrides = tuple(OmegaConf.to_container(hydra_node.overrides.task))
     for override in overrides:
         group, _, option = override.partition("=")
-        if option.startswith("[") and group in groups():
-            raise UsageError(one_option(group, option))
+        if option.startswith("[") and group in list_groups():
+            raise UsageError(describe_option_list(group, option))
     choices = hydra_node.runtime.choices
-    return config, Origin(overrides, choices.get("recipe", "none"), choices.get("model", "none"))
+    return config, ConfigOrigin(overrides, choices.get("recipe", "none"), choices.get("model", "none"))
 
 
-def plain(composed: DictConfig) -> dict[str, Any]:
+def to_plain_config(composed: DictConfig) -> dict[str, Any]:
     """The run's own part of what Hydra composed, resolved, as plain data; classes by their names of today."""
     own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
-    return current_names(OmegaConf.to_container(own, resolve=True))
+    return use_current_names(OmegaConf.to_container(own, resolve=True))
 
 
-def check(config: dict[str, Any], origin: Origin) -> dict[str, Any]:
+def check_composed(config: dict[str, Any], origin: ConfigOrigin) -> dict[str, Any]:
     """The same configuration, with the lines of `input.prompts` in its place, if it can be run.
 
     Raises UsageError that lists every violation.
@@ -62,25 +62,25 @@ def check(config: dict[str, Any], origin: Origin) -> dict[str, Any]:
     setter = origin("sampling.prompt")
     if config["input"]["prompts"] is not None and not setter.startswith(("model", "default")):
         raise UsageError(f"sampling.prompt ({setter}) and input.prompts are both given: leave one out")
-    config = batches.resolved(config)
+    config = batches.resolve_prompts(config)
     check_configuration(config, origin)
-    folder = local_folder(config["model"]["path"], config["model"]["revision"])
+    folder = find_local_folder(config["model"]["path"], config["model"]["revision"])
     if folder is not None:  # a hub checkpoint is asked when it is here
-        refuse(_of_lines(config, lambda one: check_folder_fit(one, folder)))
-    refuse(_of_lines(config, _Images()))
+        raise_mistakes(_find_line_refusals(config, lambda one: check_folder_fit(one, folder)))
+    raise_mistakes(_find_line_refusals(config, _ImageReader()))
     return config
 
 
-def _of_lines(config: dict[str, Any], test: Callable[[dict[str, Any]], None]) -> Iterator[str]:
+def _find_line_refusals(config: dict[str, Any], test: Callable[[dict[str, Any]], None]) -> Iterator[str]:
     """What `test` refuses, with the line of `input.prompts` that asks for it."""
-    for line, one in batches.each(config):
+    for line, one in batches.iterate_lines(config):
         try:
             test(one)
         except UsageError as error:
             yield f"line {line[batches.LINE]} of input.prompts: {error}" if line else str(error)
 
 
-class _Images:
+class _ImageReader:
     """Reads the input images, each once."""
 
     def __init__(self) -> None:
@@ -91,12 +91,12 @@ class _Images:
             if path not in self.read:
                 from hydrarun.outputs.media import images, kinds  # and Pillow only then
 
-                images.read_image(path, kinds.drawn_by(config["model"]).alpha)
+                images.read_image(path, kinds.find_model_kind(config["model"]).alpha)
                 self.read.add(path)
 
 
 @dataclass(frozen=True)
-class Origin:
+class ConfigOrigin:
     """Where the values of a configuration come from."""
 
     overrides: tuple[str, ...]
@@ -107,7 +107,7 @@ class Origin:
         """Who set `key`: "command line", "recipe demo/quick", "model demo" or "default"."""
         if self._on_command_line(key):
             return "command line"
-        if _sets(source.load(self.recipe), key):
+        if _has_key(search.load_choices(self.recipe), key):
             return f"recipe {self.recipe}"
         return f"model {self.model}" if key.startswith(("model", "sampling")) else "default"
 
@@ -121,9 +121,11 @@ class Origin:
         notes = []
         if self("model.path") == f"recipe {self.recipe}":
             notes.append(f"recipe {self.recipe} loads weights from {config['model']['path']}")
-        setter, (name, scale) = self("sampling.negative_prompt"), cfg_scale(config)
+        setter, (name, scale) = self("sampling.negative_prompt"), find_cfg_scale(config)
         chosen = config["sampling"]["negative_prompt"] is not None and not setter.startswith("model")
-        if chosen and scale is not None and scale <= cfg_off(config):  # no error: a sweep over the scale passes there
+        if (
+            chosen and scale is not None and scale <= get_unguided_scale(config)
+        ):  # no error: a sweep over the scale passes there
             off = f"sampling.{name}={scale} turns guidance off"
             notes.append(f"sampling.negative_prompt ({setter}) is not used: {off}")
         return notes
@@ -133,7 +135,7 @@ class Origin:
         return any(key == one or key.startswith((f"{one}.", f"{one}[")) for one in keys)
 
 
-def _sets(content: Any, key: str) -> bool:
+def _has_key(content: Any, key: str) -> bool:
     for part in key.split("[")[0].split("."):
         if not isinstance(content, dict) or part not in content:
             return False

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydrarun.core.errors import RunError, UsageError, nearest
-from hydrarun.core.resources import folder
+from hydrarun.core.errors import RunError, UsageError, suggest_name
+from hydrarun.core.resources import find_folder
 
 PACKAGE = "package:"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -17,33 +17,33 @@ FILES = ["*.json", "*/*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightsSource:
     """Where the weights are, and the hub commit they belong to (None for a folder)."""
 
     folder: Path
     revision: str | None
 
 
-def local_folder(path: str, revision: str | None) -> Path | None:
+def find_local_folder(path: str, revision: str | None) -> Path | None:
     """The folder that `path` names on this machine, or None when it is a hub id.
 
     Raises `UsageError` when it is neither, or a folder with a revision, which only the hub has.
     """
-    found = named_folder(path)
+    found = find_named_folder(path)
     if found is not None and revision is not None:
         raise UsageError(f"model.revision={revision} has no effect on a local folder ({path}); drop it")
     return found
 
 
-def named_folder(path: str) -> Path | None:
+def find_named_folder(path: str) -> Path | None:
     """The same, whatever the revision."""
     if path.startswith(PACKAGE):
         name = path.removeprefix(PACKAGE)
-        shipped = folder("weights")
+        shipped = find_folder("weights")
         if "/" in name or not (shipped / name / "model_index.json").is_file():
             names = sorted(p.parent.name for p in shipped.glob("*/model_index.json"))
             raise UsageError(
-                f"model.path={path}: the package ships no weights of that name.{nearest(name, names)}"
+                f"model.path={path}: the package ships no weights of that name.{suggest_name(name, names)}"
                 f" It has: {', '.join(names)}"
             )
         return shipped / name
@@ -60,12 +60,12 @@ def named_folder(path: str) -> Path | None:
         return None
     siblings = [p.name for p in expanded.parent.iterdir()] if expanded.parent.is_dir() else []
     raise UsageError(
-        f"model.path={path}: no such folder.{nearest(expanded.name, siblings)}"
+        f"model.path={path}: no such folder.{suggest_name(expanded.name, siblings)}"
         " Give a folder in diffusers layout, or a hub id like owner/name"
     )
 
 
-def snapshot(repository: str, revision: str | None) -> Path | None:
+def find_cached_snapshot(repository: str, revision: str | None) -> Path | None:
     """The folder of a repository in the hub's local cache, or None; nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -73,17 +73,17 @@ def snapshot(repository: str, revision: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def resolve(model: dict[str, Any]) -> Source:
+def resolve_weights(model: dict[str, Any]) -> WeightsSource:
     """Find `model.path`, downloading it from the hub when it is an id and not in the cache.
 
     Raises `UsageError` for a path that cannot be, `RunError` when the hub cannot give it.
     """
     path, revision = model["path"], model["revision"]
-    found = local_folder(path, revision)
-    return download(path, revision) if found is None else Source(found, None)
+    found = find_local_folder(path, revision)
+    return download_snapshot(path, revision) if found is None else WeightsSource(found, None)
 
 
-def download(repository: str, revision: str | None) -> Source:
+def download_snapshot(repository: str, revision: str | None) -> WeightsSource:
     """The hub's snapshot, from the cache where it is complete (offline too)."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -102,4 +102,4 @@ def download(repository: str, revision: str | None) -> Source:
             f"{where}: not in the local cache, and {state} ({type(error).__name__})."
             " Download it where there is a network, or give a folder: model.path=/folder/in/diffusers/layout"
         ) from None
-    return Source(snapshot, snapshot.name)
+    return WeightsSource(snapshot, snapshot.name)

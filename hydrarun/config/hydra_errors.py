@@ -14,9 +14,9 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from hydrarun.config.schema import Config
-from hydrarun.config.type_check import describe, show
-from hydrarun.core.errors import UsageError, closest, nearest
-from hydrarun.core.resources import groups
+from hydrarun.config.type_check import describe_hint, format_value
+from hydrarun.core.errors import UsageError, find_closest, suggest_name
+from hydrarun.core.resources import list_groups
 
 # What Hydra raises as a plain ValueError for a mistake on the command line (any other ValueError is a bug).
 COMMAND_LINE_MISTAKES = ("Only one of --run", "The --resolve flag", "Expecting one subcommand", "No completion plugin")
@@ -31,35 +31,39 @@ EXTRAS = {
 
 
 @contextmanager
-def explained(overrides: Sequence[str]) -> Iterator[None]:
+def translate_errors(overrides: Sequence[str]) -> Iterator[None]:
     """Turn the exceptions of a composition of these overrides into a UsageError."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(explain(error, overrides)) from error
+        raise UsageError(explain_error(error, overrides)) from error
     except ValueError as error:
         if str(error).startswith("Config group override"):
-            raise UsageError(_not_an_option(overrides)) from error
+            raise UsageError(_describe_non_option(overrides)) from error
         if str(error).startswith(COMMAND_LINE_MISTAKES):
             raise UsageError(str(error)) from error
         raise
 
 
-def explain(error: Exception, overrides: Sequence[str]) -> str:
+def explain_error(error: Exception, overrides: Sequence[str]) -> str:
     """One line for the user."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return _unknown_option(error, overrides)
+        return _describe_unknown_option(error, overrides)
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override}: not of the form key=value; a text with spaces needs the shell's quotes around it all."
         )
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if isinstance(cause, OmegaConfBaseException):
-        return _at_key(cause, _file(error) or "command line")
-    return _sweep(str(error)) or _inner_group(str(error), overrides) or str(error).splitlines()[0]
+        return _describe_key_error(cause, _find_blamed_file(error) or "command line")
+    return (
+        _describe_missing_sweep(str(error))
+        or _describe_nested_group(str(error), overrides)
+        or str(error).splitlines()[0]
+    )
 
 
-def _unknown_option(error: MissingConfigException, overrides: Sequence[str]) -> str:
+def _describe_unknown_option(error: MissingConfigException, overrides: Sequence[str]) -> str:
     group, _, option = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
     if extra := EXTRAS.get(f"{group}/{option}"):
         return f"{group}={option}: is not installed: pip install 'hydrarun[{extra}]'"
@@ -69,35 +73,35 @@ def _unknown_option(error: MissingConfigException, overrides: Sequence[str]) -> 
     recipe = [override.partition("=")[2] for override in overrides if override.startswith("recipe=")]
     place = "command line" if chosen or not recipe else f"recipe {recipe[0]}"
     return (
-        f"{group}={option} ({place}): no such option.{nearest(option, error.options)}"
+        f"{group}={option} ({place}): no such option.{suggest_name(option, error.options)}"
         f" Options: {', '.join(sorted(error.options))}."
     )
 
 
-def _not_an_option(overrides: Sequence[str]) -> str:
-    known = {"", "recipe", *groups()}
+def _describe_non_option(overrides: Sequence[str]) -> str:
+    known = {"", "recipe", *list_groups()}
     for parsed in OverridesParser.create().parse_overrides(list(overrides)):
         if parsed.key_or_group in known and not isinstance(parsed.value(), (str, list)):
             return f"{parsed.input_line}: not the name of an option; `hydrarun list` shows them."
     return "a group has no name of an option; `hydrarun list` shows them."
 
 
-def _at_key(error: OmegaConfBaseException, place: str) -> str:
+def _describe_key_error(error: OmegaConfBaseException, place: str) -> str:
     """What is wrong at one key: unknown, or of the wrong type."""
-    full_key = error.full_key or _line(error, "full_key")
+    full_key = error.full_key or _find_error_line(error, "full_key")
     where = f"{full_key} ({place})"
-    fields = _fields(error)
+    fields = _list_allowed_fields(error)
     if isinstance(error, ValidationError) and error.key in fields:
-        return f"{where}: {show(error.value)} is not {_wanted(fields[error.key])}."
+        return f"{where}: {format_value(error.value)} is not {_describe_wanted_type(fields[error.key])}."
     if " not in '" in str(error) or "is not in struct" in str(error):
-        hint = _hint(str(error.key), fields)
+        hint = _suggest_field(str(error.key), fields)
         return f"{where}: unknown key.{hint} Known: {', '.join(fields) or 'none'}."
     if "is not Optional" in str(error):
         return f"{where}: is empty (null): give it a value, or leave it out."
     return f"{where}: {str(error).splitlines()[0]}"
 
 
-def _fields(error: OmegaConfBaseException) -> dict[str, Any]:
+def _list_allowed_fields(error: OmegaConfBaseException) -> dict[str, Any]:
     """Names that are allowed beside the key, with their types."""
     kind = error.object_type
     if kind is Config:
@@ -109,59 +113,61 @@ def _fields(error: OmegaConfBaseException) -> dict[str, Any]:
     return {str(name): Any for name in names if not str(name).startswith("_")}
 
 
-def _hint(name: str, fields: Mapping[str, Any]) -> str:
+def _suggest_field(name: str, fields: Mapping[str, Any]) -> str:
     """The nearest field beside it, else in any section: `prompt` is `sampling.prompt`."""
     at_top = "sampling" in fields
-    match = None if at_top else closest(name, fields)
+    match = None if at_top else find_closest(name, fields)
     if match is None:
         sections = {key: hint for key, hint in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
         dotted = {leaf: f"{key}.{leaf}" for key, hint in sections.items() for leaf in typing.get_type_hints(hint)}
         names = {**dotted, **{field: field for field in fields if at_top}}
-        match = names.get(closest(name, names) or "")
+        match = names.get(find_closest(name, names) or "")
     return f" Did you mean '{match}'?" if match else ""
 
 
-def _wanted(hint: Any) -> str:
+def _describe_wanted_type(hint: Any) -> str:
     return (
-        f"a section with {', '.join(typing.get_type_hints(hint))}" if dataclasses.is_dataclass(hint) else describe(hint)
+        f"a section with {', '.join(typing.get_type_hints(hint))}"
+        if dataclasses.is_dataclass(hint)
+        else describe_hint(hint)
     )
 
 
-def _inner_group(text: str, overrides: Sequence[str]) -> str | None:
+def _describe_nested_group(text: str, overrides: Sequence[str]) -> str | None:
     """A group inside another's options (cache/predictor), where Hydra's own words help little."""
     if "appears more than once in the final defaults list" in text:
         given = [override.partition("=") for override in overrides]
-        lists = [(group, options) for group, _, options in given if group in groups() and options[:1] == "["]
-        return one_option(*lists[0]) if lists else None
+        lists = [(group, options) for group, _, options in given if group in list_groups() and options[:1] == "["]
+        return describe_option_list(*lists[0]) if lists else None
     if match := re.match(r"Could not override '((\w+)/(\w+))'", text):
         hint = f"`hydrarun list {match[2]}` shows the others"
         return f"{match[1]}: the option of {match[2]} that is chosen has no {match[3]}; {hint}."
     return None
 
 
-def one_option(group: str, options: str) -> str:
+def describe_option_list(group: str, options: str) -> str:
     """What is said to a list of options."""
     return f"{group}={options}: choose one option; to compare several: -m {group}={options.strip('[]')}"
 
 
-def _file(error: Exception) -> str | None:
+def _find_blamed_file(error: Exception) -> str | None:
     """The file that Hydra blames: "recipe NAME", or the option's path in conf/."""
     match = re.match(r"In '(recipe/)?([^']*)'", str(error))
     return match and (f"recipe {match[2]}" if match[1] else f"conf/{match[2]}.yaml")
 
 
-def _line(error: Exception, name: str) -> str:
+def _find_error_line(error: Exception, name: str) -> str:
     """`name: value` lines in the text of an OmegaConf error."""
     match = re.search(rf"^\s*{name}: (.*)$", str(error), re.MULTILINE)
     return match[1] if match else "configuration"
 
 
-def _sweep(text: str) -> str | None:
+def _describe_missing_sweep(text: str) -> str | None:
     """Several values without -m."""
     match = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'(?: requires|$)", text, re.MULTILINE)
     if not match:
         return None
     key, _, value = match[1].partition("=")
-    if key in groups():
+    if key in list_groups():
         return f"{match[1]}: several options: choose one, or add -m to run them all."
     return f"{match[1]}: several values: add -m to run them all, or write a list, {key}=[{value}]."

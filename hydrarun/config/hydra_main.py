@@ -20,7 +20,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from hydrarun.config import schema
-from hydrarun.config.hydra_errors import explained
+from hydrarun.config.hydra_errors import translate_errors
 from hydrarun.config.recipes import search
 from hydrarun.core import resources
 from hydrarun.core.errors import UsageError
@@ -38,23 +38,23 @@ def load_configuration(
     """
     version.setbase("1.3")
     utils.setup_globals()
-    register(overrides)
-    with explained(overrides):
-        loader = ConfigLoaderImpl(search_path(flags))
+    register_configs(overrides)
+    with translate_errors(overrides):
+        loader = ConfigLoaderImpl(build_search_path(flags))
         name = flag_value(flags, "--config-name", "-cn") or CONFIG
         return loader, loader.load_configuration(name, list(overrides), mode)
 
 
-def register(overrides: Sequence[str]) -> None:
+def register_configs(overrides: Sequence[str]) -> None:
     """Make the schema and the recipes known to Hydra, with those of the collections that the overrides name."""
-    schema.register()
-    search.register()
-    search.look_in(overrides)
+    schema.register_schema()
+    search.register_recipe_source()
+    search.set_collections(overrides)
 
 
-def search_path(flags: Sequence[str]) -> Any:
+def build_search_path(flags: Sequence[str]) -> Any:
     """Where Hydra looks for options."""
-    path = create_config_search_path(flag_value(flags, "--config-path", "-cp") or str(resources.folder("conf")))
+    path = create_config_search_path(flag_value(flags, "--config-path", "-cp") or str(resources.find_folder("conf")))
     if folder := flag_value(flags, "--config-dir", "-cd"):
         if not Path(folder).is_dir():
             raise UsageError(f"--config-dir {folder}: no such folder")
@@ -69,7 +69,7 @@ def run_job(task: Callable[[Path], Any], composed: DictConfig, loader: ConfigLoa
     """
     callbacks = Callbacks(composed)
     callbacks.on_run_start(config=composed, config_name=CONFIG)
-    with writing_folder():
+    with translate_write_errors():
         done = utils.run_job(
             lambda _: task(Path(composed.hydra.runtime.output_dir)),
             composed,
@@ -88,9 +88,9 @@ def run_with_hydra(task: Callable[[DictConfig], Any], overrides: list[str], flag
 
     Raises UsageError.
     """
-    register(overrides)
-    decorate = hydra.main(version_base="1.3", config_path=str(resources.folder("conf")), config_name=CONFIG)
-    with writing_folder(), explained(overrides), replaced_argv([*overrides, *flags]):
+    register_configs(overrides)
+    decorate = hydra.main(version_base="1.3", config_path=str(resources.find_folder("conf")), config_name=CONFIG)
+    with translate_write_errors(), translate_errors(overrides), replace_argv([*overrides, *flags]):
         decorate(task)()
 
 
@@ -107,7 +107,7 @@ def set_run_folder(composed: DictConfig, folder: str) -> None:
 
 
 @contextmanager
-def writing_folder() -> Iterator[None]:
+def translate_write_errors() -> Iterator[None]:
     """What cannot be written by Hydra is the user's to change; a run's own errors do not come this way."""
     try:
         yield
@@ -116,7 +116,7 @@ def writing_folder() -> Iterator[None]:
 
 
 @contextmanager
-def replaced_argv(words: list[str]) -> Iterator[None]:
+def replace_argv(words: list[str]) -> Iterator[None]:
     """Hydra reads sys.argv."""
     before = sys.argv
     sys.argv = [before[0], *words]

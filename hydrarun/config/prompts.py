@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from hydrarun.config.schema import Sampling
-from hydrarun.config.type_check import describe, fits, show
-from hydrarun.core.errors import UsageError, nearest, refuse
+from hydrarun.config.type_check import describe_hint, format_value, matches_hint
+from hydrarun.core.errors import UsageError, raise_mistakes, suggest_name
 
 #: the fields of a line, and what each holds; where `sampling` takes lists too, a line has one value
 FIELDS: dict[str, Any] = {
@@ -37,7 +37,7 @@ Line = dict[str, Any]
 Numbered = Iterator[tuple[int, Any]]
 
 
-def read(name: str) -> list[Line]:
+def read_prompts(name: str) -> list[Line]:
     """The lines of a file: their fields, and `line`. Raises UsageError that names every bad line."""
     path = Path(name).expanduser()
     reader = READERS.get(path.suffix.lower())
@@ -45,46 +45,46 @@ def read(name: str) -> list[Line]:
         raise UsageError(f"input.prompts={name}: its name ends in none of {', '.join(READERS)}")
     lines: list[Line] = []
     mistakes: list[str] = []
-    for number, fields in reader(_text(name, path), name):
-        found = list(problems(fields))
+    for number, fields in reader(_read_text(name, path), name):
+        found = list(find_line_problems(fields))
         mistakes += [f"{name} line {number}: {text}" for text in found]
         if not found:
-            lines.append({LINE: number, **_placed(fields, path.parent)})
-    refuse(mistakes)
+            lines.append({LINE: number, **_resolve_image_paths(fields, path.parent)})
+    raise_mistakes(mistakes)
     if not lines:
         raise UsageError(f"input.prompts={name}: no prompt in it{HINTS[path.suffix.lower()]}")
     return lines
 
 
-def texts(name: str) -> list[str]:
+def read_prompt_texts(name: str) -> list[str]:
     """The prompts of a file, where nothing else is asked for. Raises UsageError."""
-    lines = read(name)
+    lines = read_prompts(name)
     for line in lines:
         if more := sorted(line.keys() - {LINE, "prompt"}):
             raise UsageError(f"{name} line {line[LINE]}: sets {', '.join(more)}: here a line can only be a prompt")
     return [line["prompt"] for line in lines]
 
 
-def problems(fields: Any) -> Iterator[str]:
+def find_line_problems(fields: Any) -> Iterator[str]:
     """What is wrong with the fields of one line by themselves."""
     if not isinstance(fields, dict):
-        yield f'not an object of fields, such as {{"prompt": "a red circle"}}: {show(fields)}'
+        yield f'not an object of fields, such as {{"prompt": "a red circle"}}: {format_value(fields)}'
         return
     for name, value in fields.items():
         if name not in FIELDS:
-            yield unknown(name)
-        elif not fits(value, FIELDS[name]):
-            yield f"{name}: {show(value)} is not {describe(FIELDS[name])}"
+            yield describe_unknown_field(name)
+        elif not matches_hint(value, FIELDS[name]):
+            yield f"{name}: {format_value(value)} is not {describe_hint(FIELDS[name])}"
     if not fields.get("prompt") and "images" not in fields:  # some models need nothing else
         yield "no prompt"
 
 
-def unknown(name: str) -> str:
+def describe_unknown_field(name: str) -> str:
     """What to say of a field that there is not."""
-    return f"{name}: unknown field.{nearest(name, FIELDS)} Known: {', '.join(FIELDS)}"
+    return f"{name}: unknown field.{suggest_name(name, FIELDS)} Known: {', '.join(FIELDS)}"
 
 
-def _text(name: str, path: Path) -> str:
+def _read_text(name: str, path: Path) -> str:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             return file.read()
@@ -94,19 +94,19 @@ def _text(name: str, path: Path) -> str:
         raise UsageError(f"input.prompts={name}: not UTF-8 text") from None
 
 
-def _lines(text: str) -> Numbered:
+def _iterate_lines(text: str) -> Numbered:
     """Lines that hold something; only line breaks end one."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, line.strip()
 
 
-def _plain(text: str, name: str) -> Numbered:
+def _parse_plain_text(text: str, name: str) -> Numbered:
     """A prompt in each line; those that start with `#` are none."""
-    return ((number, {"prompt": line}) for number, line in _lines(text) if not line.startswith("#"))
+    return ((number, {"prompt": line}) for number, line in _iterate_lines(text) if not line.startswith("#"))
 
 
-def _csv(text: str, name: str) -> Numbered:
+def _parse_csv(text: str, name: str) -> Numbered:
     """A first line with the fields' names; an empty cell sets nothing."""
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
@@ -115,29 +115,29 @@ def _csv(text: str, name: str) -> Numbered:
         for row in rows:
             if any(cell.strip() for cell in row):
                 if header is None:
-                    header = _header([cell.strip() for cell in row], f"{name} line {number}")
+                    header = _check_header([cell.strip() for cell in row], f"{name} line {number}")
                 elif len(row) != len(header):
                     raise UsageError(f"{name} line {number}: {len(row)} cells, and the first line names {len(header)}")
                 else:
-                    yield number, {key: _cell(key, cell) for key, cell in zip(header, row, strict=True) if cell}
+                    yield number, {key: _parse_cell(key, cell) for key, cell in zip(header, row, strict=True) if cell}
             number = rows.line_num + 1
     except csv.Error as error:
         raise UsageError(f"{name} line {number}: {error}") from None
 
 
-def _header(names: list[str], where: str) -> list[str]:
-    refuse(f"{where}: {unknown(name)}" for name in names if name not in FIELDS)
-    refuse(f"{where}: {name}: two columns of it" for name in names if names.count(name) > 1)
+def _check_header(names: list[str], where: str) -> list[str]:
+    raise_mistakes(f"{where}: {describe_unknown_field(name)}" for name in names if name not in FIELDS)
+    raise_mistakes(f"{where}: {name}: two columns of it" for name in names if names.count(name) > 1)
     return names
 
 
-def _cell(name: str, cell: str) -> Any:
+def _parse_cell(name: str, cell: str) -> Any:
     """The value of a cell; what is no number where one belongs stays text, and is refused as such."""
     hint = FIELDS[name]
-    if fits("", hint):
+    if matches_hint("", hint):
         return [path.strip() for path in cell.split(SEPARATOR)] if name == "images" else cell
     for kind in (int, float):
-        if fits(kind(), hint):
+        if matches_hint(kind(), hint):
             try:
                 return kind(cell)
             except ValueError:
@@ -145,17 +145,17 @@ def _cell(name: str, cell: str) -> Any:
     return cell
 
 
-def _json(text: str, name: str) -> Numbered:
+def _parse_json_lines(text: str, name: str) -> Numbered:
     """An object in each line."""
-    for number, line in _lines(text):
+    for number, line in _iterate_lines(text):
         try:
-            yield number, json.loads(line, object_pairs_hook=_once)
+            yield number, json.loads(line, object_pairs_hook=_refuse_repeated_keys)
         except (ValueError, RecursionError) as error:
             said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
             raise UsageError(f"{name} line {number}: not JSON: {said}") from None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose keys are all different: of two the last would win silently."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -164,7 +164,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _placed(fields: Line, folder: Path) -> Line:
+def _resolve_image_paths(fields: Line, folder: Path) -> Line:
     """The same with a prompt, empty if there is none, and the paths of images relative to here."""
     fields = {"prompt": "", **fields}
     images = fields.get("images")
@@ -174,7 +174,7 @@ def _placed(fields: Line, folder: Path) -> Line:
     return {**fields, "images": [path if "://" in path else str(folder / Path(path).expanduser()) for path in paths]}
 
 
-READERS = {".txt": _plain, ".csv": _csv, ".jsonl": _json}
+READERS = {".txt": _parse_plain_text, ".csv": _parse_csv, ".jsonl": _parse_json_lines}
 
 HINTS = {
     ".txt": ": one per line, and lines that start with # are none",

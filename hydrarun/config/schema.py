@@ -41,7 +41,7 @@ class Model:
 
 
 @dataclass
-class Fit:
+class TeaCacheFit:
     """TeaCache's polynomials, highest power first, by expert, and what they were fitted on; null: was not told."""
 
     model: str = MISSING
@@ -164,7 +164,7 @@ class Config:
     verify: bool = False
 
 
-def filled(config: Any, section: type = Config) -> Any:
+def fill_defaults(config: Any, section: type = Config) -> Any:
     """A configuration that an older version wrote, with the defaults of the fields that it did not know."""
     if not isinstance(config, dict):
         return config
@@ -174,11 +174,11 @@ def filled(config: Any, section: type = Config) -> Any:
         if one.name not in config and default != MISSING:
             config[one.name] = default if not dataclasses.is_dataclass(default) else dataclasses.asdict(default)  # type: ignore[arg-type]
         elif dataclasses.is_dataclass(hints[one.name]):
-            config[one.name] = filled(config.get(one.name), hints[one.name])
+            config[one.name] = fill_defaults(config.get(one.name), hints[one.name])
     return config
 
 
-def register() -> None:
+def register_schema() -> None:
     """Make the schema known to Hydra under the name that `conf/config.yaml` lists first."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf

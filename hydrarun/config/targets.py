@@ -16,9 +16,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from hydrarun.config.type_check import describe, fits, show
+from hydrarun.config.type_check import describe_hint, format_value, matches_hint
 from hydrarun.core import resources
-from hydrarun.core.errors import UsageError, nearest
+from hydrarun.core.errors import UsageError, suggest_name
 
 TARGET = "_target_"
 
@@ -32,31 +32,31 @@ _allowed_by_user: set[str] = set()
 
 
 @cache
-def shipped_targets() -> frozenset[str]:
+def list_shipped_targets() -> frozenset[str]:
     """Every `_target_` that stands in the package's own `conf/`, read as text: composing all options takes seconds."""
-    files = resources.folder("conf").rglob("*.yaml")
+    files = resources.find_folder("conf").rglob("*.yaml")
     lines = (line for file in files for line in file.read_text(encoding="utf-8").splitlines())
     return frozenset(match[1] for line in lines if (match := SHIPPED.match(line)))
 
 
-def allowed_by_user() -> list[str]:
+def list_user_allowed() -> list[str]:
     """The classes that the user allowed, for ranks that are to allow them too."""
     return sorted(_allowed_by_user)
 
 
-def allow(name: str) -> None:
+def allow_target(name: str) -> None:
     """Let the class with this dotted name be built too. Only the user's own command line or code may call this."""
     if not all(part.isidentifier() for part in name.split(".")) or "." not in name:
         raise UsageError(f"--allow-target {name}: not the dotted name of a class, such as my.module.Class.")
     _allowed_by_user.add(name)
 
 
-def check(config: Mapping[str, Any], origin: Callable[[str], str] | None = None) -> None:
+def check_targets(config: Mapping[str, Any], origin: Callable[[str], str] | None = None) -> None:
     """Refuse every target that is not allowed, and every other `_key_`, in a plain resolved configuration.
 
     Imports nothing. `origin` tells where a key's value came from. Raises UsageError with one line for each violation.
     """
-    if problems := list(_problems(config, "")):
+    if problems := list(_find_problems(config, "")):
         raise UsageError("\n".join(f"{key}{f' ({origin(key)})' if origin else ''}: {text}" for key, text in problems))
 
 
@@ -66,14 +66,14 @@ def load_class(node: Mapping[str, Any], where: str = "") -> type:
     `where` is the node's key path, for messages. Raises UsageError.
     """
     name: Any = node.get(TARGET)
-    for key, text in _target_problem(name, f"{where}._target_".lstrip(".")):
+    for key, text in _check_target_name(name, f"{where}._target_".lstrip(".")):
         raise UsageError(f"{key}: {text}")
     where = where or name
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        if name in shipped_targets() and module.startswith("hydrarun."):
+        if name in list_shipped_targets() and module.startswith("hydrarun."):
             raise  # our own module does not load: a bug, not a mistake of the user
         raise UsageError(f"{where}: cannot load {name}: {error}") from error
     package = module.partition(".")[0]
@@ -107,44 +107,44 @@ def check_arguments(cls: type, given: Mapping[str, Any], where: str, extra: Coll
         if key in extra or (key not in named and not open_ended):
             names = ", ".join(settable) or "none"
             raise UsageError(
-                f"{where}.{key}: {cls.__name__} takes no such argument.{nearest(key, settable)} It takes: {names}."
+                f"{where}.{key}: {cls.__name__} takes no such argument.{suggest_name(key, settable)} It takes: {names}."
             )
     required = [name for name in settable if parameters[name].default is inspect.Parameter.empty]
     if missing := [name for name in required if name not in given]:
         raise UsageError(f"{where}: {cls.__name__} needs {', '.join(missing)}; set {where}.{missing[0]}=…")
-    hints = _hints(cls)
+    hints = _get_argument_hints(cls)
     for key, value in given.items():
         unset = value is None and key in parameters and parameters[key].default is None  # whatever its annotation says
-        if key in hints and not unset and not fits(value, hints[key]):
-            raise UsageError(f"{where}.{key}: {show(value)} is not {describe(hints[key])}.")
+        if key in hints and not unset and not matches_hint(value, hints[key]):
+            raise UsageError(f"{where}.{key}: {format_value(value)} is not {describe_hint(hints[key])}.")
 
 
-def _problems(node: Any, path: str) -> Iterator[tuple[str, str]]:
+def _find_problems(node: Any, path: str) -> Iterator[tuple[str, str]]:
     """Key paths, and what is wrong there."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             here = f"{path}.{key}" if path else str(key)
             if key == TARGET:
-                yield from _target_problem(value, here)
+                yield from _check_target_name(value, here)
             elif str(key).startswith("_"):
                 yield here, "keys with a leading underscore other than _target_ are not allowed."
             elif key in FORBIDDEN_ARGUMENTS:
                 yield here, "not allowed: it would run code that comes with a checkpoint."
             else:
-                yield from _problems(value, here)
+                yield from _find_problems(value, here)
     elif isinstance(node, (list, tuple)):
         for index, value in enumerate(node):
-            yield from _problems(value, f"{path}[{index}]")
+            yield from _find_problems(value, f"{path}[{index}]")
 
 
-def _target_problem(name: Any, path: str) -> Iterator[tuple[str, str]]:
-    allowed = shipped_targets() | _allowed_by_user
+def _check_target_name(name: Any, path: str) -> Iterator[tuple[str, str]]:
+    allowed = list_shipped_targets() | _allowed_by_user
     if not isinstance(name, str) or name not in allowed:
-        hint = nearest(str(name), allowed) or " For a class of your own: --allow-target my.module.Class"
+        hint = suggest_name(str(name), allowed) or " For a class of your own: --allow-target my.module.Class"
         yield path, f"{name!r} is not on the list of allowed classes.{hint}"
 
 
-def _hints(cls: type) -> dict[str, Any]:
+def _get_argument_hints(cls: type) -> dict[str, Any]:
     try:
         return typing.get_type_hints(cls.__init__)  # type: ignore[misc]
     except NameError:  # annotations that exist for the type checker only: nothing to compare with

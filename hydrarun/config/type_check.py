@@ -7,17 +7,17 @@ import typing
 from typing import Any
 
 
-def fits(value: Any, hint: Any) -> bool:
+def matches_hint(value: Any, hint: Any) -> bool:
     """Whether `value` suits `hint`; True for annotations that YAML cannot express. A bool is not a number."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(fits(value, option) for option in typing.get_args(hint))
+        return any(matches_hint(value, option) for option in typing.get_args(hint))
     if origin is typing.Literal:
         return value in typing.get_args(hint)
     if origin is list:
-        return isinstance(value, list) and all(fits(item, typing.get_args(hint)[0]) for item in value)
+        return isinstance(value, list) and all(matches_hint(item, typing.get_args(hint)[0]) for item in value)
     if origin is dict:
-        return isinstance(value, dict) and all(fits(item, typing.get_args(hint)[1]) for item in value.values())
+        return isinstance(value, dict) and all(matches_hint(item, typing.get_args(hint)[1]) for item in value.values())
     if hint in (None, type(None)):
         return value is None
     if hint is float:
@@ -29,15 +29,15 @@ def fits(value: Any, hint: Any) -> bool:
     return True
 
 
-def describe(hint: Any) -> str:
+def describe_hint(hint: Any) -> str:
     """The annotation in a user's words: "true or false", "a whole number or null", "one of a, b"."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe(option) for option in typing.get_args(hint))
+        return " or ".join(describe_hint(option) for option in typing.get_args(hint))
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if origin in (list, dict):
-        return f"a {'list' if origin is list else 'mapping'} of {describe(typing.get_args(hint)[-1])}"
+        return f"a {'list' if origin is list else 'mapping'} of {describe_hint(typing.get_args(hint)[-1])}"
     words = {
         Any: "anything",
         bool: "true or false",
@@ -49,6 +49,6 @@ def describe(hint: Any) -> str:
     return words.get(hint, str(hint))
 
 
-def show(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as one writes it in YAML or on the command line: true, null, 'text'."""
     return {True: "true", False: "false", None: "null"}[value] if isinstance(value, (bool, type(None))) else repr(value)

@@ -14,7 +14,7 @@ from hydrarun.core.errors import UsageError
 from hydrarun.core.progress import Progress
 
 
-def count(device: torch.device) -> int:
+def count_devices(device: torch.device) -> int:
     """How many devices of this kind torch sees."""
     return torch.get_device_module(device).device_count()
 
@@ -25,18 +25,18 @@ def synchronize(device: torch.device) -> None:
         torch.get_device_module(device).synchronize(device)
 
 
-def peak_bytes(device: torch.device) -> int:
+def read_peak_bytes(device: torch.device) -> int:
     """The most that this process held on the device since `forget_peak`; 0 for the CPU, which is the host."""
     return 0 if device.type == "cpu" else torch.get_device_module(device).max_memory_allocated(device)
 
 
-def forget_peak(device: torch.device) -> None:
+def reset_peak_bytes(device: torch.device) -> None:
     """From here on count anew what is the most."""
     if device.type != "cpu":
         torch.get_device_module(device).reset_peak_memory_stats(device)
 
 
-def total_bytes(device: torch.device) -> int:
+def read_total_bytes(device: torch.device) -> int:
     """The memory of the device; of the CPU the host's."""
     if device.type == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -49,7 +49,7 @@ def empty_cache(device: torch.device) -> None:
         torch.get_device_module(device).empty_cache()
 
 
-class Copies:
+class CopyStream:
     """Copies to the device that are made while it computes, in a stream of their own.
 
     A moment is a point in what was launched (an event). Devices other than CUDA have no streams here: a copy is made at
@@ -60,12 +60,12 @@ class Copies:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def computed(self) -> Any:
+    def record_compute(self) -> Any:
         """The moment when all that was launched so far is computed."""
         return None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
 
     @contextmanager
-    def beside(self, after: Any) -> Iterator[None]:
+    def copy_after(self, after: Any) -> Iterator[None]:
         """What is copied inside is so once the moment `after` has come, while the device computes."""
         if self.stream is None:
             yield
@@ -74,15 +74,15 @@ class Copies:
             self.stream.wait_event(after)
             yield
 
-    def copied(self) -> Any:
+    def record_copy(self) -> Any:
         """The moment when all copies that were started beside are done."""
         return None if self.stream is None else self.stream.record_event()
 
-    def start(self, source: Tensor, target: Tensor, after: Any) -> Any:
+    def copy(self, source: Tensor, target: Tensor, after: Any) -> Any:
         """Copy beside; returns the moment when that is done."""
-        with self.beside(after):
+        with self.copy_after(after):
             target.copy_(source, non_blocking=True)
-        return self.copied()
+        return self.record_copy()
 
     def wait(self, moment: Any) -> None:
         """Have all that is launched from here on wait for the moment."""
@@ -101,7 +101,7 @@ def choose_device(name: str, progress: Progress) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
         progress.note(f"device={name} (auto)")
     device = torch.device(name)
-    seen = count(device)
+    seen = count_devices(device)
     if (device.index or 0) >= seen:
         kind = device.type.upper()
         raise UsageError(f"device={name}: torch sees {seen} {kind} devices here; use device=cpu or device=auto")

@@ -24,7 +24,7 @@ class OutOfMemoryError(RunError):
     """A device had no memory left."""
 
 
-def refuse(mistakes: Iterable[str]) -> None:
+def raise_mistakes(mistakes: Iterable[str]) -> None:
     """Raise UsageError if there are any: a line for each different one of the first, and how many more there are."""
     different = list(dict.fromkeys(mistakes))
     if different:
@@ -32,28 +32,28 @@ def refuse(mistakes: Iterable[str]) -> None:
         raise UsageError("\n".join([*different[:LISTED], *more]))
 
 
-def closest(name: str, names: Iterable[str]) -> str | None:
+def find_closest(name: str, names: Iterable[str]) -> str | None:
     """The most similar of `names`, whole or by one of its words (`steps`: `num_inference_steps`), or None."""
 
     def likeness(candidate: str) -> tuple[float, float]:
-        whole, *words = (_ratio(name, word) for word in (candidate, *candidate.split("_")))
+        whole, *words = (_match_ratio(name, word) for word in (candidate, *candidate.split("_")))
         return max(whole, *words), whole
 
     best = max(sorted(names), key=likeness, default=None)
     return best if best is not None and likeness(best)[0] >= 0.6 else None
 
 
-def _ratio(one: str, other: str) -> float:
+def _match_ratio(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one, other).ratio()
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def suggest_name(name: str, names: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the most similar of `names`, or "" if none is similar."""
-    match = closest(name, names)
+    match = find_closest(name, names)
     return f" Did you mean '{match}'?" if match else ""
 
 
-def at_least(key: str, value: int, least: int) -> int:
+def require_at_least(key: str, value: int, least: int) -> int:
     """The same value. Raises `UsageError`, which names the `key`, if it is less."""
     if value < least:
         raise UsageError(f"{key}: {value} is below {least}")

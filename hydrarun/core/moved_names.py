@@ -14,25 +14,25 @@ TARGET = "_target_"
 
 
 @cache
-def moved_names() -> dict[str, str]:
+def read_moved_names() -> dict[str, str]:
     """`{old dotted name: today's}`. The table stands in `models/`, since it names models."""
     return yaml.safe_load((PACKAGE / "models" / "moved_names.yaml").read_text(encoding="utf-8"))
 
 
-def current_names(config: Any) -> Any:
+def use_current_names(config: Any) -> Any:
     """A copy of a configuration in which every `_target_` that has moved has its name of today."""
-    return _renamed(config, moved_names())
+    return _rename_targets(config, read_moved_names())
 
 
-def original_names(config: Any) -> Any:
+def use_original_names(config: Any) -> Any:
     """A copy in which every `_target_` has the first name it ever had, for what must stay the same over versions."""
-    return _renamed(config, {new: old for old, new in moved_names().items()})
+    return _rename_targets(config, {new: old for old, new in read_moved_names().items()})
 
 
-def _renamed(node: Any, names: Mapping[str, str]) -> Any:
+def _rename_targets(node: Any, names: Mapping[str, str]) -> Any:
     if isinstance(node, dict):
         return {
-            key: names.get(value, value) if key == TARGET and isinstance(value, str) else _renamed(value, names)
+            key: names.get(value, value) if key == TARGET and isinstance(value, str) else _rename_targets(value, names)
             for key, value in node.items()
         }
-    return [_renamed(value, names) for value in node] if isinstance(node, list) else node
+    return [_rename_targets(value, names) for value in node] if isinstance(node, list) else node

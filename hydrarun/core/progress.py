@@ -45,13 +45,13 @@ MEASURES = {"psnr": ("PSNR", 1, " dB"), "ssim": ("SSIM", 4, ""), "snr": ("SNR", 
 
 
 #: seconds between lines about bytes in a log
-BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES = 10.0
 
 
-class Tally:
+class ByteCounter:
     """Bytes that are to be read, those that have been, and since when; told by any thread."""
 
-    def __init__(self, show: Callable[[Tally], None]) -> None:
+    def __init__(self, show: Callable[[ByteCounter], None]) -> None:
         """`show` is called with the tally after each change, by one thread at a time."""
         self.show = show
         self.lock = threading.Lock()
@@ -95,7 +95,7 @@ class Progress:
             yield advance
 
     @contextmanager
-    def reading(self, name: str) -> Iterator[Tally]:
+    def reading(self, name: str) -> Iterator[ByteCounter]:
         """Show the phase `name`, which reads files, while the block runs; it yields what to tell the bytes to."""
         with (self._reading_bar if self.console.is_terminal else self._reading_lines)(name) as tally:
             yield tally
@@ -112,7 +112,7 @@ class Progress:
         table = Table.grid(padding=(0, 2))
         table.add_column()
         table.add_column(justify="right")
-        for label, value in _rows(record):
+        for label, value in _summary_rows(record):
             table.add_row(label, value)
         self.console.print(table)
         for output in record["outputs"]:
@@ -144,29 +144,29 @@ class Progress:
         self.note(f"{name}: {time.perf_counter() - start:.2f} s")
 
     @contextmanager
-    def _reading_bar(self, name: str) -> Iterator[Tally]:
+    def _reading_bar(self, name: str) -> Iterator[ByteCounter]:
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         with Bars(*columns, TimeElapsedColumn(), console=self.console, transient=True) as bars:
             task = bars.add_task(name, total=None)
-            yield Tally(lambda tally: bars.update(task, total=tally.expected, completed=tally.done))
+            yield ByteCounter(lambda tally: bars.update(task, total=tally.expected, completed=tally.done))
 
     @contextmanager
-    def _reading_lines(self, name: str) -> Iterator[Tally]:
+    def _reading_lines(self, name: str) -> Iterator[ByteCounter]:
         shown = 0.0
 
-        def show(tally: Tally) -> None:
+        def show(tally: ByteCounter) -> None:
             nonlocal shown
-            if tally.seconds >= shown + BETWEEN_LINES and tally.done < tally.expected:
+            if tally.seconds >= shown + SECONDS_BETWEEN_LINES and tally.done < tally.expected:
                 shown = tally.seconds
                 self.note(f"{name} {tally}")
 
         self.note(f"{name} ...")
-        tally = Tally(show)
+        tally = ByteCounter(show)
         yield tally
         self.note(f"{name}: {tally}")
 
 
-def _rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _summary_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     timings, memory = record["timings"], record["memory"]
     for key, label in TIMINGS.items():
         if timings.get(key) is not None and (timings[key] or key not in ("warmup_s", "compile_s")):
@@ -179,17 +179,17 @@ def _rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "first step", f"{steps[0] * 1000:.1f} ms"
     if len(steps) > 1:
         yield "steady step (median)", f"{statistics.median(steps[1:]) * 1000:.1f} ms"
-    yield from _cache(record.get("cache", {}))
+    yield from _cache_rows(record.get("cache", {}))
     for key, label in (("peak_host_bytes", "peak host memory"), ("peak_device_bytes", "peak device memory")):
         if memory.get(key):
             yield label, f"{memory[key] / 2**20:,.0f} MiB"
     quality = record.get("quality", {})
-    yield from _quality("", quality)
+    yield from _quality_rows("", quality)
     for name, block in quality.get("noise_floor", {}).items():
-        yield from _quality(f"noise floor {name}: ", block)
+        yield from _quality_rows(f"noise floor {name}: ", block)
 
 
-def _cache(block: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _cache_rows(block: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What a cache saved; nothing of a run that has none."""
     if block and block["blocks"]["run"] < block["blocks"]["all"]:
         yield "blocks run", "{run} of {all}".format(**block["blocks"])
@@ -199,7 +199,7 @@ def _cache(block: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 yield f"{kind} step (median)", f"{seconds * 1000:.1f} ms"
 
 
-def _quality(of: str, block: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _quality_rows(of: str, block: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for key, (name, digits, unit) in MEASURES.items():
         if key in block:
             numbers = " / ".join(f"{block[key][which]:.{digits}f}" for which in ("mean", "p95", "worst"))

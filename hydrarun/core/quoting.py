@@ -33,9 +33,9 @@ PATHS_KEY = "input.images"
 LISTED = re.compile(r"""(?:^|,)(\s*(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')\s*(?=,|\Z)|[^,]*)""")
 
 
-def literal(overrides: Sequence[str]) -> list[str]:
+def quote_overrides(overrides: Sequence[str]) -> list[str]:
     """The overrides, quoted where needed so that Hydra hands free text through unchanged. Raises UsageError."""
-    return [_literal(override) for override in overrides]
+    return [_quote_override(override) for override in overrides]
 
 
 def escape_interpolation(text: str) -> str:
@@ -43,12 +43,12 @@ def escape_interpolation(text: str) -> str:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
-def printable(text: str, most: int = 300) -> str:
+def make_printable(text: str, most: int = 300) -> str:
     """At most `most` characters, without control characters, by which a stranger's text could rewrite the terminal."""
     return "".join(character if character.isprintable() else "?" for character in text[:most])
 
 
-def _literal(override: str) -> str:
+def _quote_override(override: str) -> str:
     try:
         override.encode()
     except UnicodeEncodeError:
@@ -57,44 +57,44 @@ def _literal(override: str) -> str:
     if not equals:
         return override
     if key.lstrip("+") in TEXT_KEYS:
-        return f"{key}={_text(key, value)}"
+        return f"{key}={_quote_text(key, value)}"
     if key.lstrip("+") == PATHS_KEY:
-        return f"{key}={_paths(key, value)}"
+        return f"{key}={_quote_paths(key, value)}"
     quoted = f"{key}={QuotedString(value, Quote.double).with_quotes()}"
-    return quoted if _parse(override) is None and _parse(quoted) is not None else override
+    return quoted if _parse_override(override) is None and _parse_override(quoted) is not None else override
 
 
-def _text(key: str, value: str) -> str:
+def _quote_text(key: str, value: str) -> str:
     if _is_choice(value):
-        return ",".join(_item(key, point) for point in _points(key, value))
-    parsed = _parse(f"key={value}") if value.startswith(("'", '"', "[")) else None
+        return ",".join(_format_item(key, point) for point in _read_choices(key, value))
+    parsed = _parse_override(f"key={value}") if value.startswith(("'", '"', "[")) else None
     if parsed is not None and not parsed.is_sweep_override():
         content = parsed.value()
         if isinstance(content, str) or all(isinstance(item, str) for item in content):
-            return _item(key, content)
+            return _format_item(key, content)
     if value == "null" and key.endswith("negative_prompt"):
         return value
-    return _item(key, value)
+    return _format_item(key, value)
 
 
-def _paths(key: str, value: str) -> str:
+def _quote_paths(key: str, value: str) -> str:
     if _is_choice(value):
-        points = _points(key, value)
-        return ",".join(_item(key, point if isinstance(point, list) else [point]) for point in points)
+        points = _read_choices(key, value)
+        return ",".join(_format_item(key, point if isinstance(point, list) else [point]) for point in points)
     if value == "null":
         return value
     if not (value.startswith("[") and value.endswith("]")):
-        return _item(key, [_unquoted(value)])
+        return _format_item(key, [_unquote_text(value)])
     content = value[1:-1].strip()
     paths = [path.strip() for path in LISTED.findall(content)] if content else []
     if not all(paths):
         raise UsageError(f"{key}: {value} has an empty place: take out a comma, or quote a path that holds one.")
-    return _item(key, [_unquoted(path) for path in paths])
+    return _format_item(key, [_unquote_text(path) for path in paths])
 
 
-def _unquoted(text: str) -> str:
+def _unquote_text(text: str) -> str:
     """What a quoted string of Hydra's grammar holds; any other text is itself."""
-    parsed = _parse(f"key={text}") if text.startswith(("'", '"')) else None
+    parsed = _parse_override(f"key={text}") if text.startswith(("'", '"')) else None
     return text if parsed is None or parsed.is_sweep_override() else parsed.value()
 
 
@@ -102,20 +102,20 @@ def _is_choice(value: str) -> bool:
     return value.startswith("choice(") and value.endswith(")")
 
 
-def _points(key: str, value: str) -> list[Any]:
+def _read_choices(key: str, value: str) -> list[Any]:
     """The arguments of `choice(…)`, for a plain list of values: Hydra forgets their quotes between parsing and runs."""
-    parsed = _parse(f"key={value}")
+    parsed = _parse_override(f"key={value}")
     if parsed is None or not parsed.is_choice_sweep():
         raise UsageError(f'{key}: cannot read {value}: write each text in quotes, {key}=choice("…","…").')
     return list(parsed.sweep_iterator())
 
 
-def _item(key: str, item: Any) -> str:
+def _format_item(key: str, item: Any) -> str:
     """One parsed element in Hydra's grammar again: text in quotes, a list of texts in brackets, null."""
     if isinstance(item, QuotedString):
         item = item.text
     if isinstance(item, list):
-        return "[" + ",".join(_item(key, part) for part in item) + "]"
+        return "[" + ",".join(_format_item(key, part) for part in item) + "]"
     if item is None and key.endswith("negative_prompt"):
         return "null"
     if not isinstance(item, str):
@@ -123,7 +123,7 @@ def _item(key: str, item: Any) -> str:
     return QuotedString(escape_interpolation(item), Quote.double).with_quotes()
 
 
-def _parse(override: str) -> Override | None:
+def _parse_override(override: str) -> Override | None:
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException:

@@ -13,7 +13,7 @@ from hydrarun.core.errors import RunError
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def folder(name: str) -> Path:
+def find_folder(name: str) -> Path:
     """Absolute path of `conf`, `recipes` or `weights`. Raises RunError if the installation lacks it."""
     # Inside first: in site-packages, what lies beside the package belongs to others.
     for place in (PACKAGE / name, PACKAGE.parent / name):
@@ -22,21 +22,21 @@ def folder(name: str) -> Path:
     raise RunError(f"hydrarun: the folder '{name}' is missing beside {PACKAGE}: the installation is incomplete.")
 
 
-def options(group: str) -> dict[str, Any]:
+def read_options(group: str) -> dict[str, Any]:
     """The shipped options of a group by name, as plain data: ranks have no Hydra to ask."""
-    files = sorted((folder("conf") / group).glob("*.yaml"))
+    files = sorted((find_folder("conf") / group).glob("*.yaml"))
     return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
 
 
 @cache
-def defaults() -> dict[str, str]:
+def read_defaults() -> dict[str, str]:
     """The option of each group that is taken where none is chosen."""
-    listed = yaml.safe_load((folder("conf") / "config.yaml").read_text(encoding="utf-8"))["defaults"]
+    listed = yaml.safe_load((find_folder("conf") / "config.yaml").read_text(encoding="utf-8"))["defaults"]
     return {group: option for entry in listed if isinstance(entry, dict) for group, option in entry.items()}
 
 
-def groups() -> list[str]:
+def list_groups() -> list[str]:
     """The groups whose options a recipe may choose; `cache/predictor` is one inside another."""
-    root = folder("conf")
+    root = find_folder("conf")
     folders = (path.relative_to(root) for path in root.rglob("*") if path.is_dir())
     return sorted(path.as_posix() for path in folders if path.parts[0] != "hydra")

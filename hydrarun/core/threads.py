@@ -9,10 +9,10 @@ from typing import Any
 from hydrarun.core.distributed.rank import rank_info, threads_per_rank
 
 #: one alone reads gigabytes in a second, and each has memory of its own
-MOST = 8
+MAX_THREADS = 8
 
 
-class Pool:
+class ThreadPool:
     """Jobs in threads: as many as this process has cores among the ranks of its machine.
 
     Leaving the block waits for the jobs and raises the first one's error, in the order in which they were given; after
@@ -20,7 +20,7 @@ class Pool:
     """
 
     def __init__(self) -> None:
-        self.threads = min(MOST, threads_per_rank(rank_info().local_size))
+        self.threads = min(MAX_THREADS, threads_per_rank(rank_info().local_size))
         self.executor = ThreadPoolExecutor(self.threads)
         self.jobs: list[Future[Any]] = []
 
@@ -28,7 +28,7 @@ class Pool:
         """Do `job(*arguments)` in a thread as soon as one is free."""
         self.jobs.append(self.executor.submit(job, *arguments))
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> ThreadPool:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:

@@ -12,40 +12,40 @@ from torch import nn
 
 from hydrarun.acceleration.cache.base import Cache
 from hydrarun.acceleration.offload.modulation_tables import ModulationOffload, ModulationTables
-from hydrarun.acceleration.parallel.hsdp import shard_encoder, shard_transformer, shares_weights
+from hydrarun.acceleration.parallel.hsdp import is_sharded, shard_encoder, shard_transformer
 from hydrarun.acceleration.parallel.sequence import SequenceParallel
 from hydrarun.acceleration.quantization import NoQuantization
 from hydrarun.config.checks.checkpoint import check_folder_fit
 from hydrarun.config.checks.report import REPEAT
-from hydrarun.config.hub import Source, resolve
+from hydrarun.config.hub import WeightsSource, resolve_weights
 from hydrarun.config.targets import instantiate, load_class
-from hydrarun.core.device import DTYPES, choose_device, choose_dtype, forget_peak
+from hydrarun.core.device import DTYPES, choose_device, choose_dtype, reset_peak_bytes
 from hydrarun.core.distributed.degrees import world_size
 from hydrarun.core.distributed.mesh import Mesh
 from hydrarun.core.distributed.rank import rank_info
 from hydrarun.core.errors import UsageError
 from hydrarun.core.progress import Progress
-from hydrarun.core.resources import options
-from hydrarun.core.threads import Pool
-from hydrarun.models.experts import NAMES, Experts, boundary
+from hydrarun.core.resources import read_options
+from hydrarun.core.threads import ThreadPool
+from hydrarun.models.experts import NAMES, Experts, find_boundary
 from hydrarun.models.layers.attention import AttentionBackend
 from hydrarun.models.transformer import Transformer
-from hydrarun.models.weights.checksums import verify
+from hydrarun.models.weights.checksums import verify_checksums
 from hydrarun.models.weights.loader import load_transformer
-from hydrarun.models.weights.safetensors import check_folder, fingerprint
+from hydrarun.models.weights.safetensors import check_folder, fingerprint_weights
 from hydrarun.pipeline.components import load_module, load_pipeline, quiet_libraries
 from hydrarun.pipeline.schedulers import make_scheduler, read_scheduler
-from hydrarun.pipeline.stage import Parts, Stage, check_chain
-from hydrarun.pipeline.vae import arrange_vae
+from hydrarun.pipeline.stage import Components, Stage, check_stages
+from hydrarun.pipeline.vae import configure_vae
 
 
 @dataclass
-class Built:
+class LoadedPipeline:
     """A pipeline, ready to run."""
 
-    parts: Parts
+    parts: Components
     stages: list[Stage]
-    source: Source
+    source: WeightsSource
     attention: AttentionBackend
     quantization: NoQuantization
     #: of the configuration's own node
@@ -55,11 +55,11 @@ class Built:
     read_s: float
 
 
-def build(config: dict[str, Any], progress: Progress, device_name: str) -> Built:
+def build_pipeline(config: dict[str, Any], progress: Progress, device_name: str) -> LoadedPipeline:
     """Everything that can be refused is refused before the first weight is read."""
     model = config["model"]
     device = choose_device(device_name, progress)
-    forget_peak(device)
+    reset_peak_bytes(device)
     dtype = choose_dtype(config["dtype"], device, progress)
     attention = instantiate(config["attention"], "attention")
     compiler = instantiate(config["compile"], "compile")
@@ -76,20 +76,20 @@ def build(config: dict[str, Any], progress: Progress, device_name: str) -> Built
         raise UsageError(
             "offload: on the CPU the host is the device: there is nothing to offload to. Use offload=none."
         )
-    check_chain(stages)
+    check_stages(stages)
     mesh = Mesh(config["parallel"], device) if world_size(config["parallel"]) > 1 else None
-    source = resolve(model)
+    source = resolve_weights(model)
     check_folder_fit(config, source.folder)
     check_folder(source.folder)
     with quiet_libraries():
         scheduler = make_scheduler(config, read_scheduler(source.folder))
     if config["verify"] and rank_info().local_rank == 0:  # one rank of each machine; where it fails, all end
-        verify(source.folder, progress)
+        verify_checksums(source.folder, progress)
     cache = make_cache(config["cache"], source.folder)
 
     vae_dtype = DTYPES.get(config["vae"]["dtype"], dtype)
     place = partial(offload.load_device, device=device)
-    with progress.reading("loading weights") as tally, Pool() as pool:
+    with progress.reading("loading weights") as tally, ThreadPool() as pool:
 
         def fill_transformers() -> dict[str, Transformer]:
             return {
@@ -129,15 +129,15 @@ def build(config: dict[str, Any], progress: Progress, device_name: str) -> Built
         for name, transformer in transformers.items()
         if tabled
     }
-    arrange_vae(pipeline.vae, config["vae"], mesh)
+    configure_vae(pipeline.vae, config["vae"], mesh)
     for transformer in transformers.values():
         transformer.set_attention_backend(attention)
         if mesh:
-            spread(transformer, mesh)
+            shard(transformer, mesh)
         compiler.apply(transformer, alone=mesh is None)
     if mesh and config["parallel"]["hsdp_degree"] > 1:
         for name, module in pipeline.components.items():
-            if isinstance(module, nn.Module) and shares_weights(name):
+            if isinstance(module, nn.Module) and is_sharded(name):
                 shard_encoder(module, mesh)
 
     def read_again(name: str) -> nn.Module:
@@ -147,10 +147,10 @@ def build(config: dict[str, Any], progress: Progress, device_name: str) -> Built
 
     modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
     offload.attach(modules | transformers, device, read_again, source.folder, dtype)
-    experts = Experts(transformers, boundary(pipeline))
+    experts = Experts(transformers, find_boundary(pipeline))
     shared = {"mesh": mesh, "offload": offload, "tables": tables}
-    parts = Parts(experts, pipeline, guidance, model["patch_size"], device, dtype, progress, **shared)
-    return Built(parts, stages, source, attention, quantization, cache, tally.done, read_s)
+    parts = Components(experts, pipeline, guidance, model["patch_size"], device, dtype, progress, **shared)
+    return LoadedPipeline(parts, stages, source, attention, quantization, cache, tally.done, read_s)
 
 
 def make_cache(node: dict[str, Any], folder: Path) -> Cache:
@@ -159,7 +159,7 @@ def make_cache(node: dict[str, Any], folder: Path) -> Cache:
     Raises `UsageError` for arguments that cannot be, and for TeaCache coefficients that were fitted on other weights.
     """
     fit = (node.get("gate") or {}).get("fit") or {}
-    if fit.get("weights") and fit["weights"] != fingerprint(folder):
+    if fit.get("weights") and fit["weights"] != fingerprint_weights(folder):
         raise UsageError(
             f"cache.gate.fit: the coefficients were fitted on other weights than those in {folder}; make them for"
             f" these: hydrarun calibrate model={fit['model']} model.path=… cache=teacache input.prompts=prompts.txt"
@@ -167,18 +167,20 @@ def make_cache(node: dict[str, Any], folder: Path) -> Cache:
     return instantiate(node, "cache")
 
 
-def spread(transformer: Transformer, mesh: Mesh) -> None:
+def shard(transformer: Transformer, mesh: Mesh) -> None:
     """Spread a loaded transformer's tokens and weights over the ranks."""
     if mesh["ulysses"] or mesh["ring"]:
-        transformer.spread_tokens(SequenceParallel(mesh["ulysses"], mesh["ring"]))
+        transformer.shard_tokens(SequenceParallel(mesh["ulysses"], mesh["ring"]))
     if mesh.degrees["hsdp_degree"] > 1:
         shard_transformer(transformer, mesh)
 
 
-def backends(config: Mapping[str, Any]) -> dict[str, AttentionBackend | None]:
+def make_backends(config: Mapping[str, Any]) -> dict[str, AttentionBackend | None]:
     """The attention of each entry of `report.noise_floor`; None is the run's own.
 
     Raises UsageError for one that this machine lacks.
     """
-    nodes = {name: None if name == REPEAT else options("attention")[name] for name in config["report"]["noise_floor"]}
+    nodes = {
+        name: None if name == REPEAT else read_options("attention")[name] for name in config["report"]["noise_floor"]
+    }
     return {name: node and instantiate(node, "report.noise_floor") for name, node in nodes.items()}

@@ -10,22 +10,22 @@ from typing import Any
 import torch
 
 from hydrarun.acceleration.cache.base import Cache
-from hydrarun.acceleration.parallel.data import all_frames, own_indices
+from hydrarun.acceleration.parallel.data import find_own_indices, gather_frames
 from hydrarun.config.checks.configuration import check_configuration
-from hydrarun.core.device import choose_device, forget_peak, peak_bytes
+from hydrarun.core.device import choose_device, read_peak_bytes, reset_peak_bytes
 from hydrarun.core.distributed.mesh import Axis
-from hydrarun.core.errors import UsageError, nearest
+from hydrarun.core.errors import UsageError, suggest_name
 from hydrarun.core.inputs import image_paths
 from hydrarun.core.progress import Progress
 from hydrarun.core.timing import Timings
-from hydrarun.engine.build import backends, build, make_cache
-from hydrarun.engine.plan.out_of_memory import out_of_memory
-from hydrarun.models.weights.safetensors import fingerprint
+from hydrarun.engine.build import build_pipeline, make_backends, make_cache
+from hydrarun.engine.plan.out_of_memory import make_memory_error
+from hydrarun.models.weights.safetensors import fingerprint_weights
 from hydrarun.outputs.media import images, kinds
 from hydrarun.outputs.media.images import InputImage
-from hydrarun.outputs.provenance import hardware, peak_host_bytes, versions
+from hydrarun.outputs.provenance import collect_versions, describe_hardware, measure_peak_host_bytes
 from hydrarun.outputs.writer import Picture
-from hydrarun.pipeline.request import make_state, sampling_of
+from hydrarun.pipeline.request import make_state, restore_sampling
 from hydrarun.pipeline.stage import Stage, run_stages
 from hydrarun.pipeline.state import State
 
@@ -42,11 +42,11 @@ class Runner:
         name = device or config["device"]
         self.progress = progress or Progress(quiet=True)
         start = time.perf_counter()
-        backends(config)  # refuses what this machine lacks before weights are read
+        make_backends(config)  # refuses what this machine lacks before weights are read
         try:
-            self.built = build(config, self.progress, name)
+            self.built = build_pipeline(config, self.progress, name)
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(config, "loading", choose_device(name, Progress(quiet=True))) from error
+            raise make_memory_error(config, "loading", choose_device(name, Progress(quiet=True))) from error
         self.load_s = time.perf_counter() - start
         self.read_bytes = self.built.read_bytes
 
@@ -61,22 +61,22 @@ class Runner:
             given["images"] = sampling.pop("images")
         for name in sampling:
             if name not in fields:
-                raise UsageError(f"sampling has no field {name!r}.{nearest(name, [*fields, 'images'])}")
+                raise UsageError(f"sampling has no field {name!r}.{suggest_name(name, [*fields, 'images'])}")
         changed = {**self.config, "sampling": {**fields, **sampling}, "input": given}
         check_configuration(changed)
-        state = self.state(changed, self.read_images(changed))
-        return pictures(self.draw(state, Timings(self.built.parts.device), changed["cache"]))
+        state = self.prepare_state(changed, self.read_images(changed))
+        return make_pictures(self.draw(state, Timings(self.built.parts.device), changed["cache"]))
 
     def read_images(self, config: dict[str, Any]) -> list[InputImage]:
         """The input images; says what was changed in reading one."""
-        alpha = kinds.drawn_by(config["model"]).alpha
+        alpha = kinds.find_model_kind(config["model"]).alpha
         read = [images.read_image(path, alpha) for path in image_paths(config)]
         for image in read:
             if image.note:
                 self.progress.note(f"{image.path.name}: {image.note}")
         return read
 
-    def state(self, config: dict[str, Any], given: list[InputImage]) -> State:
+    def prepare_state(self, config: dict[str, Any], given: list[InputImage]) -> State:
         """The batch that `config` asks for."""
         return make_state(config["sampling"], [image.image for image in given])
 
@@ -95,7 +95,7 @@ class Runner:
         parts.warmup = count
         try:
             with torch.random.fork_rng(devices, device_type=parts.device.type if devices else None):
-                self.draw(self.state(config, given), own, config["cache"])
+                self.draw(self.prepare_state(config, given), own, config["cache"])
         finally:
             parts.warmup = None
         timings.warmup, timings.compile = own.now() - start, own.compile
@@ -105,16 +105,16 @@ class Runner:
 
         `cache`: the node of the cache; None: that of the configuration which the runner was built from.
         """
-        own = self.own(state)
-        self.play(self.built.stages, state, own, timings, cache)
-        return self.whole(state, own)
+        own = self.local_shard(state)
+        self.run_stages(self.built.stages, state, own, timings, cache)
+        return self.gather(state, own)
 
-    def own(self, state: State) -> State:
+    def local_shard(self, state: State) -> State:
         """This rank's share of a request."""
         axis = self.data_axis()
-        return state.select(own_indices(len(state.prompts), axis)) if axis else state
+        return state.select(find_own_indices(len(state.prompts), axis)) if axis else state
 
-    def play(
+    def run_stages(
         self,
         stages: Sequence[Stage],
         state: State,
@@ -124,25 +124,25 @@ class Runner:
     ) -> None:
         """Run these stages on this rank's share of the request `state`."""
         parts = self.built.parts
-        parts.cache = self.cache_of(cache or self.config["cache"])
+        parts.cache = self.get_cache(cache or self.config["cache"])
         try:
             run_stages(stages, own, parts, timings)
         except torch.OutOfMemoryError as error:
-            asked = {**self.config, "sampling": sampling_of(state)}
-            raise out_of_memory(asked, timings.running, parts.device) from error
+            asked = {**self.config, "sampling": restore_sampling(state)}
+            raise make_memory_error(asked, timings.running, parts.device) from error
 
-    def cache_of(self, node: dict[str, Any]) -> Cache:
+    def get_cache(self, node: dict[str, Any]) -> Cache:
         """The cache of a node: the one that was built with the model, if it is that one's. A request starts it anew."""
         built = self.built
         return built.cache if node == self.config["cache"] else make_cache(node, built.source.folder)
 
-    def whole(self, state: State, own: State) -> State:
+    def gather(self, state: State, own: State) -> State:
         """The request `state` with what was drawn of it on every rank; `own`: this rank's share, drawn."""
         axis = self.data_axis()
         if not axis:
             return own
         whole = replace(own, prompts=state.prompts, negative_prompts=state.negative_prompts, seeds=state.seeds)
-        whole.frames = all_frames(own.frames, len(state.prompts), axis, self.built.parts.device)
+        whole.frames = gather_frames(own.frames, len(state.prompts), axis, self.built.parts.device)
         return whole
 
     def data_axis(self) -> Axis | None:
@@ -156,50 +156,53 @@ class Runner:
         """Draw the run of `config` once more with the cache of this node: what came of it, and `results`."""
         start = time.perf_counter()
         timings = Timings(self.built.parts.device)
-        state = self.draw(self.state(config, given), timings, cache)
-        return pictures(state), self.results(timings, start)
+        state = self.draw(self.prepare_state(config, given), timings, cache)
+        return make_pictures(state), self.collect_results(timings, start)
 
-    def again(self) -> None:
+    def reset_stats(self) -> None:
         """Begin another run with what is loaded: nothing is read for it, and peaks of memory are its own."""
         self.load_s, self.read_bytes = 0.0, 0
-        forget_peak(self.built.parts.device)
+        reset_peak_bytes(self.built.parts.device)
 
     def close(self) -> None:
         """Let the model and its memory go; nothing can be drawn any more."""
         del self.built
 
-    def measured(self, timings: Timings, start: float) -> dict[str, Any]:
+    def summarize_timings(self, timings: Timings, start: float) -> dict[str, Any]:
         """Seconds so far; `total_s` is loading and everything since `start`."""
         phases = {f"{name}_s": timings.phases.get(name, 0.0) for name in ("encode", "denoise", "decode")}
         total = self.load_s + time.perf_counter() - start
-        beside = {**self.read(), "warmup_s": timings.warmup, "compile_s": timings.compile}
+        beside = {**self.summarize_reads(), "warmup_s": timings.warmup, "compile_s": timings.compile}
         return {"load_s": self.load_s, **beside, **phases, "steps_s": timings.steps, "total_s": total}
 
-    def read(self) -> dict[str, float | None]:
+    def summarize_reads(self) -> dict[str, float | None]:
         """What was read of weights for this run, in bytes."""
         rate = self.read_bytes / self.built.read_s if self.read_bytes else None
         return {"read_bytes": self.read_bytes, "read_bytes_per_s": rate}
 
-    def results(self, timings: Timings, start: float) -> dict[str, Any]:
+    def collect_results(self, timings: Timings, start: float) -> dict[str, Any]:
         """What was measured so far, by its keys in run.json."""
         return {
-            "timings": self.measured(timings, start),
-            "memory": self.memory(),
-            "cache": self.built.parts.cache.results(timings.steps),
+            "timings": self.summarize_timings(timings, start),
+            "memory": self.measure_memory(),
+            "cache": self.built.parts.cache.summarize(timings.steps),
         }
 
-    def memory(self) -> dict[str, int]:
+    def measure_memory(self) -> dict[str, int]:
         """Peak bytes of this process in this run, on the host and on its device (0 for the CPU, which is the host)."""
-        return {"peak_host_bytes": peak_host_bytes(), "peak_device_bytes": peak_bytes(self.built.parts.device)}
+        return {
+            "peak_host_bytes": measure_peak_host_bytes(),
+            "peak_device_bytes": read_peak_bytes(self.built.parts.device),
+        }
 
-    def facts(self) -> dict[str, Any]:
+    def collect_facts(self) -> dict[str, Any]:
         """What the run really uses, beside its configuration."""
         built = self.built
         return {
             "weights": {
                 "path": self.config["model"]["path"],
                 "revision": built.source.revision,
-                "fingerprint": fingerprint(built.source.folder),
+                "fingerprint": fingerprint_weights(built.source.folder),
             },
             "verified": self.config["verify"],
             "device": str(built.parts.device),
@@ -208,18 +211,18 @@ class Runner:
             "scheduler": type(built.parts.pipeline.scheduler).__name__,
             "compile": self.config["compile"]["_target_"].rpartition(".")[2],
             "quantization": built.quantization.name,
-            "versions": versions(),
-            "hardware": hardware(str(built.parts.device)),
-            **sample_rate(built.parts.pipeline.vae.config),
+            "versions": collect_versions(),
+            "hardware": describe_hardware(str(built.parts.device)),
+            **find_sample_rate(built.parts.pipeline.vae.config),
         }
 
 
-def sample_rate(config: Any) -> dict[str, int]:
+def find_sample_rate(config: Any) -> dict[str, int]:
     """Of the sounds that the VAE of this config makes, in Hz; nothing of a VAE of pictures."""
     return {"sample_rate": config["sampling_rate"]} if "sampling_rate" in config else {}
 
 
-def pictures(state: State) -> list[Picture]:
+def make_pictures(state: State) -> list[Picture]:
     """The items of a finished batch."""
     negatives: Sequence[str | None] = state.negative_prompts or [None] * len(state.prompts)
     still = state.num_frames is None and state.layers is None and state.frames.ndim == 5

@@ -37,7 +37,7 @@ class Experts:
         return HIGH_NOISE if self.boundary is None or timestep >= self.boundary else LOW_NOISE
 
 
-def boundary(pipeline: Any) -> float | None:
+def find_boundary(pipeline: Any) -> float | None:
     """The timestep at which the experts change places, or None where the checkpoint has one transformer."""
     ratio = pipeline.config.get("boundary_ratio")
     return None if ratio is None else ratio * pipeline.scheduler.config.num_train_timesteps

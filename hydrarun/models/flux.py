@@ -22,11 +22,11 @@ from diffusers.models.embeddings import (
 from torch import Tensor, nn
 
 from hydrarun.models.layers.attention import Attention
-from hydrarun.models.layers.dual_stream import DualStreamBlock, Stream, dual_stream_weights, within_float16
-from hydrarun.models.layers.linear import QKVLinear, RowLinear, UpLinear
+from hydrarun.models.layers.dual_stream import DualStreamBlock, TokenStream, clip_to_float16, map_dual_stream_weights
+from hydrarun.models.layers.linear import GatedColumnParallelLinear, QKVLinear, RowParallelLinear
 from hydrarun.models.layers.norm import AdaLayerNorm, Modulation, modulate
-from hydrarun.models.layers.rope import frequencies, grid_frequencies, rotate
-from hydrarun.models.layers.tensor_parallel import Run
+from hydrarun.models.layers.rope import apply_rope, make_frequencies, make_grid_frequencies
+from hydrarun.models.layers.tensor_parallel import ShardSpec
 from hydrarun.models.layers.tokens import Tokens
 from hydrarun.models.transformer import Transformer
 
@@ -42,8 +42,8 @@ class SingleStreamBlock(nn.Module):
         self.qkv = QKVLinear(dim, heads, head_dim)
         self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
         self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
-        self.up = UpLinear(dim, 4 * dim, gated)
-        self.out = RowLinear(dim, Run(heads, head_dim), Run(4 * dim))
+        self.up = GatedColumnParallelLinear(dim, 4 * dim, gated)
+        self.out = RowParallelLinear(dim, ShardSpec(heads, head_dim), ShardSpec(4 * dim))
         self.attention = Attention()
 
     def modulated(self, tokens: Tokens) -> Tensor:
@@ -59,15 +59,15 @@ class SingleStreamBlock(nn.Module):
         normed = modulate(joint, shift, scale)
         query, key, value = self.qkv(normed)
         rope = torch.cat([tokens.encoder_rope, tokens.rope])
-        query, key = rotate(self.norm_q(query), rope), rotate(self.norm_k(key), rope)
+        query, key = apply_rope(self.norm_q(query), rope), apply_rope(self.norm_k(key), rope)
         text, image = zip(*(x.split(lengths, dim=1) for x in (query, key, value)), strict=True)
         attended = torch.cat(self.attention({"encoder_hidden_states": text, "hidden_states": image}), dim=1)
         joint = torch.addcmul(joint, gate, self.out(torch.cat([attended, self.up(normed)], dim=-1)))
-        encoder_hidden_states, hidden_states = within_float16(joint).split(lengths, dim=1)
+        encoder_hidden_states, hidden_states = clip_to_float16(joint).split(lengths, dim=1)
         return hidden_states, encoder_hidden_states
 
 
-def single_stream_weights() -> dict[str, str | tuple[str, ...]]:
+def map_single_stream_weights() -> dict[str, str | tuple[str, ...]]:
     """The weight map of `single_blocks.*`."""
     theirs = "single_transformer_blocks.*"
     return {
@@ -101,8 +101,10 @@ class StreamsTransformer(Transformer):
 
     block_lists = ("blocks", "single_blocks")
     weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = {
-        **dual_stream_weights(modulation=("norm1.linear", "norm1_context.linear"), feed_forward=("ff", "ff_context")),
-        **single_stream_weights(),
+        **map_dual_stream_weights(
+            modulation=("norm1.linear", "norm1_context.linear"), feed_forward=("ff", "ff_context")
+        ),
+        **map_single_stream_weights(),
         "norm_out.modulation.linear": "norm_out.linear",
     }
     #: whether the feed-forwards are gated
@@ -119,7 +121,7 @@ class StreamsTransformer(Transformer):
         self.axes_dims_rope = tuple(self.axes_dims_rope)
         self.context_embedder = nn.Linear(self.joint_attention_dim, dim)
         self.x_embedder = nn.Linear(self.in_channels, dim)
-        stream = partial(Stream, gated=self.gated)
+        stream = partial(TokenStream, gated=self.gated)
         self.blocks = nn.ModuleList(
             DualStreamBlock(dim, heads, head_dim, stream, stream) for _ in range(self.num_layers)
         )
@@ -160,7 +162,7 @@ class StreamsTransformer(Transformer):
         image_grids: tuple[Grid, ...] = (),
         **_: Any,
     ) -> dict[str, Any]:
-        rope, text_rope = rope_tables(
+        rope, text_rope = make_rope_tables(
             (grid, *image_grids),
             encoder_hidden_states.shape[1],
             self.axes_dims_rope,
@@ -189,10 +191,10 @@ class TimeEmbedding(TimestepEmbedding):
 
     def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         """In `dtype`."""
-        return super().forward(self.project(as_reference(timestep, dtype)).to(dtype)).unsqueeze(1)
+        return super().forward(self.project(round_timestep(timestep, dtype)).to(dtype)).unsqueeze(1)
 
 
-def as_reference(timestep: Tensor, dtype: torch.dtype) -> Tensor:
+def round_timestep(timestep: Tensor, dtype: torch.dtype) -> Tensor:
     """It divides by 1000 and multiplies again, in the latents' `dtype`: in bfloat16 that rounding shows."""
     return timestep.to(dtype) / 1000 * 1000
 
@@ -226,14 +228,14 @@ class FluxTransformer(StreamsTransformer):
 
         The scale is an input of guidance-distilled checkpoints; None for others.
         """
-        times = [as_reference(timestep, dtype)]
+        times = [round_timestep(timestep, dtype)]
         if guidance is not None:
             times.append(guidance.to(dtype) * 1000)
         return self.time_text_embed(*times, pooled_projections).unsqueeze(1)
 
 
 @lru_cache(maxsize=16)
-def rope_tables(
+def make_rope_tables(
     grids: tuple[Grid, ...],
     text_length: int,
     axes_dims: tuple[int, ...],
@@ -249,13 +251,13 @@ def rope_tables(
 
     def angles(places: Sequence[Tensor]) -> list[Tensor]:
         pairs = zip(places, axes_dims, strict=True)
-        return [frequencies(place, dim, precision=torch.float64) for place, dim in pairs]
+        return [make_frequencies(place, dim, precision=torch.float64) for place, dim in pairs]
 
     corner = text_length if pictures_follow_text else 0
     pictures = []
     for number, (frames, rows, columns) in enumerate(grids, start=int(pictures_follow_text)):
         places = torch.arange(frames) + number, torch.arange(rows) + corner, torch.arange(columns) + corner
-        pictures.append(grid_frequencies(angles(places)))
+        pictures.append(make_grid_frequencies(angles(places)))
     still = torch.zeros(text_length)
     diagonal = torch.arange(text_length) if text_is_counted else still
     return torch.cat(pictures).to(device), torch.cat(angles((still, diagonal, diagonal)), dim=-2).to(device)

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hydrarun.models.layers.attention import Attention, Prefix
-from hydrarun.models.layers.linear import FeedForward, QKVLinear, RowLinear
+from hydrarun.models.layers.linear import FeedForward, QKVLinear, RowParallelLinear
 from hydrarun.models.layers.norm import AdaLayerNorm, Modulation, modulate
-from hydrarun.models.layers.patchify import pack, unpack
-from hydrarun.models.layers.rope import frequencies, grid_frequencies, rotate_halves
-from hydrarun.models.layers.tensor_parallel import Run
+from hydrarun.models.layers.patchify import pack_latents, unpack_latents
+from hydrarun.models.layers.rope import make_frequencies, make_grid_frequencies, rotate_halves
+from hydrarun.models.layers.tensor_parallel import ShardSpec
 from hydrarun.models.layers.tokens import Grid, Tokens
 from hydrarun.models.transformer import NEGATIVE, Arguments, Inputs, Transformer
 
@@ -47,7 +47,7 @@ class GlmImageBlock(nn.Module):
         self.index = index
         self.modulation = Modulation(dim, parts=12, width=time_embed_dim)
         self.qkv = QKVLinear(dim, heads, head_dim)
-        self.out = RowLinear(dim, Run(heads, head_dim))
+        self.out = RowParallelLinear(dim, ShardSpec(heads, head_dim))
         self.feed_forward = FeedForward(dim)
         self.attention = Attention()
 
@@ -172,7 +172,7 @@ class GlmImageTransformer(Transformer):
         `told` `[B]` is 1 where the branch is told of the `prior_tokens` `[B, S]`, and 0 where it is not. `sizes`: as in
         `make_temb`.
         """
-        image = self.project(pack(hidden_states, self.patch_size), prior_tokens, told)
+        image = self.project(pack_latents(hidden_states, self.patch_size), prior_tokens, told)
         text = self.glyph_projector(encoder_hidden_states)
         temb = self.make_temb(timestep, image.dtype, grid=grid, **sizes)
         return GlmImageTokens(image, text, encoder_hidden_states_mask, temb=temb, grid=grid)
@@ -185,7 +185,7 @@ class GlmImageTransformer(Transformer):
         return self.image_projector(packed) + self.prior_projector(prior)
 
     def positions(self, hidden_states: Tensor, *, grid: Grid, **_: Any) -> dict[str, Any]:
-        return {"rope": rope_table(grid, self.head_dim, hidden_states.device)}
+        return {"rope": make_rope_table(grid, self.head_dim, hidden_states.device)}
 
     def make_temb(
         self,
@@ -205,12 +205,12 @@ class GlmImageTransformer(Transformer):
         each += [(at_rest, (rows * pixels, columns * pixels)) for _, rows, columns in image_grids]
         return torch.stack([self.time_condition_embed(*one, dtype) for one in each], dim=1)
 
-    def arguments(self, inputs: Inputs, branch: str) -> Arguments:
+    def select_branch(self, inputs: Inputs, branch: str) -> Arguments:
         """With the prefix, where there are input images; the negative branch is not told of them.
 
         It makes the prefix too, if it comes first: where weights are shared, ranks run blocks equally often.
         """
-        latents, timestep, given, positions, rows = super().arguments(inputs, branch)
+        latents, timestep, given, positions, rows = super().select_branch(inputs, branch)
         if given["image_latents"] is not None:
             if given["image_latents"] not in self.prefixes:
                 self.prefixes[given["image_latents"]] = self.make_prefix(timestep, given, rows)
@@ -227,8 +227,8 @@ class GlmImageTransformer(Transformer):
         kept = []
         for place, (grid, packed, ids) in enumerate(each, start=1):
             tokens = GlmImageTokens(self.project(packed, ids), temb=temb[:1, place : place + 1], grid=grid, kept=[])
-            call = self.spread(replace(tokens, **self.positions(packed, grid=grid)))
-            self.run(call)
+            call = self.shard(replace(tokens, **self.positions(packed, grid=grid)))
+            self.run_blocks(call)
             kept.append(call.tokens.kept)
         blocks = zip(*kept, strict=True)  # of each, what every image left
         return [(torch.cat([key for key, _ in one], 1), torch.cat([value for _, value in one], 1)) for one in blocks]
@@ -239,12 +239,12 @@ class GlmImageTransformer(Transformer):
     def head(self, tokens: Tokens) -> Tensor:
         """`[B, S, D]` to the velocity `[B, C, 1, h, w]`, in float32 as the reference goes on with it."""
         predicted = self.proj_out(self.norm_out(tokens.hidden_states, tokens.temb[:, :1]))
-        return unpack(predicted, tokens.grid, self.patch_size).float()
+        return unpack_latents(predicted, tokens.grid, self.patch_size).float()
 
 
 @lru_cache(maxsize=16)
-def rope_table(grid: Grid, head_dim: int, device: torch.device) -> Tensor:
+def make_rope_table(grid: Grid, head_dim: int, device: torch.device) -> Tensor:
     """Rotations `[S, d / 2, 2]` of a picture's tokens: half of the pairs by row, half by column."""
     _, rows, columns = grid
-    axes = [torch.zeros(1, 0, 2), *(frequencies(torch.arange(side), head_dim // 2) for side in (rows, columns))]
-    return grid_frequencies(axes).to(device)
+    axes = [torch.zeros(1, 0, 2), *(make_frequencies(torch.arange(side), head_dim // 2) for side in (rows, columns))]
+    return make_grid_frequencies(axes).to(device)

@@ -17,9 +17,9 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
 from hydrarun.core.errors import UsageError
-from hydrarun.models.layers.dual_stream import DualStreamBlock, dual_stream_weights
+from hydrarun.models.layers.dual_stream import DualStreamBlock, map_dual_stream_weights
 from hydrarun.models.layers.norm import AdaLayerNorm
-from hydrarun.models.layers.rope import frequencies, grid_frequencies
+from hydrarun.models.layers.rope import make_frequencies, make_grid_frequencies
 from hydrarun.models.layers.tokens import Tokens
 from hydrarun.models.transformer import Transformer
 
@@ -34,7 +34,7 @@ class QwenImageTransformer(Transformer):
 
     block_lists = ("blocks",)
     weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = {
-        **dual_stream_weights(modulation=("img_mod.1", "txt_mod.1"), feed_forward=("img_mlp", "txt_mlp")),
+        **map_dual_stream_weights(modulation=("img_mod.1", "txt_mod.1"), feed_forward=("img_mlp", "txt_mlp")),
         "time_embed": "time_text_embed.timestep_embedder",
         "norm_out.modulation.linear": "norm_out.linear",
         "kind_embed": "time_text_embed.addition_t_embedding",
@@ -56,7 +56,7 @@ class QwenImageTransformer(Transformer):
         use_layer3d_rope: bool = False,
     ) -> None:
         super().__init__()
-        refuse(guidance_embeds=guidance_embeds)
+        refuse_switches(guidance_embeds=guidance_embeds)
         dim = num_attention_heads * attention_head_dim
         self.axes_dims_rope = tuple(axes_dims_rope)
         self.zero_cond_t = zero_cond_t
@@ -110,9 +110,9 @@ class QwenImageTransformer(Transformer):
     ) -> dict[str, Any]:
         device = hidden_states.device
         text_length = encoder_hidden_states.shape[1]
-        rope, text_rope = rope_tables((grid, *image_grids), text_length, self.axes_dims_rope, device, self.layered)
+        rope, text_rope = make_rope_tables((grid, *image_grids), text_length, self.axes_dims_rope, device, self.layered)
         two_times = self.zero_cond_t and image_latents is not None
-        index = token_times(grid, image_grids, device) if two_times else None
+        index = make_time_index(grid, image_grids, device) if two_times else None
         return {"rope": rope, "encoder_rope": text_rope, "temb_index": index}
 
     def make_temb(
@@ -133,7 +133,7 @@ class QwenImageTransformer(Transformer):
         return self.proj_out(self.norm_out(predicted, tokens.temb[:, :1]))
 
 
-def refuse(**switches: bool) -> None:
+def refuse_switches(**switches: bool) -> None:
     """Name the switches that are on."""
     on = [name for name, value in switches.items() if value]
     if on:
@@ -144,14 +144,14 @@ def refuse(**switches: bool) -> None:
 
 
 @lru_cache(maxsize=16)
-def token_times(grid: Grid, image_grids: tuple[Grid, ...], device: torch.device) -> Tensor:
+def make_time_index(grid: Grid, image_grids: tuple[Grid, ...], device: torch.device) -> Tensor:
     """0 for each token that is predicted, then 1 for each token of the images to edit, `[S]`."""
     lengths = torch.tensor([math.prod(grid), sum(map(math.prod, image_grids))])
     return torch.repeat_interleave(torch.arange(2), lengths).to(device)
 
 
 @lru_cache(maxsize=16)
-def rope_tables(
+def make_rope_tables(
     grids: tuple[Grid, ...], text_length: int, axes_dims: tuple[int, ...], device: torch.device, layered: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Rotations of the latent tokens `[S, d / 2, 2]` of all pictures and of the text tokens `[T, d / 2, 2]`.
@@ -167,9 +167,9 @@ def rope_tables(
             torch.arange(height) - (height - height // 2),
             torch.arange(width) - (width - width // 2),
         )
-        axes = [frequencies(place, dim) for place, dim in zip(positions, axes_dims, strict=True)]
-        pictures.append(grid_frequencies(axes))
+        axes = [make_frequencies(place, dim) for place, dim in zip(positions, axes_dims, strict=True)]
+        pictures.append(make_grid_frequencies(axes))
     start = max(side // 2 for _, *sides in grids for side in sides)
     start = max(start, grids[0][0]) if layered else start
-    text = torch.cat([frequencies(torch.arange(start, start + text_length), dim) for dim in axes_dims], dim=-2)
+    text = torch.cat([make_frequencies(torch.arange(start, start + text_length), dim) for dim in axes_dims], dim=-2)
     return torch.cat(pictures).to(device), text.to(device)

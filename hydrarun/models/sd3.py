@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from hydrarun.core.errors import UsageError
 from hydrarun.models.layers.attention import Attention
-from hydrarun.models.layers.dual_stream import AttendedTo, DualStreamBlock, Stream, dual_stream_weights
-from hydrarun.models.layers.linear import QKVLinear, RowLinear
+from hydrarun.models.layers.dual_stream import ContextStream, DualStreamBlock, TokenStream, map_dual_stream_weights
+from hydrarun.models.layers.linear import QKVLinear, RowParallelLinear
 from hydrarun.models.layers.norm import AdaLayerNorm, modulate
-from hydrarun.models.layers.tensor_parallel import Run
+from hydrarun.models.layers.tensor_parallel import ShardSpec
 from hydrarun.models.layers.tokens import Tokens
 from hydrarun.models.transformer import Transformer
 
@@ -30,7 +30,7 @@ class SelfAttention(nn.Module):
         self.qkv = QKVLinear(dim, heads, head_dim)
         self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
         self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
-        self.out = RowLinear(dim, Run(heads, head_dim))
+        self.out = RowParallelLinear(dim, ShardSpec(heads, head_dim))
         self.attention = Attention()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class SelfAttention(nn.Module):
         return self.out(attended)
 
 
-class TwiceAttending(Stream):
+class DualAttentionStream(TokenStream):
     """Image tokens that attend to each other alone, beside the joint attention."""
 
     parts = 9
@@ -56,7 +56,7 @@ class TwiceAttending(Stream):
         return super().finish(torch.addcmul(hidden_states, gate, update), attended, gates)
 
 
-class LastText(AttendedTo):
+class LastTextStream(ContextStream):
     """The text in the last block."""
 
     def project(self, hidden_states: Tensor, rope: Tensor | None, shift: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
@@ -91,7 +91,9 @@ class SD3Transformer(Transformer):
 
     block_lists = ("blocks",)
     weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = {
-        **dual_stream_weights(modulation=("norm1.linear", "norm1_context.linear"), feed_forward=("ff", "ff_context")),
+        **map_dual_stream_weights(
+            modulation=("norm1.linear", "norm1_context.linear"), feed_forward=("ff", "ff_context")
+        ),
         "blocks.*.image.second.qkv": tuple(f"transformer_blocks.*.attn2.{name}" for name in ("to_q", "to_k", "to_v")),
         "blocks.*.image.second.norm_q": "transformer_blocks.*.attn2.norm_q",
         "blocks.*.image.second.norm_k": "transformer_blocks.*.attn2.norm_k",
@@ -132,8 +134,8 @@ class SD3Transformer(Transformer):
                 dim,
                 num_attention_heads,
                 attention_head_dim,
-                image=TwiceAttending if index in dual_attention_layers else Stream,
-                text=LastText if index == num_layers - 1 else Stream,
+                image=DualAttentionStream if index in dual_attention_layers else TokenStream,
+                text=LastTextStream if index == num_layers - 1 else TokenStream,
             )
             for index in range(num_layers)
         )

@@ -15,17 +15,17 @@ from diffusers.models.transformers.stable_audio_transformer import StableAudioGa
 from torch import Tensor, nn
 
 from hydrarun.models.layers.attention import Attention, CrossAttention
-from hydrarun.models.layers.linear import ColumnLinear, FeedForward, KVLinear, QKVLinear, RowLinear
-from hydrarun.models.layers.rope import frequencies, rotate_halves
-from hydrarun.models.layers.tensor_parallel import Run
+from hydrarun.models.layers.linear import ColumnParallelLinear, FeedForward, KVLinear, QKVLinear, RowParallelLinear
+from hydrarun.models.layers.rope import make_frequencies, rotate_halves
+from hydrarun.models.layers.tensor_parallel import ShardSpec
 from hydrarun.models.layers.tokens import Tokens
 from hydrarun.models.transformer import Transformer
 
 
-class CrossQuery(ColumnLinear):
+class CrossQueryLinear(ColumnParallelLinear):
     """Queries, those that share a key and value head together: a rank has whole groups of them."""
 
-    def __init__(self, dim: int, groups: Run, head_dim: int) -> None:
+    def __init__(self, dim: int, groups: ShardSpec, head_dim: int) -> None:
         super().__init__(dim, groups, bias=False)
         self.head_dim = head_dim
 
@@ -43,12 +43,12 @@ class StableAudioBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim, eps=1e-5) for _ in range(3))
         self.qkv = QKVLinear(dim, heads, head_dim, bias=False)
         self.attention = Attention()
-        self.out = RowLinear(dim, Run(heads, head_dim), bias=False)
-        groups = Run(shared_heads, heads // shared_heads * head_dim)
-        self.cross_query = CrossQuery(dim, groups, head_dim)
+        self.out = RowParallelLinear(dim, ShardSpec(heads, head_dim), bias=False)
+        groups = ShardSpec(shared_heads, heads // shared_heads * head_dim)
+        self.cross_query = CrossQueryLinear(dim, groups, head_dim)
         self.cross_kv = KVLinear(context_dim, shared_heads, head_dim, bias=False)
         self.cross_attention = CrossAttention()
-        self.cross_out = RowLinear(dim, groups, bias=False)
+        self.cross_out = RowParallelLinear(dim, groups, bias=False)
         self.feed_forward = FeedForward(dim, gated=True)
 
     def modulated(self, tokens: Tokens) -> Tensor:
@@ -66,7 +66,7 @@ class StableAudioBlock(nn.Module):
         return self.feed_forward(self.norm3(hidden_states)) + hidden_states, encoder_hidden_states
 
 
-def block_weights() -> dict[str, str | tuple[str, ...]]:
+def map_block_weights() -> dict[str, str | tuple[str, ...]]:
     """The weight map of a block."""
     theirs = "transformer_blocks.*"
     return {
@@ -85,8 +85,8 @@ class StableAudioTransformer(Transformer):
     """Arguments are the checkpoint's transformer/config.json. `sample_size`: latents of a whole sound."""
 
     block_lists = ("blocks",)
-    spread_streams = ("hidden_states",)
-    weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = block_weights()
+    sharded_streams = ("hidden_states",)
+    weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = map_block_weights()
 
     def __init__(
         self,
@@ -108,9 +108,9 @@ class StableAudioTransformer(Transformer):
         self.time_proj = StableAudioGaussianFourierProjection(
             embedding_size=time_proj_dim // 2, flip_sin_to_cos=True, log=False, set_W_to_weight=False
         )
-        self.timestep_proj = two_layers(time_proj_dim, dim, bias=True)
-        self.global_proj = two_layers(global_states_input_dim, dim, bias=False)
-        self.cross_attention_proj = two_layers(cross_attention_input_dim, cross_attention_dim, bias=False)
+        self.timestep_proj = make_mlp(time_proj_dim, dim, bias=True)
+        self.global_proj = make_mlp(global_states_input_dim, dim, bias=False)
+        self.cross_attention_proj = make_mlp(cross_attention_input_dim, cross_attention_dim, bias=False)
         self.preprocess_conv = nn.Conv1d(in_channels, in_channels, 1, bias=False)
         self.proj_in = nn.Linear(in_channels, dim, bias=False)
         self.blocks = nn.ModuleList(
@@ -134,7 +134,7 @@ class StableAudioTransformer(Transformer):
         )
 
     def positions(self, hidden_states: Tensor, **_: Any) -> dict[str, Any]:
-        return {"rope": rope_table(1 + hidden_states.shape[2], self.rotated, hidden_states.device)}
+        return {"rope": make_rope_table(1 + hidden_states.shape[2], self.rotated, hidden_states.device)}
 
     def head(self, tokens: Tokens) -> Tensor:
         """`[B, 1 + L, D]` to the velocity `[B, C, L]`."""
@@ -142,12 +142,12 @@ class StableAudioTransformer(Transformer):
         return self.postprocess_conv(sound) + sound
 
 
-def two_layers(width: int, dim: int, bias: bool) -> nn.Sequential:
+def make_mlp(width: int, dim: int, bias: bool) -> nn.Sequential:
     """A projection with one more behind it."""
     return nn.Sequential(nn.Linear(width, dim, bias=bias), nn.SiLU(), nn.Linear(dim, dim, bias=bias))
 
 
 @lru_cache(maxsize=16)
-def rope_table(tokens: int, dim: int, device: torch.device) -> Tensor:
+def make_rope_table(tokens: int, dim: int, device: torch.device) -> Tensor:
     """Rotations of so many tokens, `[S, dim / 2, 2]`; the first is not of the sound."""
-    return frequencies(torch.arange(tokens), dim).to(device)
+    return make_frequencies(torch.arange(tokens), dim).to(device)

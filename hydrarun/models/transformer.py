@@ -29,7 +29,7 @@ class Step:
     expert: str = "transformer"
 
 
-class Predictor(Protocol):
+class StepPredictor(Protocol):
     """What decides how a step's predictions come about: a cache, or the plain forward of all branches."""
 
     def predict(self, transformer: Transformer, inputs: Inputs, step: Step) -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ Arguments = tuple[Tensor, Tensor, Mapping[str, Any], Mapping[str, Any], Tensor |
 
 
 @dataclass
-class Call:
+class ForwardContext:
     """One branch's way through the transformer."""
 
     whole: Any  # Tokens: all of them, as `embed` made them
@@ -73,7 +73,7 @@ class Transformer(nn.Module):
     #: Modules that are not listed have the checkpoint's name; "" is the checkpoint's root.
     weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
     #: streams whose tokens may be spread over ranks; a context that is only cross-attended stays whole
-    spread_streams: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states")
+    sharded_streams: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states")
     #: names of our modules and parameters that are kept in float32 whatever the others are held in
     keep_in_float32: ClassVar[tuple[str, ...]] = ()
     #: names of modules in the blocks that quantization leaves alone; modulation, because every token is shifted and
@@ -125,56 +125,59 @@ class Transformer(nn.Module):
         """How many blocks there are."""
         return sum(1 for _ in self.all_blocks())
 
-    def forward(self, inputs: Inputs, step: Step, cache: Predictor) -> dict[str, Tensor]:
+    def forward(self, inputs: Inputs, step: Step, cache: StepPredictor) -> dict[str, Tensor]:
         """`{branch: prediction}` of one step, in the shape of the latents.
 
-        The cache sees all branches together, and may run `begin`, some of the blocks, and `finish` for each.
+        The cache sees all branches together. For each it may call `begin_branch`, run some of the blocks, and call
+        `finish_branch`.
         """
         return cache.predict(self, inputs, step)
 
-    def predict(self, inputs: Inputs, branch: str) -> Tensor:
-        """One branch's prediction, where nothing is to be done on the way: `begin`, all blocks, `finish`."""
-        return self.through(*self.arguments(inputs, branch), without=inputs.without)
+    def predict_branch(self, inputs: Inputs, branch: str) -> Tensor:
+        """One branch's prediction in one go: `prepare`, all blocks, `finish_branch`."""
+        return self.forward_branch(*self.select_branch(inputs, branch), without=inputs.without)
 
-    def begin(self, inputs: Inputs, branch: str) -> Call:
+    def begin_branch(self, inputs: Inputs, branch: str) -> ForwardContext:
         """Inputs to this rank's tokens."""
-        return self.enter(*self.arguments(inputs, branch))
+        return self.prepare(*self.select_branch(inputs, branch))
 
-    def arguments(self, inputs: Inputs, branch: str) -> Arguments:
+    def select_branch(self, inputs: Inputs, branch: str) -> Arguments:
         """Of the inputs what one branch takes, without its name: equal sizes are one graph to a compiler."""
         given = inputs.conditioning[branch]
         rows = None if inputs.rows is None else inputs.rows[branch]
         return inputs.hidden_states, inputs.timestep, given, self.positions(inputs.hidden_states, **given), rows
 
-    def through(self, *arguments: Any, without: tuple[int, ...] = ()) -> Tensor:
+    def forward_branch(self, *arguments: Any, without: tuple[int, ...] = ()) -> Tensor:
         """A branch's `Arguments` to its prediction, without these blocks."""
-        call = self.enter(*arguments)
-        self.run(call, 0, None, without)
-        return self.finish(call)
+        call = self.prepare(*arguments)
+        self.run_blocks(call, 0, None, without)
+        return self.finish_branch(call)
 
-    def enter(
+    def prepare(
         self,
         latents: Tensor,
         timestep: Tensor,
         given: Mapping[str, Any],
         positions: Mapping[str, Any],
         rows: Tensor | None,
-    ) -> Call:
+    ) -> ForwardContext:
         """A branch's `Arguments` to this rank's tokens."""
         whole = replace(self.embed(latents, timestep, **given), **positions)
         if rows is not None:
             whole.temb = rows
-        return self.spread(whole)
+        return self.shard(whole)
 
-    def spread(self, whole: Tokens) -> Call:
+    def shard(self, whole: Tokens) -> ForwardContext:
         """Tokens to this rank's."""
         if self.sequence is None:
-            return Call(whole, whole, {})
-        return Call(whole, self.sequence.shard(whole, self.spread_streams), self.sequence.lengths)
+            return ForwardContext(whole, whole, {})
+        return ForwardContext(whole, self.sequence.shard(whole, self.sharded_streams), self.sequence.lengths)
 
-    def run(self, call: Call, start: int = 0, stop: int | None = None, without: tuple[int, ...] = ()) -> None:
+    def run_blocks(
+        self, call: ForwardContext, start: int = 0, stop: int | None = None, without: tuple[int, ...] = ()
+    ) -> None:
         """Run the blocks from `start` up to `stop`, without some."""
-        self.resume(call)
+        self.resume_branch(call)
         tokens = call.tokens
         for index, block in islice(enumerate(self.all_blocks()), start, stop):
             if index not in without:
@@ -182,14 +185,14 @@ class Transformer(nn.Module):
                     tokens.hidden_states, tokens.encoder_hidden_states, tokens
                 )
 
-    def finish(self, call: Call) -> Tensor:
+    def finish_branch(self, call: ForwardContext) -> Tensor:
         """The tokens behind the last block to the prediction."""
-        self.resume(call)
+        self.resume_branch(call)
         hidden_states = call.tokens.hidden_states
         call.whole.hidden_states = self.sequence.gather(hidden_states) if self.sequence else hidden_states
         return self.head(call.whole)
 
-    def resume(self, call: Call) -> None:
+    def resume_branch(self, call: ForwardContext) -> None:
         """Other branches may have been begun since: their prompts have other lengths."""
         if self.sequence is not None:
             self.sequence.lengths = call.lengths
@@ -198,7 +201,7 @@ class Transformer(nn.Module):
         """What the blocks keep from call to call, beside what caches do."""
         return 0
 
-    def spread_tokens(self, sequence: Any) -> None:
+    def shard_tokens(self, sequence: Any) -> None:
         """Let the tokens be spread over ranks, and attention reach across them."""
         self.sequence = sequence
         for module in self.modules():

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from hydrarun.core.errors import UsageError
 from hydrarun.models.layers.attention import Attention, CrossAttention
-from hydrarun.models.layers.linear import FeedForward, HeadsLinear, KVLinear, QKVLinear, RowLinear
-from hydrarun.models.layers.norm import RMSNormAcrossHeads, by_token, modulate
-from hydrarun.models.layers.rope import frequencies, grid_frequencies, rotate
-from hydrarun.models.layers.tensor_parallel import Run
+from hydrarun.models.layers.linear import FeedForward, HeadsLinear, KVLinear, QKVLinear, RowParallelLinear
+from hydrarun.models.layers.norm import RMSNormAcrossHeads, modulate, select_by_token
+from hydrarun.models.layers.rope import apply_rope, make_frequencies, make_grid_frequencies
+from hydrarun.models.layers.tensor_parallel import ShardSpec
 from hydrarun.models.layers.tokens import Tokens
 from hydrarun.models.transformer import Transformer
 
@@ -43,7 +43,7 @@ class TableModulation(nn.Module):
 
     def forward(self, temb: Tensor, index: Tensor | None) -> tuple[Tensor, ...]:
         """`[B, K, parts, D]` to `parts` tensors `[B, K, D]`, or `[B, S, D]` by each token's `index` `[S]`; float32."""
-        return by_token(self.scale_shift_table + temb.float(), index).unbind(2)
+        return select_by_token(self.scale_shift_table + temb.float(), index).unbind(2)
 
 
 class WanBlock(nn.Module):
@@ -55,13 +55,13 @@ class WanBlock(nn.Module):
         head_dim = dim // heads
         self.qkv = QKVLinear(dim, heads, head_dim)
         self.norm_q, self.norm_k = (RMSNormAcrossHeads(heads, head_dim) for _ in range(2))
-        self.out = RowLinear(dim, Run(heads, head_dim))
+        self.out = RowParallelLinear(dim, ShardSpec(heads, head_dim))
         self.attention = Attention()
         self.cross_norm = nn.LayerNorm(dim, eps=1e-6) if cross_attn_norm else nn.Identity()
         self.cross_query = HeadsLinear(dim, heads, head_dim)
         self.cross_kv = KVLinear(dim, heads, head_dim)
         self.cross_norm_q, self.cross_norm_k = (RMSNormAcrossHeads(heads, head_dim) for _ in range(2))
-        self.cross_out = RowLinear(dim, Run(heads, head_dim))
+        self.cross_out = RowParallelLinear(dim, ShardSpec(heads, head_dim))
         self.cross_attention = CrossAttention()
         self.feed_forward = FeedForward(dim, ffn_dim)
 
@@ -84,7 +84,7 @@ class WanBlock(nn.Module):
     def attend(self, hidden_states: Tensor, rope: Tensor) -> Tensor:
         """Self-attention, `[B, S, D]` to `[B, S, D]`."""
         query, key, value = self.qkv(hidden_states)
-        query, key = rotate(self.norm_q(query), rope), rotate(self.norm_k(key), rope)
+        query, key = apply_rope(self.norm_q(query), rope), apply_rope(self.norm_k(key), rope)
         (attended,) = self.attention({"hidden_states": (query, key, value)})
         return self.out(attended)
 
@@ -95,7 +95,7 @@ class WanBlock(nn.Module):
         return self.cross_out(self.cross_attention(self.cross_norm_q(query), self.cross_norm_k(key), value))
 
 
-def block_weights() -> dict[str, str | tuple[str, ...]]:
+def map_block_weights() -> dict[str, str | tuple[str, ...]]:
     """The weight map of a block."""
     names: dict[str, str | tuple[str, ...]] = {
         "modulation": "",
@@ -112,10 +112,10 @@ def block_weights() -> dict[str, str | tuple[str, ...]]:
         "feed_forward.up": "ffn.net.0.proj",
         "feed_forward.down": "ffn.net.2",
     }
-    return {f"blocks.*.{ours}": within("blocks.*", theirs) for ours, theirs in names.items()}
+    return {f"blocks.*.{ours}": prefix_names("blocks.*", theirs) for ours, theirs in names.items()}
 
 
-def within(module: str, names: str | tuple[str, ...]) -> str | tuple[str, ...]:
+def prefix_names(module: str, names: str | tuple[str, ...]) -> str | tuple[str, ...]:
     """The names below `module`; no name is the module itself."""
     return f"{module}.{names}".rstrip(".") if isinstance(names, str) else tuple(f"{module}.{name}" for name in names)
 
@@ -128,10 +128,10 @@ class WanTransformer(Transformer):
     """
 
     block_lists = ("blocks",)
-    spread_streams = ("hidden_states",)
+    sharded_streams = ("hidden_states",)
     keep_in_float32 = ("time_embedder", "scale_shift_table", "cross_norm")
     weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = {
-        **block_weights(),
+        **map_block_weights(),
         "time_embedder": "condition_embedder.time_embedder",
         "time_proj": "condition_embedder.time_proj",
         "text_embedder": "condition_embedder.text_embedder",
@@ -158,7 +158,9 @@ class WanTransformer(Transformer):
         pos_embed_seq_len: int | None = None,
     ) -> None:
         super().__init__()
-        refuse(image_dim=image_dim, added_kv_proj_dim=added_kv_proj_dim, pos_embed_seq_len=pos_embed_seq_len)
+        refuse_image_encoder(
+            image_dim=image_dim, added_kv_proj_dim=added_kv_proj_dim, pos_embed_seq_len=pos_embed_seq_len
+        )
         if qk_norm != "rms_norm_across_heads" or eps != 1e-6:
             raise UsageError(
                 f"transformer/config.json: qk_norm={qk_norm}, eps={eps}: only the published models'"
@@ -214,8 +216,8 @@ class WanTransformer(Transformer):
         frames, rows, columns = (side // patch for side, patch in sizes)
         device = hidden_states.device
         return {
-            "rope": rope_table((frames, rows, columns), self.head_dim, device),
-            "temb_index": None if first_frame is None else first_frame_is_one(frames, rows * columns, device),
+            "rope": make_rope_table((frames, rows, columns), self.head_dim, device),
+            "temb_index": None if first_frame is None else mark_first_frame(frames, rows * columns, device),
         }
 
     def embed_times(self, times: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -234,7 +236,7 @@ class WanTransformer(Transformer):
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
-def refuse(**settings: int | None) -> None:
+def refuse_image_encoder(**settings: int | None) -> None:
     """Name the settings that ask for an image encoder."""
     on = [name for name, value in settings.items() if value is not None]
     if on:
@@ -245,15 +247,15 @@ def refuse(**settings: int | None) -> None:
 
 
 @lru_cache(maxsize=16)
-def first_frame_is_one(frames: int, tokens_per_frame: int, device: torch.device) -> Tensor:
+def mark_first_frame(frames: int, tokens_per_frame: int, device: torch.device) -> Tensor:
     """1 for the tokens of the first frame, 0 for all others, `[S]`."""
     return (torch.arange(frames * tokens_per_frame) < tokens_per_frame).long().to(device)
 
 
 @lru_cache(maxsize=16)
-def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
+def make_rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
     """Rotations of the latent tokens `[F * H * W, d / 2, 2]`: a third of the channels for each axis."""
     side = 2 * (head_dim // 6)
     dims = (head_dim - 2 * side, side, side)
-    axes = [frequencies(torch.arange(n), dim, precision=torch.float64) for n, dim in zip(grid, dims, strict=True)]
-    return grid_frequencies(axes).to(device)
+    axes = [make_frequencies(torch.arange(n), dim, precision=torch.float64) for n, dim in zip(grid, dims, strict=True)]
+    return make_grid_frequencies(axes).to(device)

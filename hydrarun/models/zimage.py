@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from hydrarun.core.errors import UsageError
 from hydrarun.models.layers.attention import Attention
-from hydrarun.models.layers.linear import FeedForward, QKVLinear, RowLinear
+from hydrarun.models.layers.linear import FeedForward, QKVLinear, RowParallelLinear
 from hydrarun.models.layers.norm import Modulation
-from hydrarun.models.layers.rope import frequencies, grid_frequencies, rotate
-from hydrarun.models.layers.tensor_parallel import Run
+from hydrarun.models.layers.rope import apply_rope, make_frequencies, make_grid_frequencies
+from hydrarun.models.layers.tensor_parallel import ShardSpec
 from hydrarun.models.layers.tokens import Tokens, token_field
 from hydrarun.models.transformer import Transformer
 
@@ -40,7 +40,7 @@ class ZImageTokens(Tokens):
     encoder_rope: Tensor | None = token_field(1, "encoder_hidden_states")  # [B, T, d/2, 2]
 
 
-class Layer(nn.Module):
+class ZImageLayer(nn.Module):
     """Attention and feed-forward, each between two norms, with the same weights for all streams."""
 
     def __init__(self, dim: int, heads: int, eps: float) -> None:
@@ -49,7 +49,7 @@ class Layer(nn.Module):
         self.qkv = QKVLinear(dim, heads, head_dim, bias=False)
         self.norm_q, self.norm_k = (nn.RMSNorm(head_dim, eps=1e-5) for _ in range(2))
         self.attention = Attention()
-        self.out = RowLinear(dim, Run(heads, head_dim), bias=False)
+        self.out = RowParallelLinear(dim, ShardSpec(heads, head_dim), bias=False)
         self.feed_forward = FeedForward(dim, int(dim / 3 * 8), gated=True, bias=False)
         self.attention_norm1, self.attention_norm2 = (nn.RMSNorm(dim, eps=eps) for _ in range(2))
         self.ffn_norm1, self.ffn_norm2 = (nn.RMSNorm(dim, eps=eps) for _ in range(2))
@@ -65,7 +65,7 @@ class Layer(nn.Module):
         scale, gate, ff_scale, ff_gate = changes
         tokens, rope = torch.cat([*streams.values()], dim=1), torch.cat([*ropes], dim=1)
         query, key, value = self.qkv(self.attention_norm1(tokens) * scale)
-        query, key = rotate(self.norm_q(query), rope), rotate(self.norm_k(key), rope)
+        query, key = apply_rope(self.norm_q(query), rope), apply_rope(self.norm_k(key), rope)
         parts = zip(*(x.split(lengths, dim=1) for x in (query, key, value)), strict=True)
         masks = {} if mask is None else {"encoder_hidden_states": mask}
         attended = torch.cat(self.attention(dict(zip(streams, parts, strict=True)), masks), dim=1)
@@ -80,7 +80,7 @@ class ZImageBlock(nn.Module):
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__()
         self.modulation = Modulation(dim, parts=4, width=min(dim, TEMB_WIDTH), activated=False)
-        self.layer = Layer(dim, heads, eps)
+        self.layer = ZImageLayer(dim, heads, eps)
 
     def changes(self, tokens: Tokens) -> tuple[Tensor, ...]:
         """Scale and gate of the attention, scale and gate of the feed-forward, `[B, 1, D]`."""
@@ -103,7 +103,7 @@ class RefinerBlock(ZImageBlock):
 
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__(dim, heads, eps)
-        self.text_layer = Layer(dim, heads, eps)
+        self.text_layer = ZImageLayer(dim, heads, eps)
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, tokens: Any) -> tuple[Tensor, ...]:
         """`[B, S, D]` and `[B, T, D]` to the same."""
@@ -115,7 +115,7 @@ class RefinerBlock(ZImageBlock):
         )
 
 
-def layer_weights(ours: str, theirs: str) -> dict[str, str | tuple[str, ...]]:
+def map_layer_weights(ours: str, theirs: str) -> dict[str, str | tuple[str, ...]]:
     """The weight map of a `Layer`."""
     norms = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
     return {
@@ -138,9 +138,9 @@ class ZImageTransformer(Transformer):
 
     block_lists = ("refiners", "blocks")
     weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = {
-        **layer_weights("refiners.*.layer", "noise_refiner.*"),
-        **layer_weights("refiners.*.text_layer", "context_refiner.*"),
-        **layer_weights("blocks.*.layer", "layers.*"),
+        **map_layer_weights("refiners.*.layer", "noise_refiner.*"),
+        **map_layer_weights("refiners.*.text_layer", "context_refiner.*"),
+        **map_layer_weights("blocks.*.layer", "layers.*"),
         "refiners.*.modulation.linear": "noise_refiner.*.adaLN_modulation.0",
         "blocks.*.modulation.linear": "layers.*.adaLN_modulation.0",
         "time_embedder": "t_embedder.mlp",
@@ -169,7 +169,7 @@ class ZImageTransformer(Transformer):
         axes_lens: Sequence[int] = (1024, 512, 512),
     ) -> None:
         super().__init__()
-        refuse_others(
+        refuse_variants(
             all_patch_size=(list(all_patch_size), [PATCH]),
             all_f_patch_size=(list(all_f_patch_size), [1]),
             n_kv_heads=(n_kv_heads, n_heads),
@@ -199,16 +199,16 @@ class ZImageTransformer(Transformer):
         """Latents `[B, C, 1, h, w]`, timesteps `[B]` in 0-1000, text `[B, T, E]` with its mask `[B, T]`."""
         patches = hidden_states.squeeze(2).unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # [B, C, rows, P, …]
         image = self.x_embedder(patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
-        missing = padded(image.shape[1]) - image.shape[1]
+        missing = round_up_length(image.shape[1]) - image.shape[1]
         image = torch.cat([image, self.x_pad_token.expand(len(image), missing, -1)], dim=1)
         length = encoder_hidden_states.shape[1]
-        text = F.pad(self.cap_embedder(encoder_hidden_states), (0, 0, 0, padded(length) - length))
+        text = F.pad(self.cap_embedder(encoder_hidden_states), (0, 0, 0, round_up_length(length) - length))
         place = torch.arange(text.shape[1], device=text.device)
-        lengths = caption_lengths(encoder_hidden_states, encoder_hidden_states_mask)[:, None]
+        lengths = count_caption_tokens(encoder_hidden_states, encoder_hidden_states_mask)[:, None]
         return ZImageTokens(
             hidden_states=image,
             encoder_hidden_states=torch.where((place < lengths).unsqueeze(-1), text, self.cap_pad_token),
-            encoder_mask=None if encoder_hidden_states_mask is None else place < padded(lengths),
+            encoder_mask=None if encoder_hidden_states_mask is None else place < round_up_length(lengths),
             temb=self.make_temb(timestep, hidden_states.dtype),
             grid=(1, patches.shape[2], patches.shape[4]),
         )
@@ -222,13 +222,15 @@ class ZImageTransformer(Transformer):
         **_: Any,
     ) -> dict[str, Any]:
         rows, columns = (side // PATCH for side in hidden_states.shape[3:])
-        text_length, device = padded(encoder_hidden_states.shape[1]), hidden_states.device
-        frames, grid, text = rope_tables((rows, columns), text_length, self.axes_dims, self.rope_theta, device)
-        lengths = caption_lengths(encoder_hidden_states, encoder_hidden_states_mask)
-        frame = frames[padded(lengths)].unsqueeze(1)  # [B, 1, f/2, 2]: all of a picture stands behind its caption
+        text_length, device = round_up_length(encoder_hidden_states.shape[1]), hidden_states.device
+        frames, grid, text = make_rope_tables((rows, columns), text_length, self.axes_dims, self.rope_theta, device)
+        lengths = count_caption_tokens(encoder_hidden_states, encoder_hidden_states_mask)
+        frame = frames[round_up_length(lengths)].unsqueeze(
+            1
+        )  # [B, 1, f/2, 2]: all of a picture stands behind its caption
         rope = torch.cat([frame.expand(-1, rows * columns, -1, -1), grid.expand(len(lengths), -1, -1, -1)], dim=2)
         still = text.new_tensor([1.0, 0.0]).expand(
-            len(lengths), padded(rows * columns) - rows * columns, *text.shape[1:]
+            len(lengths), round_up_length(rows * columns) - rows * columns, *text.shape[1:]
         )
         return {
             "rope": torch.cat([rope, still], dim=1),
@@ -254,19 +256,19 @@ class ZImageTransformer(Transformer):
         return -latents.unsqueeze(2).float()
 
 
-def refuse_others(**settings: tuple[Any, Any]) -> None:
+def refuse_variants(**settings: tuple[Any, Any]) -> None:
     """Name the settings that are not the published models'."""
     others = [f"{name}={found} (not {wanted})" for name, (found, wanted) in settings.items() if found != wanted]
     if others:
         raise UsageError(f"transformer/config.json: {', '.join(others)}: a member of the family that is not run here")
 
 
-def padded(length: Any) -> Any:
+def round_up_length(length: Any) -> Any:
     """A number of tokens, or a tensor of such, with what is missing to a multiple."""
     return (length + MULTIPLE - 1) // MULTIPLE * MULTIPLE
 
 
-def caption_lengths(text: Tensor, mask: Tensor | None) -> Tensor:
+def count_caption_tokens(text: Tensor, mask: Tensor | None) -> Tensor:
     """Tokens of each caption of `[B, T, E]`, `[B]`."""
     if mask is None:
         return torch.full((len(text),), text.shape[1], device=text.device)
@@ -274,7 +276,7 @@ def caption_lengths(text: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def rope_tables(
+def make_rope_tables(
     grid: tuple[int, int], text_length: int, axes_dims: tuple[int, ...], theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotations along the first axis for what stands behind n text tokens `[text_length + 1, f / 2, 2]`, those of the
@@ -283,10 +285,11 @@ def rope_tables(
     The text counts from 1; padding in a picture is not rotated at all.
     """
     along, *others = axes_dims
-    first = frequencies(torch.arange(1, text_length + 2), along, theta, torch.float64)
+    first = make_frequencies(torch.arange(1, text_length + 2), along, theta, torch.float64)
     axes = [
-        frequencies(torch.arange(n), dim, theta, torch.float64) for n, dim in zip((1, *grid), (0, *others), strict=True)
+        make_frequencies(torch.arange(n), dim, theta, torch.float64)
+        for n, dim in zip((1, *grid), (0, *others), strict=True)
     ]
-    still = frequencies(torch.zeros(text_length), sum(others))
+    still = make_frequencies(torch.zeros(text_length), sum(others))
     text = torch.cat([first[:-1], still], dim=1)
-    return first.to(device), grid_frequencies(axes).to(device), text.to(device)
+    return first.to(device), make_grid_frequencies(axes).to(device), text.to(device)

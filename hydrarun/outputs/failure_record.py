@@ -12,21 +12,21 @@ Stamp = tuple[int, int]
 
 
 @contextmanager
-def recorded(config: dict[str, Any], folder: Path) -> Iterator[None]:
+def record_failure(config: dict[str, Any], folder: Path) -> Iterator[None]:
     """Where the block fails, `folder` has a run.json that says so: the block's own, or a bare one if it wrote none.
 
     `config`: plain, perhaps refused. An older run.json is another run's, and does not stay. The error is the one that
     the block raises; what rank 0 wrote may be its consequence.
     """
-    before = stamp(folder / "run.json")
+    before = get_file_stamp(folder / "run.json")
     try:
         yield
     except Exception as error:
-        _write(config, folder / "run.json", error, stamp(folder / "run.json") != before)
+        _write_failure(config, folder / "run.json", error, get_file_stamp(folder / "run.json") != before)
         raise
 
 
-def stamp(file: Path) -> Stamp | None:
+def get_file_stamp(file: Path) -> Stamp | None:
     """Another one for every time that the file is written; None: there is no file."""
     try:
         status = file.stat()
@@ -35,11 +35,11 @@ def stamp(file: Path) -> Stamp | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _write(config: dict[str, Any], file: Path, error: Exception, own: bool) -> None:
-    from hydrarun.outputs.writer import described, write_run  # and numpy, only for a failure
+def _write_failure(config: dict[str, Any], file: Path, error: Exception, own: bool) -> None:
+    from hydrarun.outputs.writer import describe_error, write_run  # and numpy, only for a failure
 
-    record = json.loads(file.read_text(encoding="utf-8")) if own else _bare(config)
-    said = described(error)
+    record = json.loads(file.read_text(encoding="utf-8")) if own else _build_bare_record(config)
+    said = describe_error(error)
     if record.get("status") == "failed" and record["error"]["message"] in said["message"]:
         return
     rest = {key: value for key, value in record.items() if key not in ("format", "status", "error")}
@@ -47,13 +47,13 @@ def _write(config: dict[str, Any], file: Path, error: Exception, own: bool) -> N
     write_run(file.parent, {"status": "failed", "error": said, **rest})
 
 
-def _bare(config: dict[str, Any]) -> dict[str, Any]:
+def _build_bare_record(config: dict[str, Any]) -> dict[str, Any]:
     """What is known of a run that made nothing."""
-    from hydrarun.outputs.provenance import config_hash, redact
-    from hydrarun.outputs.writer import as_recorded, now
+    from hydrarun.outputs.provenance import hash_config, redact_config
+    from hydrarun.outputs.writer import current_timestamp, to_recorded_config
 
     try:
-        kept = as_recorded(config)
+        kept = to_recorded_config(config)
     except TypeError:  # paths that are no texts are what it was refused for
-        kept = redact(config)
-    return {"created": now(), "config_hash": config_hash(kept), "outputs": [], "config": kept}
+        kept = redact_config(config)
+    return {"created": current_timestamp(), "config_hash": hash_config(kept), "outputs": [], "config": kept}

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hydrarun.core.moved_names import original_names
+from hydrarun.core.moved_names import use_original_names
 from hydrarun.core.version import __version__
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow", "cache-dit", "torchao", "torchsde")
@@ -28,18 +28,22 @@ REMOVED = "[removed]"
 LATER = ("scheduler",)
 
 
-def config_hash(config: dict[str, Any]) -> str:
+def hash_config(config: dict[str, Any]) -> str:
     """8 hex digits that name what was asked for, the same in every version that knows it.
 
     So a batch that an older version began is gone on with, and its files keep their names: classes count by their first
     names, and sections that came later don't count while they are empty.
     """
-    wanted = {key: value for key, value in original_names(asked(config)).items() if key not in LATER or value}
+    wanted = {
+        key: value
+        for key, value in use_original_names(keep_pixel_settings(config)).items()
+        if key not in LATER or value
+    }
     canonical = json.dumps(wanted, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode(errors="surrogatepass")).hexdigest()[:8]
 
 
-def asked(config: dict[str, Any]) -> dict[str, Any]:
+def keep_pixel_settings(config: dict[str, Any]) -> dict[str, Any]:
     """What of a configuration reaches the pixels.
 
     Not `output`, `report`, `verify`, `plan` and `warmup` (what is written, measured, checked, foreseen and done beside
@@ -48,32 +52,32 @@ def asked(config: dict[str, Any]) -> dict[str, Any]:
     configuration is the same as its original.
     """
     unseen = ("output", "report", "verify", "plan", "warmup", "batch_size", "retry", "fail_fast")
-    kept = {key: value for key, value in redact(config).items() if key not in unseen}
+    kept = {key: value for key, value in redact_config(config).items() if key not in unseen}
     for section, beside in (("model", ("facts", "judge")), ("compile", ("cache_dir",))):
         kept[section] = {key: value for key, value in kept.get(section, {}).items() if key not in beside}
     return kept
 
 
-def versions() -> dict[str, str | None]:
+def collect_versions() -> dict[str, str | None]:
     """Versions of hydrarun, Python and the packages that compute the pixels; None for one that is not installed."""
     return {"hydrarun": __version__, "python": platform.python_version()} | {
-        package: _version(package) for package in PACKAGES
+        package: _find_version(package) for package in PACKAGES
     }
 
 
-def _version(package: str) -> str | None:
+def _find_version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def hardware(device: str) -> dict[str, Any]:
+def describe_hardware(device: str) -> dict[str, Any]:
     """What of this machine can change the last bits of a picture. `device`: cpu, cuda or cuda:N."""
     import torch
 
     facts: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": _read_cpu_name(),
         "cpu_cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch_threads": torch.get_num_threads(),
@@ -90,7 +94,7 @@ def hardware(device: str) -> dict[str, Any]:
     return facts
 
 
-def _cpu_name() -> str:
+def _read_cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
@@ -99,7 +103,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def peak_host_bytes() -> int:
+def measure_peak_host_bytes() -> int:
     """Peak resident memory of this process, on Linux since `forget_peak_host_bytes`."""
     with suppress(OSError):
         if match := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
@@ -108,13 +112,13 @@ def peak_host_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
-def forget_peak_host_bytes() -> None:
+def reset_peak_host_bytes() -> None:
     """From here on count the peak anew, where the system can."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def redact(config: dict[str, Any]) -> dict[str, Any]:
+def redact_config(config: dict[str, Any]) -> dict[str, Any]:
     """A copy fit for publishing: the home folder becomes `~`, secrets go. Applying it twice changes nothing more.
 
     Keys named like a secret (`token`, `password`, `api_key`, ...) are left out with their values, and Hugging Face
@@ -122,12 +126,12 @@ def redact(config: dict[str, Any]) -> dict[str, Any]:
     less would be another picture.
     """
     home = str(Path.home())
-    return _map_texts(config, lambda text: _from_home(SECRET_TEXT.sub(REMOVED, text), home))
+    return _map_texts(config, lambda text: _expand_home_text(SECRET_TEXT.sub(REMOVED, text), home))
 
 
-def expand(config: dict[str, Any]) -> dict[str, Any]:
+def expand_home(config: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `redact` on this machine: `~` at the start of a path becomes the home folder."""
-    return _map_texts(config, _to_home)
+    return _map_texts(config, _shorten_home_text)
 
 
 def redact_text(text: str) -> str:
@@ -135,11 +139,11 @@ def redact_text(text: str) -> str:
     return SECRET_TEXT.sub(REMOVED, text).replace(str(Path.home()), "~")
 
 
-def _from_home(text: str, home: str) -> str:
+def _expand_home_text(text: str, home: str) -> str:
     return "~" + text[len(home) :] if text == home or text.startswith(home + os.sep) else text
 
 
-def _to_home(text: str) -> str:
+def _shorten_home_text(text: str) -> str:
     return str(Path.home()) + text[1:] if text == "~" or text.startswith("~" + os.sep) else text
 
 

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hydrarun.core.errors import UsageError
-from hydrarun.core.moved_names import current_names
+from hydrarun.core.moved_names import use_current_names
 from hydrarun.outputs.media import frames
 from hydrarun.outputs.media.read import read_output
-from hydrarun.outputs.writer import FORMAT, WHICH, pixels_sha256
+from hydrarun.outputs.writer import FORMAT, WHICH, hash_pixels
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ class RecordedPicture:
 
 
 @dataclass
-class Recorded:
+class RecordedRun:
     """The configuration of the whole run (plain, redacted, not yet validated), what it used, and its pictures."""
 
     config: dict[str, Any]
@@ -62,18 +62,18 @@ class Recorded:
     pictures: list[RecordedPicture]
 
 
-def load(path: Path) -> Recorded:
+def load_recorded_run(path: Path) -> RecordedRun:
     """Read a file or folder with metadata (`hydrarun.outputs.media.read`), one file of such a folder, or a run.json.
 
     Raises UsageError of one line for anything else.
     """
-    return _from_run(path) if path.suffix.lower() == ".json" else _from_medium(path)
+    return _load_run_json(path) if path.suffix.lower() == ".json" else _load_media_file(path)
 
 
-def _current_config(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+def _read_config(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     """The recorded configuration; classes have their names of today."""
     try:
-        return current_names(_get(path, record, "config", dict))
+        return use_current_names(_get_field(path, record, "config", dict))
     except RecursionError:
         raise UsageError(f"{path}: its configuration is nested too deeply") from None
 
@@ -83,7 +83,7 @@ def is_lossy(path: Path) -> bool:
     return path.suffix.lower() == ".mp4"
 
 
-def _from_medium(path: Path) -> Recorded:
+def _load_media_file(path: Path) -> RecordedRun:
     pixels, record = read_output(path)
     if record is None:
         raise UsageError(
@@ -91,29 +91,31 @@ def _from_medium(path: Path) -> Recorded:
             "stripped on the way; a run.json beside it can be replayed instead"
         )
     _check_format(path, record)
-    config = _current_config(path, record)
-    sampling = _get(path, config, "sampling", dict)
-    batch = _get(path, record, "batch", dict)
-    index = _get(path, batch, "index", int)
-    which = _get(path, batch, "sampling", dict)
+    config = _read_config(path, record)
+    sampling = _get_field(path, config, "sampling", dict)
+    batch = _get_field(path, record, "batch", dict)
+    index = _get_field(path, batch, "index", int)
+    which = _get_field(path, batch, "sampling", dict)
     if set(which) != set(WHICH):
         raise UsageError(f"{path}: batch.sampling must hold {', '.join(WHICH)}")
     run_config = {**config, "sampling": {**sampling, **which}}
     whole, part = "pixels_sha256", None
     for form, (stem, _) in frames.STEMS.items():
         if stem in record and not path.is_dir():
-            whole, part = f"{stem}_sha256", frames.frame_file_name(_get(path, record, stem, int), form)
-    digest = _get(path, record, whole, str)
-    picture = RecordedPicture(path.name, index, digest, _as_hashed(path, pixels, digest), is_lossy(path), part)
-    return Recorded(run_config, _facts(record), [picture])
+            whole, part = f"{stem}_sha256", frames.frame_file_name(_get_field(path, record, stem, int), form)
+    digest = _get_field(path, record, whole, str)
+    picture = RecordedPicture(
+        path.name, index, digest, _match_hashed_pixels(path, pixels, digest), is_lossy(path), part
+    )
+    return RecordedRun(run_config, _read_facts(record), [picture])
 
 
-def run_json(path: Path) -> dict[str, Any]:
+def read_run_json(path: Path) -> dict[str, Any]:
     """A run.json of this format; classes have their names of today. Raises UsageError for another file."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UsageError(f"{path}: refused, larger than {MAX_JSON_BYTES} bytes")
-        record = current_names(json.loads(path.read_text(encoding="utf-8")))
+        record = use_current_names(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError):
@@ -124,28 +126,28 @@ def run_json(path: Path) -> dict[str, Any]:
     return record
 
 
-def _from_run(path: Path) -> Recorded:
-    record = run_json(path)
-    pictures = [_listed(path, output) for output in _get(path, record, "outputs", list)]
+def _load_run_json(path: Path) -> RecordedRun:
+    record = read_run_json(path)
+    pictures = [_load_listed_output(path, output) for output in _get_field(path, record, "outputs", list)]
     if not pictures:
         raise UsageError(f"{path}: lists no pictures to compare with")
-    return Recorded(_get(path, record, "config", dict), _facts(record), pictures)
+    return RecordedRun(_get_field(path, record, "config", dict), _read_facts(record), pictures)
 
 
-def _listed(path: Path, output: Any) -> RecordedPicture:
+def _load_listed_output(path: Path, output: Any) -> RecordedPicture:
     """One of run.json's outputs; its file must lie beside run.json if it is there at all."""
-    name = _get(path, output, "path", str)
+    name = _get_field(path, output, "path", str)
     if Path(name).name != name or name in ("", ".."):
         raise UsageError(f"{path}: {name!r} is not the name of a file beside it")
-    index, digest = _get(path, output, "index", int), _get(path, output, "pixels_sha256", str)
+    index, digest = _get_field(path, output, "index", int), _get_field(path, output, "pixels_sha256", str)
     file = path.with_name(name)
-    pixels = _as_hashed(file, read_output(file)[0], digest) if os.path.exists(file) else None
+    pixels = _match_hashed_pixels(file, read_output(file)[0], digest) if os.path.exists(file) else None
     return RecordedPicture(name, index, digest, pixels, is_lossy(file))
 
 
-def _as_hashed(path: Path, pixels: np.ndarray, digest: str) -> np.ndarray | None:
+def _match_hashed_pixels(path: Path, pixels: np.ndarray, digest: str) -> np.ndarray | None:
     """The pixels if they are those that the hash was made of, or as near as a lossy file comes."""
-    return pixels if is_lossy(path) or pixels_sha256(pixels) == digest else None
+    return pixels if is_lossy(path) or hash_pixels(pixels) == digest else None
 
 
 def _check_format(path: Path, record: dict[str, Any]) -> None:
@@ -153,11 +155,11 @@ def _check_format(path: Path, record: dict[str, Any]) -> None:
         raise UsageError(f"{path}: its format is {record.get('format')!r}; this version of hydrarun reads {FORMAT}")
 
 
-def _facts(record: dict[str, Any]) -> dict[str, Any]:
+def _read_facts(record: dict[str, Any]) -> dict[str, Any]:
     return {key: record.get(key) for key in FACTS}
 
 
-def _get(path: Path, record: Any, key: str, kind: type[T]) -> T:
+def _get_field(path: Path, record: Any, key: str, kind: type[T]) -> T:
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
         raise UsageError(f"{path}: {key!r} is missing or not a {kind.__name__}")

@@ -19,7 +19,7 @@ from hydrarun.core.errors import RunError
 from hydrarun.core.files import write_atomically
 from hydrarun.core.inputs import image_paths
 from hydrarun.outputs.media import frames, kinds, mp4, png, wav
-from hydrarun.outputs.provenance import config_hash, redact, redact_text
+from hydrarun.outputs.provenance import hash_config, redact_config, redact_text
 
 FORMAT = 1  # of run.json and of the metadata; grows when a key changes its meaning
 
@@ -55,14 +55,14 @@ class OutputWriter:
         its pictures' places there; each of them is then named by the hash of the configuration that draws it alone.
         """
         self.run_dir = run_dir
-        self.config = as_recorded(config)
-        self.facts = redact(
-            {**facts, "inputs": [{**image, "path": _absolute(image["path"])} for image in facts["inputs"]]}
+        self.config = to_recorded_config(config)
+        self.facts = redact_config(
+            {**facts, "inputs": [{**image, "path": _make_absolute(image["path"])} for image in facts["inputs"]]}
         )
         self.metadata = metadata
         self.places = places
-        self.config_hash = config_hash(self.config)
-        self.created = now()
+        self.config_hash = hash_config(self.config)
+        self.created = current_timestamp()
         self.outputs: list[dict[str, Any]] = []
         self.drawn = 0
         self.save_s = 0.0
@@ -91,16 +91,16 @@ class OutputWriter:
         texts = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
         index, digest = position, self.config_hash
         if self.places:
-            index, digest = self.places[position], config_hash(alone(self.config, texts))
+            index, digest = self.places[position], hash_config(derive_picture_config(self.config, texts))
         record = {
             "index": index,
-            "path": file_name(index, prompt, seed, digest, output["format"]),
+            "path": format_file_name(index, prompt, seed, digest, output["format"]),
             **texts,
             **({} if caption is None else {"caption": caption}),
-            "pixels_sha256": pixels_sha256(pixels),
-            **kinds.kind_of(pixels).extent(pixels, output, self.facts),
+            "pixels_sha256": hash_pixels(pixels),
+            **kinds.find_array_kind(pixels).extent(pixels, output, self.facts),
         }
-        record |= self._write(pixels, record, Place(position, digest), timings)
+        record |= self._write(pixels, record, BatchPosition(position, digest), timings)
         self.outputs.append(record)
         self.save_s += time.perf_counter() - start
         return record
@@ -118,7 +118,7 @@ class OutputWriter:
 
     def fail(self, error: BaseException, measured: dict[str, Any]) -> dict[str, Any]:
         """Write run.json for a run that broke off: what was already made stays and is listed."""
-        return self._write_run({"status": "failed", "error": described(error)}, measured)
+        return self._write_run({"status": "failed", "error": describe_error(error)}, measured)
 
     def _write_run(self, status: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
         measured = {**measured, "timings": {**measured["timings"], "save_s": self.save_s}}
@@ -126,13 +126,13 @@ class OutputWriter:
         return write_run(self.run_dir, {**status, **begun, **measured, **self.facts, "config": self.config})
 
     def _write(
-        self, pixels: np.ndarray, record: dict[str, Any], place: Place, timings: dict[str, Any]
+        self, pixels: np.ndarray, record: dict[str, Any], place: BatchPosition, timings: dict[str, Any]
     ) -> dict[str, str]:
         """Write it; what its record says of the file: `sha256`, or nothing of a folder."""
         path, form = self.run_dir / record["path"], self.config["output"]["format"]
         if form in frames.STEMS:
             stem, _ = frames.STEMS[form]
-            own = ({stem: number, f"{stem}_sha256": pixels_sha256(one)} for number, one in enumerate(pixels))
+            own = ({stem: number, f"{stem}_sha256": hash_pixels(one)} for number, one in enumerate(pixels))
             frames.write_frames(path, pixels, [self._text(record, place, timings, extra) for extra in own], form)
             return {}
         data = ENCODERS[form](pixels, record, self._text(record, place, timings, {}))
@@ -140,22 +140,24 @@ class OutputWriter:
         return {"sha256": hashlib.sha256(data).hexdigest()}
 
     def _text(
-        self, record: dict[str, Any], place: Place, timings: dict[str, Any], extra: dict[str, Any]
+        self, record: dict[str, Any], place: BatchPosition, timings: dict[str, Any], extra: dict[str, Any]
     ) -> dict[str, str]:
         """The two texts inside a file, by keyword; `extra` is what the recipe says of one frame alone."""
         if not self.metadata:
             return {}
         recipe = {**self._recipe(record, place, timings), **extra}
         return {
-            "parameters": parameters(self.config, self.facts, record),
+            "parameters": format_parameters(self.config, self.facts, record),
             png.CHUNK: json.dumps(recipe, ensure_ascii=False),
         }
 
-    def _recipe(self, record: dict[str, Any], place: Place, timings: dict[str, Any]) -> dict[str, Any]:
+    def _recipe(self, record: dict[str, Any], place: BatchPosition, timings: dict[str, Any]) -> dict[str, Any]:
         sampling = self.config["sampling"]
         return {
             "format": FORMAT,
-            "config": alone(self.config, {key: record[key] for key in ("prompt", "negative_prompt", "seed")}),
+            "config": derive_picture_config(
+                self.config, {key: record[key] for key in ("prompt", "negative_prompt", "seed")}
+            ),
             # A picture drawn alone equals the one drawn in its batch only to rounding (other matrix shapes), so
             # replay redraws the batch.
             "batch": {"index": place.position, "sampling": {key: sampling.get(key) for key in WHICH}},
@@ -168,22 +170,22 @@ class OutputWriter:
         }
 
 
-class Place(NamedTuple):
+class BatchPosition(NamedTuple):
     """Where a picture stands in its batch, and the hash that names it."""
 
     position: int
     config_hash: str
 
 
-def alone(config: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
+def derive_picture_config(config: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
     """The configuration that draws one picture of a run; `texts`: its prompt, negative prompt and seed."""
     return {**config, "sampling": {**config["sampling"], **texts, "num_images_per_prompt": 1}}
 
 
-def file_name(index: int, prompt: str, seed: int, digest: str, output_format: str) -> str:
+def format_file_name(index: int, prompt: str, seed: int, digest: str, output_format: str) -> str:
     """The name of an output's file, or of its folder; `digest`: the hash of a configuration."""
-    kind = kinds.written_as(output_format)
-    return f"{index:04d}-{slug(prompt, kind.nameless)}-{seed}-{digest}{kind.formats[output_format]}"
+    kind = kinds.find_format_kind(output_format)
+    return f"{index:04d}-{slugify_prompt(prompt, kind.nameless)}-{seed}-{digest}{kind.formats[output_format]}"
 
 
 def write_run(run_dir: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -193,17 +195,17 @@ def write_run(run_dir: Path, record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def described(error: BaseException) -> dict[str, str]:
+def describe_error(error: BaseException) -> dict[str, str]:
     """What run.json says of an error."""
     return {"type": type(error).__name__, "message": redact_text(str(error))}
 
 
-def now() -> str:
+def current_timestamp() -> str:
     """The time as run.json writes it."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def parameters(config: dict[str, Any], facts: dict[str, Any], record: dict[str, Any]) -> str:
+def format_parameters(config: dict[str, Any], facts: dict[str, Any], record: dict[str, Any]) -> str:
     """The AUTOMATIC1111 text: the prompt, the negative prompt, then one line of `Key: value` pairs."""
     sampling, model = config["sampling"], config["model"]
     guidance = sampling["guidance_scale"] if sampling["true_cfg_scale"] is None else sampling["true_cfg_scale"]
@@ -228,7 +230,7 @@ def parameters(config: dict[str, Any], facts: dict[str, Any], record: dict[str, 
     return "\n".join(lines)
 
 
-def slug(prompt: str, nameless: str) -> str:
+def slugify_prompt(prompt: str, nameless: str) -> str:
     """The prompt as a part of a file name: a-z, 0-9 and `-`, at most 40 characters, whole words where they fit.
 
     Accents are dropped; a prompt without any Latin letter or digit becomes `nameless`.
@@ -241,7 +243,7 @@ def slug(prompt: str, nameless: str) -> str:
     return words or nameless
 
 
-def pixels_sha256(pixels: np.ndarray) -> str:
+def hash_pixels(pixels: np.ndarray) -> str:
     """sha256 over the RGB or RGBA bytes, row by row from the top, frame after frame.
 
     Of a sound over its 16-bit samples, those of one moment side by side.
@@ -250,7 +252,7 @@ def pixels_sha256(pixels: np.ndarray) -> str:
 
 
 def _refuse_constant(pixels: np.ndarray, prompt: str, seed: int) -> None:
-    kind = kinds.kind_of(pixels)
+    kind = kinds.find_array_kind(pixels)
     nothing = kind.monotone(pixels)
     if nothing is None:
         return
@@ -261,22 +263,22 @@ def _refuse_constant(pixels: np.ndarray, prompt: str, seed: int) -> None:
     )
 
 
-def as_recorded(config: dict[str, Any]) -> dict[str, Any]:
+def to_recorded_config(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration as files and run.json hold it: paths absolute, the home folder `~`, no secrets."""
-    return redact(_with_absolute_paths(config))
+    return redact_config(_make_paths_absolute(config))
 
 
-def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
+def _make_paths_absolute(config: dict[str, Any]) -> dict[str, Any]:
     """A relative path means nothing to whoever reads the record from another folder; hub ids stay as they are."""
     model, given = config["model"], config["input"]
     if Path(model["path"]).expanduser().is_dir():
-        model = {**model, "path": _absolute(model["path"])}
+        model = {**model, "path": _make_absolute(model["path"])}
     if given["images"] is not None:
-        given = {**given, "images": [_absolute(path) for path in image_paths(config)]}
+        given = {**given, "images": [_make_absolute(path) for path in image_paths(config)]}
     return {**config, "model": model, "input": given}
 
 
-def _absolute(path: str) -> str:
+def _make_absolute(path: str) -> str:
     return str(Path(path).expanduser().resolve())
 
 

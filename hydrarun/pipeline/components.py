@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hydrarun.acceleration.offload.module_mover import move
+from hydrarun.acceleration.offload.module_mover import move_module
 from hydrarun.core.device import HOST
 from hydrarun.core.errors import RunError
-from hydrarun.core.progress import Tally
-from hydrarun.models.weights.lazy_state_dict import unread
+from hydrarun.core.progress import ByteCounter
+from hydrarun.models.weights.lazy_state_dict import make_lazy_state_dict
 from hydrarun.models.weights.safetensors import Checkpoint
 from hydrarun.pipeline.processors import load_processor
 
@@ -45,14 +45,14 @@ def load_pipeline(
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     scheduler: Any | None,
-    tally: Tally,
+    tally: ByteCounter,
 ) -> Any:
     """An instance of the diffusers pipeline `cls` from `folder`, without its transformers.
 
     `place` says which device a component is put on, `scheduler` replaces the checkpoint's own, `tally` counts the bytes
     of each component when it is there. Raises `RunError` naming folder and component for whatever cannot be used.
     """
-    index = read_index(folder, cls)
+    index = read_model_index(folder, cls)
     accepted = inspect.signature(cls).parameters
     components: dict[str, Any] = {**index.settings, **dict.fromkeys(OURS)}
     if scheduler is not None:
@@ -62,7 +62,7 @@ def load_pipeline(
     for name in needed:
         if name not in OURS and (components | entries).get(name) is None:
             raise RunError(f"{folder / 'model_index.json'}: {name} is missing, and {cls.__name__} needs it")
-    sizes = {name: size(folder, name, entry) for name, entry in entries.items()}
+    sizes = {name: count_weight_bytes(folder, name, entry) for name, entry in entries.items()}
     tally.expect(sum(sizes.values()))
     for name, entry in entries.items():
         kind = vae_dtype if name == "vae" else dtype
@@ -74,17 +74,17 @@ def load_pipeline(
 
 def load_module(cls: type, folder: Path, name: str, dtype: torch.dtype) -> torch.nn.Module:
     """One component of the checkpoint in `folder`, saved by the pipeline class `cls`, on the host."""
-    return load_component(folder, name, read_index(folder, cls).components[name], device=HOST, dtype=dtype)
+    return load_component(folder, name, read_model_index(folder, cls).components[name], device=HOST, dtype=dtype)
 
 
-class Index(NamedTuple):
+class ModelIndex(NamedTuple):
     """What a model_index.json says: `{component: (library, class)}`, and the pipeline's own settings."""
 
     components: dict[str, tuple[str, str]]
     settings: dict[str, Any]
 
 
-def read_index(folder: Path, cls: type) -> Index:
+def read_model_index(folder: Path, cls: type) -> ModelIndex:
     """The index of a checkpoint that the pipeline class `cls` saved."""
     path = folder / "model_index.json"
     try:
@@ -96,24 +96,24 @@ def read_index(folder: Path, cls: type) -> Index:
     if saved_by != cls.__name__:
         raise RunError(f"{path}: a checkpoint of {saved_by}, and this model option runs {cls.__name__}")
     settings = {key: value for key, value in content.items() if key not in pairs and not key.startswith("_")}
-    return Index(entries(pairs), settings)
+    return ModelIndex(find_components(pairs), settings)
 
 
-def entries(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+def find_components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """The components of a model_index.json by name, each with its library and class; the rest of it are settings."""
     pairs = {name: tuple(one) for name, one in index.items() if isinstance(one, (list, tuple)) and len(one) == 2}
-    return {name: (library_of(library), cls) for name, (library, cls) in pairs.items() if library}
+    return {name: (resolve_library(library), cls) for name, (library, cls) in pairs.items() if library}
 
 
-def library_of(name: Any) -> Any:
+def resolve_library(name: Any) -> Any:
     """What a pipeline has beside itself in its own module goes by the module's name, and is diffusers' too."""
     own = isinstance(name, str) and name.isidentifier() and name not in LIBRARIES
     return "diffusers" if own and importlib.util.find_spec(f"diffusers.pipelines.{name}") else name
 
 
-def size(folder: Path, name: str, entry: tuple[str, str]) -> int:
+def count_weight_bytes(folder: Path, name: str, entry: tuple[str, str]) -> int:
     """Bytes of the component's weights; 0 for one that has none."""
-    has = issubclass(known_class(folder, name, entry), torch.nn.Module)
+    has = issubclass(require_class(folder, name, entry), torch.nn.Module)
     return Checkpoint(folder / name, STEMS[entry[0]]).size if has else 0
 
 
@@ -132,17 +132,17 @@ def load_component(
     name of a tensor that is missing.
     """
     library = entry[0]
-    cls = known_class(folder, name, entry)
+    cls = require_class(folder, name, entry)
     if not issubclass(cls, torch.nn.Module):
-        with readable(folder / name), quiet_libraries():
+        with translate_load_errors(folder / name), quiet_libraries():
             return load_processor(cls, folder / name) if is_processor(cls) else cls.from_pretrained(folder / name)
     checkpoint = Checkpoint(folder / name, STEMS[library])
     _ = checkpoint.headers  # damaged files are named here, by us
     shown = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
-    with readable(folder / name), quiet_libraries():
+    with translate_load_errors(folder / name), quiet_libraries():
         if library == "transformers":
             config = cls.config_class.from_pretrained(folder / name)
-            weights = unread(checkpoint, dtype, add)
+            weights = make_lazy_state_dict(checkpoint, dtype, add)
             module, info = cls.from_pretrained(
                 None, config=config, state_dict=weights, dtype=dtype, device_map={"": device}, **shown
             )
@@ -151,31 +151,31 @@ def load_component(
             add(checkpoint.size)
     refuse_incomplete(folder / name, info)
     if (folder / name / GENERATION).is_file():  # how it draws tokens, if it is asked to: not in config.json
-        module.generation_config = generation_config(folder / name)
-    move(module.eval().requires_grad_(False), device)
+        module.generation_config = read_generation_config(folder / name)
+    move_module(module.eval().requires_grad_(False), device)
     return module
 
 
-def generation_config(folder: Path) -> Any:
+def read_generation_config(folder: Path) -> Any:
     """How the model in `folder` draws tokens."""
     from transformers import GenerationConfig
 
-    with readable(folder), quiet_libraries():
+    with translate_load_errors(folder), quiet_libraries():
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
-def known_class(folder: Path, name: str, entry: tuple[str, str]) -> Any:
+def require_class(folder: Path, name: str, entry: tuple[str, str]) -> Any:
     """The component's class. Raises `RunError` for one that is not loaded."""
     library, class_name = entry
     if library not in LIBRARIES:
         raise RunError(f"{folder / 'model_index.json'}: {name} comes from {library!r}; only {LIBRARIES} are loaded")
-    cls = component_class(library, class_name)
+    cls = find_component_class(library, class_name)
     if cls is None:
         raise RunError(f"{folder / 'model_index.json'}: {name}: the installed {library} has no component {class_name}")
     return cls
 
 
-def component_class(library: str, name: str) -> Any:
+def find_component_class(library: str, name: str) -> Any:
     """The class, or None. Other classes of the libraries have a `from_pretrained` too, and some read pickles."""
     import diffusers
     import transformers
@@ -214,7 +214,7 @@ def refuse_incomplete(folder: Path, info: dict[str, Any]) -> None:
 
 
 @contextmanager
-def readable(folder: Path) -> Iterator[None]:
+def translate_load_errors(folder: Path) -> Iterator[None]:
     """Turn a library's complaint about a checkpoint into one line that names the folder."""
     try:
         yield

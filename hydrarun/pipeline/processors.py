@@ -27,7 +27,7 @@ def load_processor(cls: type, folder: Path) -> Any:
         raise RunError(f"{folder}: no {' and no '.join(SETTINGS_FILES)} here")
     images = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    processor = without_videos(cls)(images, tokenizer, tokenizer.chat_template)
+    processor = drop_video_processor(cls)(images, tokenizer, tokenizer.chat_template)
     vocabulary = tokenizer.get_vocab()
     for token in filter(None, (processor.image_token, getattr(processor, "video_token", None))):
         if token not in vocabulary:  # transformers makes an empty tokenizer where there are no files
@@ -36,7 +36,7 @@ def load_processor(cls: type, folder: Path) -> Any:
 
 
 @lru_cache
-def without_videos(cls: Any) -> Any:
+def drop_video_processor(cls: Any) -> Any:
     """The processor class without its part for videos, which needs torchvision and which no pipeline uses.
 
     transformers takes the parts of a processor from the names of these arguments: leaving one out is all it takes.

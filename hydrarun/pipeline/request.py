@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from hydrarun.config.batches import expand
+from hydrarun.config.batches import expand_prompts
 from hydrarun.pipeline.state import State
 
 #: fields of `sampling` that the state holds under the same name
@@ -28,8 +28,8 @@ PLAIN = (
 
 
 def make_state(sampling: dict[str, Any], input_images: Sequence[Image.Image] = ()) -> State:
-    """One item per picture (`hydrarun.config.batches.expand`); all get the images."""
-    prompts, negatives, seeds = map(list, zip(*expand(sampling), strict=True))
+    """One item per picture (`hydrarun.config.batches.expand_prompts`); all get the images."""
+    prompts, negatives, seeds = map(list, zip(*expand_prompts(sampling), strict=True))
     return State(
         prompts=prompts,
         negative_prompts=None if sampling["negative_prompt"] is None else negatives,
@@ -40,7 +40,7 @@ def make_state(sampling: dict[str, Any], input_images: Sequence[Image.Image] = (
     )
 
 
-def sampling_of(state: State) -> dict[str, Any]:
+def restore_sampling(state: State) -> dict[str, Any]:
     """The section `sampling` that asks for this state's items."""
     items = {"prompt": state.prompts, "negative_prompt": state.negative_prompts, "seed": state.seeds}
     return {**items, "num_images_per_prompt": None, **{name: getattr(state, name) for name in PLAIN}}

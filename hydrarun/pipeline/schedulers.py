@@ -13,7 +13,7 @@ from diffusers import SchedulerMixin
 
 from hydrarun.config.checks.checkpoint import read_json
 from hydrarun.config.targets import TARGET, check_arguments, instantiate, load_class
-from hydrarun.config.type_check import show
+from hydrarun.config.type_check import format_value
 from hydrarun.core.errors import UsageError
 
 CLASS_NAME = "_class_name"
@@ -28,12 +28,12 @@ SHIFTED_BY_SIZE = ("use_dynamic_shifting", "base_shift", "max_shift")
 
 def read_scheduler(folder: Path) -> dict[str, Any]:
     """The scheduler_config.json of the checkpoint in `folder`, with the class that its model_index.json names."""
-    return saved_scheduler(
+    return add_class_name(
         read_json(folder / "model_index.json"), read_json(folder / "scheduler" / "scheduler_config.json")
     )
 
 
-def saved_scheduler(index: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def add_class_name(index: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with the `_class_name` of the index."""
     _, name = index.get("scheduler") or (None, settings.get("_class_name"))
     return {**settings, CLASS_NAME: name}
@@ -60,7 +60,7 @@ def make_scheduler(config: Mapping[str, Any], saved: Mapping[str, Any]) -> Any |
     given = _settle_shift({key: value for key, value in node.items() if key != TARGET}, takes)
     check_arguments(cls, given, "scheduler")
     # what the class does not know stays in its config, where the shift by size is read from
-    settings = {**saved, **{_known_as(key, takes): value for key, value in saved.items()}, **given}
+    settings = {**saved, **{_find_setting_name(key, takes): value for key, value in saved.items()}, **given}
     del settings[CLASS_NAME]
     try:
         scheduler = cls.from_config(settings)
@@ -107,16 +107,16 @@ def _settle_shift(given: Mapping[str, Any], takes: Mapping[str, Any]) -> dict[st
     if len(shifts) > 1:
         raise UsageError(f"scheduler.{' and scheduler.'.join(shifts)} are one setting under two names: leave one out")
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise UsageError(f"scheduler.{key}: {show(value)} is not a finite number above 0")
+        raise UsageError(f"scheduler.{key}: {format_value(value)} is not a finite number above 0")
     if by_size := [name for name in SHIFTED_BY_SIZE if given.get(name)]:
         raise UsageError(
             f"scheduler.{key}: has no effect where noise levels are shifted by size (scheduler.{by_size[0]}):"
             " leave one of them out"
         )
     fixed = {"use_dynamic_shifting": False} if "use_dynamic_shifting" in takes else {}
-    return {**fixed, **{_known_as(name, takes): setting for name, setting in given.items()}}
+    return {**fixed, **{_find_setting_name(name, takes): setting for name, setting in given.items()}}
 
 
-def _known_as(key: str, takes: Mapping[str, Any]) -> str:
+def _find_setting_name(key: str, takes: Mapping[str, Any]) -> str:
     """The name under which a class takes the setting `key`."""
     return next((name for name in SHIFTS if key in SHIFTS and name in takes), key)

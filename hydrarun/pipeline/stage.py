@@ -12,7 +12,7 @@ from hydrarun.acceleration.cache.base import Cache, NoCache
 from hydrarun.acceleration.offload.modulation_tables import ModulationTables
 from hydrarun.acceleration.offload.strategies import USES, NoOffload
 from hydrarun.core.distributed.mesh import Mesh
-from hydrarun.core.errors import UsageError, nearest
+from hydrarun.core.errors import UsageError, suggest_name
 from hydrarun.core.progress import Progress
 from hydrarun.core.timing import Timings
 from hydrarun.models.experts import Experts
@@ -22,7 +22,7 @@ from hydrarun.pipeline.state import State
 
 
 @dataclass
-class Parts:
+class Components:
     """What was built and loaded, for the stages to use."""
 
     experts: Experts
@@ -47,7 +47,7 @@ class Parts:
 
     def transformer(self, expert: str) -> Transformer:
         """The transformer of that name, on the device."""
-        self.offload.ready(expert)
+        self.offload.load_expert(expert)
         return self.experts[expert]
 
 
@@ -63,12 +63,12 @@ class Stage:
     phase: str = ""
     uses: tuple[str, ...] = ()
 
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+    def __call__(self, state: State, parts: Components, timings: Timings) -> None:
         """Read what the stage needs from `state` and set what it gives."""
         raise NotImplementedError
 
 
-def check_chain(stages: Sequence[Stage]) -> None:
+def check_stages(stages: Sequence[Stage]) -> None:
     """Every stage must find what it needs, and the last result must be pictures. Raises `UsageError` otherwise."""
     known = set(State.request_fields())
     all_fields = State.request_fields() | State.stage_fields()
@@ -76,10 +76,10 @@ def check_chain(stages: Sequence[Stage]) -> None:
         label = f"model.stages[{position}] ({type(stage).__name__})"
         for name in (*stage.needs, *stage.gives):
             if name not in all_fields:
-                raise UsageError(f"{label}: the state has no field {name!r}.{nearest(name, all_fields)}")
+                raise UsageError(f"{label}: the state has no field {name!r}.{suggest_name(name, all_fields)}")
         for name in stage.uses:
             if name not in USES:
-                raise UsageError(f"{label}: a stage can use {', '.join(USES)}, not {name!r}.{nearest(name, USES)}")
+                raise UsageError(f"{label}: a stage can use {', '.join(USES)}, not {name!r}.{suggest_name(name, USES)}")
         missing = [name for name in stage.needs if name not in known]
         if missing:
             givers = [type(other).__name__ for other in stages[position:] if set(missing) & set(other.gives)]
@@ -92,10 +92,10 @@ def check_chain(stages: Sequence[Stage]) -> None:
         )
 
 
-def run_stages(stages: Sequence[Stage], state: State, parts: Parts, timings: Timings) -> None:
+def run_stages(stages: Sequence[Stage], state: State, parts: Components, timings: Timings) -> None:
     """Run them in order, timing each under its phase. Nothing is differentiated."""
     with torch.inference_mode(), timings.watch_compiler():
         for stage in stages:
             with timings.phase(stage.phase):
-                parts.offload.before(stage.uses)
+                parts.offload.prepare_stage(stage.uses)
                 stage(state, parts, timings)

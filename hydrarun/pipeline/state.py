@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from hydrarun.models.layers.tokens import Grid
 
 
-def given_by_stage() -> Any:
+def declare_stage_field() -> Any:
     """A field that is there once its stage has run; the check of the chain of stages sees to the order."""
     return field(default=None, metadata={"stage": True})
 
@@ -43,32 +43,32 @@ class State:
     resolution: int | None = None  # pixels of a side of a square that is as large as the picture
     captioned: bool = False  # whether any prompt of the request, also another rank's, is blank
     #: what a blank prompt was taken for
-    caption: str | None = given_by_stage()
+    caption: str | None = declare_stage_field()
     #: {branch: what of the prompt the transformer's `embed` takes}
-    conditioning: dict[str, dict[str, Any]] = given_by_stage()
+    conditioning: dict[str, dict[str, Any]] = declare_stage_field()
     #: [N], the scale that a guidance-distilled transformer takes; None: it takes none
-    guidance: Tensor | None = given_by_stage()
+    guidance: Tensor | None = declare_stage_field()
     #: [N, S, C], packed, or [N, C, F, h, w], or of a sound [N, C, L], as the transformer takes them
-    latents: Tensor = given_by_stage()
+    latents: Tensor = declare_stage_field()
     #: N, what the latents were drawn from; a scheduler that adds noise draws it from them
-    generators: list[Generator] = given_by_stage()
+    generators: list[Generator] = declare_stage_field()
     #: latent tokens: frames, rows, columns
-    grid: Grid = given_by_stage()
+    grid: Grid = declare_stage_field()
     #: the input images as packed latents, one after the other, [1, I, C], and the grid of each; None: there are none
-    image_latents: Tensor | None = given_by_stage()
-    image_grids: tuple[Grid, ...] = given_by_stage()
+    image_latents: Tensor | None = declare_stage_field()
+    image_grids: tuple[Grid, ...] = declare_stage_field()
     #: what a prior model drew before, the id of its token for each latent token, [N, S]; of the input images, [1, I]
-    prior_tokens: Tensor = given_by_stage()
-    image_prior_tokens: Tensor | None = given_by_stage()
+    prior_tokens: Tensor = declare_stage_field()
+    image_prior_tokens: Tensor | None = declare_stage_field()
     #: more channels beside the latents', [1, C', F, h, w]
-    condition_latents: Tensor = given_by_stage()
+    condition_latents: Tensor = declare_stage_field()
     #: latents of a given first frame, [1, C, 1, h, w]; None: it is drawn like the others
-    first_frame: Tensor | None = given_by_stage()
+    first_frame: Tensor | None = declare_stage_field()
     #: [steps], the scheduler's own values
-    timesteps: Tensor = given_by_stage()
+    timesteps: Tensor = declare_stage_field()
     #: [N, F, H, W, 3] uint8, F is 1 for a still picture; of layers [N, L, H, W, 4]; of sounds int16
     #: [N, samples, channels]
-    frames: np.ndarray = given_by_stage()
+    frames: np.ndarray = declare_stage_field()
 
     def select(self, items: Sequence[int]) -> State:
         """A batch of these items of a request, before its first stage."""

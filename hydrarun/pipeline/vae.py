@@ -12,27 +12,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hydrarun.acceleration.parallel.vae import split as split_vae
-from hydrarun.config.checks.checkpoint import vae_factors
+from hydrarun.acceleration.parallel.vae import shard_vae
+from hydrarun.config.checks.checkpoint import read_vae_factors
 from hydrarun.core.distributed.mesh import Mesh
 from hydrarun.core.errors import RunError
 
 
-def encode(pipeline: Any, pixels: Tensor) -> Tensor:
+def encode_pixels(pipeline: Any, pixels: Tensor) -> Tensor:
     """Pixels from -1 to 1 to normalised latents: the mode of the VAE's distribution, as reference pipelines take it."""
     vae = pipeline.vae
     pixels = pixels.to(vae.device, vae.dtype)
     encoded = vae.encode(pixels if has_frames(vae) else pixels.squeeze(2)).latent_dist.mode()
     latents = encoded if has_frames(vae) else encoded.unsqueeze(2)
-    mean, std = scaling(vae.config, latents)
+    mean, std = read_latent_scaling(vae.config, latents)
     return (latents - mean) / std
 
 
-def decode(pipeline: Any, latents: Tensor) -> Tensor:
+def decode_latents(pipeline: Any, latents: Tensor) -> Tensor:
     """Normalised latents to pixels from about -1 to 1. Raises `RunError` for NaN and infinity."""
     vae = pipeline.vae
     latents = latents.to(vae.device, vae.dtype)
-    mean, std = scaling(vae.config, latents)
+    mean, std = read_latent_scaling(vae.config, latents)
     # the reference divides by 1 / std: multiplying by std would round differently
     latents = latents / (1 / std) + mean
     if has_frames(vae):
@@ -44,7 +44,7 @@ def decode(pipeline: Any, latents: Tensor) -> Tensor:
     return pixels
 
 
-def channels_last(vae: nn.Module) -> None:
+def use_channels_last(vae: nn.Module) -> None:
     """Keep the weights of convolutions with a pixel's channels side by side; what they compute is kept so too."""
     for module in vae.modules():
         if isinstance(module, nn.Conv2d):
@@ -53,7 +53,7 @@ def channels_last(vae: nn.Module) -> None:
             module.to(memory_format=torch.channels_last_3d)
 
 
-def one_frame_in_2d(vae: nn.Module) -> None:
+def run_single_frames_in_2d(vae: nn.Module) -> None:
     """Have causal convolutions take a frame that nothing comes before as the picture it is.
 
     Before it they would pad with zeros, so that only their last tap over time counts: the same up to rounding.
@@ -61,11 +61,11 @@ def one_frame_in_2d(vae: nn.Module) -> None:
     for module in vae.modules():
         if isinstance(module, nn.Conv3d) and hasattr(module, "_padding"):  # diffusers' causal ones
             kind: Any = type(module)
-            module.__class__ = for_pictures_too(kind)  # a function on the module would hold it for ever
+            module.__class__ = make_single_frame_class(kind)  # a function on the module would hold it for ever
 
 
 @cache
-def for_pictures_too(causal: Any) -> Any:
+def make_single_frame_class(causal: Any) -> Any:
     """The class of causal convolutions, for single frames too."""
 
     class ForPicturesToo(causal):
@@ -81,7 +81,7 @@ def for_pictures_too(causal: Any) -> Any:
     return ForPicturesToo
 
 
-def channels(pipeline: Any) -> int:
+def count_latent_channels(pipeline: Any) -> int:
     """Channels of the latents."""
     config = pipeline.vae.config
     return config["z_dim"] if "z_dim" in config else config["latent_channels"]
@@ -89,10 +89,10 @@ def channels(pipeline: Any) -> int:
 
 def has_frames(vae: Any) -> bool:
     """Whether the VAE takes frames as an axis."""
-    return vae_factors(vae.config)[0] is not None
+    return read_vae_factors(vae.config)[0] is not None
 
 
-def scaling(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+def read_latent_scaling(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """The latents' mean and standard deviation, `[1, C, 1, 1, 1]` or one number for all channels."""
     if config.get("latents_mean") is not None:
         mean, std = torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
@@ -102,14 +102,14 @@ def scaling(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def arrange_vae(vae: Any, settings: dict[str, Any], mesh: Mesh | None) -> None:
+def configure_vae(vae: Any, settings: dict[str, Any], mesh: Mesh | None) -> None:
     """How it decodes: `settings` are the section `vae`."""
-    one_frame_in_2d(vae)
+    run_single_frames_in_2d(vae)
     if settings["slicing"]:
         vae.enable_slicing()
     if settings["tiling"]:
         vae.enable_tiling()
     if settings["channels_last"]:
-        channels_last(vae)
+        use_channels_last(vae)
     if mesh and mesh.vae:
-        split_vae(vae, mesh.vae)
+        shard_vae(vae, mesh.vae)

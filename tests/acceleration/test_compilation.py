@@ -11,11 +11,11 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from hydrarun.acceleration.compilation import CACHE_DIR, CompileFull, NoCompile, keep_graphs
-from hydrarun.config.compose import compose
+from hydrarun.acceleration.compilation import CACHE_DIR, CompileFull, NoCompile, set_graph_cache
+from hydrarun.config.compose import compose_config
 from hydrarun.core import timing
 from hydrarun.core.errors import UsageError
-from hydrarun.core.resources import options
+from hydrarun.core.resources import read_options
 from hydrarun.core.timing import Timings
 from hydrarun.engine.runner import Runner
 from hydrarun.models.transformer import Inputs, Transformer
@@ -83,10 +83,10 @@ def test_weights_that_come_and_go_need_no_other_graph(traced, fake):
     """One graph on the host, one on the device, for two experts, two ways to offload and two runs each."""
     want = traced.draw().latents
     for option in ("expert", "model"):
-        config = compose([*traced.overrides(), "compile=full"])
-        runner = Runner({**config, "offload": options("offload")[option], "device": "fake"})
+        config = compose_config([*traced.overrides(), "compile=full"])
+        runner = Runner({**config, "offload": read_options("offload")[option], "device": "fake"})
         for _ in range(2):
-            have = runner.draw(runner.state(config, []), Timings(torch.device("fake"))).latents
+            have = runner.draw(runner.prepare_state(config, []), Timings(torch.device("fake"))).latents
             assert (have.cpu() - want).abs().max() <= TOLERANCE
     assert counters["stats"]["unique_graphs"] == 2
 
@@ -95,7 +95,7 @@ def test_a_later_process_finds_the_graphs():
     """With the real code generator; a reset forgets all that the process holds. Tolerance: the order of sums."""
     want = predict(NoCompile())
     for _ in range(2):
-        torch._dynamo.reset_code(Transformer.through.__code__)
+        torch._dynamo.reset_code(Transformer.forward_branch.__code__)
         counters.clear()
         assert (predict(CompileFull()) - want).abs().max() <= 1e-12
         assert counters["stats"]["unique_graphs"] == 1
@@ -108,7 +108,7 @@ def predict(compiler):
     compiler.apply(toy)
     latents, times = torch.linspace(-1, 1, 30, dtype=torch.float64).view(2, 5, 3), torch.ones(2, dtype=torch.float64)
     with torch.inference_mode():
-        return toy.predict(Inputs(latents, times, {"positive": {"factor": 2.0}}), "positive")
+        return toy.predict_branch(Inputs(latents, times, {"positive": {"factor": 2.0}}), "positive")
 
 
 def test_compiling_is_counted_once_and_apart(monkeypatch):
@@ -138,12 +138,12 @@ def test_compiling_is_counted_once_and_apart(monkeypatch):
 def test_where_graphs_are_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "users"))
     monkeypatch.delenv(CACHE_DIR)
-    keep_graphs(None)
+    set_graph_cache(None)
     assert os.environ[CACHE_DIR] == str(tmp_path / "users" / "hydrarun" / "compile")
     monkeypatch.setenv(CACHE_DIR, "/chosen/before")
-    keep_graphs(None)
+    set_graph_cache(None)
     assert os.environ[CACHE_DIR] == "/chosen/before"
-    keep_graphs(str(tmp_path / "mine"))
+    set_graph_cache(str(tmp_path / "mine"))
     assert os.environ[CACHE_DIR] == str(tmp_path / "mine")
     assert cache_dir() == str(tmp_path / "mine")  # torch's own answer
 
@@ -151,7 +151,7 @@ def test_where_graphs_are_kept(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"compile\.cache_dir: .*/file/x: Not a directory; choose another folder"):
-        keep_graphs(str(tmp_path / "file" / "x"))
+        set_graph_cache(str(tmp_path / "file" / "x"))
 
 
 def test_nothing_is_compiled_by_default(tiny_runner):

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from hydrarun.acceleration import quantization as quantize
-from hydrarun.acceleration.parallel.hsdp import repeated_layers
-from hydrarun.acceleration.quantization import TorchAO, stored_bytes
+from hydrarun.acceleration import quantization
+from hydrarun.acceleration.parallel.hsdp import find_repeated_layers
+from hydrarun.acceleration.quantization import TorchAO, count_stored_bytes
 from hydrarun.config import targets
-from hydrarun.config.compose import compose, compose_raw
+from hydrarun.config.compose import compose_config, compose_unchecked
 from hydrarun.core.errors import UsageError
 from hydrarun.engine.runner import Runner
 from hydrarun.models.transformer import Transformer
@@ -34,7 +34,7 @@ BOTH = "quantization.components=[transformer,text_encoder]"
 
 def build(subject: subjects.Subject, *more: str) -> Runner:
     """Our runner on the subject's checkpoint, with more overrides; images are encoded once for all."""
-    runner = Runner(compose([*subject.overrides(), *more]))
+    runner = Runner(compose_config([*subject.overrides(), *more]))
     runner.built.parts.pipeline.vae.encode = subject.runner.built.parts.pipeline.vae.encode
     return runner
 
@@ -98,7 +98,7 @@ def test_every_option_stays_near_and_repeats_bit_for_bit(subject, option):
     ours = latents(runner)
     assert 0 < distance(ours, latents(subject.runner)) < TOLERANCES[option]
     assert torch.equal(latents(runner), ours)
-    assert runner.facts()["quantization"] == option
+    assert runner.collect_facts()["quantization"] == option
 
 
 @pytest.mark.parametrize("option", PER_ROW)
@@ -108,9 +108,11 @@ def test_bytes_are_one_a_number_and_a_scale_a_row(subject, option):
     for name in in_the_blocks(ours):
         weight = weights(ours)[name]
         rows, columns = weight.shape
-        assert stored_bytes(weight) == rows * (columns + PER_ROW[option]), name
+        assert count_stored_bytes(weight) == rows * (columns + PER_ROW[option]), name
     (plain,) = subject.runner.built.parts.experts
-    assert all(stored_bytes(weights(plain)[name]) == 4 * math.prod(weights(ours)[name].shape) for name in weights(ours))
+    assert all(
+        count_stored_bytes(weights(plain)[name]) == 4 * math.prod(weights(ours)[name].shape) for name in weights(ours)
+    )
 
 
 @pytest.mark.parametrize(("option", "step"), [("int8_weight_only", 1 / 254), ("fp8_weight_only", 1 / 16)])
@@ -151,7 +153,7 @@ def test_text_encoders_too(subject):
     assert len(encoders) == (2 if subject.name == "flux_dev" else 1)
     for key, encoder in encoders.items():
         plain = subject.runner.built.parts.pipeline.components[key]
-        layers = {id(m) for part in repeated_layers(plain) for m in part.modules() if isinstance(m, nn.Linear)}
+        layers = {id(m) for part in find_repeated_layers(plain) for m in part.modules() if isinstance(m, nn.Linear)}
         for name, module in plain.named_modules():
             if isinstance(module, nn.Linear):
                 assert is_quantized(encoder.get_submodule(name).weight) == (id(module) in layers), name
@@ -175,7 +177,7 @@ def test_bfloat16_too(subject, option):
 
 
 def quantizer(option: str) -> TorchAO:
-    made = targets.instantiate(compose_raw([f"quantization={option}"])[0]["quantization"], "quantization")
+    made = targets.instantiate(compose_unchecked([f"quantization={option}"])[0]["quantization"], "quantization")
     made.prepare(CPU)
     return made
 
@@ -198,7 +200,7 @@ def test_few_weights_at_a_time_are_there_in_full(tiny_folder, monkeypatch):
 
     monkeypatch.setattr(TorchAO, "quantize", watched)
     monkeypatch.setattr(TorchAO, "loaded", loaded)
-    monkeypatch.setattr("hydrarun.core.threads.MOST", 2)
+    monkeypatch.setattr("hydrarun.core.threads.MAX_THREADS", 2)
     runner = Runner(tiny.config(tiny_folder, "quantization=int8_weight_only"))
     (transformer,) = runner.built.parts.experts
     assert len(seen) == len(in_the_blocks(transformer))
@@ -268,7 +270,7 @@ def test_compiled_blocks_are_one_graph_and_compute_the_same(subject):
 
 def latents_on_a_rank(name: str, folder: Path, chosen: dict[str, int], fields: dict[str, Any]) -> np.ndarray:
     """The final latents of this rank's own pictures."""
-    composed = compose([*subjects.command(name, folder), "quantization=int8_weight_only"])
+    composed = compose_config([*subjects.command(name, folder), "quantization=int8_weight_only"])
     runner = Runner({**composed, "parallel": parallel_runs.degrees(**chosen)})
     return latents(runner, **fields).numpy()
 
@@ -306,7 +308,7 @@ def test_ranks_compute_the_same(pool, subject, layout):
     ],
 )
 def test_what_torchao_is_not_asked_for(node, line):
-    option = compose_raw(["quantization=int8_weight_only"])[0]["quantization"]
+    option = compose_unchecked(["quantization=int8_weight_only"])[0]["quantization"]
     with pytest.raises(UsageError) as caught:
         targets.instantiate({**option, **node}, "quantization")
     assert str(caught.value) == line
@@ -315,7 +317,7 @@ def test_what_torchao_is_not_asked_for(node, line):
 def test_float8_products_are_refused_where_device_auto_is_the_cpu(tmp_path, monkeypatch):
     """Before the folder of weights, which has none, is looked at."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    config, _ = compose_raw([f"model.path={tmp_path}", "quantization=fp8"])
+    config, _ = compose_unchecked([f"model.path={tmp_path}", "quantization=fp8"])
     with pytest.raises(UsageError) as caught:
         Runner(config)
     assert str(caught.value) == (
@@ -327,11 +329,11 @@ def test_float8_products_are_refused_where_device_auto_is_the_cpu(tmp_path, monk
 @pytest.mark.parametrize(("capability", "can"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
 def test_which_gpus_multiply_float8(monkeypatch, capability, can):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert quantize.multiplies_float8(torch.device("cuda:1")) == can
+    assert quantization.supports_float8(torch.device("cuda:1")) == can
 
 
 def test_a_missing_torchao_is_named_with_the_command_that_brings_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torchao", None)
-    config, _ = compose_raw([f"model.path={tmp_path}", "quantization=int8_weight_only"])
+    config, _ = compose_unchecked([f"model.path={tmp_path}", "quantization=int8_weight_only"])
     with pytest.raises(UsageError, match=r"needs torchao, .* not installed here: pip install 'torchao>=0\.18'$"):
         Runner(config)

@@ -1,6 +1,6 @@
 import pytest
 
-from hydrarun.cli.arguments import parse
+from hydrarun.cli.arguments import parse_arguments
 from hydrarun.core.errors import UsageError
 
 
@@ -27,12 +27,12 @@ from hydrarun.core.errors import UsageError
     ],
 )
 def test_words_are_sorted_whatever_their_order(argv, verb, overrides, flags):
-    assert parse(argv)[:3] == (verb, overrides, flags)
+    assert parse_arguments(argv)[:3] == (verb, overrides, flags)
 
 
 def test_allowed_targets_are_taken_out_for_every_verb():
-    assert parse(["--allow-target", "a.B", "x=1", "--allow-target=c.D"]).targets == ["a.B", "c.D"]
-    assert parse(["replay", "f.png", "--allow-target", "a.B"]) == ("replay", ["f.png"], [], ["a.B"])
+    assert parse_arguments(["--allow-target", "a.B", "x=1", "--allow-target=c.D"]).targets == ["a.B", "c.D"]
+    assert parse_arguments(["replay", "f.png", "--allow-target", "a.B"]) == ("replay", ["f.png"], [], ["a.B"])
 
 
 @pytest.mark.parametrize(
@@ -49,5 +49,5 @@ def test_allowed_targets_are_taken_out_for_every_verb():
 )
 def test_what_cannot_be_sorted_is_refused(argv, words):
     with pytest.raises(UsageError) as caught:
-        parse(argv)
+        parse_arguments(argv)
     assert words in str(caught.value)

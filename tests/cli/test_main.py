@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from hydrarun import __version__
-from hydrarun.cli import main as cli
+from hydrarun.cli import main
 from hydrarun.config import targets
 from hydrarun.core.errors import RunError, UsageError
 from tests.helpers.paths import ROOT
@@ -83,39 +83,39 @@ def command(*words: str, **options) -> subprocess.CompletedProcess:
 
 
 def test_a_run_gets_plain_data_and_its_own_directory(runs):
-    assert cli.main(["sampling.seed=3"]) == 0
+    assert main.main(["sampling.seed=3"]) == 0
     [(config, folder)] = runs
     assert config["sampling"]["seed"] == 3
     assert type(config["model"]["stages"]) is list
     assert folder.is_absolute()
     assert folder.is_dir()
     assert folder.parts[-3] == "outputs"
-    assert cli.main(["run", "hydra.run.dir=here"]) == 0
+    assert main.main(["run", "hydra.run.dir=here"]) == 0
     assert runs[1][1] == Path.cwd() / "here"
 
 
 def test_free_text_reaches_the_run_unharmed(runs):
     for text in NASTY:
-        assert cli.main([f"sampling.prompt={text}", f"sampling.negative_prompt={text}!"]) == 0
+        assert main.main([f"sampling.prompt={text}", f"sampling.negative_prompt={text}!"]) == 0
         sampling = runs[-1][0]["sampling"]
         assert (sampling["prompt"], sampling["negative_prompt"]) == (text, f"{text}!")
 
 
 def test_free_text_reaches_a_sweep_unharmed_and_only_choice_sweeps(runs):
     for text in NASTY:
-        assert cli.main([f"sampling.prompt={text}", "-m"]) == 0
+        assert main.main([f"sampling.prompt={text}", "-m"]) == 0
     assert [run[0]["sampling"]["prompt"] for run in runs] == NASTY
     runs.clear()
     quoted = [
         text.replace("\\", "\\\\").replace('"', '\\"') for text in ("a, b", "一只猫", "null", "7", "${x}", 'say "hi"')
     ]
     choice = "choice(" + ",".join(f'"{text}"' for text in quoted) + ")"
-    assert cli.main(["-m", f"sampling.prompt={choice}"]) == 0
+    assert main.main(["-m", f"sampling.prompt={choice}"]) == 0
     assert [run[0]["sampling"]["prompt"] for run in runs] == ["a, b", "一只猫", "null", "7", "${x}", 'say "hi"']
 
 
 def test_flags_and_overrides_go_in_any_order(runs, capsys):
-    assert cli.main(["sampling.seed=1,2", "-m", "attention=sdpa,flex"]) == 0
+    assert main.main(["sampling.seed=1,2", "-m", "attention=sdpa,flex"]) == 0
     assert len(runs) == 4
     folders = [folder for _, folder in runs]
     assert [folder.name for folder in folders] == ["0", "1", "2", "3"]
@@ -124,10 +124,10 @@ def test_flags_and_overrides_go_in_any_order(runs, capsys):
 
 def test_a_failed_point_does_not_stop_a_sweep_and_shows_in_the_exit_code(runs, capsys):
     runs.fail = {1: RunError("NaN in the picture"), 2: ZeroDivisionError("a bug"), 3: UsageError("no such size")}
-    assert cli.main(["-m", "sampling.seed=0,1,4"]) == 1
-    assert cli.main(["-m", "sampling.seed=2,4"]) == 1
-    assert cli.main(["-m", "sampling.seed=4,3"]) == 2
-    assert cli.main(["-m", "sampling.seed=0,4"]) == 0
+    assert main.main(["-m", "sampling.seed=0,1,4"]) == 1
+    assert main.main(["-m", "sampling.seed=2,4"]) == 1
+    assert main.main(["-m", "sampling.seed=4,3"]) == 2
+    assert main.main(["-m", "sampling.seed=0,4"]) == 0
     assert len(runs) == 9
     error = capsys.readouterr().err
     assert "NaN in the picture" in error
@@ -136,13 +136,13 @@ def test_a_failed_point_does_not_stop_a_sweep_and_shows_in_the_exit_code(runs, c
 
 
 def test_a_point_with_a_bad_value_is_reported_and_the_others_run(runs, capsys):
-    assert cli.main(["-m", "sampling.height=64,-8,96"]) == 2
+    assert main.main(["-m", "sampling.height=64,-8,96"]) == 2
     assert [run[0]["sampling"]["height"] for run in runs] == [64, 96]
     assert "sampling.height (command line): -8 is below 1." in capsys.readouterr().err
 
 
 def test_an_impossible_sweep_is_refused_before_its_first_point(runs, capsys):
-    assert cli.main(["-m", "model=demo,dmeo"]) == 2
+    assert main.main(["-m", "model=demo,dmeo"]) == 2
     assert "Did you mean 'demo'?" in capsys.readouterr().err
     assert not runs
 
@@ -159,32 +159,32 @@ def test_an_impossible_sweep_is_refused_before_its_first_point(runs, capsys):
 def test_exit_codes_and_what_is_printed(runs, capsys, error, code, shown, traceback):
     runs.fail = {0: error}
     for argv in ([], ["-m", "sampling.seed=0,0"]):
-        assert cli.main(argv) == code
+        assert main.main(argv) == code
         printed = capsys.readouterr().err
         assert shown in printed
         assert ("Traceback" in printed) is traceback
 
 
 def test_one_process_starts_nothing(runs, monkeypatch):
-    monkeypatch.setattr("hydrarun.engine.ranks.local_group.Group", lambda size: pytest.fail("ranks were started"))
-    assert cli.main(["parallel=none"]) == 0
-    assert cli.main(["-m", "parallel=none", "sampling.seed=1,2"]) == 0
+    monkeypatch.setattr("hydrarun.engine.ranks.local_group.RankGroup", lambda size: pytest.fail("ranks were started"))
+    assert main.main(["parallel=none"]) == 0
+    assert main.main(["-m", "parallel=none", "sampling.seed=1,2"]) == 0
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert cli.main([]) == 0  # torchrun --nproc_per_node 1
+    assert main.main([]) == 0  # torchrun --nproc_per_node 1
     assert len(runs) == 4
 
 
 def test_a_refused_run_leaves_nothing_behind(runs, tmp_path):
     for override in ("sampling.stpes=3", "sampling.height=-1", "model=dmeo", "attention._target_=os.system"):
-        assert cli.main([override]) == 2
+        assert main.main([override]) == 2
     assert not runs
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_directory_that_cannot_be_made_is_the_users_to_change(runs, capsys, tmp_path):
     (tmp_path / "file").touch()
-    assert cli.main(["hydra.run.dir=file/inside"]) == 2
+    assert main.main(["hydra.run.dir=file/inside"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("cannot write the output directory")
     assert len(error.splitlines()) == 1
@@ -192,7 +192,7 @@ def test_an_output_directory_that_cannot_be_made_is_the_users_to_change(runs, ca
 
 def test_the_weights_of_a_recipe_are_announced(runs, capsys, tmp_path):
     (tmp_path / "r.yaml").write_text("model: {path: some/where}")
-    assert cli.main(["recipe=./r.yaml"]) == 0
+    assert main.main(["recipe=./r.yaml"]) == 0
     assert "recipe ./r.yaml loads weights from some/where" in capsys.readouterr().err
 
 
@@ -200,9 +200,9 @@ def test_a_users_own_options_and_classes_join_by_flags(runs, tmp_path):
     (tmp_path / "mine" / "attention").mkdir(parents=True)
     (tmp_path / "mine" / "attention" / "own.yaml").write_text("_target_: my_module.Attention\n")
     argv = ["attention=own", "--config-dir", "mine"]
-    assert cli.main(argv) == 2
+    assert main.main(argv) == 2
     try:
-        assert cli.main([*argv, "--allow-target", "my_module.Attention"]) == 0
+        assert main.main([*argv, "--allow-target", "my_module.Attention"]) == 0
     finally:
         targets._allowed_by_user.clear()
     assert runs[0][0]["attention"] == {"_target_": "my_module.Attention"}
@@ -213,22 +213,22 @@ def test_verbs_are_handed_their_words(monkeypatch, capsys):
     module.replay_file = lambda line: print(line.words) or 7
     monkeypatch.setitem(sys.modules, "hydrarun.cli.commands.replay", module)
     monkeypatch.setattr("hydrarun.cli.commands.replay", module, raising=False)
-    assert cli.main(["replay", "x.png", "device=cpu"]) == 7
+    assert main.main(["replay", "x.png", "device=cpu"]) == 7
     assert capsys.readouterr().out == "['x.png', 'device=cpu']\n"
-    assert cli.main(["replya"]) == 2
+    assert main.main(["replya"]) == 2
     assert "Did you mean 'replay'?" in capsys.readouterr().err
-    assert cli.main(["--version"]) == 0
+    assert main.main(["--version"]) == 0
     assert capsys.readouterr().out == f"hydrarun {__version__}\n"
 
 
 def test_the_configuration_is_shown_with_its_texts_unharmed(capsys):
     for text in NASTY:
-        assert cli.main(["--resolve", f"sampling.prompt={text}", "--cfg", "job"]) == 0
+        assert main.main(["--resolve", f"sampling.prompt={text}", "--cfg", "job"]) == 0
         assert yaml.safe_load(capsys.readouterr().out)["sampling"]["prompt"] == text
 
 
 def test_help_names_verbs_groups_and_examples(capsys):
-    assert cli.main(["--help"]) == 0
+    assert main.main(["--help"]) == 0
     text = capsys.readouterr().out
     for words in (
         "replay FILE",
@@ -265,20 +265,20 @@ def test_the_driver_imports_nothing_heavy(words, code, tmp_path):
 def test_an_error_of_the_run_is_one_line_too(runs, capsys):
     """Hydra has a line of its own for it, which says nothing."""
     runs.fail[3] = RunError("weights are corrupt")
-    assert cli.main(["sampling.seed=3"]) == 1
+    assert main.main(["sampling.seed=3"]) == 1
     assert capsys.readouterr().err.splitlines() == ["weights are corrupt"]
 
 
 def test_hydra_records_what_it_did_before(runs, tmp_path):
-    assert cli.main(["sampling.seed=3", "hydra.run.dir=here"]) == 0
+    assert main.main(["sampling.seed=3", "hydra.run.dir=here"]) == 0
     recorded = yaml.safe_load((tmp_path / "here" / ".hydra" / "hydra.yaml").read_text())["hydra"]
     assert (recorded["mode"], recorded["overrides"]["hydra"]) == ("RUN", ["hydra.run.dir=here", "hydra.mode=RUN"])
     assert yaml.safe_load((tmp_path / "here" / ".hydra" / "overrides.yaml").read_text()) == ["sampling.seed=3"]
 
 
 def test_a_sweep_may_be_asked_for_by_a_setting(runs):
-    assert cli.main(["sampling.seed=1,2", "-m", "hydra.sweep.dir=a"]) == 0
-    assert cli.main(["sampling.seed=4", "hydra.mode=MULTIRUN", "hydra.sweep.dir=b"]) == 0
+    assert main.main(["sampling.seed=1,2", "-m", "hydra.sweep.dir=a"]) == 0
+    assert main.main(["sampling.seed=4", "hydra.mode=MULTIRUN", "hydra.sweep.dir=b"]) == 0
     assert [folder.relative_to(folder.parents[1]).as_posix() for _, folder in runs] == ["a/0", "a/1", "b/0"]
 
 
@@ -313,7 +313,7 @@ def test_a_mistake_is_one_line_on_stderr(tmp_path):
 )
 def test_completion(line, expected, capsys, monkeypatch):
     monkeypatch.setenv("COMP_LINE", line)
-    cli.main(["-sc", "query=bash"])
+    main.main(["-sc", "query=bash"])
     assert capsys.readouterr().out.strip() == expected
 
 

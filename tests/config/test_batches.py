@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from hydrarun.config import batches
-from hydrarun.config.compose import compose
+from hydrarun.config.compose import compose_config
 from hydrarun.core.errors import UsageError
 
 
@@ -27,14 +27,14 @@ def file(tmp_path):
 
 def complaint(*overrides: str) -> str:
     with pytest.raises(UsageError) as caught:
-        compose(overrides)
+        compose_config(overrides)
     return str(caught.value)
 
 
 def test_items_are_all_pictures_of_all_lines_in_order(file):
     rows = [{"prompt": "a"}, {"prompt": "b", "seed": 9, "num_images_per_prompt": 1, "height": 64}]
-    config = compose([file(*rows), "sampling.num_images_per_prompt=2", "sampling.seed=5"])
-    items = batches.items(config)
+    config = compose_config([file(*rows), "sampling.num_images_per_prompt=2", "sampling.seed=5"])
+    items = batches.list_items(config)
     said = [(i.index, i.line, *(i.sampling[key] for key in ("prompt", "seed", "height"))) for i in items]
     assert said == [(0, 1, "a", 5, 128), (1, 1, "a", 6, 128), (2, 2, "b", 9, 64)]
     assert {item.sampling["num_images_per_prompt"] for item in items} == {1}
@@ -43,9 +43,9 @@ def test_items_are_all_pictures_of_all_lines_in_order(file):
 
 def test_items_of_the_command_line_are_those_of_one_batch():
     words = ['sampling.prompt=["a", "b"]', "sampling.seed=[1, 2, 3, 4]", "batch_size=3"]
-    items = batches.items(compose(words))
+    items = batches.list_items(compose_config(words))
     assert [(i.sampling["prompt"], i.sampling["seed"]) for i in items] == [("a", 1), ("a", 2), ("b", 3), ("b", 4)]
-    assert [[i.index for i in batch] for batch in batches.together(items, 3)] == [[0, 1, 2], [3]]
+    assert [[i.index for i in batch] for batch in batches.group_batches(items, 3)] == [[0, 1, 2], [3]]
 
 
 def test_only_what_differs_in_texts_and_seed_alone_is_drawn_together(file):
@@ -58,22 +58,22 @@ def test_only_what_differs_in_texts_and_seed_alone_is_drawn_together(file):
         {"prompt": "g", "height": 64},
         {"prompt": "h"},
     ]
-    config = compose([file(*rows), "batch_size=2"])
-    together = batches.together(batches.items(config), batches.limit(config))
+    config = compose_config([file(*rows), "batch_size=2"])
+    together = batches.group_batches(batches.list_items(config), batches.max_batch_size(config))
     assert [[item.index for item in batch] for batch in together] == [[0, 2], [1, 5], [3], [4], [6]]
-    first = batches.configuration(config, together[0])["sampling"]
+    first = batches.derive_batch_config(config, together[0])["sampling"]
     assert (first["prompt"], first["negative_prompt"], first["seed"]) == (["a", "c"], [" ", "d"], [0, 4])
 
 
 def test_by_itself_a_file_is_drawn_one_by_one_or_one_by_each_rank(file):
-    assert batches.limit(compose([file({"prompt": "a"})])) == 1
-    assert batches.limit(compose([file({"prompt": "a"}), "parallel=data2"])) == 2
+    assert batches.max_batch_size(compose_config([file({"prompt": "a"})])) == 1
+    assert batches.max_batch_size(compose_config([file({"prompt": "a"}), "parallel=data2"])) == 2
 
 
 def test_a_batch_is_a_run_of_its_own(file):
-    config = compose([file({"prompt": "a", "seed": 3}), "retry=2", "fail_fast=true"])
-    alone = batches.configuration(config, batches.items(config))
-    plain = compose(["sampling.prompt=a", "sampling.seed=3", "sampling.num_images_per_prompt=1"])
+    config = compose_config([file({"prompt": "a", "seed": 3}), "retry=2", "fail_fast=true"])
+    alone = batches.derive_batch_config(config, batches.list_items(config))
+    plain = compose_config(["sampling.prompt=a", "sampling.seed=3", "sampling.num_images_per_prompt=1"])
     assert alone == plain
 
 
@@ -87,8 +87,8 @@ def test_a_job_is_the_same_after_its_way_through_json(file, tmp_path):
         {"prompt": "e", "true_cfg_scale": 4.0, "seed": 2**40},
     ]
     words = ["model=qwen_image_edit", f"input.images={tmp_path / 'of all.png'}", "sampling.true_cfg_scale=4.0"]
-    config = compose([*words, file(*rows), "sampling.num_images_per_prompt=1"])
-    items = batches.items(config)
+    config = compose_config([*words, file(*rows), "sampling.num_images_per_prompt=1"])
+    items = batches.list_items(config)
     pending = [batches.PendingBatch(number, (item,), (item.index,)) for number, item in enumerate(items)]
     job = batches.BatchJob(tmp_path, [*pending[1:], pending[0]], 5)
     text = json.dumps(job.to_json(config))
@@ -99,8 +99,8 @@ def test_a_job_is_the_same_after_its_way_through_json(file, tmp_path):
 
 
 def test_a_job_says_only_what_the_configuration_does_not(file):
-    config = compose([file({"prompt": "a"}, {"prompt": "b", "height": 64}), "sampling.num_images_per_prompt=1"])
-    told = [item.to_json(config) for item in batches.items(config)]
+    config = compose_config([file({"prompt": "a"}, {"prompt": "b", "height": 64}), "sampling.num_images_per_prompt=1"])
+    told = [item.to_json(config) for item in batches.list_items(config)]
     assert told == [
         {"index": 0, "sampling": {"prompt": "a"}, "line": 1},
         {"index": 1, "sampling": {"prompt": "b", "height": 64}, "line": 2},

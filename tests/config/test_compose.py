@@ -1,32 +1,32 @@
 import pytest
 from omegaconf import OmegaConf
 
-from hydrarun.config.compose import compose, compose_raw
+from hydrarun.config.compose import compose_config, compose_unchecked
 from hydrarun.core.errors import UsageError
-from hydrarun.core.quoting import literal
+from hydrarun.core.quoting import quote_overrides
 
 
 def test_the_result_is_plain_data():
-    config = compose([])
+    config = compose_config([])
     assert OmegaConf.to_container(OmegaConf.create(config)) == config
     assert {type(value) for value in config.values()} == {dict, type(None), str, bool, int}
     assert "hydra" not in config
 
 
 def test_the_models_defaults_flow_into_sampling_and_the_command_line_wins():
-    assert compose([])["sampling"]["num_inference_steps"] == 24
-    assert compose(["sampling.num_inference_steps=3"])["sampling"]["num_inference_steps"] == 3
-    qwen = compose(["model=qwen_image", "sampling.prompt=a cat, sitting"])["sampling"]
+    assert compose_config([])["sampling"]["num_inference_steps"] == 24
+    assert compose_config(["sampling.num_inference_steps=3"])["sampling"]["num_inference_steps"] == 3
+    qwen = compose_config(["model=qwen_image", "sampling.prompt=a cat, sitting"])["sampling"]
     assert (qwen["height"], qwen["true_cfg_scale"], qwen["prompt"]) == (1328, 4.0, "a cat, sitting")
 
 
 def test_all_violations_of_a_configuration_come_at_once():
     with pytest.raises(UsageError) as caught:
-        compose(["model=qwen_image", "sampling.seed=-1", "sampling.height=0", "device=tpu"])
+        compose_config(["model=qwen_image", "sampling.seed=-1", "sampling.height=0", "device=tpu"])
     keys = [line.split(" ")[0] for line in str(caught.value).splitlines()]
     assert keys == ["sampling.prompt"]  # what is missing first, the values once they are all there
     with pytest.raises(UsageError) as caught:
-        compose(["sampling.seed=-1", "sampling.height=0", "device=tpu"])
+        compose_config(["sampling.seed=-1", "sampling.height=0", "device=tpu"])
     assert len(str(caught.value).splitlines()) == 3
 
 
@@ -43,16 +43,16 @@ def test_all_violations_of_a_configuration_come_at_once():
     ],
 )
 def test_origin_tells_who_set_a_value(overrides, key, place):
-    _, origin = compose_raw(literal(overrides))
+    _, origin = compose_unchecked(quote_overrides(overrides))
     assert origin(key) == place
 
 
 def test_composing_twice_and_inside_each_other_is_fine():
-    assert compose(["sampling.seed=1"]) == compose(["sampling.seed=1"])
+    assert compose_config(["sampling.seed=1"]) == compose_config(["sampling.seed=1"])
 
 
 def test_numbers_need_not_be_floats():
-    assert compose(["sampling.true_cfg_scale=2"])["sampling"]["true_cfg_scale"] == 2.0
+    assert compose_config(["sampling.true_cfg_scale=2"])["sampling"]["true_cfg_scale"] == 2.0
 
 
 @pytest.mark.parametrize(
@@ -67,5 +67,5 @@ def test_numbers_need_not_be_floats():
     ],
 )
 def test_what_the_user_sets_to_no_effect_is_said(overrides, notes):
-    config, origin = compose_raw(literal(overrides))
+    config, origin = compose_unchecked(quote_overrides(overrides))
     assert origin.notes(config) == notes

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from hydrarun.cli.commands.list import first_comment
+from hydrarun.cli.commands.list import read_first_comment
 from hydrarun.core import resources
 
-CONF = resources.folder("conf")
+CONF = resources.find_folder("conf")
 FILES = sorted(CONF.rglob("*.yaml"))
 KEY = re.compile(r"^( *)(- )?([A-Za-z_]\w*):")
 
@@ -46,7 +46,7 @@ def uncommented(file: Path) -> list[str]:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))
 def test_an_option_says_what_it_is(file):
-    assert len(first_comment(file)) > 10
+    assert len(read_first_comment(file)) > 10
     first = next(line for line in file.read_text().splitlines() if line and not line.startswith("# @"))
     assert first.startswith("# ")
 

@@ -6,9 +6,9 @@ from dataclasses import fields
 
 import pytest
 
-from hydrarun.config.compose import compose_raw
+from hydrarun.config.compose import compose_unchecked
 from hydrarun.config.schema import Config
-from hydrarun.core.resources import groups
+from hydrarun.core.resources import list_groups
 
 #: for each section that is no group of options: a value that differs from the default
 OWN = {
@@ -41,7 +41,7 @@ CHOSEN = {
 def test_every_section_is_tried_here():
     sections = {field.name for field in fields(Config)}
     assert sections == {"model", *OWN, *CHOSEN}
-    assert {*CHOSEN, "model", "sampling"} == {group for group in groups() if "/" not in group}
+    assert {*CHOSEN, "model", "sampling"} == {group for group in list_groups() if "/" not in group}
 
 
 def model(tmp_path, text: str) -> str:
@@ -56,21 +56,21 @@ def test_a_models_own_value_wins_over_the_default(section, tmp_path):
     key, value = OWN[section]
     text = f"{section}: {value}\n" if key is None else f"{section}: {{{key}: {value}}}\n"
     where = model(tmp_path, f"defaults: [demo, _self_]\n{text}")
-    composed = compose_raw([where, "model=mine"])[0][section]
+    composed = compose_unchecked([where, "model=mine"])[0][section]
     assert (composed if key is None else composed[key]) == value
-    usual = compose_raw(["model=demo"])[0][section]
+    usual = compose_unchecked(["model=demo"])[0][section]
     assert (usual if key is None else usual[key]) != value
 
 
 @pytest.mark.parametrize("group", CHOSEN)
 def test_a_model_chooses_options_and_the_user_others(group, tmp_path):
     where = model(tmp_path, f"defaults: [demo, override /{group}: {CHOSEN[group]}, _self_]\n")
-    chosen, usual = (compose_raw([where, *words])[0][group] for words in (["model=mine"], ["model=demo"]))
-    assert chosen == compose_raw([f"{group}={CHOSEN[group]}"])[0][group] != usual
+    chosen, usual = (compose_unchecked([where, *words])[0][group] for words in (["model=mine"], ["model=demo"]))
+    assert chosen == compose_unchecked([f"{group}={CHOSEN[group]}"])[0][group] != usual
     default = {"scheduler": "checkpoint", "attention": "sdpa"}.get(group, "none")
-    assert compose_raw([where, "model=mine", f"{group}={default}"])[0][group] == usual
+    assert compose_unchecked([where, "model=mine", f"{group}={default}"])[0][group] == usual
 
 
 def test_the_second_expert_follows_the_first_ones_scale():
-    sampling = compose_raw(["model=wan22_i2v_a14b", "sampling.guidance_scale=5"])[0]["sampling"]
+    sampling = compose_unchecked(["model=wan22_i2v_a14b", "sampling.guidance_scale=5"])[0]["sampling"]
     assert (sampling["guidance_scale"], sampling["guidance_scale_2"]) == (5.0, None)

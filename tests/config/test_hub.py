@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hydrarun.config.hub import resolve
+from hydrarun.config.hub import resolve_weights
 from hydrarun.core.errors import RunError, UsageError
 from tests.helpers import tiny
 
@@ -15,7 +15,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def source(path: object, revision: str | None = None):
-    return resolve({"path": str(path), "revision": revision})
+    return resolve_weights({"path": str(path), "revision": revision})
 
 
 @pytest.fixture

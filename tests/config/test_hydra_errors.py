@@ -2,8 +2,8 @@
 
 import pytest
 
-from hydrarun.config.compose import compose
-from hydrarun.config.hydra_errors import explained
+from hydrarun.config.compose import compose_config
+from hydrarun.config.hydra_errors import translate_errors
 from hydrarun.core.errors import UsageError
 
 
@@ -62,16 +62,16 @@ from hydrarun.core.errors import UsageError
 )  # fmt: skip
 def test_a_mistake_is_one_line(override, words):
     with pytest.raises(UsageError) as caught:
-        compose([override])
+        compose_config([override])
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_the_override_that_is_wrong_is_blamed_not_the_first():
     with pytest.raises(UsageError, match="^recipe=null: not the name of an option"):
-        compose(["model=demo", "recipe=null"])
+        compose_config(["model=demo", "recipe=null"])
 
 
 def test_an_exception_that_is_no_mistake_of_the_user_passes():
-    with pytest.raises(ValueError, match="a bug"), explained([]):
+    with pytest.raises(ValueError, match="a bug"), translate_errors([]):
         raise ValueError("a bug")

@@ -13,7 +13,7 @@ from hydrarun.core.errors import LISTED, UsageError
 def read(folder, name: str, content: str | bytes) -> list[dict]:
     path = folder / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return prompts.read(str(path))
+    return prompts.read_prompts(str(path))
 
 
 def complaint(folder, name: str, content: str | bytes) -> str:
@@ -95,10 +95,10 @@ def test_mistakes_of_all_lines_come_at_once_and_the_rest_are_counted(tmp_path):
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(UsageError, match=r"input.prompts=.*nowhere.txt: No such file or directory"):
-        prompts.read(str(tmp_path / "nowhere.txt"))
+        prompts.read_prompts(str(tmp_path / "nowhere.txt"))
 
 
 def test_where_only_prompts_belong_a_line_sets_nothing_else(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "seed": 1}\n')
     with pytest.raises(UsageError, match="line 2: sets seed: here a line can only be a prompt"):
-        prompts.texts(str(tmp_path / "a.jsonl"))
+        prompts.read_prompt_texts(str(tmp_path / "a.jsonl"))

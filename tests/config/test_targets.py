@@ -62,7 +62,7 @@ def user_classes():
     module.Borrowed = type("Borrowed", (), {"__module__": "elsewhere"})
     sys.modules["user_module"] = module
     for name in ("Part", "Strict", "function", "Renamed", "Borrowed", "Absent"):
-        targets.allow(f"user_module.{name}")
+        targets.allow_target(f"user_module.{name}")
     yield module
     del sys.modules["user_module"]
     targets._allowed_by_user.clear()
@@ -72,7 +72,7 @@ def user_classes():
 @pytest.mark.parametrize("wrap", [lambda n: {"attention": n}, lambda n: {"model": {"stages": [{"x": {"y": n}}]}}])
 def test_only_exact_names_are_allowed(name, wrap):
     with pytest.raises(UsageError, match="not on the list of allowed classes"):
-        targets.check(wrap({"_target_": name}))
+        targets.check_targets(wrap({"_target_": name}))
     with pytest.raises(UsageError, match="not on the list"):
         targets.instantiate({"_target_": name})
 
@@ -80,13 +80,13 @@ def test_only_exact_names_are_allowed(name, wrap):
 @pytest.mark.parametrize("key", ["_partial_", "_args_", "_recursive_", "_convert_", "_call_", "__class__", "_"])
 def test_every_other_underscore_key_is_refused(key):
     with pytest.raises(UsageError, match=rf"attention\.{key}: keys with a leading underscore"):
-        targets.check({"attention": {"_target_": "hydrarun.models.layers.attention_backends.SDPA", key: True}})
+        targets.check_targets({"attention": {"_target_": "hydrarun.models.layers.attention_backends.SDPA", key: True}})
 
 
 @pytest.mark.parametrize("key", ["trust_remote_code", "custom_pipeline"])
 def test_arguments_that_run_a_checkpoints_code_are_refused(key):
     with pytest.raises(UsageError, match=rf"model\.pipeline\.{key}: not allowed"):
-        targets.check({"model": {"pipeline": {"_target_": "diffusers.QwenImagePipeline", key: True}}})
+        targets.check_targets({"model": {"pipeline": {"_target_": "diffusers.QwenImagePipeline", key: True}}})
 
 
 def test_all_violations_come_at_once_with_their_origin_and_the_nearest_name():
@@ -95,7 +95,7 @@ def test_all_violations_come_at_once_with_their_origin_and_the_nearest_name():
         "compile": {"_target_": "os.system"},
     }
     with pytest.raises(UsageError) as caught:
-        targets.check(config, lambda key: f"from {key}")
+        targets.check_targets(config, lambda key: f"from {key}")
     first, second = str(caught.value).splitlines()
     assert first.startswith("attention._target_ (from attention._target_)")
     assert "Did you mean 'hydrarun.models.layers.attention_backends.SDPA'?" in first
@@ -103,7 +103,7 @@ def test_all_violations_come_at_once_with_their_origin_and_the_nearest_name():
 
 
 def test_what_the_shipped_options_build_is_on_the_list_and_is_what_it_says():
-    for name in sorted(targets.shipped_targets()):
+    for name in sorted(targets.list_shipped_targets()):
         cls = targets.load_class({"_target_": name})
         assert cls.__name__ == name.rpartition(".")[2]
 
@@ -116,7 +116,7 @@ def test_a_user_can_allow_a_class_but_not_a_function_or_an_alias(user_classes):
     with pytest.raises(UsageError, match="cannot load user_module.Absent"):
         targets.load_class({"_target_": "user_module.Absent"}, "attention")
     with pytest.raises(UsageError, match="not the dotted name of a class"):
-        targets.allow("not a name")
+        targets.allow_target("not a name")
 
 
 def test_the_signature_is_the_schema(user_classes):

@@ -3,7 +3,7 @@ from typing import Any, Literal, Optional, Union
 
 import pytest
 
-from hydrarun.config.type_check import describe, fits, show
+from hydrarun.config.type_check import describe_hint, format_value, matches_hint
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ from hydrarun.config.type_check import describe, fits, show
     ],
 )
 def test_fits(value, hint, good):
-    assert fits(value, hint) is good
+    assert matches_hint(value, hint) is good
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,8 @@ def test_fits(value, hint, good):
     ],
 )
 def test_describe(hint, words):
-    assert describe(hint) == words
+    assert describe_hint(hint) == words
 
 
 def test_show_writes_values_as_yaml_does():
-    assert [show(value) for value in (True, None, 2, "a")] == ["true", "null", "2", "'a'"]
+    assert [format_value(value) for value in (True, None, 2, "a")] == ["true", "null", "2", "'a'"]

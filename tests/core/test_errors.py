@@ -1,6 +1,6 @@
 import pytest
 
-from hydrarun.core.errors import closest, nearest
+from hydrarun.core.errors import find_closest, suggest_name
 
 
 @pytest.mark.parametrize(
@@ -15,10 +15,12 @@ from hydrarun.core.errors import closest, nearest
     ],
 )
 def test_closest_looks_at_whole_names_and_at_their_words(name, expected):
-    assert closest(name, ["demo", "num_inference_steps", "true_cfg_scale", "negative_prompt", "prompt"]) == expected
+    assert (
+        find_closest(name, ["demo", "num_inference_steps", "true_cfg_scale", "negative_prompt", "prompt"]) == expected
+    )
 
 
 def test_nearest_is_a_sentence_or_nothing():
-    assert nearest("dmeo", ["demo"]) == " Did you mean 'demo'?"
-    assert nearest("zzz", ["demo"]) == ""
-    assert nearest("zzz", []) == ""
+    assert suggest_name("dmeo", ["demo"]) == " Did you mean 'demo'?"
+    assert suggest_name("zzz", ["demo"]) == ""
+    assert suggest_name("zzz", []) == ""

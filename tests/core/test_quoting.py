@@ -7,9 +7,9 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from hydrarun.config.compose import compose_raw
+from hydrarun.config.compose import compose_unchecked
 from hydrarun.core.errors import UsageError
-from hydrarun.core.quoting import escape_interpolation, literal
+from hydrarun.core.quoting import escape_interpolation, quote_overrides
 
 NASTY = [
     "a cat",
@@ -106,7 +106,7 @@ KEYS = ["sampling.prompt", "sampling.negative_prompt"]
 
 def parsed(text: str, key: str = "sampling.prompt"):
     """What Hydra and OmegaConf make of the quoted override."""
-    override = PARSER.parse_override(literal([f"{key}={text}"])[0])
+    override = PARSER.parse_override(quote_overrides([f"{key}={text}"])[0])
     assert not override.is_sweep_override()
     return OmegaConf.to_container(OmegaConf.create({"value": override.value()}), resolve=True)["value"]
 
@@ -129,7 +129,9 @@ def test_random_text_passes_the_parser_unharmed():
 
 def test_text_passes_a_composition_unharmed():
     for text in NASTY[::3]:
-        config, _ = compose_raw(literal([f"sampling.prompt={text}", f"++sampling.negative_prompt={text}"]))
+        config, _ = compose_unchecked(
+            quote_overrides([f"sampling.prompt={text}", f"++sampling.negative_prompt={text}"])
+        )
         negative = None if text == "null" else text
         assert (config["sampling"]["prompt"], config["sampling"]["negative_prompt"]) == (text, negative)
 
@@ -169,16 +171,16 @@ def test_lists_and_quoted_strings_of_hydras_grammar(value, expected):
     ],
 )
 def test_only_choice_sweeps(value, points):
-    override = PARSER.parse_override(literal([f"sampling.prompt={value}"])[0])
+    override = PARSER.parse_override(quote_overrides([f"sampling.prompt={value}"])[0])
     lines = [f"sampling.prompt={point}" for point in override.sweep_string_iterator()]
-    values = [compose_raw([line])[0]["sampling"]["prompt"] for line in lines]
+    values = [compose_unchecked([line])[0]["sampling"]["prompt"] for line in lines]
     assert values == points
 
 
 @pytest.mark.parametrize("value", ["choice(一,二)", "choice(a, 1)", "choice(a, it's)", "choice()"])
 def test_a_choice_that_cannot_be_read_is_refused(value):
     with pytest.raises(UsageError, match="write each text in quotes"):
-        literal([f"sampling.prompt={value}"])
+        quote_overrides([f"sampling.prompt={value}"])
 
 
 def test_null_is_a_text_for_the_prompt_and_none_for_the_negative_prompt():
@@ -200,16 +202,16 @@ def test_null_is_a_text_for_the_prompt_and_none_for_the_negative_prompt():
     ],
 )
 def test_other_keys_are_text_only_where_the_grammar_cannot_read_them(override, value):
-    assert PARSER.parse_override(literal([override])[0]).value() == value
+    assert PARSER.parse_override(quote_overrides([override])[0]).value() == value
 
 
 def test_what_is_no_assignment_is_left_alone():
-    assert literal(["~model", "word", "sampling..height=3"]) == ["~model", "word", "sampling..height=3"]
+    assert quote_overrides(["~model", "word", "sampling..height=3"]) == ["~model", "word", "sampling..height=3"]
 
 
 def test_bytes_that_are_not_utf8_are_refused():
     with pytest.raises(UsageError, match="not valid UTF-8"):
-        literal(["sampling.prompt=\udcff"])
+        quote_overrides(["sampling.prompt=\udcff"])
 
 
 IMAGES = "input.images"
@@ -268,7 +270,7 @@ def test_random_paths_pass_the_parser_unharmed():
 @pytest.mark.parametrize("value", ["[a.png,]", "[,a.png]", "[a.png,,b.png]", "[,]"])
 def test_an_empty_place_in_a_list_of_paths_is_refused(value):
     with pytest.raises(UsageError) as caught:
-        literal([f"{IMAGES}={value}"])
+        quote_overrides([f"{IMAGES}={value}"])
     message = f"input.images: {value} has an empty place: take out a comma, or quote a path that holds one."
     assert str(caught.value) == message
 
@@ -281,7 +283,7 @@ def test_an_empty_place_in_a_list_of_paths_is_refused(value):
     ],
 )
 def test_choice_sweeps_over_paths(value, points):
-    override = PARSER.parse_override(literal([f"{IMAGES}={value}"])[0])
+    override = PARSER.parse_override(quote_overrides([f"{IMAGES}={value}"])[0])
     assert override.is_sweep_override()
     lines = [f"{IMAGES}={point}" for point in override.sweep_string_iterator()]
     assert [PARSER.parse_override(line).value() for line in lines] == points
@@ -290,4 +292,4 @@ def test_choice_sweeps_over_paths(value, points):
 @pytest.mark.parametrize("value", ["choice(a (1).png,b.png)", "choice(a.png, 1)", "choice([a.png, null])"])
 def test_a_choice_of_paths_that_cannot_be_read_is_refused(value):
     with pytest.raises(UsageError, match=r"^input\.images: .*: write each text in quotes, input\.images=choice\("):
-        literal([f"{IMAGES}={value}"])
+        quote_overrides([f"{IMAGES}={value}"])

@@ -8,7 +8,7 @@ import pytest
 
 from hydrarun.core import threads as pool
 from hydrarun.core.distributed.rank import rank_info
-from hydrarun.core.threads import Pool
+from hydrarun.core.threads import ThreadPool
 
 
 def fail(words: str) -> None:
@@ -17,7 +17,7 @@ def fail(words: str) -> None:
 
 def test_leaving_waits_for_all():
     done = []
-    with Pool() as threads:
+    with ThreadPool() as threads:
         for number in range(100):
             threads.start(done.append, number)
     assert sorted(done) == list(range(100))
@@ -26,11 +26,11 @@ def test_leaving_waits_for_all():
 @pytest.mark.parametrize("inside", [False, True])
 def test_after_an_error_what_has_not_begun_is_left_undone(monkeypatch, inside):
     """An error of a job, or of the block beside the jobs."""
-    monkeypatch.setattr(pool, "MOST", 1)
+    monkeypatch.setattr(pool, "MAX_THREADS", 1)
     begun = []
 
     def block() -> None:
-        with Pool() as threads:
+        with ThreadPool() as threads:
             if not inside:
                 threads.start(fail, "first")
             threads.start(time.sleep, 0.2)
@@ -54,4 +54,4 @@ def test_a_rank_has_its_share_of_the_cores(monkeypatch, ranks, threads):
         else:
             monkeypatch.setenv(name, str(value))
     assert rank_info().local_size == (ranks or 1)
-    assert Pool().threads == threads
+    assert ThreadPool().threads == threads

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hydrarun
-from hydrarun.cli.main import dispatch
+from hydrarun.cli.main import dispatch_verb
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.engine import build
 from hydrarun.engine.runner import Runner
@@ -35,7 +35,7 @@ def test_compiled_blocks_equal_plain_ones(tiny_folder, tiny_runner):
 def test_flex_attention_equals_the_default(tiny_folder, tiny_runner):
     prompts = ["a", "a much longer prompt"]
     flex = tiny.runner(tiny_folder, "attention=flex")
-    assert flex.facts()["attention"] == "flex"
+    assert flex.collect_facts()["attention"] == "flex"
     assert (tiny.draw(flex, prompt=prompts).latents - tiny.draw(tiny_runner, prompt=prompts).latents).abs().max() < 1e-4
 
 
@@ -87,7 +87,7 @@ def test_run_json_says_what_happened(tiny_folder, tmp_path):
 def test_a_run_with_the_weights_of_an_earlier_one_has_read_nothing(tiny_folder):
     runner = tiny.runner(tiny_folder)
     runner.read_bytes = 0  # as a rank says before its next job
-    assert runner.read() == {"read_bytes": 0, "read_bytes_per_s": None}
+    assert runner.summarize_reads() == {"read_bytes": 0, "read_bytes_per_s": None}
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_refused_picture_loses_none_of_the_others(tiny_folder, tmp_path, monke
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["status"] == "failed"
     assert [(output["index"], output["seed"]) for output in record["outputs"]] == [(0, 0), (2, 2)]
-    assert dispatch(["replay", str(tmp_path / "run" / "run.json"), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
+    assert dispatch_verb(["replay", str(tmp_path / "run" / "run.json"), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
     assert capsys.readouterr().out.count("identical pixels") == 2
 
 

@@ -36,7 +36,7 @@ def test_both_experts_are_warmed(subject, count, monkeypatch):
     runner = subject.runner
     monkeypatch.setitem(runner.config, "warmup", count)
     warm = times(runner, lambda: runner.warm_up(runner.config, [], Timings(CPU)))
-    run = times(runner, lambda: runner.draw(runner.state(runner.config, []), Timings(CPU)))
+    run = times(runner, lambda: runner.draw(runner.prepare_state(runner.config, []), Timings(CPU)))
     assert warm == [seen[:count] for seen in run]
     assert [len(seen) for seen in warm] == [count, count]
 

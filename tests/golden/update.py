@@ -12,10 +12,10 @@ from pathlib import Path
 
 import yaml
 
-from hydrarun.cli.commands import list as listing
-from hydrarun.cli.recipe import json_schema as editors
-from hydrarun.config.compose import compose_raw
-from hydrarun.config.recipes import search as source
+from hydrarun.cli.commands import list
+from hydrarun.cli.recipe import json_schema
+from hydrarun.config.compose import compose_unchecked
+from hydrarun.config.recipes import search
 from hydrarun.core import resources
 from hydrarun.core.tables import Table, format_markdown
 from tests.helpers.paths import ROOT
@@ -27,9 +27,9 @@ CHECK = "✓"
 
 def golden() -> dict[str, str]:
     """File names and their content; a required value that a model leaves open is `???`."""
-    models = sorted(file.stem for file in (resources.folder("conf") / "model").glob("*.yaml"))
+    models = sorted(file.stem for file in (resources.find_folder("conf") / "model").glob("*.yaml"))
     cases = {f"model-{name}": f"model={name}" for name in models}
-    cases |= {f"recipe-{name.replace('/', '-')}": f"recipe={name}" for name in source.names()}
+    cases |= {f"recipe-{name.replace('/', '-')}": f"recipe={name}" for name in search.list_recipe_names()}
     return {f"{name}.yaml": _yaml(override) for name, override in cases.items()}
 
 
@@ -37,7 +37,7 @@ def pages() -> dict[Path, str]:
     """README.md and docs/models.md with the tables between their marks as the code has them."""
     tables = {
         (ROOT / "README.md", "<!-- make golden -->\n"): format_markdown(families()).partition("\n\n")[2],
-        (ROOT / "docs" / "models.md", MODELS_MARK): format_markdown(listing.table("models")),
+        (ROOT / "docs" / "models.md", MODELS_MARK): format_markdown(list.make_table("models")),
     }
     return {file: replace_table(file, mark, table) for (file, mark), table in tables.items()}
 
@@ -53,15 +53,15 @@ def replace_table(file: Path, mark: str, table: str) -> str:
 
 def families() -> Table:
     """The short form of `hydrarun list accelerations`: one column for each family."""
-    details = listing.table("accelerations")
-    tasks = {row[0]: row[1] for row in listing.table("models").rows}
+    details = list.make_table("accelerations")
+    tasks = {row[0]: row[1] for row in list.make_table("models").rows}
     rows = []
     for cells in details.rows:
         row = dict(zip(details.header, cells, strict=True))
-        parallel = family_parallel({method: row[method] for method in listing.METHODS})
-        others = (family_group(group, row[group]) for group in listing.ACCELERATIONS)
+        parallel = family_parallel({method: row[method] for method in list.METHODS})
+        others = (family_group(group, row[group]) for group in list.ACCELERATIONS)
         rows.append((cells[0], tasks[cells[0]], parallel, *others))
-    return Table("families", ("model=", "task", "parallel", *listing.ACCELERATIONS), rows)
+    return Table("families", ("model=", "task", "parallel", *list.ACCELERATIONS), rows)
 
 
 def family_parallel(methods: Mapping[str, str]) -> str:
@@ -74,14 +74,14 @@ def family_parallel(methods: Mapping[str, str]) -> str:
 
 def family_group(group: str, answer: str) -> str:
     """A check mark for all options of a group, or the options that are missing, or the few that there are."""
-    every = sorted(file.stem for file in (resources.folder("conf") / group).glob("*.yaml") if file.stem != "none")
+    every = sorted(file.stem for file in (resources.find_folder("conf") / group).glob("*.yaml") if file.stem != "none")
     if answer in ("all", ", ".join(every)):
         return CHECK
     return answer.replace("all but", "no") if answer.startswith("all but ") else f"only {answer}"
 
 
 def _yaml(override: str) -> str:
-    config, _ = compose_raw([override])
+    config, _ = compose_unchecked([override])
     head = f"# hydrarun --cfg job --resolve {override}\n"
     return head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=1000)
 
@@ -94,5 +94,5 @@ if __name__ == "__main__":
         (HERE / name).write_text(text, encoding="utf-8")
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
-    (resources.folder("recipes") / "schema.json").write_text(editors.schema_text(), encoding="utf-8")
+    (resources.find_folder("recipes") / "schema.json").write_text(json_schema.format_schema(), encoding="utf-8")
     print(f"{len(contents)} files in {HERE}")

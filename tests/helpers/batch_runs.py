@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hydrarun.config.compose import compose
+from hydrarun.config.compose import compose_config
 from hydrarun.engine.runs import batch_worker
 from tests.helpers import tiny
 
@@ -18,7 +18,7 @@ def compose_lines(
     file = folder / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     plain = [word for word in tiny.overrides(tiny_folder) if not word.startswith("sampling.prompt=")]
-    return compose([*plain, f"input.prompts={file}", *words])
+    return compose_config([*plain, f"input.prompts={file}", *words])
 
 
 def prompts(*texts: str) -> list[dict[str, Any]]:
@@ -32,7 +32,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 def failing(monkeypatch, texts: dict[str, list[BaseException]]) -> list[str]:
     """Have pictures of these prompts raise, once for each error of theirs; the prompts that are drawn."""
     drawn: list[str] = []
-    finished = batch_worker.pictures
+    finished = batch_worker.make_pictures
 
     def pictures(state):
         drawn.extend(state.prompts)
@@ -41,5 +41,5 @@ def failing(monkeypatch, texts: dict[str, list[BaseException]]) -> list[str]:
                 raise texts[prompt].pop(0)
         return finished(state)
 
-    monkeypatch.setattr(batch_worker, "pictures", pictures)
+    monkeypatch.setattr(batch_worker, "make_pictures", pictures)
     return drawn

@@ -19,10 +19,10 @@ SAME = [1.0, 0.0]
 
 @cache
 def option(name: str, predictor: str | None) -> dict[str, Any]:
-    from hydrarun.config.compose import compose_raw
+    from hydrarun.config.compose import compose_unchecked
 
     chosen = [f"cache={name}"] + ([f"cache/predictor={predictor}"] if predictor else [])
-    return compose_raw(chosen)[0]["cache"]
+    return compose_unchecked(chosen)[0]["cache"]
 
 
 def node(name: str, predictor: str | None = None, order: int | None = None, **gate: Any) -> dict[str, Any]:

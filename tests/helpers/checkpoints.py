@@ -46,7 +46,7 @@ from transformers import (
 )
 
 from hydrarun.core import resources
-from hydrarun.pipeline.processors import without_videos
+from hydrarun.pipeline.processors import drop_video_processor
 from tests.helpers import checkpoint_stable_audio, checkpoint_zimage, checkpoints_chat, checkpoints_prior, tiny
 
 TEXT_WIDTH = 16  # of what the text encoders hand to the transformers
@@ -64,7 +64,9 @@ FLUX_SCHEDULER = {
 
 def demo() -> QwenImagePipeline:
     """The trained one that is shipped."""
-    return _quiet(QwenImagePipeline.from_pretrained(resources.folder("weights") / "demo", torch_dtype=torch.float32))
+    return _quiet(
+        QwenImagePipeline.from_pretrained(resources.find_folder("weights") / "demo", torch_dtype=torch.float32)
+    )
 
 
 def qwen_image_edit() -> QwenImageEditPipeline:
@@ -108,7 +110,7 @@ def _edit(cls: type[DiffusionPipeline], vae: AutoencoderKLQwenImage | None = Non
         vae=vae or _edit_vae(),
         text_encoder=tiny.text_encoder(),
         tokenizer=tokenizer,
-        processor=without_videos(Qwen2VLProcessor)(
+        processor=drop_video_processor(Qwen2VLProcessor)(
             Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56), tokenizer
         ),
         transformer=tiny.transformer(**transformer),

@@ -16,7 +16,7 @@ from diffusers import (
 )
 from transformers import Qwen2VLImageProcessorPil, Qwen2VLProcessor, Qwen3Config, Qwen3Model
 
-from hydrarun.pipeline.processors import without_videos
+from hydrarun.pipeline.processors import drop_video_processor
 from tests.helpers import tiny
 
 #: as FLUX.1-dev's: shifted by size
@@ -58,7 +58,7 @@ def _longcat(cls: type, vae: AutoencoderKL) -> Any:
         vae=vae,
         text_encoder=tiny.text_encoder(),
         tokenizer=tokenizer,
-        text_processor=without_videos(Qwen2VLProcessor)(
+        text_processor=drop_video_processor(Qwen2VLProcessor)(
             Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56), tokenizer
         ),
         transformer=tiny.randomise(transformer, std=0.15),

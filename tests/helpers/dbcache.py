@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hydrarun.config.checks.values import cfg_scale
+from hydrarun.config.checks.values import find_cfg_scale
 from hydrarun.core.timing import Timings
 from tests.helpers import parallel_runs, subjects
 
@@ -20,7 +20,11 @@ def node(**arguments):
 
 def guided(subject, steps: int = 8) -> dict:
     """The fields of a request with both branches."""
-    return {cfg_scale(subjects.CONFIGS[subject.name])[0]: 3.0, "negative_prompt": "x", "num_inference_steps": steps}
+    return {
+        find_cfg_scale(subjects.CONFIGS[subject.name])[0]: 3.0,
+        "negative_prompt": "x",
+        "num_inference_steps": steps,
+    }
 
 
 def record(subject) -> dict:
@@ -69,7 +73,7 @@ def draw(
 
 def distance(kept: torch.Tensor, now: torch.Tensor, cuts: list[int]) -> float:
     """The distance between `[B, S, D]` of which each rank has the tokens between two cuts."""
-    from hydrarun.acceleration.cache.cache_dit import CachedOverRanks
+    from hydrarun.acceleration.cache.cache_dit import DistributedCachedContext
 
     own = slice(*cuts[dist.get_rank() :][:2])
-    return CachedOverRanks([dist.group.WORLD]).distance(kept[:, own], now[:, own])
+    return DistributedCachedContext([dist.group.WORLD]).distance(kept[:, own], now[:, own])

@@ -19,8 +19,7 @@ import torch.distributed as dist
 from hydrarun.__main__ import main
 from hydrarun.config import targets
 from hydrarun.core import errors
-from hydrarun.engine.ranks import local_group as group
-from hydrarun.engine.ranks import worker
+from hydrarun.engine.ranks import local_group, worker
 from hydrarun.engine.runs import single
 
 
@@ -51,7 +50,7 @@ class FakeRunner:
         asked = {"seed": config["sampling"]["seed"], "device": self.device}
         done = {"pids": pids, "total": total.item(), "jobs": self.jobs, "load_s": self.load_s}
         done["read_bytes"] = self.read_bytes
-        here = {"threads": torch.get_num_threads(), "allowed": targets.allowed_by_user()}
+        here = {"threads": torch.get_num_threads(), "allowed": targets.list_user_allowed()}
         return {**asked, **done, **here}
 
 
@@ -81,7 +80,7 @@ def act(prompt: str) -> None:
 
 worker.make_runner = FakeRunner
 single.run_single, single.follow_single = run_single, follow_single
-group.WORKER = __spec__.name if __spec__ else "tests.helpers.fake_rank"
+local_group.WORKER = __spec__.name if __spec__ else "tests.helpers.fake_rank"
 
 if __name__ == "__main__":
     words = sys.argv[1:]

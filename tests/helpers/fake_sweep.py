@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from hydrarun.config.compose import compose_raw
-from hydrarun.core.quoting import literal
+from hydrarun.config.compose import compose_unchecked
+from hydrarun.core.quoting import quote_overrides
 from hydrarun.outputs.writer import OutputWriter
 from tests.helpers import facts
 
@@ -29,7 +29,7 @@ FACTS = {
 @cache
 def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
     small = ["sampling.num_inference_steps=4", f"sampling.height={SIDE}", f"sampling.width={SIDE}"]
-    return compose_raw(literal([*small, *overrides]))[0]
+    return compose_unchecked(quote_overrides([*small, *overrides]))[0]
 
 
 def configuration(overrides: Sequence[str]) -> dict[str, Any]:

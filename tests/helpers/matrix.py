@@ -21,12 +21,12 @@ import torch
 from torch._dynamo.utils import counters
 
 from hydrarun.acceleration.compilation import CompileFull
-from hydrarun.config.checks import compatibility as compat
-from hydrarun.config.checks.values import cfg_off, cfg_scale
+from hydrarun.config.checks import compatibility
+from hydrarun.config.checks.values import find_cfg_scale, get_unguided_scale
 from hydrarun.config.options import load_option
 from hydrarun.config.targets import instantiate
 from hydrarun.core import resources
-from hydrarun.core.distributed.degrees import shares, world_size
+from hydrarun.core.distributed.degrees import split_evenly, world_size
 from hydrarun.engine.runner import Runner
 from tests.helpers import caches, parallel_runs, subjects, watched
 from tests.helpers.deeper import deeper_subject
@@ -100,9 +100,9 @@ class Column:
         config = CONFIGS[name]
         asked = {**request(name, self.steps(name)), "negative_prompt": None, "seed": 0}
         if not guided:
-            del asked[cfg_scale(config)[0]]
+            del asked[find_cfg_scale(config)[0]]
         sampling = {**config["sampling"], **asked}
-        file = resources.folder("conf") / self.group / f"{self.name}.yaml"
+        file = resources.find_folder("conf") / self.group / f"{self.name}.yaml"
         node = load_option(config, self.group, file)
         if self.group == "parallel":
             node = {**config["parallel"], **node}
@@ -127,7 +127,7 @@ def columns() -> tuple[Column, ...]:
     """All there are."""
     found = []
     for group in GROUPS:
-        for file in sorted((resources.folder("conf") / group).glob("*.yaml")):
+        for file in sorted((resources.find_folder("conf") / group).glob("*.yaml")):
             column = Column(group, file.stem)
             if file.stem != "none" and (group != "parallel" or ranks(column) == 2):
                 found.append(column)
@@ -140,7 +140,7 @@ def ranks(column: Column) -> int:
 
 def request(name: str, steps: int = STEPS) -> dict[str, Any]:
     """Two prompts of unequal length with guidance."""
-    guidance = {cfg_scale(CONFIGS[name])[0]: 3.0}
+    guidance = {find_cfg_scale(CONFIGS[name])[0]: 3.0}
     return {
         "prompt": [SHORT, LONG],
         "negative_prompt": ["x", LONG],
@@ -152,7 +152,7 @@ def request(name: str, steps: int = STEPS) -> dict[str, Any]:
 
 def refusal(name: str, column: Column) -> str | None:
     """Why a model does not go with an option, and what goes instead; None where it does."""
-    for rule in compat.violations(column.config(name)):
+    for rule in compatibility.find_violations(column.config(name)):
         sentence = rule.sentence.replace("another model than {model}", "another model")
         sentence = sentence.replace("model {model}", "the model").replace("{steps}", str(column.steps(name)))
         return f"{sentence[0].upper()}{sentence[1:]}. Use {rule.fix.replace('{model}', 'MODEL')}."
@@ -161,9 +161,9 @@ def refusal(name: str, column: Column) -> str | None:
 
 def condition(name: str, column: Column) -> str:
     """What a model goes with an option only with; mostly nothing."""
-    if not any(compat.violations(column.config(name, guided=False))):
+    if not any(compatibility.find_violations(column.config(name, guided=False))):
         return ""
-    return f"{cfg_scale(CONFIGS[name])[0]} > {cfg_off(CONFIGS[name]):g}"
+    return f"{find_cfg_scale(CONFIGS[name])[0]} > {get_unguided_scale(CONFIGS[name]):g}"
 
 
 # --- what a cell is run with -----------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def joined(shares_of_ranks: Sequence[np.ndarray], data: int, like: np.ndarray) -
     """The latents of all pictures; ranks that draw the same ones have the same ones to the bit, or nearly."""
     together = len(shares_of_ranks) // data
     first = shares_of_ranks[::together]
-    assert [len(one) for one in first] == list(shares(len(like), data))
+    assert [len(one) for one in first] == list(split_evenly(len(like), data))
     for rank, latents in enumerate(shares_of_ranks):
         assert np.abs(latents - first[rank // together]).max() <= KINDS["parallel"].most
     return np.concatenate(first)

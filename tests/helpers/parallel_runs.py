@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from hydrarun.config.schema import Parallel
-from hydrarun.core.distributed import collectives as comm
+from hydrarun.core.distributed import collectives
 from hydrarun.core.distributed.mesh import Mesh
 from hydrarun.core.timing import Timings
-from hydrarun.engine.build import spread
+from hydrarun.engine.build import shard
 from hydrarun.engine.runner import Runner
 from tests.helpers import subjects
 
@@ -34,9 +34,9 @@ def config(name: str, folder: Path, chosen: dict[str, int], *more: str) -> dict[
 @cache
 def composed(name: str, folder: Path, *more: str) -> dict[str, Any]:
     """The configuration of a small run in one process."""
-    from hydrarun.config.compose import compose
+    from hydrarun.config.compose import compose_config
 
-    return compose([*subjects.command(name, folder), *more])
+    return compose_config([*subjects.command(name, folder), *more])
 
 
 #: what this process' VAEs have encoded, by model
@@ -66,8 +66,8 @@ def runner_for(name: str, folder: Path, chosen: dict[str, int]) -> Runner:
     mesh = Mesh(degrees(**chosen), CPU)
     runner.built.parts.mesh = mesh
     for transformer in runner.built.parts.experts:
-        transformer.spread_tokens(None)
-        spread(transformer, mesh)
+        transformer.shard_tokens(None)
+        shard(transformer, mesh)
     return runner
 
 
@@ -76,17 +76,17 @@ def draw(name: str, folder: Path, chosen: dict[str, int], images: int, fields: d
     from hydrarun.pipeline.request import make_state
 
     runner = runner_for(name, folder, chosen)
-    comm.sent.clear()
+    collectives.sent_bytes.clear()
     sampling = {**runner.config["sampling"], **fields}
     state = runner.draw(make_state(sampling, subjects.pictures(images, runner.config)), Timings(CPU))
-    return state.frames, state.latents.numpy(), dict(comm.sent)
+    return state.frames, state.latents.numpy(), dict(collectives.sent_bytes)
 
 
 def text_of_first() -> str:
     """What every rank has of what rank 0 says."""
     import torch.distributed as dist
 
-    return comm.text_of_first("" if dist.get_rank() else "a cat, 一只猫", CPU)
+    return collectives.broadcast_text("" if dist.get_rank() else "a cat, 一只猫", CPU)
 
 
 def draw_cached(
@@ -96,10 +96,10 @@ def draw_cached(
     from hydrarun.pipeline.request import make_state
 
     runner = runner_for(name, folder, chosen)
-    comm.sent.clear()
+    collectives.sent_bytes.clear()
     state = make_state({**runner.config["sampling"], **fields}, subjects.pictures(images, runner.config))
     latents = runner.draw(state, Timings(CPU), cache_node).latents.numpy()
-    return latents, runner.built.parts.cache.record(), comm.sent["all_reduce"]
+    return latents, runner.built.parts.cache.record(), collectives.sent_bytes["all_reduce"]
 
 
 def draw_with(name: str, folder: Path, chosen: dict[str, int], fields: dict[str, Any], *more: str) -> Any:

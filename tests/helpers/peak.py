@@ -16,7 +16,7 @@ import torch
 from transformers import T5Config, T5EncoderModel
 
 from hydrarun.core.progress import Progress
-from hydrarun.core.threads import Pool
+from hydrarun.core.threads import ThreadPool
 from hydrarun.models.qwen_image import QwenImageTransformer
 from hydrarun.models.weights.loader import find_placement, load_transformer
 from hydrarun.pipeline.components import load_component
@@ -61,7 +61,7 @@ def write(file: Path, shapes: dict, kind: str) -> None:
 
 
 def load(folder: Path) -> torch.nn.Module:
-    with Progress(quiet=True).reading("loading") as tally, Pool() as pool:
+    with Progress(quiet=True).reading("loading") as tally, ThreadPool() as pool:
         options = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "note": print}
         return load_transformer(QwenImageTransformer, folder, pool=pool, tally=tally, **options)
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from hydrarun.acceleration.parallel.sequence import SequenceParallel
-from hydrarun.core.distributed import collectives as comm
-from hydrarun.core.distributed.degrees import shares
+from hydrarun.core.distributed import collectives
+from hydrarun.core.distributed.degrees import split_evenly
 from hydrarun.core.distributed.mesh import Mesh
 from hydrarun.models.layers.attention import Attention
 from hydrarun.models.layers.tokens import Tokens
@@ -29,12 +29,12 @@ def attention_over_ranks(ulysses: int, ring: int, streams: dict[str, Any], masks
     tokens = Tokens(**{name: parts[0] for name, parts in streams.items()})
     spread.shard(tokens, list(streams))
     own = {
-        name: tuple(x.split(shares(x.shape[1], spread.size), dim=1)[spread.rank] for x in parts)
+        name: tuple(x.split(split_evenly(x.shape[1], spread.size), dim=1)[spread.rank] for x in parts)
         for name, parts in streams.items()
     }
-    comm.sent.clear()
+    collectives.sent_bytes.clear()
     outputs = layer(own, masks)
-    return dict(zip(streams, outputs, strict=True)), dict(comm.sent)
+    return dict(zip(streams, outputs, strict=True)), dict(collectives.sent_bytes)
 
 
 def gathered(ulysses: int, ring: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -72,10 +72,14 @@ def predictions(ranks: int, branches: list[str]) -> tuple[dict[str, float], int,
         asked.extend(mine)
         return {branch: torch.full((2, 5, 3), float(branches.index(branch))) for branch in mine}
 
-    comm.sent.clear()
+    collectives.sent_bytes.clear()
     found = predict_branches(branches, predict, axis, torch.zeros(2, 5, 3))
     assert all(value.unique().numel() == 1 for value in found.values())
-    return {branch: value[0, 0, 0].item() for branch, value in found.items()}, len(asked), comm.sent["all_gather"]
+    return (
+        {branch: value[0, 0, 0].item() for branch, value in found.items()},
+        len(asked),
+        collectives.sent_bytes["all_gather"],
+    )
 
 
 def meshes_made_again(times: int) -> tuple[bool, int]:

@@ -16,22 +16,22 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hydrarun.config.checks.checkpoint import size_multiple, vae_factors
-from hydrarun.config.checks.values import cfg_off, cfg_scale, is_video
-from hydrarun.config.compose import compose, compose_raw
+from hydrarun.config.checks.checkpoint import find_size_multiple, read_vae_factors
+from hydrarun.config.checks.values import find_cfg_scale, get_unguided_scale, is_video
+from hydrarun.config.compose import compose_config, compose_unchecked
 from hydrarun.core import resources
 from hydrarun.engine.runner import Runner
 from hydrarun.outputs.media import kinds
 from tests.helpers import checkpoints, tiny
 
-MODELS = sorted(file.stem for file in (resources.folder("conf") / "model").glob("*.yaml"))
+MODELS = sorted(file.stem for file in (resources.find_folder("conf") / "model").glob("*.yaml"))
 
 
 class Configs(dict[str, dict[str, Any]]):
     """The configuration of each model as it is, composed when it is asked for."""
 
     def __missing__(self, name: str) -> dict[str, Any]:
-        self[name] = compose_raw([f"model={name}"])[0]
+        self[name] = compose_unchecked([f"model={name}"])[0]
         return self[name]
 
 
@@ -105,7 +105,7 @@ def command(name: str, folder: Path) -> list[str]:
 
 def sized(name: str, folder: Path, rows: int, columns: int) -> dict[str, int]:
     """As `Subject.size`."""
-    if kinds.drawn_by(CONFIGS[name]["model"]) is kinds.SOUND:
+    if kinds.find_model_kind(CONFIGS[name]["model"]) is kinds.SOUND:
         return {}
     return {"height": rows * multiple(folder), "width": columns * multiple(folder)}
 
@@ -113,13 +113,13 @@ def sized(name: str, folder: Path, rows: int, columns: int) -> dict[str, int]:
 def multiple(folder: Path) -> int:
     """Pixels that height and width of a saved subject must be a multiple of."""
     vae, transformer = (json.loads((folder / name / "config.json").read_text()) for name in ("vae", "transformer"))
-    return size_multiple(vae_factors(vae)[1], transformer, patch=2)
+    return find_size_multiple(read_vae_factors(vae)[1], transformer, patch=2)
 
 
 def pictures(count: int, config: dict[str, Any] | None = None) -> list[Image.Image]:
     """Input images of unequal sizes and proportions; with alpha, if the model of `config` takes it."""
     generator = np.random.default_rng(0)
-    channels = 4 if config and kinds.drawn_by(config["model"]).alpha else 3
+    channels = 4 if config and kinds.find_model_kind(config["model"]).alpha else 3
     sizes = [(64, 100), (100, 64), (64, 64)]  # at a megapixel, multiples of 64: what the tiny VAE needs
     values = [generator.integers(0, 256, (*size, channels), dtype=np.uint8) for size in sizes[:count]]
     return [Image.fromarray(one) for one in values]
@@ -131,7 +131,7 @@ def build(name: str, folder: Path) -> Subject:
     pipeline = checkpoints.BUILDERS[name]()
     pipeline.save_pretrained(folder / name)
     subject = Subject(name, pipeline, folder / name, None)
-    subject.runner = Runner(compose(subject.overrides()))
+    subject.runner = Runner(compose_config(subject.overrides()))
     for vae in (pipeline.vae, subject.runner.built.parts.pipeline.vae):
         vae.encode = remembering(vae.encode)
     return subject
@@ -160,7 +160,7 @@ def cases(name: str) -> dict[str, dict[str, Any]]:
     """What a model is asked for in a test of its numbers, from what its option says that it takes."""
     config = CONFIGS[name]
     takes, (least, most) = config["model"]["takes"], config["model"]["input_images"]
-    scale, off = cfg_scale(config)[0], cfg_off(config)
+    scale, off = find_cfg_scale(config)[0], get_unguided_scale(config)
     guided = {scale: 3.0, "negative_prompt": LONG}
     found = {
         "guided": guided,
@@ -169,7 +169,7 @@ def cases(name: str) -> dict[str, dict[str, Any]]:
         "unequal prompts, guidance off": {"prompt": [LONG, SHORT], "seed": [3, 4], scale: off},
         "more steps": {"num_inference_steps": 7},
     }
-    if kinds.drawn_by(config["model"]) is not kinds.SOUND:
+    if kinds.find_model_kind(config["model"]) is not kinds.SOUND:
         found["wide"] = {"size": (3, 5), "seed": 7}
     if "audio_end_in_s" in takes:  # 48 s of 4 samples each
         found["a part"] = {"audio_start_in_s": 5.3, "audio_end_in_s": 31.0, **guided}

@@ -161,9 +161,9 @@ def overrides(folder: Path, model: str = "qwen_image") -> list[str]:
 
 def config(folder: Path, *more: str) -> dict:
     """The configuration of that run, composed as the command does."""
-    from hydrarun.config.compose import compose
+    from hydrarun.config.compose import compose_config
 
-    return compose([*overrides(folder), *more])
+    return compose_config([*overrides(folder), *more])
 
 
 def runner(folder: Path, *more: str):
@@ -175,11 +175,11 @@ def runner(folder: Path, *more: str):
 def load_transformer(cls: type, folder: Path, dtype: torch.dtype = torch.float32, **options):
     """Ours, whole, on the CPU; `options` are `hydrarun.models.weights.loader.load_transformer`'s."""
     from hydrarun.core.progress import Progress
-    from hydrarun.core.threads import Pool
+    from hydrarun.core.threads import ThreadPool
     from hydrarun.models.weights.loader import load_transformer
 
     given = {"device": torch.device("cpu"), "dtype": dtype, "note": print, **options}
-    with Progress(quiet=True).reading("loading") as tally, Pool() as pool:
+    with Progress(quiet=True).reading("loading") as tally, ThreadPool() as pool:
         return load_transformer(cls, folder, pool=pool, tally=tally, **given)
 
 

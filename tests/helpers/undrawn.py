@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hydrarun.outputs.provenance import hardware, versions
+from hydrarun.outputs.provenance import collect_versions, describe_hardware
 from hydrarun.outputs.writer import OutputWriter
 from tests.helpers import facts as facts_of_a_run
 
@@ -37,8 +37,8 @@ def draw(config: dict[str, Any], folder: Path, inputs: tuple[dict[str, Any], ...
         "weights": {"path": config["model"]["path"], "revision": None, "fingerprint": FINGERPRINT},
         **facts_of_a_run.PLAIN,
         "inputs": list(inputs),
-        "versions": versions(),
-        "hardware": hardware("cpu"),
+        "versions": collect_versions(),
+        "hardware": describe_hardware("cpu"),
         **more,
     }
     writer = OutputWriter(folder, config, facts, metadata=False)

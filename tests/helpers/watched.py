@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from hydrarun.config.checks.values import cfg_off, cfg_scale
-from hydrarun.config.compose import compose, compose_raw
+from hydrarun.config.checks.values import find_cfg_scale, get_unguided_scale
+from hydrarun.config.compose import compose_config, compose_unchecked
 from hydrarun.core.timing import Timings
 from hydrarun.engine.runner import Runner
 from hydrarun.pipeline.request import make_state
@@ -32,7 +32,7 @@ def runner(subject: subjects.Subject, device: str, option: str = "none", **argum
 def smallest(name: str, folder: Path) -> dict[str, Any]:
     """Its configuration; images are encoded at a few pixels instead of a megapixel."""
     sides = [f"sampling.{key}={value}" for key, value in subjects.sized(name, folder, 2, 2).items()]
-    config = compose([*subjects.command(name, folder), *sides])
+    config = compose_config([*subjects.command(name, folder), *sides])
     for stage in config["model"]["stages"]:
         if stage["_target_"].endswith("EncodeImages"):
             stage["area"] = 64 * 64
@@ -42,19 +42,19 @@ def smallest(name: str, folder: Path) -> dict[str, Any]:
 @cache
 def options(name: str) -> dict[str, Any]:
     """The node of an option of `offload`."""
-    return compose_raw([f"offload={name}"])[0]["offload"]
+    return compose_unchecked([f"offload={name}"])[0]["offload"]
 
 
 def draw(runner: Runner, guided: bool = True) -> Any:
     """The finished state: two prompts of unequal length."""
     config = runner.config
-    scale = cfg_scale(config)[0]
+    scale = find_cfg_scale(config)[0]
     fields = {
         "prompt": [SHORT, LONG],
         "seed": [3, 4],
         "negative_prompt": "x",
         "num_inference_steps": 2,
-        scale: 3.0 if guided else cfg_off(config),
+        scale: 3.0 if guided else get_unguided_scale(config),
     }
     if "max_sequence_length" in config["model"]["takes"]:
         fields["max_sequence_length"] = 64

@@ -7,10 +7,10 @@ import torch
 from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import calculate_dimensions
 from PIL import Image
 
-from hydrarun.config.compose import compose_raw
+from hydrarun.config.compose import compose_unchecked
 from hydrarun.core.errors import UsageError
-from hydrarun.engine.plan.devices import published
-from hydrarun.engine.plan.planner import planned
+from hydrarun.engine.plan.devices import read_devices
+from hydrarun.engine.plan.planner import plan_configuration
 from hydrarun.models.longcat_image import LongCatImageTransformer
 from hydrarun.models.ovis_image import OvisImageTransformer
 from hydrarun.pipeline.stages.images import fit_area
@@ -109,8 +109,8 @@ def test_a_prompt_that_stands_for_an_image_is_refused(subject):
 )
 def test_a_plan_from_published_shapes(name, text, width_of_text, blocks):
     """Linear layers take 2 x tokens x weights (a gated feed-forward has half as many again), attention 4 x tokens^2."""
-    config, _ = compose_raw([f"model={name}", "sampling.prompt=a", "sampling.height=1024", "sampling.width=1024"])
-    made = planned(config, published()["h100"], 1)
+    config, _ = compose_unchecked([f"model={name}", "sampling.prompt=a", "sampling.height=1024", "sampling.width=1024"])
+    made = plan_configuration(config, read_devices()["h100"], 1)
     assert made.asked is not None
     tokens, dim = 64 * 64 + text, 3072
     depth = {"longcat_image": 30, "ovis_image": 33}[name]

@@ -13,18 +13,18 @@ from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from PIL import Image
 
 from hydrarun.acceleration.cache.base import NoCache
-from hydrarun.acceleration.compilation import allow_graphs
-from hydrarun.acceleration.parallel.data import first_ranks
-from hydrarun.config.compose import compose
+from hydrarun.acceleration.compilation import raise_graph_limit
+from hydrarun.acceleration.parallel.data import broadcast_ids
+from hydrarun.config.compose import compose_config
 from hydrarun.core.distributed.degrees import world_size
 from hydrarun.core.distributed.mesh import Mesh
 from hydrarun.core.errors import RunError, UsageError
-from hydrarun.engine.plan.dry_forward import kept_by_others
+from hydrarun.engine.plan.dry_forward import count_unrun_bytes
 from hydrarun.engine.runner import Runner
 from hydrarun.models.glm_image import GlmImageTransformer
 from hydrarun.models.transformer import Inputs, Step
 from hydrarun.pipeline.request import make_state
-from hydrarun.pipeline.stages.glm_image import draw_prior, fitted
+from hydrarun.pipeline.stages.glm_image import draw_prior_tokens, fit_image
 from tests.helpers import checkpoints_prior, parallel_runs, tiny
 from tests.helpers.caches import node
 from tests.helpers.subjects import LONG, SHORT, pictures
@@ -169,7 +169,7 @@ def test_prior_tokens_are_the_references(subject, count, monkeypatch):
     fields = {**subject.runner.config["sampling"], "prompt": LONG, "height": 64, "width": 96, "seed": 11}
     state = make_state(fields, [one.resize((96, 64)) for one in pictures(count)])
     before = torch.get_rng_state()
-    tokens, of_images = draw_prior(LONG, 11, state, parts)
+    tokens, of_images = draw_prior_tokens(LONG, 11, state, parts)
     assert torch.equal(torch.get_rng_state(), before)
     reference = checkpoints_prior.with_images_as_expected(subject.pipeline)
     images = [state.input_images] if count else None
@@ -217,7 +217,7 @@ def test_input_images_set_the_size_and_are_fitted(subject):
     assert (plain.height, plain.width) == (1024, 96)
     odd = replace(plain, input_images=[Image.new("RGB", (27, 35))])
     subject.runner.built.stages[0](odd, subject.runner.built.parts, None)
-    assert odd.input_images[0].size == fitted(odd.input_images[0], subject.runner.built.parts).size
+    assert odd.input_images[0].size == fit_image(odd.input_images[0], subject.runner.built.parts).size
 
 
 @only
@@ -264,7 +264,9 @@ def test_the_prefix_is_shared_by_ranks(subject, layout, pool, edited):
 def test_shared_encoders_of_unequal_batches_are_refused(subject):
     """Each prompt is encoded alone: a rank with fewer of them would leave the others waiting."""
     with pytest.raises(UsageError, match=r"parallel\.hsdp_degree"):
-        compose([*subject.overrides(), "sampling.seed=[1,2]", "parallel.hsdp_degree=2", "parallel.data_degree=2"])
+        compose_config(
+            [*subject.overrides(), "sampling.seed=[1,2]", "parallel.hsdp_degree=2", "parallel.data_degree=2"]
+        )
 
 
 @only
@@ -284,7 +286,7 @@ def test_caches_skip_steps_of_an_edit(subject, edited, cache):
 def test_weights_that_are_held_otherwise(subject, edited, option):
     """Modulation tables have rows for the input images too, which share them with all steps."""
     chosen = "quantization=int8_weight_only" if option == "quantized" else f"offload={option}"
-    runner = Runner(compose([*subject.overrides(), chosen]))
+    runner = Runner(compose_config([*subject.overrides(), chosen]))
     found = replace(subject, runner=runner).draw(IMAGES, **GUIDED).latents
     difference = (found - edited(subject).latents).abs().max()
     if option == "quantized":
@@ -300,8 +302,8 @@ def test_weights_that_are_held_otherwise(subject, edited, option):
 def test_compiled_edits(subject, edited, whole):
     """As one graph each, of blocks or of a branch's whole way."""
     torch._dynamo.reset()
-    allow_graphs()  # a block that sees a prefix is a graph of its own: its place in the prefix is in it
-    compiled = replace(subject, runner=Runner(compose(subject.overrides())))
+    raise_graph_limit()  # a block that sees a prefix is a graph of its own: its place in the prefix is in it
+    compiled = replace(subject, runner=Runner(compose_config(subject.overrides())))
     transformer = compiled.runner.built.parts.experts["transformer"]
     if whole:
         for piece in ("through", "enter", "run", "finish"):
@@ -325,7 +327,7 @@ def test_ranks_take_the_first_ones_tokens(pool, degree):
 def tokens_of_ranks(chosen):
     """On a rank: what is left of tokens that are each rank's own."""
     mesh = Mesh(parallel_runs.degrees(**chosen), parallel_runs.CPU)
-    return first_ranks(torch.tensor([10, 20]) + mesh.rank, mesh).tolist()
+    return broadcast_ids(torch.tensor([10, 20]) + mesh.rank, mesh).tolist()
 
 
 def test_a_plan_counts_the_prefix_of_all_blocks(pair):
@@ -335,12 +337,12 @@ def test_a_plan_counts_the_prefix_of_all_blocks(pair):
     with torch.no_grad():
         predict(ours, torch.zeros(2, 4, 1, 4, 4), torch.tensor([700.0] * 2), "positive", branch)
     assert ours.kept_bytes() == 3 * 2 * 16 * 48 * 4
-    assert kept_by_others(ours) == 0
+    assert count_unrun_bytes(ours) == 0
     deeper = SimpleNamespace(config={"num_layers": 30}, depth=2, kept_bytes=lambda: 100)
-    assert kept_by_others(deeper) == 1400
+    assert count_unrun_bytes(deeper) == 1400
 
 
 @only
 def test_a_size_is_refused_before_weights_are_read(subject):
     with pytest.raises(UsageError, match=r"sampling.width=48: this checkpoint needs a multiple of 32"):
-        Runner(compose([*subject.overrides(), "sampling.width=48"]))
+        Runner(compose_config([*subject.overrides(), "sampling.width=48"]))

@@ -10,8 +10,8 @@ import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_layered import calculate_dimensions
 from PIL import Image
 
-from hydrarun.cli import main as cli
-from hydrarun.config.compose import compose
+from hydrarun.cli import main
+from hydrarun.config.compose import compose_config
 from hydrarun.core.errors import UsageError
 from hydrarun.engine.runner import Runner
 from hydrarun.outputs.media import frames
@@ -95,7 +95,7 @@ def test_one_caption_for_the_blank_prompts_of_a_batch(subject):
 @pytest.mark.parametrize("option", ["model", "disk"])
 def test_a_caption_is_written_by_an_encoder_that_comes_for_it(subject, fake, option):
     overrides = [one for one in subject.overrides() if not one.startswith("device=")]
-    config = compose([*overrides, "device=cuda", f"offload={option}"])
+    config = compose_config([*overrides, "device=cuda", f"offload={option}"])
     state = tiny.draw(Runner({**config, "device": "fake"}), [given(subject)], prompt="", num_inference_steps=1)
     assert state.caption == reference_caption(subject, english=True)
 
@@ -136,7 +136,7 @@ def test_the_size_is_of_that_resolution_in_the_images_proportions(resolution, si
 @only
 def test_the_command_writes_each_layer_and_draws_them_again(subject, tmp_path, capsys):
     overrides = [one for one in subject.overrides() if not one.startswith("sampling.prompt")]
-    assert cli.main([*overrides, f"hydra.run.dir={tmp_path}", "report.metrics=[psnr,ssim]"]) == 0
+    assert main.main([*overrides, f"hydra.run.dir={tmp_path}", "report.metrics=[psnr,ssim]"]) == 0
     said = capsys.readouterr().err
     record = json.loads((tmp_path / "run.json").read_text())
     (output,) = record["outputs"]
@@ -151,7 +151,7 @@ def test_the_command_writes_each_layer_and_draws_them_again(subject, tmp_path, c
     assert "the prompt is blank; the input image's caption: " in said
     assert output["quality"] == {"psnr": 100.0, "ssim": pytest.approx(1.0)}
     for file in (folder, files[2], tmp_path / "run.json"):
-        assert cli.main(["replay", str(file), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
+        assert main.main(["replay", str(file), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
         assert "identical pixels" in capsys.readouterr().out
 
 
@@ -165,7 +165,7 @@ def test_a_file_of_images_alone(subject, tmp_path):
     lines = tmp_path / "lines.csv"
     lines.write_text("images,prompt\na.png,\nb.png,\na.png,a cat\n")
     kept = [one for one in subject.overrides() if not one.startswith(("sampling.prompt", "input.images"))]
-    assert cli.main([*kept, f"input.prompts={lines}", f"hydra.run.dir={tmp_path / 'run'}"]) == 0
+    assert main.main([*kept, f"input.prompts={lines}", f"hydra.run.dir={tmp_path / 'run'}"]) == 0
     outputs = json.loads((tmp_path / "run" / "run.json").read_text())["outputs"]
     assert [bool(one.get("caption")) for one in outputs] == [True, True, False]
     layers = [frames.read_frames(tmp_path / "run" / one["path"])[0] for one in outputs]
@@ -175,7 +175,7 @@ def test_a_file_of_images_alone(subject, tmp_path):
 
 def refused(*overrides: str) -> str:
     with pytest.raises(UsageError) as caught:
-        compose([f"model={NAME}", "input.images=a.png", *overrides])
+        compose_config([f"model={NAME}", "input.images=a.png", *overrides])
     return str(caught.value)
 
 
@@ -203,4 +203,4 @@ def test_other_models_have_no_layers():
     ):
         given = ["sampling.prompt=a"] if "prompt" not in override else []
         with pytest.raises(UsageError, match=wanted):
-            compose(["model=qwen_image", *given, override])
+            compose_config(["model=qwen_image", *given, override])

@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from hydrarun.acceleration.compilation import CompileFull
-from hydrarun.config.compose import compose
+from hydrarun.config.compose import compose_config
 from hydrarun.core.errors import UsageError
 from hydrarun.core.timing import Timings
 from hydrarun.engine.runner import Runner
@@ -61,7 +61,7 @@ def skipping():
 def pushed(subject, skipping):
     """The subject with skip-layer guidance."""
     if subject.name not in skipping:
-        skipping[subject.name] = replace(subject, runner=Runner(compose([*subject.overrides(), *LAYERS])))
+        skipping[subject.name] = replace(subject, runner=Runner(compose_config([*subject.overrides(), *LAYERS])))
     return skipping[subject.name]
 
 
@@ -131,13 +131,13 @@ def test_caches_leave_the_third_prediction_alone(pushed):
 
 @pytest.mark.parametrize("subject", ["sd35_medium"], indirect=True)
 def test_modulation_tables_serve_the_third_prediction(subject, pushed):
-    tabled = replace(subject, runner=Runner(compose([*subject.overrides(), *LAYERS, "offload=modulation"])))
+    tabled = replace(subject, runner=Runner(compose_config([*subject.overrides(), *LAYERS, "offload=modulation"])))
     assert (tabled.draw(**GUIDED).latents - pushed.draw(**GUIDED).latents).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("subject", ["sd35_medium"], indirect=True)
 def test_blocks_read_from_their_files_may_be_left_out(subject, pushed):
-    turned = replace(subject, runner=Runner(compose([*subject.overrides(), *LAYERS, "offload=disk"])))
+    turned = replace(subject, runner=Runner(compose_config([*subject.overrides(), *LAYERS, "offload=disk"])))
     assert torch.equal(turned.draw(**GUIDED).latents, pushed.draw(**GUIDED).latents)
 
 

@@ -14,17 +14,17 @@ import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb, get_1d_rotary_pos_embed
 
-from hydrarun.cli import main as cli
-from hydrarun.cli.recipe import pixel_digest as pixels
-from hydrarun.config.checks.checkpoint import check_fit, check_heads, longest
+from hydrarun.cli import main
+from hydrarun.cli.recipe import pixel_digest
+from hydrarun.config.checks.checkpoint import check_heads, check_request_fit, max_sound_seconds
 from hydrarun.core.errors import RunError, UsageError
-from hydrarun.models.layers.rope import frequencies, rotate_halves
+from hydrarun.models.layers.rope import make_frequencies, rotate_halves
 from hydrarun.models.stable_audio import StableAudioTransformer
-from hydrarun.outputs import reader as recorded
+from hydrarun.outputs import reader
 from hydrarun.outputs.media import wav
-from hydrarun.outputs.quality.metrics import compare
+from hydrarun.outputs.quality.metrics import compare_outputs
 from hydrarun.pipeline.stages.sound import DecodeSound
-from hydrarun.pipeline.vae import arrange_vae
+from hydrarun.pipeline.vae import configure_vae
 from tests.helpers import checkpoints, tiny
 from tests.helpers.subjects import SHORT
 
@@ -71,10 +71,10 @@ def test_a_part_of_the_channels_is_turned_in_halves():
     x = torch.randn(2, 7, 3, 20, generator=torch.Generator().manual_seed(0))
     rotary = get_1d_rotary_pos_embed(8, 7, use_real=True, repeat_interleave_real=False)
     turned = apply_rotary_emb(x[..., :8].transpose(1, 2), rotary, use_real=True, use_real_unbind_dim=-2).transpose(1, 2)
-    found = rotate_halves(x, frequencies(torch.arange(7), 8))
+    found = rotate_halves(x, make_frequencies(torch.arange(7), 8))
     assert (found[..., :8] - turned).abs().max() <= 1e-6
     assert torch.equal(found[..., 8:], x[..., 8:])
-    half = rotate_halves(x.bfloat16(), frequencies(torch.arange(7), 8))
+    half = rotate_halves(x.bfloat16(), make_frequencies(torch.arange(7), 8))
     assert half.dtype == torch.bfloat16
     assert (half.float() - found).abs().max() < 0.05
 
@@ -147,7 +147,7 @@ def test_tiles_of_the_vae_draw_nearly_the_same(subject):
     settings = {"slicing": True, "tiling": True, "channels_last": False}
     with torch.inference_mode():
         plain = vae.decode(latents).sample
-        arrange_vae(vae, settings, None)
+        configure_vae(vae, settings, None)
         vae.tile_latent_min_length, vae.tile_latent_overlap = 16, 5
         try:
             tiled = vae.decode(latents).sample
@@ -166,7 +166,7 @@ def run(subject, folder: Path, *overrides: str) -> dict[str, Any]:
     words = [*subject.overrides(), "sampling.num_inference_steps=3", f"hydra.run.dir={folder}"]
     if any(word.startswith("input.prompts=") for word in overrides):
         words.remove("sampling.prompt=a cat")
-    assert cli.main([*words, *overrides]) == 0
+    assert main.main([*words, *overrides]) == 0
     return json.loads((folder / "run.json").read_text())
 
 
@@ -191,13 +191,13 @@ def test_a_command_writes_a_wav_that_is_drawn_again_from_itself(subject, tmp_pat
             assert other.readframes(count) == samples.tobytes()
         assert len(samples) == count
         assert wav.read_wav(file)[1]["config"]["sampling"]["audio_end_in_s"] == 40
-    drawn = recorded.load(file).pictures[0]
+    drawn = reader.load_recorded_run(file).pictures[0]
     assert (drawn.index, drawn.lossy) == (1, False)
     assert np.array_equal(drawn.pixels, samples)
-    assert cli.main(["replay", str(file), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
+    assert main.main(["replay", str(file), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
     assert capsys.readouterr().out.endswith(f"{file.name}: identical samples\n")
     changed = ["replay", str(file), f"hydra.run.dir={tmp_path / 'other'}", "sampling.guidance_scale=3"]
-    assert cli.main(changed) == 1
+    assert main.main(changed) == 1
     found = re.search(
         r"different samples, largest difference (\d+) of 65535, PSNR ([\d.]+) dB", capsys.readouterr().out
     )
@@ -232,7 +232,7 @@ def test_a_batch_its_quality_and_its_report(subject, tmp_path):
         assert output["quality"]["snr"] == pytest.approx(want)
         assert want < 60
     assert record["quality"]["snr"]["worst"] == min(output["quality"]["snr"] for output in record["outputs"])
-    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    assert main.main(["report", str(tmp_path / "run")]) == 0
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count('<audio controls preload="metadata" src="data:audio/wav;base64,') == 3
     assert page.count(f"SNR {record['outputs'][0]['quality']['snr']:.1f} dB") >= 1
@@ -273,7 +273,7 @@ def test_a_batch_its_quality_and_its_report(subject, tmp_path):
     ],
 )
 def test_what_a_sound_has_not_is_refused_in_words(subject, override, sentence, capsys):
-    assert cli.main([*subject.overrides(), override]) == 2
+    assert main.main([*subject.overrides(), override]) == 2
     assert re.search(sentence, capsys.readouterr().err)
 
 
@@ -283,7 +283,7 @@ def test_other_models_draw_no_sounds(capsys):
         ("report.metrics=[snr]", "'snr' is of sounds, and model demo draws pictures. Use psnr, ssim."),
         ("sampling.audio_end_in_s=3", "model demo does not take it"),
     ):
-        assert cli.main([override]) == 2
+        assert main.main([override]) == 2
         assert sentence in capsys.readouterr().err
 
 
@@ -292,23 +292,23 @@ def test_other_models_draw_no_sounds(capsys):
 
 def test_the_published_length():
     """47.55 s, and the whole of it is every sample that the VAE makes."""
-    seconds = longest(PUBLISHED, {"sample_size": 1024})
+    seconds = max_sound_seconds(PUBLISHED, {"sample_size": 1024})
     assert seconds == pytest.approx(47.554, abs=1e-3)
     assert int(seconds * 44100) == 1024 * 2048
     sampling = {"height": None, "width": None, "num_frames": None, "audio_start_in_s": 0.0}
-    check_fit({**sampling, "audio_end_in_s": seconds}, PUBLISHED, {"sample_size": 1024}, 1)
+    check_request_fit({**sampling, "audio_end_in_s": seconds}, PUBLISHED, {"sample_size": 1024}, 1)
     with pytest.raises(UsageError, match=r"audio_end_in_s=47\.6: this checkpoint's sounds are 47\.55 s long"):
-        check_fit({**sampling, "audio_end_in_s": 47.6}, PUBLISHED, {"sample_size": 1024}, 1)
+        check_request_fit({**sampling, "audio_end_in_s": 47.6}, PUBLISHED, {"sample_size": 1024}, 1)
 
 
 def test_a_recipe_tells_sounds_apart_by_their_loudness_over_time():
     time = np.arange(20000)
     bell = np.round(20000 * np.exp(-time / 4000) * np.sin(time / 9))[:, None].astype(np.int16)
     nearly = (bell + np.random.default_rng(0).integers(-20, 21, bell.shape)).astype(np.int16)
-    first, second, other = (pixels.fingerprint(sound) for sound in (bell, nearly, bell[::-1]))
-    assert pixels.psnr(first, second) > 30 > pixels.psnr(first, other)
-    assert pixels.loudness(np.array([[0, 0], [-32768, 5]], np.int16)).tolist() == [0] * 384 + [255] * 384
-    assert pixels.sample(bell)[8:12] == b"WEBP"
+    first, second, other = (pixel_digest.compute_fingerprint(sound) for sound in (bell, nearly, bell[::-1]))
+    assert pixel_digest.compare_fingerprints(first, second) > 30 > pixel_digest.compare_fingerprints(first, other)
+    assert pixel_digest.measure_loudness(np.array([[0, 0], [-32768, 5]], np.int16)).tolist() == [0] * 384 + [255] * 384
+    assert pixel_digest.make_thumbnail(bell)[8:12] == b"WEBP"
 
 
 def test_groups_of_heads_are_what_ranks_share():
@@ -319,10 +319,10 @@ def test_groups_of_heads_are_what_ranks_share():
 
 def test_snr_is_the_twins_power_over_the_differences():
     twin = np.array([[3000], [-4000]], np.int16)
-    assert compare(twin + np.int16(5), twin, ["snr"]) == {"snr": pytest.approx(10 * np.log10(12.5e6 / 25))}
-    assert compare(twin, twin, ["snr"]) == {"snr": 100.0}
+    assert compare_outputs(twin + np.int16(5), twin, ["snr"]) == {"snr": pytest.approx(10 * np.log10(12.5e6 / 25))}
+    assert compare_outputs(twin, twin, ["snr"]) == {"snr": 100.0}
     extremes = np.array([[32767], [-32767]], np.int16)
-    assert compare(-extremes, extremes, ["snr"])["snr"] == pytest.approx(-6.02, abs=0.01)
+    assert compare_outputs(-extremes, extremes, ["snr"])["snr"] == pytest.approx(-6.02, abs=0.01)
 
 
 @only
@@ -333,7 +333,7 @@ def test_calibrating(subject, tmp_path, capsys):
     plain = [word for word in subject.overrides() if "prompt=" not in word]
     words = [*plain, "sampling.num_inference_steps=5", f"input.prompts={prompts}"]
     for cache in (["cache=teacache"], ["cache=mask", "cache.budget=0.6", "cache.evaluations=4"]):
-        assert cli.main(["calibrate", *words, *cache, f"hydra.run.dir={tmp_path}"]) == 0
+        assert main.main(["calibrate", *words, *cache, f"hydra.run.dir={tmp_path}"]) == 0
     assert re.search(
         r"best: latents' mean squared error [\d.e-]+, SNR -?[\d.]+ dB, computed \[0, ", capsys.readouterr().out
     )

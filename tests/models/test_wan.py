@@ -79,7 +79,7 @@ def test_declared_token_dimensions_are_token_dimensions(ours):
         if name not in absent:
             assert getattr(tokens, name).shape[dim] == lengths[stream], name
     assert tokens.grid == (3, 3, 5)
-    assert ours.spread_streams == ("hidden_states",)  # the text stays whole
+    assert ours.sharded_streams == ("hidden_states",)  # the text stays whole
 
 
 def test_what_the_reference_keeps_in_float32_is_kept(folder, reference):

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hydrarun.config.checks.compatibility import check
-from hydrarun.config.compose import compose
+from hydrarun.config.checks.compatibility import check_compatibility
+from hydrarun.config.compose import compose_config
 from hydrarun.core.errors import UsageError
 from hydrarun.engine.runner import Runner
 from hydrarun.models.zimage import ZImageTransformer
@@ -128,7 +128,7 @@ def test_published_size():
 
 def settled(subject, *guidance: str) -> Runner:
     """The subject with these settings of its guidance."""
-    return Runner(compose([*subject.overrides(), *(f"model.guidance.{one}" for one in guidance)]))
+    return Runner(compose_config([*subject.overrides(), *(f"model.guidance.{one}" for one in guidance)]))
 
 
 FIELDS = {"prompt": [SHORT, LONG], "negative_prompt": "x", "seed": [3, 4], "num_inference_steps": 6}
@@ -218,7 +218,7 @@ def test_turbo_is_another_checkpoint_with_other_defaults():
 )
 def test_what_users_are_told_counts_from_zero(words, said):
     with pytest.raises(UsageError, match=said):
-        check(compose([*words, "sampling.prompt=a"]))
+        check_compatibility(compose_config([*words, "sampling.prompt=a"]))
 
 
 def test_captions_of_one_length_need_no_mask():

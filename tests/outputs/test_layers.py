@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hydrarun.cli.recipe.pixel_digest import fingerprint, psnr, sample
+from hydrarun.cli.recipe.pixel_digest import compare_fingerprints, compute_fingerprint, make_thumbnail
 from hydrarun.core.errors import RunError
-from hydrarun.outputs import reader as recorded
+from hydrarun.outputs import reader
 from hydrarun.outputs.media import alpha, frames, png
-from hydrarun.outputs.provenance import config_hash
-from hydrarun.outputs.quality.metrics import compare
-from hydrarun.outputs.report import thumbnails as pictures
+from hydrarun.outputs.provenance import hash_config
+from hydrarun.outputs.quality.metrics import compare_outputs
+from hydrarun.outputs.report import thumbnails
 from hydrarun.outputs.writer import OutputWriter
 from tests.outputs.test_writer import CONFIG, save, writer, written
 
@@ -35,7 +35,7 @@ def folder_of(tmp_path: Path) -> Path:
 def test_layers_are_written_into_a_folder_and_recorded(tmp_path):
     record = save(layer_writer(tmp_path), pixels=LAYERS)
     folder = tmp_path / "run" / record["path"]
-    assert record["path"] == f"0000-a-red-circle-7-{config_hash(CONFIG)}"
+    assert record["path"] == f"0000-a-red-circle-7-{hash_config(CONFIG)}"
     assert written(tmp_path) == [record["path"]]
     assert sorted(file.name for file in folder.iterdir()) == ["layer-0.png", "layer-1.png", "layer-2.png"]
     assert record["pixels_sha256"] == hashlib.sha256(LAYERS.tobytes()).hexdigest()
@@ -85,10 +85,10 @@ def test_not_all_of_them(tmp_path, layers):
 
 def test_a_folder_and_one_of_its_layers_are_read_as_what_they_are(tmp_path):
     folder = folder_of(tmp_path)
-    (whole,) = recorded.load(folder).pictures
+    (whole,) = reader.load_recorded_run(folder).pictures
     assert np.array_equal(whole.pixels, LAYERS)
     assert whole.part is None
-    (one,) = recorded.load(folder / "layer-2.png").pictures
+    (one,) = reader.load_recorded_run(folder / "layer-2.png").pictures
     assert np.array_equal(one.pixels, LAYERS[2])
     assert one.part == "layer-2.png"
 
@@ -99,34 +99,34 @@ def test_measures_are_of_what_can_be_seen():
     hidden[0, :16, :16] = (9, 9, 9, 0)
     other = hidden.copy()
     other[0, :16, :16, :3] = 200
-    assert compare(hidden, other, ["psnr", "ssim"]) == {"psnr": 100.0, "ssim": pytest.approx(1.0)}
+    assert compare_outputs(hidden, other, ["psnr", "ssim"]) == {"psnr": 100.0, "ssim": pytest.approx(1.0)}
     other[0, :16, :16, 3] = 255
     error = np.square(alpha.premultiply_alpha(hidden).astype(float) - alpha.premultiply_alpha(other)).mean()
-    measured = compare(hidden, other, ["psnr", "ssim"])
+    measured = compare_outputs(hidden, other, ["psnr", "ssim"])
     assert measured["psnr"] == pytest.approx(10 * np.log10(255**2 / error))
     assert measured["ssim"] < 0.99
 
 
 def test_a_report_shows_them_side_by_side(tmp_path):
     file = folder_of(tmp_path)
-    pixels = pictures.read(file)
+    pixels = thumbnails.read_pixels(file)
     assert np.array_equal(pixels, LAYERS)
     nearly = LAYERS.copy()
     nearly[1, 3, 4] = 255 - nearly[1, 3, 4]
-    apart = pictures.difference(LAYERS, nearly, 512)
-    assert apart.psnr == pytest.approx(compare(LAYERS, nearly, ["psnr"])["psnr"])
+    apart = thumbnails.measure_difference(LAYERS, nearly, 512)
+    assert apart.psnr == pytest.approx(compare_outputs(LAYERS, nearly, ["psnr"])["psnr"])
     assert apart.pixels.shape == (32, 144, 3)
     assert np.argwhere(apart.pixels.any(axis=-1)).tolist() == [[3, 52]]
-    shown = pictures.shown(file, pixels, 16, apart, 512)
+    shown = thumbnails.build_cell_media(file, pixels, 16, apart, 512)
     assert (shown.size, shown.reduced, shown.video) == ((48, 32), False, None)
     assert shown.image.startswith("data:image/webp;base64,")
 
 
 def test_what_a_recipe_keeps_of_them_tells_layers_and_alpha_apart():
-    kept = fingerprint(LAYERS)
-    assert psnr(kept, fingerprint(LAYERS)) == 100
-    assert psnr(kept, fingerprint(LAYERS[:2])) == 0
+    kept = compute_fingerprint(LAYERS)
+    assert compare_fingerprints(kept, compute_fingerprint(LAYERS)) == 100
+    assert compare_fingerprints(kept, compute_fingerprint(LAYERS[:2])) == 0
     opaque = LAYERS.copy()
     opaque[..., 3] = 255
-    assert psnr(kept, fingerprint(opaque)) < 15
-    assert sample(LAYERS)[8:12] == b"WEBP"
+    assert compare_fingerprints(kept, compute_fingerprint(opaque)) < 15
+    assert make_thumbnail(LAYERS)[8:12] == b"WEBP"

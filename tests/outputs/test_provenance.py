@@ -30,8 +30,8 @@ def changed(section: str, **values) -> dict:
 
 def test_hash_is_eight_hex_digits_and_ignores_the_order_of_keys():
     shuffled = dict(reversed(CONFIG.items()))
-    assert re.fullmatch("[0-9a-f]{8}", provenance.config_hash(CONFIG))
-    assert provenance.config_hash(CONFIG) == provenance.config_hash(shuffled)
+    assert re.fullmatch("[0-9a-f]{8}", provenance.hash_config(CONFIG))
+    assert provenance.hash_config(CONFIG) == provenance.hash_config(shuffled)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_hash_is_eight_hex_digits_and_ignores_the_order_of_keys():
     ],
 )
 def test_hash_changes_with_what_may_change_the_pixels(other):
-    assert provenance.config_hash(other) != provenance.config_hash(CONFIG)
+    assert provenance.hash_config(other) != provenance.hash_config(CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -62,44 +62,44 @@ def test_hash_changes_with_what_may_change_the_pixels(other):
     ],
 )
 def test_hash_ignores_what_cannot_reach_the_pixels(other):
-    assert provenance.config_hash(other) == provenance.config_hash(CONFIG)
+    assert provenance.hash_config(other) == provenance.hash_config(CONFIG)
 
 
 def test_hash_survives_redaction(home):
     config = changed("model", path=str(home / "weights"))
-    assert provenance.config_hash(provenance.redact(config)) == provenance.config_hash(config)
+    assert provenance.hash_config(provenance.redact_config(config)) == provenance.hash_config(config)
 
 
 def test_home_folder_becomes_tilde_and_comes_back(home):
     config = changed("model", path=str(home / "weights"), also=[{"cache": str(home)}])
-    redacted = provenance.redact(config)
+    redacted = provenance.redact_config(config)
     assert redacted["model"]["path"] == "~/weights"
     assert redacted["model"]["also"] == [{"cache": "~"}]
     assert str(home) not in json.dumps(redacted)
-    assert provenance.expand(redacted) == config
-    assert provenance.redact(redacted) == redacted
+    assert provenance.expand_home(redacted) == config
+    assert provenance.redact_config(redacted) == redacted
 
 
 def test_only_whole_folder_names_count_as_home(home):
     config = changed("model", path=f"{home}-two/weights", revision="~other")
-    assert provenance.redact(config) == config
-    assert provenance.expand(config) == config
+    assert provenance.redact_config(config) == config
+    assert provenance.expand_home(config) == config
 
 
 def test_prompts_are_kept_to_the_letter(home):
     sampling = {"prompt": ["~/ is home", f"{home}/x"], "token": "hf_abcdefghijkl"}
     config = {**CONFIG, "sampling": sampling}
-    assert provenance.redact(config)["sampling"] == sampling
-    assert provenance.expand(config)["sampling"] == sampling
+    assert provenance.redact_config(config)["sampling"] == sampling
+    assert provenance.expand_home(config)["sampling"] == sampling
 
 
 @pytest.mark.parametrize("key", ["token", "hf_token", "password", "API_KEY", "apikey", "client_secret"])
 def test_secrets_are_left_out_by_name(key):
-    assert provenance.redact({"model": {"name": "demo", key: "x"}, key: "y"}) == {"model": {"name": "demo"}}
+    assert provenance.redact_config({"model": {"name": "demo", key: "x"}, key: "y"}) == {"model": {"name": "demo"}}
 
 
 def test_tokens_are_cut_from_texts():
-    redacted = provenance.redact({"model": {"path": "https://u:hf_AbCdEfGh12345678@host/x", "max_tokens": 5}})
+    redacted = provenance.redact_config({"model": {"path": "https://u:hf_AbCdEfGh12345678@host/x", "max_tokens": 5}})
     assert redacted == {"model": {"path": "https://u:[removed]@host/x", "max_tokens": 5}}
 
 
@@ -108,7 +108,7 @@ def test_messages_are_redacted_anywhere(home):
 
 
 def test_versions_name_everything_that_computes_pixels():
-    versions = provenance.versions()
+    versions = provenance.collect_versions()
     assert set(versions) == {
         "hydrarun", "python", "torch", "diffusers", "transformers", "safetensors", "numpy", "pillow", "cache-dit",
         "torchao",
@@ -119,11 +119,11 @@ def test_versions_name_everything_that_computes_pixels():
 
 def test_a_missing_package_is_none(monkeypatch):
     monkeypatch.setattr(provenance, "PACKAGES", ("no-such-package-here",))
-    assert provenance.versions()["no-such-package-here"] is None
+    assert provenance.collect_versions()["no-such-package-here"] is None
 
 
 def test_hardware_of_the_cpu():
-    hardware = provenance.hardware("cpu")
+    hardware = provenance.describe_hardware("cpu")
     assert hardware["cpu"]
     assert hardware["cpu_cores"] >= 1
     assert hardware["torch_threads"] >= 1
@@ -133,4 +133,4 @@ def test_hardware_of_the_cpu():
 
 def test_peak_host_memory_is_in_bytes():
     # the interpreter alone is beyond 20 MB: a wrong unit is off by 1024
-    assert 20e6 < provenance.peak_host_bytes() < 100e9
+    assert 20e6 < provenance.measure_peak_host_bytes() < 100e9

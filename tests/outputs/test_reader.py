@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from hydrarun.core.errors import UsageError
-from hydrarun.outputs import reader as recorded
+from hydrarun.outputs import reader
 from hydrarun.outputs.media import mp4, png
-from hydrarun.outputs.writer import OutputWriter, pixels_sha256
+from hydrarun.outputs.writer import OutputWriter, hash_pixels
 
 CONFIG = {
     "model": {"name": "demo", "path": "package:demo", "scheduler": None},
@@ -70,22 +70,22 @@ def edit(path: Path, change) -> None:
 
 def refused(path: Path) -> str:
     with pytest.raises(UsageError) as caught:
-        recorded.load(path)
+        reader.load_recorded_run(path)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_a_picture_gives_the_configuration_of_its_whole_run(run):
-    found = recorded.load(second(run))
+    found = reader.load_recorded_run(second(run))
     assert found.config == CONFIG
-    assert found.facts == {key: FACTS.get(key) for key in recorded.FACTS}
+    assert found.facts == {key: FACTS.get(key) for key in reader.FACTS}
     (picture,) = found.pictures
     assert picture.index == 1
     assert np.array_equal(picture.pixels, PICTURES[1])
 
 
 def test_run_json_gives_every_picture(run):
-    found = recorded.load(run / "run.json")
+    found = reader.load_recorded_run(run / "run.json")
     assert found.config == CONFIG
     assert [picture.index for picture in found.pictures] == [0, 1]
     assert np.array_equal([picture.pixels for picture in found.pictures], PICTURES)
@@ -95,14 +95,14 @@ def test_a_picture_keeps_its_hash_when_its_pixels_were_changed(run):
     path = second(run)
     pixels, record = png.read_png(path)
     path.write_bytes(png.encode_png(pixels // 2, {"hydrarun": json.dumps(record)}))
-    (picture,) = recorded.load(path).pictures
+    (picture,) = reader.load_recorded_run(path).pictures
     assert picture.pixels is None
     assert picture.pixels_sha256 == record["pixels_sha256"]
 
 
 def test_run_json_without_its_pictures_still_has_their_hashes(run):
     second(run).unlink()
-    first, gone = recorded.load(run / "run.json").pictures
+    first, gone = reader.load_recorded_run(run / "run.json").pictures
     assert first.pixels is not None
     assert gone.pixels is None
     assert len(gone.pixels_sha256) == 64
@@ -125,7 +125,7 @@ def test_missing_and_oversized_json_files(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
     assert "No such file" in refused(path)
     path.write_text("{}")
-    monkeypatch.setattr(recorded, "MAX_JSON_BYTES", 1)
+    monkeypatch.setattr(reader, "MAX_JSON_BYTES", 1)
     assert "larger than" in refused(path)
 
 
@@ -178,12 +178,12 @@ def test_a_damaged_run_json(run, change):
 @pytest.mark.parametrize("path", [5, "../x", None])
 def test_a_picture_is_named_by_its_file_not_by_its_record(run, path):
     edit(second(run), lambda record: record.update(path=path))
-    assert recorded.load(second(run)).pictures[0].name == second(run).name
+    assert reader.load_recorded_run(second(run)).pictures[0].name == second(run).name
 
 
 def test_a_listed_name_too_long_for_a_file_is_a_file_that_is_gone(run):
     edit(run / "run.json", lambda record: record["outputs"][0].update(path="x" * 1000))
-    assert recorded.load(run / "run.json").pictures[0].pixels is None
+    assert reader.load_recorded_run(run / "run.json").pictures[0].pixels is None
 
 
 # --- videos ----------------------------------------------------------------------------------------------------------
@@ -192,38 +192,38 @@ def test_a_listed_name_too_long_for_a_file_is_a_file_that_is_gone(run):
 @pytest.mark.parametrize("kind", ["mp4", "frames"])
 def test_a_video_gives_the_configuration_of_its_whole_run(tmp_path, kind):
     run = made(tmp_path, kind)
-    found = recorded.load(second(run))
+    found = reader.load_recorded_run(second(run))
     assert found.config == {**CONFIG, "output": {"metadata": True, "format": kind, "fps": 16}}
     assert found.facts["inputs"] == FACTS["inputs"]
     (video,) = found.pictures
     assert (video.name, video.index, video.part, video.lossy) == (second(run).name, 1, None, kind == "mp4")
-    assert video.pixels_sha256 == pixels_sha256(VIDEOS[1])
+    assert video.pixels_sha256 == hash_pixels(VIDEOS[1])
     assert video.pixels.shape == VIDEOS[1].shape
     assert np.array_equal(video.pixels, VIDEOS[1]) == (kind == "frames")
 
 
 @pytest.mark.parametrize("kind", ["mp4", "frames"])
 def test_run_json_gives_every_video(tmp_path, kind):
-    found = recorded.load(made(tmp_path, kind) / "run.json").pictures
+    found = reader.load_recorded_run(made(tmp_path, kind) / "run.json").pictures
     assert [(video.index, video.lossy) for video in found] == [(0, kind == "mp4"), (1, kind == "mp4")]
-    assert [video.pixels_sha256 for video in found] == [pixels_sha256(video) for video in VIDEOS]
+    assert [video.pixels_sha256 for video in found] == [hash_pixels(video) for video in VIDEOS]
     assert [video.pixels.shape for video in found] == [(3, 16, 24, 3)] * 2
 
 
 def test_one_frame_of_a_folder(tmp_path):
     path = second(made(tmp_path, "frames")) / "frame-00002.png"
-    (frame,) = recorded.load(path).pictures
+    (frame,) = reader.load_recorded_run(path).pictures
     assert (frame.name, frame.index, frame.part) == ("frame-00002.png", 1, "frame-00002.png")
-    assert frame.pixels_sha256 == pixels_sha256(VIDEOS[1, 2])
+    assert frame.pixels_sha256 == hash_pixels(VIDEOS[1, 2])
     assert np.array_equal(frame.pixels, VIDEOS[1, 2])
 
 
 def test_a_folder_that_lost_a_frame_keeps_the_hash_of_all(tmp_path):
     folder = second(made(tmp_path, "frames"))
     (folder / "frame-00000.png").unlink()
-    (video,) = recorded.load(folder).pictures
+    (video,) = reader.load_recorded_run(folder).pictures
     assert video.pixels is None
-    assert video.pixels_sha256 == pixels_sha256(VIDEOS[1])
+    assert video.pixels_sha256 == hash_pixels(VIDEOS[1])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hydrarun.core import files
 from hydrarun.core.errors import RunError
 from hydrarun.outputs import writer as outputs
 from hydrarun.outputs.media import png
-from hydrarun.outputs.provenance import config_hash
+from hydrarun.outputs.provenance import hash_config
 from hydrarun.outputs.writer import OutputWriter
 
 CONFIG = {
@@ -74,7 +74,7 @@ def written(folder: Path) -> list[str]:
 def test_a_picture_is_written_under_its_name_and_recorded(tmp_path):
     record = save(writer(tmp_path))
     path = tmp_path / "run" / record["path"]
-    assert record["path"] == f"0000-a-red-circle-7-{config_hash(CONFIG)}.png"
+    assert record["path"] == f"0000-a-red-circle-7-{hash_config(CONFIG)}.png"
     assert written(tmp_path) == [record["path"]]
     assert record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert record["pixels_sha256"] == hashlib.sha256(PIXELS.tobytes()).hexdigest()
@@ -99,7 +99,7 @@ def test_metadata_reproduces_this_picture_alone_and_its_batch(tmp_path):
     assert metadata["batch"]["index"] == 1
     metadata["config"]["sampling"].update(metadata["batch"]["sampling"])
     assert metadata["config"] == CONFIG
-    assert metadata["config_hash"] == config_hash(metadata["config"])
+    assert metadata["config_hash"] == hash_config(metadata["config"])
     assert metadata["pixels_sha256"] == record["pixels_sha256"]
     assert metadata["timings"] == TIMINGS
     assert {key: metadata[key] for key in FACTS} == FACTS
@@ -119,7 +119,9 @@ def test_the_guidance_in_parameters_is_the_one_the_model_takes():
     record = {"prompt": "a", "negative_prompt": None, "seed": 1, "width": 8, "height": 8}
     for scales, said in (((3.0, None), "CFG scale: 3.0"), ((None, 3.5), "CFG scale: 3.5"), ((None, None), None)):
         sampling = CONFIG["sampling"] | dict(zip(("true_cfg_scale", "guidance_scale"), scales, strict=True))
-        settings = outputs.parameters({**CONFIG, "sampling": sampling}, FACTS, record).splitlines()[1].split(", ")
+        settings = (
+            outputs.format_parameters({**CONFIG, "sampling": sampling}, FACTS, record).splitlines()[1].split(", ")
+        )
         assert [text for text in settings if "CFG" in text] == ([said] if said else [])
 
 
@@ -146,7 +148,7 @@ def test_run_json_has_every_key(tmp_path):
     assert record["format"] == 1
     assert record["status"] == "complete"
     assert record["config"] == CONFIG
-    assert record["config_hash"] == config_hash(CONFIG)
+    assert record["config_hash"] == hash_config(CONFIG)
     assert [output["path"] for output in record["outputs"]] == written(tmp_path)[:1]
     assert {key: record["timings"][key] for key in TIMINGS} == TIMINGS
     assert record["timings"]["save_s"] > 0
@@ -259,12 +261,12 @@ def test_a_crash_while_writing_leaves_the_old_file_and_no_litter(tmp_path, monke
     ],
 )
 def test_slug(prompt, expected):
-    assert outputs.slug(prompt, "picture") == expected
+    assert outputs.slugify_prompt(prompt, "picture") == expected
 
 
 def test_slugs_are_always_safe():
     random = np.random.default_rng(0)
     for length in random.integers(0, 80, 300):
         prompt = "".join(map(chr, random.integers(0, 0x2FFF, length)))
-        assert re.fullmatch(r"[a-z0-9](-?[a-z0-9])*", outputs.slug(prompt, "picture")), prompt
-        assert len(outputs.slug(prompt, "picture")) <= 40
+        assert re.fullmatch(r"[a-z0-9](-?[a-z0-9])*", outputs.slugify_prompt(prompt, "picture")), prompt
+        assert len(outputs.slugify_prompt(prompt, "picture")) <= 40

@@ -11,7 +11,7 @@ from PIL import Image
 from hydrarun.core.errors import RunError
 from hydrarun.outputs.media import frames, mp4, png
 from hydrarun.outputs.media.read import read_output
-from hydrarun.outputs.provenance import config_hash
+from hydrarun.outputs.provenance import hash_config
 from hydrarun.outputs.writer import OutputWriter
 from tests.outputs.test_writer import CONFIG, FACTS, VIDEO, save, writer, written
 
@@ -24,7 +24,7 @@ def video_writer(folder: Path, kind: str, metadata: bool = True) -> OutputWriter
 def test_an_mp4_is_written_under_its_name_and_recorded(tmp_path):
     record = save(video_writer(tmp_path, "mp4"), pixels=VIDEO)
     path = tmp_path / "run" / record["path"]
-    assert record["path"] == f"0000-a-red-circle-7-{config_hash(CONFIG)}.mp4"
+    assert record["path"] == f"0000-a-red-circle-7-{hash_config(CONFIG)}.mp4"
     assert written(tmp_path) == [record["path"]]
     assert record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert record["pixels_sha256"] == hashlib.sha256(VIDEO.tobytes()).hexdigest()
@@ -42,7 +42,7 @@ def test_an_mp4_is_written_under_its_name_and_recorded(tmp_path):
 def test_frames_are_written_into_a_folder_and_recorded(tmp_path):
     record = save(video_writer(tmp_path, "frames"), pixels=VIDEO)
     folder = tmp_path / "run" / record["path"]
-    assert record["path"] == f"0000-a-red-circle-7-{config_hash(CONFIG)}"
+    assert record["path"] == f"0000-a-red-circle-7-{hash_config(CONFIG)}"
     assert written(tmp_path) == [record["path"]]
     assert "sha256" not in record
     assert record["pixels_sha256"] == hashlib.sha256(VIDEO.tobytes()).hexdigest()

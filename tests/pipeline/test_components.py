@@ -116,7 +116,7 @@ def test_text_encoders_go_straight_to_their_device(tiny_folder, fake, monkeypatc
     """Nothing is left to move."""
     seen = []
     monkeypatch.setattr(
-        components, "move", lambda module, device: seen.extend(p.device.type for p in module.parameters())
+        components, "move_module", lambda module, device: seen.extend(p.device.type for p in module.parameters())
     )
     entry = ("transformers", "Qwen2_5_VLForConditionalGeneration")
     device = torch.device("fake")

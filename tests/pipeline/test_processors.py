@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
 from hydrarun.core.errors import RunError
-from hydrarun.pipeline.components import readable
+from hydrarun.pipeline.components import translate_load_errors
 from hydrarun.pipeline.processors import load_processor
 from tests.helpers import tiny
 
@@ -49,7 +49,7 @@ def published(folder: Path, **settings: Any) -> Path:
 
 def load(folder: Path) -> Any:
     """As the components are loaded."""
-    with readable(folder):
+    with translate_load_errors(folder):
         return load_processor(Qwen2VLProcessor, folder)
 
 

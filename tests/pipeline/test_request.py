@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hydrarun.pipeline.request import make_state, sampling_of
+from hydrarun.pipeline.request import make_state, restore_sampling
 
 SAMPLING = {
     "prompt": "a",
@@ -55,6 +55,6 @@ def test_negative_prompts_follow_their_prompts():
 def test_items_can_be_asked_for_again():
     change = {"prompt": ["a", "b"], "num_images_per_prompt": 2, "negative_prompt": "n"}
     state = make_state({**SAMPLING, **change})
-    assert make_state(sampling_of(state)) == state
+    assert make_state(restore_sampling(state)) == state
     alone = make_state(SAMPLING)
-    assert make_state(sampling_of(alone)) == alone
+    assert make_state(restore_sampling(alone)) == alone

@@ -8,9 +8,9 @@ import sys
 import diffusers
 import pytest
 
-from hydrarun.config.compose import compose
+from hydrarun.config.compose import compose_config
 from hydrarun.core.errors import UsageError
-from hydrarun.core.resources import options
+from hydrarun.core.resources import read_options
 from hydrarun.engine.runner import Runner
 from hydrarun.pipeline.schedulers import make_scheduler
 from tests.helpers import tiny
@@ -30,20 +30,20 @@ REFERENCES = {
 
 
 def made(*overrides: str, saved: dict = SAVED):
-    return make_scheduler(compose([*overrides]), saved)
+    return make_scheduler(compose_config([*overrides]), saved)
 
 
 def test_every_option_is_tried_here():
-    assert {*options("scheduler")} == {*REFERENCES, "checkpoint", "cosine_dpm_solver"}
+    assert {*read_options("scheduler")} == {*REFERENCES, "checkpoint", "cosine_dpm_solver"}
 
 
 def test_the_checkpoints_own_is_left_alone():
-    assert compose([])["scheduler"] == {}
+    assert compose_config([])["scheduler"] == {}
     assert made() is None
 
 
 def reference_scheduler(name: str, saved: dict):
-    cls = getattr(diffusers, options("scheduler")[name]["_target_"].partition(".")[2])
+    cls = getattr(diffusers, read_options("scheduler")[name]["_target_"].partition(".")[2])
     return cls.from_config({**saved, **REFERENCES[name]})
 
 
@@ -73,7 +73,7 @@ def test_a_schedulers_own_noise_levels_are_diffusers(name, subject):
     saved["shift"] = saved["flow_shift"]
     solver = {"dpm_solver": "midpoint", "deis": "logrho"}.get(name, "bh2")
     scheduler = reference_scheduler(name, {**saved, "solver_type": solver})
-    runner = Runner(compose([*subject.overrides(), f"scheduler={name}"]))
+    runner = Runner(compose_config([*subject.overrides(), f"scheduler={name}"]))
     check_settings(runner.built.parts.pipeline.scheduler, scheduler)
     state = tiny.draw(runner)
     pipeline = diffusers.WanPipeline(**{**subject.pipeline.components, "scheduler": scheduler})
@@ -97,7 +97,7 @@ def test_others_draw(name, tiny_folder, tiny_pipeline):
 @pytest.mark.parametrize("subject", ["wan21_t2v_14b"], indirect=True)
 def test_the_shift_has_two_names(subject):
     """The checkpoint's `flow_shift` is another class's `shift`, and the other way round."""
-    runner = Runner(compose([*subject.overrides(), "scheduler=euler"]))
+    runner = Runner(compose_config([*subject.overrides(), "scheduler=euler"]))
     own = subject.pipeline.scheduler.config.flow_shift
     assert runner.built.parts.pipeline.scheduler.config.shift == own
     assert made("scheduler=unipc", "scheduler.shift=4").config.flow_shift == 4.0

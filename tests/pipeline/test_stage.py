@@ -8,7 +8,7 @@ import pytest
 
 from hydrarun.core.errors import UsageError
 from hydrarun.engine.runner import Runner
-from hydrarun.pipeline.stage import Stage, check_chain
+from hydrarun.pipeline.stage import Stage, check_stages
 from hydrarun.pipeline.stages.decode import DecodeLatents
 from hydrarun.pipeline.stages.denoise import Denoise
 from hydrarun.pipeline.stages.encode import EncodePrompt
@@ -25,22 +25,22 @@ def without(cls: type) -> list[Stage]:
 
 
 def test_the_shipped_order_is_complete():
-    check_chain(CHAIN)
+    check_stages(CHAIN)
 
 
 def test_a_missing_stage_is_named_by_what_is_missing():
     with pytest.raises(UsageError, match=r"model.stages\[2\] \(Denoise\) needs timesteps.*no stage of this list gives"):
-        check_chain(without(PrepareTimesteps))
+        check_stages(without(PrepareTimesteps))
 
 
 def test_a_stage_in_the_wrong_place():
     with pytest.raises(UsageError, match=r"PrepareTimesteps\) needs grid.*PrepareLatents gives it, but runs later"):
-        check_chain([CHAIN[0], CHAIN[2], CHAIN[1], *CHAIN[3:]])
+        check_stages([CHAIN[0], CHAIN[2], CHAIN[1], *CHAIN[3:]])
 
 
 def test_no_pictures():
     with pytest.raises(UsageError, match="no stage gives frames"):
-        check_chain(without(DecodeLatents))
+        check_stages(without(DecodeLatents))
 
 
 def test_a_field_that_the_state_lacks():
@@ -48,7 +48,7 @@ def test_a_field_that_the_state_lacks():
         needs = ("latnets",)
 
     with pytest.raises(UsageError, match=r"no field 'latnets'. Did you mean 'latents'"):
-        check_chain([Typo()])
+        check_stages([Typo()])
 
 
 def test_the_state_is_closed():

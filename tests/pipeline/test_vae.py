@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hydrarun.pipeline.vae import arrange_vae, channels, decode, encode
+from hydrarun.pipeline.vae import configure_vae, count_latent_channels, decode_latents, encode_pixels
 
 PLAIN = {"slicing": False, "tiling": False, "channels_last": False}
 #: of pixels from -1 to 1: another order of the same sums
@@ -24,11 +24,13 @@ def arranged(subject, frames, **settings):
         pipeline.vae = copy.deepcopy(subject.pipeline.vae)
         pipeline.vae.__dict__.pop("encode", None)  # the tests' own, which remembers
         if change:
-            arrange_vae(pipeline.vae, change, None)
-        latents = torch.randn(2, channels(pipeline), frames, 4, 6, generator=torch.Generator().manual_seed(0))
+            configure_vae(pipeline.vae, change, None)
+        latents = torch.randn(
+            2, count_latent_channels(pipeline), frames, 4, 6, generator=torch.Generator().manual_seed(0)
+        )
         with torch.inference_mode():
-            pixels = decode(pipeline, latents)
-            found.append((pixels, encode(pipeline, pixels)))
+            pixels = decode_latents(pipeline, latents)
+            found.append((pixels, encode_pixels(pipeline, pixels)))
     return *zip(*found, strict=True), pipeline.vae
 
 
@@ -57,7 +59,7 @@ def test_one_frame_in_2d_is_the_same_up_to_rounding(subject):
 @pytest.mark.parametrize("subject", ["qwen_image"], indirect=True)
 def test_one_frame_goes_through_no_convolution_over_time(subject, monkeypatch):
     vae = copy.deepcopy(subject.pipeline.vae)
-    arrange_vae(vae, PLAIN, None)
+    configure_vae(vae, PLAIN, None)
     monkeypatch.setattr(nn.Conv3d, "_conv_forward", None)
     with torch.inference_mode():
-        assert vae.decode(torch.zeros(1, channels(subject.pipeline), 1, 4, 4)).sample.shape[2] == 1
+        assert vae.decode(torch.zeros(1, count_latent_channels(subject.pipeline), 1, 4, 4)).sample.shape[2] == 1

@@ -12,7 +12,7 @@ from transformers import Qwen2Tokenizer
 from demo import vae as auto_encoder
 from demo.common import default_device, log
 from demo.text import tokenize
-from hydrarun.outputs.quality.scenes import caption, render, sample_scene
+from hydrarun.outputs.quality.scenes import caption_scene, render_scene, sample_scene
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
@@ -47,9 +47,9 @@ def encode_part(rank: int, workers: int, work: Path, size: int) -> None:
     captions, latents = [], []
     for _ in range(size // workers // 16):
         scenes = [sample_scene(rng) for _ in range(16)]
-        pictures = torch.from_numpy(np.stack([render(s) for s in scenes])).permute(0, 3, 1, 2)
+        pictures = torch.from_numpy(np.stack([render_scene(s) for s in scenes])).permute(0, 3, 1, 2)
         latents.append(pack((auto_encoder.encode(vae, pictures.to(device)) - mean) / std).to("cpu", torch.bfloat16))
-        captions += [_spoken(caption(s), rng) for s in scenes]
+        captions += [_spoken(caption_scene(s), rng) for s in scenes]
     ids, mask = tokenize(tokenizer, captions)
     torch.save({"latents": torch.cat(latents), "ids": ids, "mask": mask}, part_file(work, rank))
     log(f"pool part {rank}: {len(captions)} scenes")

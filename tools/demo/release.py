@@ -16,9 +16,9 @@ from transformers import Qwen2Tokenizer
 from demo import vae as auto_encoder
 from demo.common import default_device, log
 from demo.diffusion import load_average
-from hydrarun.models.weights import checksums as verify
-from hydrarun.outputs.quality.scene_judge import Accuracy, Verdict, judge, summarize
-from hydrarun.outputs.quality.scenes import caption, render, sample_scene
+from hydrarun.models.weights import checksums
+from hydrarun.outputs.quality.scene_judge import SceneAccuracy, SceneVerdict, judge_picture, summarize_verdicts
+from hydrarun.outputs.quality.scenes import caption_scene, render_scene, sample_scene
 
 # Qwen-Image's own scheduler settings.
 SCHEDULER = {
@@ -53,8 +53,8 @@ def assemble(work: Path, out: Path) -> None:
     )
     pipeline.save_pretrained(out)
     files = sorted(out.glob("*/*.safetensors"))
-    sums = "".join(f"{verify.sha256(file)}  {file.relative_to(out).as_posix()}\n" for file in files)
-    (out / verify.SUMS).write_text(sums)
+    sums = "".join(f"{checksums.compute_sha256(file)}  {file.relative_to(out).as_posix()}\n" for file in files)
+    (out / checksums.SUMS).write_text(sums)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     log(f"{out}: {size / 1e6:.2f} MB")
 
@@ -92,16 +92,16 @@ def judge_prompts(
     sheet: Path | None = None,
     batch: int = 20,
     side: int = 128,
-) -> tuple[Accuracy, float, list[Verdict]]:
+) -> tuple[SceneAccuracy, float, list[SceneVerdict]]:
     """The accuracy over the prompts, seconds a picture, and the verdicts; `sheet` gets the first 64 pictures."""
     start, pictures = time.time(), []
     for first in range(0, len(prompts), batch):
         pictures += list(draw(pipeline, prompts[first : first + batch], steps, guidance, 1000 + first, side))
     seconds = (time.time() - start) / len(prompts)
-    verdicts = [judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+    verdicts = [judge_picture(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
     if sheet:
         save_sheet(sheet, pictures[:64])
-    return summarize(verdicts), seconds, verdicts
+    return summarize_verdicts(verdicts), seconds, verdicts
 
 
 def save_sheet(path: Path, pictures: list[NDArray[np.uint8]]) -> None:
@@ -110,20 +110,20 @@ def save_sheet(path: Path, pictures: list[NDArray[np.uint8]]) -> None:
     Image.fromarray(np.concatenate([row for row in rows if row.shape == rows[0].shape], 0)).save(path)
 
 
-def describe(accuracy: Accuracy) -> str:
+def describe(accuracy: SceneAccuracy) -> str:
     """One row of a Markdown table, in per cent: right, with size, background, clean, place, colour, shape, size."""
     names = ("right", "right_with_size", "background", "clean", "position", "color", "shape", "size")
     return " | ".join(f"{100 * getattr(accuracy, name):.1f}" for name in names)
 
 
 @torch.no_grad()
-def judge_auto_encoder(file: Path, count: int = 200, sheet: Path | None = None) -> tuple[Accuracy, float, float]:
+def judge_auto_encoder(file: Path, count: int = 200, sheet: Path | None = None) -> tuple[SceneAccuracy, float, float]:
     """The accuracy of reconstructed held-out scenes, and mean and least PSNR in dB. Nothing of them was trained on."""
     vae = auto_encoder.load(file)
     auto_encoder.use_single_frame_convolutions(vae)
     rng = random.Random(77)
     scenes = [sample_scene(rng, held_out=True) for _ in range(count)]
-    originals = np.stack([render(scene) for scene in scenes])
+    originals = np.stack([render_scene(scene) for scene in scenes])
     rebuilt = []
     for part in torch.from_numpy(originals).permute(0, 3, 1, 2).split(16):
         rebuilt.append(auto_encoder.to_pictures(auto_encoder.decode(vae, auto_encoder.encode(vae, part))))
@@ -132,5 +132,5 @@ def judge_auto_encoder(file: Path, count: int = 200, sheet: Path | None = None) 
     psnr = 10 * np.log10(255**2 / np.maximum(error, 1e-9))
     if sheet:
         save_sheet(sheet, [picture for pair in zip(originals[:16], pictures[:16], strict=True) for picture in pair])
-    verdicts = [judge(picture, caption(scene)) for picture, scene in zip(pictures, scenes, strict=True)]
-    return summarize(verdicts), float(psnr.mean()), float(psnr.min())
+    verdicts = [judge_picture(picture, caption_scene(scene)) for picture, scene in zip(pictures, scenes, strict=True)]
+    return summarize_verdicts(verdicts), float(psnr.mean()), float(psnr.min())

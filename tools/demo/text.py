@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from hydrarun.outputs.quality.scenes import caption, sample_scene
+from hydrarun.outputs.quality.scenes import caption_scene, sample_scene
 
 # The prompt template of QwenImagePipeline. The pipeline drops the first 34 hidden states, which are the template's
 # words before the prompt in Qwen's own vocabulary; the vocabulary made here must split them into as many tokens.
@@ -44,7 +44,7 @@ def train_tokenizer(folder: Path) -> Qwen2Tokenizer:
     """Learn the vocabulary from the template and from captions, save it, and check the length of the prefix."""
     rng = random.Random(0)
     template_parts = [part for part in TEMPLATE.replace("<|im_start|>", "<|im_end|>").split("<|im_end|>") if part]
-    captions = [caption(sample_scene(rng)) for _ in range(4000)]
+    captions = [caption_scene(sample_scene(rng)) for _ in range(4000)]
     words = sorted({word.strip(",") for text in captions for word in text.split()}) + _MORE_WORDS
     spaced = [f" {word}" for word in words] * 20 + words * 20 + [word.capitalize() for word in words] * 3
     bpe = Tokenizer(models.BPE())

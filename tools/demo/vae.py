@@ -19,7 +19,7 @@ from diffusers.models.autoencoders import autoencoder_kl_qwenimage as qwen_vae
 from torch import nn
 
 from demo.common import MUON_MOMENTUM, agree, average_gradients, default_device, log, orthogonalize
-from hydrarun.outputs.quality.scenes import Scene, random_scene, render, sample_scene
+from hydrarun.outputs.quality.scenes import Scene, render_scene, sample_loose_scene, sample_scene
 
 PICTURE = 128  # pixels a side
 CROP = 64  # pixels a side in the first part of the training
@@ -125,8 +125,8 @@ class KernelMuon:
 def _picture_pool(seed: int, count: int) -> torch.Tensor:
     """uint8 [count, 3, 128, 128]: three in four are captioned training scenes, the others anything anywhere."""
     rng = random.Random(seed)
-    scenes = [sample_scene(rng) if k % 4 else random_scene(rng) for k in range(count)]
-    return torch.from_numpy(np.stack([render(s, PICTURE) for s in scenes])).permute(0, 3, 1, 2).contiguous()
+    scenes = [sample_scene(rng) if k % 4 else sample_loose_scene(rng) for k in range(count)]
+    return torch.from_numpy(np.stack([render_scene(s, PICTURE) for s in scenes])).permute(0, 3, 1, 2).contiguous()
 
 
 def _batch(pool: torch.Tensor, size: int, crop: bool) -> torch.Tensor:
@@ -238,7 +238,7 @@ def _star_pool(seed: int, count: int) -> torch.Tensor:
         starry = any(obj.shape == "star" and obj.size != "large" for obj in scene.objects)
         if starry or len(scenes) % 2:
             scenes.append(scene)
-    return torch.from_numpy(np.stack([render(s, PICTURE) for s in scenes])).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack([render_scene(s, PICTURE) for s in scenes])).permute(0, 3, 1, 2).contiguous()
 
 
 @torch.no_grad()

@@ -13,15 +13,15 @@ import numpy as np
 from torch import Tensor
 
 from hydrarun.acceleration.cache.base import Schedule
-from hydrarun.acceleration.cache.gates import Gate, always, ends
+from hydrarun.acceleration.cache.gates import Gate, check_end_counts, find_end_steps
 from hydrarun.core.errors import UsageError
 from hydrarun.models.transformer import Step
 
 if TYPE_CHECKING:
-    from hydrarun.models.transformer import Call, Transformer
+    from hydrarun.models.transformer import ForwardContext, Transformer
 
 
-class MeasuringGate(Gate):
+class AdaptiveGate(Gate):
     """Computes the request's `first` and `last` steps, and those between where its rule says so."""
 
     measures = True
@@ -30,13 +30,13 @@ class MeasuringGate(Gate):
         if not (math.isfinite(threshold) and threshold >= 0):
             raise UsageError(f"cache.gate.threshold: {threshold} is not a finite number >= 0")
         self.threshold = threshold
-        self.first, self.last = ends(first, last)
+        self.first, self.last = check_end_counts(first, last)
 
     def start(self, schedule: Schedule) -> None:
-        self.always = always(schedule, self.first, self.last)
+        self.always = find_end_steps(schedule, self.first, self.last)
 
 
-class TeaCache(MeasuringGate):
+class TeaCache(AdaptiveGate):
     """Accumulates the change of the first block's modulated input, rescaled to that of the output by a polynomial.
 
     A step is computed once the sum since the last computed one reaches `threshold` (TeaCache,
@@ -54,10 +54,10 @@ class TeaCache(MeasuringGate):
         super().start(schedule)
         self.accumulated: dict[tuple[str, str], float] = {}
 
-    def signal(self, transformer: Transformer, call: Call, start: Tensor) -> Tensor:
+    def measure_signal(self, transformer: Transformer, call: ForwardContext, start: Tensor) -> Tensor:
         return transformer.gate_signal(call.tokens)
 
-    def computes(self, step: Step, changes: Mapping[str, float]) -> bool:
+    def should_compute(self, step: Step, changes: Mapping[str, float]) -> bool:
         for branch, change in changes.items():
             expected = max(0.0, float(np.polyval(self.coefficients[step.expert], change)))
             self.accumulated[step.expert, branch] = self.accumulated.get((step.expert, branch), 0.0) + expected
@@ -68,7 +68,7 @@ class TeaCache(MeasuringGate):
         return computes
 
 
-class FirstBlock(MeasuringGate):
+class FirstBlock(AdaptiveGate):
     """Runs the first block and compares what it adds with what it added in the last computed step.
 
     A step is computed once the relative L1 distance reaches `threshold` (first-block cache, ParaAttention).
@@ -79,9 +79,9 @@ class FirstBlock(MeasuringGate):
     def __init__(self, threshold: float, first: int = 1, last: int = 1) -> None:
         super().__init__(threshold, first, last)
 
-    def signal(self, transformer: Transformer, call: Call, start: Tensor) -> Tensor:
+    def measure_signal(self, transformer: Transformer, call: ForwardContext, start: Tensor) -> Tensor:
         return call.tokens.hidden_states - start
 
-    def computes(self, step: Step, changes: Mapping[str, float]) -> bool:
+    def should_compute(self, step: Step, changes: Mapping[str, float]) -> bool:
         reached = any(change >= self.threshold for change in changes.values())
         return not changes or reached or step.index in self.always

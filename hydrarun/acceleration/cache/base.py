@@ -37,7 +37,7 @@ class Schedule:
             first.setdefault(step.expert, step.index)
         return frozenset(first.values())
 
-    def of(self, expert: str) -> list[int]:
+    def steps_of(self, expert: str) -> list[int]:
         """The steps of one expert."""
         return [step.index for step in self.steps if step.expert == expert]
 
@@ -67,14 +67,16 @@ class Cache:
 
     def predict(self, transformer: Transformer, inputs: Inputs, step: Step) -> dict[str, Tensor]:
         """`{branch: prediction}` of this rank's branches."""
-        predictions = {branch: transformer.predict(inputs, branch) for branch in inputs.conditioning}
-        self.note(step, transformer, inputs, computed=True)
+        predictions = {branch: transformer.predict_branch(inputs, branch) for branch in inputs.conditioning}
+        self.record_step(step, transformer, inputs, computed=True)
         return predictions
 
     def end(self) -> None:
         """The request is done: let go of what was kept for it, but for the record."""
 
-    def note(self, step: Step, transformer: Transformer, inputs: Inputs, computed: bool, always: int = 0) -> None:
+    def record_step(
+        self, step: Step, transformer: Transformer, inputs: Inputs, computed: bool, always: int = 0
+    ) -> None:
         """Record a decision that holds for all branches; `always` blocks are run in a skipped step too.
 
         A step may have fewer branches than the request, where all of them are this rank's.
@@ -85,7 +87,7 @@ class Cache:
             self.blocks_in_all += transformer.depth
             self.blocks_run += transformer.depth if computed else always
 
-    def results(self, steps_s: Sequence[float]) -> dict[str, Any]:
+    def summarize(self, steps_s: Sequence[float]) -> dict[str, Any]:
         """What run.json says of the last request: the record, and median seconds of its two kinds of steps.
 
         A step counts as computed if it was for any branch; null: there was no such step.

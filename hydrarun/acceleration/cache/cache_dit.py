@@ -23,9 +23,9 @@ from cache_dit.logger import suppress_loggers
 from torch import Tensor, nn
 
 from hydrarun.acceleration.cache.base import Cache, Owner, Schedule
-from hydrarun.acceleration.cache.gates import Density, scm_steps
+from hydrarun.acceleration.cache.gates import Density, choose_scm_steps
 from hydrarun.core.distributed.collectives import Group, all_reduce
-from hydrarun.core.errors import UsageError, at_least
+from hydrarun.core.errors import UsageError, require_at_least
 from hydrarun.models.transformer import Step
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ TOGETHER = ("data", "replica", "ring", "ulysses", "tensor")
 suppress_loggers(["cache_dit*"])  # it tells of every list of blocks
 
 
-class CachedOverRanks(CachedContextManager):
+class DistributedCachedContext(CachedContextManager):
     """DBCache's contexts, which measure distances over the ranks of all `groups`."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
@@ -69,7 +69,7 @@ class CachedOverRanks(CachedContextManager):
         return (difference / size).item()
 
 
-class PrunedOverRanks(CachedOverRanks, PrunedContextManager):
+class DistributedPrunedContext(DistributedCachedContext, PrunedContextManager):
     """DBPrune's contexts, the same."""
 
     # the library's lru_cache would keep this manager, and all that it holds, when the request is long done
@@ -99,11 +99,11 @@ class CacheDiT(Cache):
         prune: bool = False,
     ) -> None:
         super().__init__()
-        at_least("cache.Fn_compute_blocks", Fn_compute_blocks, 1)
-        at_least("cache.Bn_compute_blocks", Bn_compute_blocks, 0)
-        at_least("cache.max_warmup_steps", max_warmup_steps, 1)
-        at_least("cache.max_cached_steps", max_cached_steps, -1)
-        at_least("cache.max_continuous_cached_steps", max_continuous_cached_steps, -1)
+        require_at_least("cache.Fn_compute_blocks", Fn_compute_blocks, 1)
+        require_at_least("cache.Bn_compute_blocks", Bn_compute_blocks, 0)
+        require_at_least("cache.max_warmup_steps", max_warmup_steps, 1)
+        require_at_least("cache.max_cached_steps", max_cached_steps, -1)
+        require_at_least("cache.max_continuous_cached_steps", max_continuous_cached_steps, -1)
         if not (math.isfinite(residual_diff_threshold) and residual_diff_threshold >= 0):
             raise UsageError(f"cache.residual_diff_threshold: {residual_diff_threshold} is not a finite number >= 0")
         if steps_computation_policy == "static" and steps_computation_mask is None:
@@ -137,11 +137,13 @@ class CacheDiT(Cache):
         self.forget()
         count = len(schedule.steps)
         self.schedule = schedule
-        self.masked = self.density and schedule.firsts | frozenset(scm_steps(self.density, count))
+        self.masked = self.density and schedule.firsts | frozenset(choose_scm_steps(self.density, count))
         #: blocks that each branch ran at each step, and how many there are
         self.blocks_at = torch.zeros(2, len(branches), count, dtype=torch.int64)
         axes = [axis for name in TOGETHER if (axis := mesh[name])] if mesh else []
-        self.manager = (PrunedOverRanks if self.prune else CachedOverRanks)([axis.group for axis in axes])
+        self.manager = (DistributedPrunedContext if self.prune else DistributedCachedContext)(
+            [axis.group for axis in axes]
+        )
 
     def predict(self, transformer: Transformer, inputs: Inputs, step: Step) -> dict[str, Tensor]:
         predictions = {}
@@ -149,14 +151,14 @@ class CacheDiT(Cache):
             owner = (step.expert, branch)
             if owner not in self.blocks:
                 self.blocks[owner] = self.cached_blocks(transformer, owner)
-            call = transformer.begin(inputs, branch)
-            transformer.resume(call)
+            call = transformer.begin_branch(inputs, branch)
+            transformer.resume_branch(call)
             tokens = call.tokens
             tokens.hidden_states, tokens.encoder_hidden_states = self.blocks[owner](
                 tokens.hidden_states, tokens.encoder_hidden_states, tokens
             )
             self.read_back(step, branch, transformer.depth)
-            predictions[branch] = transformer.finish(call)
+            predictions[branch] = transformer.finish_branch(call)
         return predictions
 
     def cached_blocks(self, transformer: Transformer, owner: Owner) -> nn.Module:
@@ -177,7 +179,7 @@ class CacheDiT(Cache):
 
     def config(self, expert: str) -> Any:
         """The library's configuration for one expert's steps."""
-        steps = self.schedule.of(expert)
+        steps = self.schedule.steps_of(expert)
         return (DBPruneConfig if self.prune else DBCacheConfig)(
             **self.settings,
             num_inference_steps=len(steps),
@@ -199,7 +201,7 @@ class CacheDiT(Cache):
             found.setdefault("pruned_blocks", []).append(pruned)
         else:
             pruned = depth - self.always if here in context.get_cached_steps() else 0
-        if differences := measured(context.get_residual_diffs().get(str(here), [])):
+        if differences := drop_unmeasured(context.get_residual_diffs().get(str(here), [])):
             found["residual_diffs"][str(step.index)] = differences if self.prune else differences[0]
         self.note_blocks(step, branch, depth - pruned, depth)
         self.blocks_at[:, self.branches.index(branch), step.index] = torch.tensor([depth - pruned, depth])
@@ -235,7 +237,7 @@ class CacheDiT(Cache):
         return super().record() | {"statistics": {expert: {**found} for expert, found in self.statistics.items()}}
 
 
-def measured(differences: float | list[float]) -> list[float]:
+def drop_unmeasured(differences: float | list[float]) -> list[float]:
     """The distances among what the library recorded at a step: negative numbers say that none was measured."""
     found = differences if isinstance(differences, list) else [differences]
     return [difference for difference in found if 0 <= difference < math.inf]

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from hydrarun.acceleration.cache.base import Schedule
-from hydrarun.core.errors import UsageError, at_least
+from hydrarun.core.errors import UsageError, require_at_least
 from hydrarun.models.transformer import Step
 
 if TYPE_CHECKING:
-    from hydrarun.models.transformer import Call, Transformer
+    from hydrarun.models.transformer import ForwardContext, Transformer
 
 Density = Literal["slow", "medium", "fast", "ultra"]
 
@@ -31,11 +31,11 @@ class Gate:
         """A new request. Raises `UsageError` for a gate that does not fit the schedule."""
         raise NotImplementedError
 
-    def signal(self, transformer: Transformer, call: Call, start: Tensor) -> Tensor:
+    def measure_signal(self, transformer: Transformer, call: ForwardContext, start: Tensor) -> Tensor:
         """What is compared, of any shape; `start` are the tokens `[B, S, D]` as they were before the first block."""
         raise NotImplementedError
 
-    def computes(self, step: Step, changes: Mapping[str, float]) -> bool:
+    def should_compute(self, step: Step, changes: Mapping[str, float]) -> bool:
         """Whether to compute `step`; `changes`: each branch's relative L1 distance, none at an expert's first step."""
         raise NotImplementedError
 
@@ -50,7 +50,7 @@ class PlannedGate(Gate):
         """The steps that are computed."""
         raise NotImplementedError
 
-    def computes(self, step: Step, changes: Mapping[str, float]) -> bool:
+    def should_compute(self, step: Step, changes: Mapping[str, float]) -> bool:
         return step.index in self.planned
 
 
@@ -58,12 +58,14 @@ class EveryN(PlannedGate):
     """Every `n`-th step of each expert, counted from its first; the request's `first` and `last` steps always."""
 
     def __init__(self, n: int, first: int = 1, last: int = 1) -> None:
-        self.n = at_least("cache.gate.n", n, 1)
-        self.first, self.last = ends(first, last)
+        self.n = require_at_least("cache.gate.n", n, 1)
+        self.first, self.last = check_end_counts(first, last)
 
     def plan(self, schedule: Schedule) -> frozenset[int]:
-        every = {index for first in schedule.firsts for index in schedule.of(schedule.steps[first].expert)[:: self.n]}
-        return frozenset(every | always(schedule, self.first, self.last))
+        every = {
+            index for first in schedule.firsts for index in schedule.steps_of(schedule.steps[first].expert)[:: self.n]
+        }
+        return frozenset(every | find_end_steps(schedule, self.first, self.last))
 
 
 class Mask(PlannedGate):
@@ -84,7 +86,7 @@ class Mask(PlannedGate):
     def plan(self, schedule: Schedule) -> frozenset[int]:
         count = len(schedule.steps)
         if self.density is not None:
-            return frozenset(scm_steps(self.density, count)) | schedule.firsts
+            return frozenset(choose_scm_steps(self.density, count)) | schedule.firsts
         assert self.steps is not None
         check_steps(self.steps, count)
         for index in sorted(schedule.firsts - set(self.steps)):
@@ -104,19 +106,19 @@ def check_steps(steps: list[int], count: int) -> None:
         raise UsageError("cache.gate.steps: a step is listed twice")
 
 
-def scm_steps(density: Density, count: int) -> list[int]:
+def choose_scm_steps(density: Density, count: int) -> list[int]:
     """The computed steps of `count` at a named density, by cache-dit."""
     from cache_dit import steps_mask  # takes seconds to import
 
     return [index for index, computed in enumerate(steps_mask(total_steps=count, mask_policy=density)) if computed]
 
 
-def always(schedule: Schedule, first: int, last: int) -> frozenset[int]:
+def find_end_steps(schedule: Schedule, first: int, last: int) -> frozenset[int]:
     """The request's first and last steps."""
     count = len(schedule.steps)
     return frozenset(range(min(first, count))) | frozenset(range(max(0, count - last), count))
 
 
-def ends(first: int, last: int) -> tuple[int, int]:
+def check_end_counts(first: int, last: int) -> tuple[int, int]:
     """How many steps at both ends are always computed. Raises `UsageError` for counts that cannot be."""
-    return at_least("cache.gate.first", first, 1), at_least("cache.gate.last", last, 0)
+    return require_at_least("cache.gate.first", first, 1), require_at_least("cache.gate.last", last, 0)

@@ -18,18 +18,18 @@ class Predictor:
     keeps = 1
 
     def __init__(self) -> None:
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """A new request."""
         self.known: dict[Owner, list[tuple[float, Tensor]]] = defaultdict(list)
 
-    def learn(self, owner: Owner, timestep: float, residual: Tensor) -> None:
+    def update(self, owner: Owner, timestep: float, residual: Tensor) -> None:
         """A computed step's residual, `[B, S, D]`."""
         others = [known for known in self.known[owner] if known[0] != timestep]  # Heun predicts twice at a timestep
         self.known[owner] = [*others, (timestep, residual)][-self.keeps :]
 
-    def expect(self, owner: Owner, timestep: float) -> Tensor:
+    def extrapolate(self, owner: Owner, timestep: float) -> Tensor:
         """The residual of a skipped step."""
         raise NotImplementedError
 
@@ -37,7 +37,7 @@ class Predictor:
 class Reuse(Predictor):
     """The last computed step's residual."""
 
-    def expect(self, owner: Owner, timestep: float) -> Tensor:
+    def extrapolate(self, owner: Owner, timestep: float) -> Tensor:
         return self.known[owner][-1][1]
 
 
@@ -55,13 +55,13 @@ class Taylor(Predictor):
         self.keeps = order + 1
         super().__init__()
 
-    def expect(self, owner: Owner, timestep: float) -> Tensor:
+    def extrapolate(self, owner: Owner, timestep: float) -> Tensor:
         times, residuals = zip(*self.known[owner], strict=True)
-        weights = extrapolation(times, timestep)
+        weights = find_extrapolation(times, timestep)
         return sum(weight * residual for weight, residual in zip(weights, residuals, strict=True))
 
 
-def extrapolation(times: tuple[float, ...], at: float) -> list[float]:
+def find_extrapolation(times: tuple[float, ...], at: float) -> list[float]:
     """The weights by which values at `times` make that of their polynomial at another time (Lagrange)."""
     return [
         math.prod((at - other) / (time - other) for j, other in enumerate(times) if j != i)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from hydrarun.acceleration.cache.base import Cache, Owner, Schedule
-from hydrarun.acceleration.cache.step_cache import change_and_size, relative
+from hydrarun.acceleration.cache.step_cache import divide_change, sum_change_and_size
 from hydrarun.models.transformer import Step
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hydrarun.models.transformer import Inputs, Transformer
 
 
-class Recording(Cache):
+class RecordingCache(Cache):
     """Computes every step and compares it with the last one of the same expert, in one process.
 
     `pairs` has, for each expert and branch and over all requests, how far TeaCache's signal and the prediction
@@ -36,19 +36,19 @@ class Recording(Cache):
     def predict(self, transformer: Transformer, inputs: Inputs, step: Step) -> dict[str, Tensor]:
         predictions = {}
         for branch in inputs.conditioning:
-            call = transformer.begin(inputs, branch)
+            call = transformer.begin_branch(inputs, branch)
             signal = transformer.gate_signal(call.tokens)
-            transformer.run(call)
-            predictions[branch] = transformer.finish(call)
+            transformer.run_blocks(call)
+            predictions[branch] = transformer.finish_branch(call)
             self.keep((step.expert, branch), (signal, predictions[branch]))
-        self.note(step, transformer, inputs, computed=True)
+        self.record_step(step, transformer, inputs, computed=True)
         return predictions
 
     def keep(self, owner: Owner, now: tuple[Tensor, Tensor]) -> None:
         """Compare a step's signal and prediction with the last ones, and keep them for the next."""
         if owner in self.last:
-            changes = [change_and_size(new, old) for new, old in zip(now, self.last[owner], strict=True)]
-            x, y = (relative(*change.tolist()) for change in changes)
+            changes = [sum_change_and_size(new, old) for new, old in zip(now, self.last[owner], strict=True)]
+            x, y = (divide_change(*change.tolist()) for change in changes)
             self.pairs[owner].append((x, y))
         self.last[owner] = now
 

@@ -19,12 +19,12 @@ from hydrarun.acceleration.cache.base import Cache, Owner, Schedule
 from hydrarun.acceleration.cache.gates import Gate
 from hydrarun.acceleration.cache.predictors import Predictor
 from hydrarun.config.targets import instantiate
-from hydrarun.core.distributed.collectives import all_reduce, everyone
+from hydrarun.core.distributed.collectives import all_reduce, get_world_group
 from hydrarun.models.transformer import Step
 
 if TYPE_CHECKING:
     from hydrarun.core.distributed.mesh import Mesh
-    from hydrarun.models.transformer import Call, Inputs, Transformer
+    from hydrarun.models.transformer import ForwardContext, Inputs, Transformer
 
 
 class StepCache(Cache):
@@ -43,38 +43,38 @@ class StepCache(Cache):
         self.gate.start(schedule)
 
     def predict(self, transformer: Transformer, inputs: Inputs, step: Step) -> dict[str, Tensor]:
-        calls = {branch: transformer.begin(inputs, branch) for branch in inputs.conditioning}
+        calls = {branch: transformer.begin_branch(inputs, branch) for branch in inputs.conditioning}
         prefix = self.gate.prefix
         starts = {branch: call.tokens.hidden_states for branch, call in calls.items()}
         if prefix:
             for call in calls.values():
-                transformer.run(call, 0, prefix)
+                transformer.run_blocks(call, 0, prefix)
         computes = self.decide(transformer, calls, starts, step)
         predictions = {}
         for branch in list(calls):
             call, owner = calls.pop(branch), (step.expert, branch)
             before = call.tokens.hidden_states
             if computes:
-                transformer.run(call, prefix)
-                self.predictor.learn(owner, step.timestep, call.tokens.hidden_states - before)
+                transformer.run_blocks(call, prefix)
+                self.predictor.update(owner, step.timestep, call.tokens.hidden_states - before)
             else:
-                call.tokens.hidden_states = before + self.predictor.expect(owner, step.timestep)
-            predictions[branch] = transformer.finish(call)
-        self.note(step, transformer, inputs, computes, always=prefix)
+                call.tokens.hidden_states = before + self.predictor.extrapolate(owner, step.timestep)
+            predictions[branch] = transformer.finish_branch(call)
+        self.record_step(step, transformer, inputs, computes, always=prefix)
         return predictions
 
     def decide(
-        self, transformer: Transformer, calls: Mapping[str, Call], starts: Mapping[str, Tensor], step: Step
+        self, transformer: Transformer, calls: Mapping[str, ForwardContext], starts: Mapping[str, Tensor], step: Step
     ) -> bool:
         """Whether this step's blocks are run."""
         signals = {
-            (step.expert, branch): self.gate.signal(transformer, call, starts[branch])
+            (step.expert, branch): self.gate.measure_signal(transformer, call, starts[branch])
             for branch, call in calls.items()
             if self.gate.measures
         }
         first = step.index in self.firsts
         changes = self.changes(signals, step) if self.gate.measures and not first else {}
-        computes = self.gate.computes(step, changes) or first
+        computes = self.gate.should_compute(step, changes) or first
         if computes or self.gate.follows:
             self.signals.update(signals)
         return computes
@@ -83,12 +83,12 @@ class StepCache(Cache):
         """How far each branch's signal is from the one kept: the relative L1 distance, over all items and ranks."""
         sums = torch.zeros(len(self.branches), 2)
         for owner, signal in signals.items():
-            change = change_and_size(signal, self.signals[owner])
+            change = sum_change_and_size(signal, self.signals[owner])
             sums = sums.to(change.device)
             sums[self.branches.index(owner[1])] = change
         if self.mesh:
-            all_reduce(sums, everyone())
-        return {branch: relative(*both) for branch, both in zip(self.branches, sums.tolist(), strict=True)}
+            all_reduce(sums, get_world_group())
+        return {branch: divide_change(*both) for branch, both in zip(self.branches, sums.tolist(), strict=True)}
 
     def end(self) -> None:
         self.forget()
@@ -96,14 +96,14 @@ class StepCache(Cache):
     def forget(self) -> None:
         """Let go of all that was kept of a request."""
         self.signals.clear()
-        self.predictor.forget()
+        self.predictor.reset()
 
 
-def change_and_size(new: Tensor, old: Tensor) -> Tensor:
+def sum_change_and_size(new: Tensor, old: Tensor) -> Tensor:
     """`[2]` float32: the sums of `|new - old|` and of `|old|`."""
     return torch.stack([(new - old).abs().sum(dtype=torch.float32), old.abs().sum(dtype=torch.float32)])
 
 
-def relative(change: float, size: float) -> float:
+def divide_change(change: float, size: float) -> float:
     """The relative L1 distance; 0 from nothing."""
     return change / size if size else 0.0

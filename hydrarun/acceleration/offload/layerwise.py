@@ -17,16 +17,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hydrarun.acceleration.offload.module_mover import WaitsOnHost, put, tensors
-from hydrarun.acceleration.offload.packed_tensors import Packed
-from hydrarun.core.device import Copies
+from hydrarun.acceleration.offload.module_mover import HostOffloaded, list_tensors, set_tensors
+from hydrarun.acceleration.offload.packed_tensors import PackedTensors
+from hydrarun.core.device import CopyStream
 from hydrarun.models.layers.tokens import Tokens
 from hydrarun.models.transformer import Transformer
-from hydrarun.models.weights.loader import dtype_of, fill, find_placement
+from hydrarun.models.weights.loader import find_parameter_dtype, find_placement, read_parameter
 from hydrarun.models.weights.safetensors import Checkpoint
 
 
-class Streamed(nn.Module):
+class PrefetchedBlock(nn.Module):
     """Takes a block's place; `turn()` has its weights there for as long as it is entered."""
 
     def __init__(self, block: nn.Module, turn: Callable[[], AbstractContextManager[None]]) -> None:
@@ -45,7 +45,7 @@ class Streamed(nn.Module):
             return self.block.modulated(tokens)
 
 
-class Turns:
+class BlockPrefetcher:
     """Blocks in a circle: what the one in use and the next `ahead` need is held, and is being fetched before its turn.
 
     Whoever asks for another than the next one waits for it.
@@ -77,11 +77,11 @@ class Turns:
         held = self.hold(index)
         block = self.blocks[index]
         with torch.inference_mode(False):  # as `replace`
-            away = put(block, self.weights(index, held))
+            away = set_tensors(block, self.weights(index, held))
         try:
             yield
         finally:
-            put(block, away)
+            set_tensors(block, away)
             self.used(held)
 
     def hold(self, index: int) -> Any:
@@ -102,7 +102,7 @@ class Turns:
 
 
 @dataclass
-class Buffer:
+class BlockBuffer:
     """Room for one block on the device; the moments when what was copied into it is there, and when it was used."""
 
     bytes: Tensor
@@ -110,7 +110,7 @@ class Buffer:
     copied: Any = None
 
 
-class FromHost(Turns):
+class HostPrefetcher(BlockPrefetcher):
     """A transformer whose blocks, but for the first `resident`, are copied from the host into `ahead + 1` buffers.
 
     They turn in a circle, each as large as the largest of those blocks. What is left comes and goes as a whole.
@@ -121,110 +121,112 @@ class FromHost(Turns):
         blocks = [*transformer.all_blocks()]
         super().__init__(blocks[resident:], ahead)
         self.device = device
-        self.copies = Copies(device)
-        self.packed = [pack(block, device) for block in self.blocks]
-        self.around = WaitsOnHost(around_blocks(transformer, blocks[:resident]), device)
-        self.free: list[Buffer] = []
-        insert(self, transformer)
+        self.copies = CopyStream(device)
+        self.packed = [pack_block(block, device) for block in self.blocks]
+        self.around = HostOffloaded(gather_rest(transformer, blocks[:resident]), device)
+        self.free: list[BlockBuffer] = []
+        wrap_blocks(self, transformer)
 
     @property
     def here(self) -> bool:
         return self.around.here
 
-    def come(self) -> None:
+    def onload(self) -> None:
         if not self.here:
-            self.around.come()
+            self.around.onload()
             size = max(len(packed.bytes) for packed in self.packed)
             with torch.inference_mode(False):
                 rooms = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(self.ahead + 1)]
-            self.free = [Buffer(room, self.copies.computed()) for room in rooms]
+            self.free = [BlockBuffer(room, self.copies.record_compute()) for room in rooms]
 
-    def go(self) -> None:
+    def offload(self) -> None:
         self.let_go()
         for buffer in self.free:
             self.copies.wait(buffer.copied)  # its memory will be another's
         self.free = []
-        self.around.go()
+        self.around.offload()
 
-    def fetch(self, index: int) -> Buffer:
+    def fetch(self, index: int) -> BlockBuffer:
         buffer, source = self.free.pop(), self.packed[index].bytes
-        buffer.copied = self.copies.start(source, buffer.bytes[: len(source)], after=buffer.used)
+        buffer.copied = self.copies.copy(source, buffer.bytes[: len(source)], after=buffer.used)
         return buffer
 
-    def weights(self, index: int, held: Buffer) -> list[Tensor]:
+    def weights(self, index: int, held: BlockBuffer) -> list[Tensor]:
         self.copies.wait(held.copied)
         return self.packed[index].into(held.bytes)
 
-    def used(self, held: Buffer) -> None:
-        held.used = self.copies.computed()
+    def used(self, held: BlockBuffer) -> None:
+        held.used = self.copies.record_compute()
 
-    def drop(self, held: Buffer) -> None:
+    def drop(self, held: BlockBuffer) -> None:
         self.free.append(held)
 
 
-class Read(NamedTuple):
+class LoadedBlock(NamedTuple):
     """A block's weights on the device, and the moment when they are there."""
 
     weights: list[Tensor]
     copied: Any
 
 
-class FromFiles(Turns):
+class FilePrefetcher(BlockPrefetcher):
     """A transformer whose blocks are read from the files in `folder`, the next one by a thread while one computes."""
 
     def __init__(self, transformer: Transformer, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         """The blocks of `transformer` were not loaded, all else is on `device`; it is changed in place."""
         super().__init__([*transformer.all_blocks()], ahead=1)
         self.device = device
-        self.copies = Copies(device)
+        self.copies = CopyStream(device)
         self.checkpoint = Checkpoint(folder)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="blocks")
         self.sources = [
             [
-                (find_placement(transformer, key, tuple(weight.shape)), dtype_of(transformer, key, dtype))
+                (find_placement(transformer, key, tuple(weight.shape)), find_parameter_dtype(transformer, key, dtype))
                 for key, weight in block.named_parameters(prefix=name)
             ]
-            for name, block in named_blocks(transformer)
+            for name, block in list_named_blocks(transformer)
         ]
-        insert(self, transformer)
+        wrap_blocks(self, transformer)
 
     @property
     def here(self) -> bool:
         return bool(self.held)
 
-    def come(self) -> None:
+    def onload(self) -> None:
         """Blocks come one by one."""
 
-    def go(self) -> None:
+    def offload(self) -> None:
         self.let_go()
 
-    def fetch(self, index: int) -> Future[Read]:
-        return self.thread.submit(self.read_block, index, self.copies.computed())
+    def fetch(self, index: int) -> Future[LoadedBlock]:
+        return self.thread.submit(self.read_block, index, self.copies.record_compute())
 
-    def read_block(self, index: int, after: Any) -> Read:
+    def read_block(self, index: int, after: Any) -> LoadedBlock:
         """The block's weights on the device, whose memory may be in use until `after`."""
-        with self.copies.beside(after):
-            weights = [fill(source, self.checkpoint, self.device, dtype) for source, dtype in self.sources[index]]
-        return Read(weights, self.copies.copied())
+        with self.copies.copy_after(after):
+            weights = [
+                read_parameter(source, self.checkpoint, self.device, dtype) for source, dtype in self.sources[index]
+            ]
+        return LoadedBlock(weights, self.copies.record_copy())
 
-    def weights(self, index: int, held: Future[Read]) -> list[Tensor]:
+    def weights(self, index: int, held: Future[LoadedBlock]) -> list[Tensor]:
         read = held.result()
         self.copies.wait(read.copied)
         return read.weights
 
-    def drop(self, held: Future[Read]) -> None:
+    def drop(self, held: Future[LoadedBlock]) -> None:
         if not held.cancel():
             held.exception()  # waits: what is being read must be gone before more is
 
 
-def pack(block: nn.Module, device: torch.device) -> Packed:
+def pack_block(block: nn.Module, device: torch.device) -> PackedTensors:
     """The block's weights side by side, from now on the block's own."""
-    packed = Packed(tensors(block), device)
-    put(block, packed.tensors)
+    packed = PackedTensors(list_tensors(block), device)
+    set_tensors(block, packed.tensors)
     return packed
 
 
-def around_blocks(transformer: Transformer, blocks: Sequence[nn.Module]) -> nn.Module:
+def gather_rest(transformer: Transformer, blocks: Sequence[nn.Module]) -> nn.Module:
     """All of a transformer but its blocks, and these `blocks`, as one module that shares the parts with it."""
     rest = nn.Module()
     rest._parameters, rest._buffers = transformer._parameters, transformer._buffers
@@ -235,16 +237,16 @@ def around_blocks(transformer: Transformer, blocks: Sequence[nn.Module]) -> nn.M
     return rest
 
 
-def named_blocks(transformer: Transformer) -> Iterator[tuple[str, nn.Module]]:
+def list_named_blocks(transformer: Transformer) -> Iterator[tuple[str, nn.Module]]:
     """Every block with its name in the transformer, in order."""
     for name in transformer.block_lists:
         for index, block in getattr(transformer, name).named_children():
             yield f"{name}.{index}", block
 
 
-def insert(turns: Turns, transformer: Transformer) -> None:
+def wrap_blocks(turns: BlockPrefetcher, transformer: Transformer) -> None:
     """Wrap those blocks of the transformer that take turns."""
     places = {block: index for index, block in enumerate(turns.blocks)}
-    for name, block in list(named_blocks(transformer)):
+    for name, block in list(list_named_blocks(transformer)):
         if block in places:
-            transformer.set_submodule(name, Streamed(block, partial(turns.turn, places[block])))
+            transformer.set_submodule(name, PrefetchedBlock(block, partial(turns.turn, places[block])))

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from hydrarun.acceleration.offload.strategies import NoOffload
-from hydrarun.acceleration.parallel.hsdp import whole_around_blocks
+from hydrarun.acceleration.parallel.hsdp import unshard_rest
 from hydrarun.core.progress import Progress
-from hydrarun.models.layers.norm import Modulation, by_token
+from hydrarun.models.layers.norm import Modulation, select_by_token
 from hydrarun.models.transformer import Step, Transformer
-from hydrarun.models.weights.loader import Placement, fill, find_placement, put
+from hydrarun.models.weights.loader import Placement, find_placement, read_parameter, set_parameter
 from hydrarun.models.weights.safetensors import Checkpoint
 
 MIB = 2**20
@@ -45,10 +45,10 @@ class ModulationTable(nn.Module):
     def forward(self, rows: Tensor, index: Tensor | None = None) -> tuple[Tensor, ...]:
         """Rows `[B, K]` to `parts` tensors `[B, K, D]`, or `[B, S, D]` by each token's `index` `[S]`."""
         assert self.table is not None
-        return by_token(self.table[rows], index).chunk(self.parts, dim=-1)
+        return select_by_token(self.table[rows], index).chunk(self.parts, dim=-1)
 
 
-class Place(NamedTuple):
+class TableSlot(NamedTuple):
     """Where a table stands, and the module on the meta device, with its weights' sources, that it is made by."""
 
     table: ModulationTable
@@ -71,30 +71,31 @@ class ModulationTables:
         self.device = device
         self.dtype = dtype
         self.progress = progress
-        self.places = list(swap(transformer))
+        self.places = list(insert_tables(transformer))
         self.made_of: Tensor | None = None
 
-    def rows(self, timesteps: Tensor, conditioning: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Tensor]]:
+    def find_rows(self, timesteps: Tensor, conditioning: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Tensor]]:
         """`{branch: [B, K]}` for each of the timesteps `[N]`: the rows that stand for `temb` in the call.
 
         What is conditioned equally shares a row. Raises `RunError` for weights that can no longer be read.
         """
-        with whole_around_blocks(self.transformer):
-            each = [self.temb(timesteps, one) for one in conditioning.values()]
+        with unshard_rest(self.transformer):
+            each = [self.make_temb(timesteps, one) for one in conditioning.values()]
         temb = torch.stack(each, dim=1)  # [N, branches, B, K, D]
         # float32 holds every value of the narrower types, for which not every device can sort
         found, rows = temb.flatten(0, -2).float().unique(dim=0, return_inverse=True)
-        self.make(found.to(temb.dtype))
+        self.make_tables(found.to(temb.dtype))
         return [dict(zip(conditioning, step, strict=True)) for step in rows.view(temb.shape[:-1])]
 
-    def temb(self, timesteps: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
+    def make_temb(self, timesteps: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
         """What one branch's items `[B]` are modulated by at the timesteps `[N]`: `[N, B, K, D]`."""
         items = next(len(value) for value in conditioning.values() if isinstance(value, Tensor))
         return torch.stack(
-            [self.transformer.make_temb(timesteps, self.dtype, **item(conditioning, i)) for i in range(items)], dim=1
+            [self.transformer.make_temb(timesteps, self.dtype, **select_item(conditioning, i)) for i in range(items)],
+            dim=1,
         )
 
-    def make(self, temb: Tensor) -> None:
+    def make_tables(self, temb: Tensor) -> None:
         """The tables of `temb` `[R, D]`, unless they are those that are there."""
         if self.made_of is not None and torch.equal(self.made_of, temb):
             return
@@ -102,30 +103,31 @@ class ModulationTables:
         with self.progress.phase("making modulation tables"):
             for place in self.places:
                 place.table.table = None  # the old one goes before the new one comes
-                place.table.table = self.values(place, temb)
+                place.table.table = self.compute_table(place, temb)
         self.made_of = temb
-        tables, weights = self.sizes()
+        tables, weights = self.count_bytes()
         self.progress.note(f"modulation tables: {tables / MIB:.1f} MiB instead of {weights / MIB:.1f} MiB of weights")
 
-    def values(self, place: Place, temb: Tensor) -> Tensor:
+    def compute_table(self, place: TableSlot, temb: Tensor) -> Tensor:
         """One table: the weights are on the device for as long as this takes."""
         weights = {
-            name: fill(source, self.checkpoint, self.device, self.dtype) for name, source in place.sources.items()
+            name: read_parameter(source, self.checkpoint, self.device, self.dtype)
+            for name, source in place.sources.items()
         }
         for name, weight in weights.items():
-            put(place.modulation, name, weight)
+            set_parameter(place.modulation, name, weight)
         values = place.modulation.values(temb)
         place.modulation.to("meta")
         return values
 
-    def sizes(self) -> tuple[int, int]:
+    def count_bytes(self) -> tuple[int, int]:
         """Bytes of all tables, and of the weights that they stand for."""
         tables = sum(place.table.table.nbytes for place in self.places if place.table.table is not None)
         numbers = sum(p.numel() for place in self.places for p in place.modulation.parameters())
         return tables, numbers * self.dtype.itemsize
 
 
-def swap(transformer: Transformer) -> Iterator[Place]:
+def insert_tables(transformer: Transformer) -> Iterator[TableSlot]:
     """Put a table into every modulation's place."""
     for name, module in list(transformer.named_modules()):
         if isinstance(module, Modulation):
@@ -134,17 +136,17 @@ def swap(transformer: Transformer) -> Iterator[Place]:
             owner, _, attribute = name.rpartition(".")
             table = ModulationTable(module.parts)
             setattr(transformer.get_submodule(owner), attribute, table)
-            yield Place(table, module, sources)
+            yield TableSlot(table, module, sources)
 
 
-def item(conditioning: Mapping[str, Any], index: int) -> dict[str, Any]:
+def select_item(conditioning: Mapping[str, Any], index: int) -> dict[str, Any]:
     """What one item is conditioned on, as one row that serves all timesteps."""
     return {
         name: value[index : index + 1] if isinstance(value, Tensor) else value for name, value in conditioning.items()
     }
 
 
-def rows_of_steps(
+def find_step_rows(
     tables: Mapping[str, ModulationTables],
     steps: Sequence[Step],
     timesteps: Tensor,
@@ -154,5 +156,5 @@ def rows_of_steps(
     found: dict[int, dict[str, Tensor]] = {}
     for name, own in tables.items():
         indices = [step.index for step in steps if step.expert == name]
-        found |= zip(indices, own.rows(timesteps[indices], conditioning), strict=True)
+        found |= zip(indices, own.find_rows(timesteps[indices], conditioning), strict=True)
     return found

@@ -14,21 +14,21 @@ from torch import Tensor, nn
 from hydrarun.core.device import HOST
 
 
-class Moving(Protocol):
+class Offloadable(Protocol):
     """A module that is ready to be called, or waits."""
 
     @property
     def here(self) -> bool:
         """Whether it is ready."""
 
-    def come(self) -> None:
+    def onload(self) -> None:
         """Be ready; nothing happens where it is."""
 
-    def go(self) -> None:
+    def offload(self) -> None:
         """Wait; nothing happens where it does."""
 
 
-class WaitsOnHost:
+class HostOffloaded:
     """A module whose weights stay on the host, pinned where that is faster, and come to the device as copies.
 
     So leaving costs nothing: the copies are dropped. What a module got while it was on the device moves to the host.
@@ -39,35 +39,35 @@ class WaitsOnHost:
         self.module = module
         self.device = device
         self.here = False
-        replace(module, self.pinned)
+        replace_tensors(module, self.pinned)
 
-    def come(self) -> None:
+    def onload(self) -> None:
         if not self.here:
-            replace(self.module, self.on_device)
+            replace_tensors(self.module, self.on_device)
             self.here = True
 
-    def go(self) -> None:
+    def offload(self) -> None:
         if self.here:
-            replace(self.module, self.on_host)
+            replace_tensors(self.module, self.on_host)
             self.here = False
 
     def on_device(self, tensor: Tensor) -> Tensor:
         """A copy, which remembers what it is a copy of."""
-        copy = moved(tensor, self.device)
+        copy = move_tensor(tensor, self.device)
         copy.copy_of = tensor
         return copy
 
     def on_host(self, tensor: Tensor) -> Tensor:
         """What the copy was made of."""
         waiting = getattr(tensor, "copy_of", None)
-        return self.pinned(moved(tensor, HOST)) if waiting is None else waiting
+        return self.pinned(move_tensor(tensor, HOST)) if waiting is None else waiting
 
     def pinned(self, tensor: Tensor) -> Tensor:
         """The tensor in memory that a GPU reads without the CPU's help."""
-        return like(tensor, tensor.pin_memory()) if self.device.type == "cuda" else tensor
+        return wrap_like(tensor, tensor.pin_memory()) if self.device.type == "cuda" else tensor
 
 
-class WaitsOnDisk:
+class DiskOffloaded:
     """A module whose weights are let go of, and are read again when they are needed."""
 
     def __init__(self, module: nn.Module, read: Callable[[], nn.Module], device: torch.device = HOST) -> None:
@@ -77,25 +77,25 @@ class WaitsOnDisk:
         self.device = device
         self.here = True
 
-    def come(self) -> None:
+    def onload(self) -> None:
         if not self.here:
             with torch.inference_mode(False):
-                adopt(self.module, self.read())
-            move(self.module, self.device)
+                adopt_tensors(self.module, self.read())
+            move_module(self.module, self.device)
             self.here = True
 
-    def go(self) -> None:
+    def offload(self) -> None:
         if self.here:
-            replace(self.module, placeholder)
+            replace_tensors(self.module, make_placeholder)
             self.here = False
 
 
-def move(module: nn.Module, device: torch.device) -> None:
+def move_module(module: nn.Module, device: torch.device) -> None:
     """Put the module's parameters and buffers on `device`."""
-    replace(module, lambda tensor: moved(tensor, device))
+    replace_tensors(module, lambda tensor: move_tensor(tensor, device))
 
 
-def replace(module: nn.Module, made: Callable[[Tensor], Tensor]) -> None:
+def replace_tensors(module: nn.Module, made: Callable[[Tensor], Tensor]) -> None:
     """Put `made(tensor)` in the place of every parameter and buffer; what stands in several places is made once."""
     done: dict[int, Tensor] = {}
     with torch.inference_mode(False):  # a compiled block would take inference tensors for others, and compile again
@@ -108,7 +108,7 @@ def replace(module: nn.Module, made: Callable[[Tensor], Tensor]) -> None:
                         held[name] = done[id(old)]
 
 
-def tensors(module: nn.Module) -> list[Tensor]:
+def list_tensors(module: nn.Module) -> list[Tensor]:
     """Its parameters and buffers, in the order in which `replace` makes others of them."""
     found: list[Tensor] = []
 
@@ -116,42 +116,42 @@ def tensors(module: nn.Module) -> list[Tensor]:
         found.append(tensor)
         return tensor
 
-    replace(module, note)
+    replace_tensors(module, note)
     return found
 
 
-def put(module: nn.Module, new: Iterable[Tensor]) -> list[Tensor]:
+def set_tensors(module: nn.Module, new: Iterable[Tensor]) -> list[Tensor]:
     """Give the module these `tensors`, in their order; returns those that it had."""
     old: list[Tensor] = []
     coming = iter(new)
 
     def change(tensor: Tensor) -> Tensor:
         old.append(tensor)
-        return like(tensor, next(coming))
+        return wrap_like(tensor, next(coming))
 
-    replace(module, change)
+    replace_tensors(module, change)
     return old
 
 
-def adopt(module: nn.Module, other: nn.Module) -> None:
+def adopt_tensors(module: nn.Module, other: nn.Module) -> None:
     """Give `module` the parameters and buffers of `other`, which has the same parts."""
     for part, theirs in zip(module.modules(), other.modules(), strict=True):
         part._parameters.update(theirs._parameters)
         part._buffers.update(theirs._buffers)
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
+def move_tensor(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor itself where it is on `device`, else a copy."""
     # towards the host we wait: the CPU may read at once what a GPU has not written yet
-    return like(tensor, tensor.to(device, non_blocking=device != HOST))
+    return wrap_like(tensor, tensor.to(device, non_blocking=device != HOST))
 
 
-def placeholder(tensor: Tensor) -> Tensor:
+def make_placeholder(tensor: Tensor) -> Tensor:
     """Its shape and dtype without numbers."""
-    return like(tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+    return wrap_like(tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
 
 
-def like(old: Tensor, new: Tensor) -> Tensor:
+def wrap_like(old: Tensor, new: Tensor) -> Tensor:
     """`new` as what `old` is, a parameter or a buffer."""
     if isinstance(new, nn.Parameter) or not isinstance(old, nn.Parameter):
         return new

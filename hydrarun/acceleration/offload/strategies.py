@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from hydrarun.acceleration.offload.layerwise import FromFiles, FromHost
-from hydrarun.acceleration.offload.module_mover import Moving, WaitsOnDisk, WaitsOnHost
-from hydrarun.config.checks.checkpoint import check_blocks
+from hydrarun.acceleration.offload.layerwise import FilePrefetcher, HostPrefetcher
+from hydrarun.acceleration.offload.module_mover import DiskOffloaded, HostOffloaded, Offloadable
+from hydrarun.config.checks.checkpoint import check_offloaded_blocks
 from hydrarun.core.device import HOST, empty_cache
-from hydrarun.core.errors import at_least
+from hydrarun.core.errors import require_at_least
 from hydrarun.models.transformer import Transformer
 
 #: what a stage can use; `text_encoder` stands for all text encoders, `transformer` for both experts
@@ -31,11 +31,11 @@ class NoOffload:
 
     def __init__(self) -> None:
         self.device = HOST
-        self.waiting: dict[str, Moving] = {}
+        self.waiting: dict[str, Offloadable] = {}
 
     def load_device(self, name: str, device: torch.device) -> torch.device:
         """Where the module of that name is loaded to."""
-        return HOST if use_of(name) in self.moves else device
+        return HOST if find_use(name) in self.moves else device
 
     def skip_loading(self, transformer: Transformer) -> Collection[str]:
         """Names of the transformer's modules whose weights are not read when it is loaded."""
@@ -55,46 +55,48 @@ class NoOffload:
         """
         self.device = device
         for name, module in modules.items():
-            if use_of(name) in self.moves:
-                self.waiting[name] = self.mover(module, partial(read, name), folder / name, dtype)
+            if find_use(name) in self.moves:
+                self.waiting[name] = self.make_offloadable(module, partial(read, name), folder / name, dtype)
 
-    def mover(self, module: nn.Module, read: Callable[[], nn.Module], folder: Path, dtype: torch.dtype) -> Moving:
+    def make_offloadable(
+        self, module: nn.Module, read: Callable[[], nn.Module], folder: Path, dtype: torch.dtype
+    ) -> Offloadable:
         """What has a module, whose files are in `folder`, wait: the host.
 
         A CPU has no other memory: there it is let go of, and `read` again.
         """
-        return WaitsOnDisk(module, read) if self.device.type == "cpu" else WaitsOnHost(module, self.device)
+        return DiskOffloaded(module, read) if self.device.type == "cpu" else HostOffloaded(module, self.device)
 
     def blocks_bytes(self, sizes: Sequence[int]) -> int:
         """What a transformer's blocks of these `sizes` (bytes, in order) take on the device while it denoises."""
         return sum(sizes)
 
-    def before(self, uses: Collection[str]) -> None:
+    def prepare_stage(self, uses: Collection[str]) -> None:
         """A stage is next that uses these: what it does not use leaves, then what it uses comes.
 
-        Experts come when it is known which (`ready`). A stage that uses nothing leaves everything where it is.
+        Experts come when it is known which (`load_expert`). A stage that uses nothing leaves everything where it is.
         """
         if uses:
-            needed = [name for name in self.waiting if use_of(name) in uses]
-            self.change(
+            needed = [name for name in self.waiting if find_use(name) in uses]
+            self.swap(
                 go=[name for name in self.waiting if name not in needed],
-                come=[name for name in needed if use_of(name) != "transformer"],
+                come=[name for name in needed if find_use(name) != "transformer"],
             )
 
-    def ready(self, expert: str) -> None:
+    def load_expert(self, expert: str) -> None:
         """The transformer of this name is next: the other one, if there is one, leaves before it comes."""
-        experts = [name for name in self.waiting if use_of(name) == "transformer"]
-        self.change(go=[name for name in experts if name != expert], come=[name for name in experts if name == expert])
+        experts = [name for name in self.waiting if find_use(name) == "transformer"]
+        self.swap(go=[name for name in experts if name != expert], come=[name for name in experts if name == expert])
 
-    def change(self, go: Collection[str], come: Collection[str]) -> None:
+    def swap(self, go: Collection[str], come: Collection[str]) -> None:
         """First make room, then fill it."""
         leaving = [self.waiting[name] for name in go if self.waiting[name].here]
         for module in leaving:
-            module.go()
+            module.offload()
         if leaving:
             empty_cache(self.device)
         for name in come:
-            self.waiting[name].come()
+            self.waiting[name].onload()
 
 
 class ExpertOffload(NoOffload):
@@ -123,14 +125,16 @@ class LayerwiseOffload(ModelOffload):
     def __init__(self, resident_blocks: int = 0, prefetch_blocks: int = 1) -> None:
         """Raises `UsageError` for numbers that cannot be."""
         super().__init__()
-        self.resident_blocks = at_least("offload.resident_blocks", resident_blocks, 0)
-        self.prefetch_blocks = at_least("offload.prefetch_blocks", prefetch_blocks, 1)
+        self.resident_blocks = require_at_least("offload.resident_blocks", resident_blocks, 0)
+        self.prefetch_blocks = require_at_least("offload.prefetch_blocks", prefetch_blocks, 1)
 
-    def mover(self, module: nn.Module, read: Callable[[], nn.Module], folder: Path, dtype: torch.dtype) -> Moving:
+    def make_offloadable(
+        self, module: nn.Module, read: Callable[[], nn.Module], folder: Path, dtype: torch.dtype
+    ) -> Offloadable:
         if isinstance(module, Transformer):
-            check_blocks(vars(self), module.depth)  # where config.json does not tell it
-            return FromHost(module, self.device, self.resident_blocks, self.prefetch_blocks)
-        return super().mover(module, read, folder, dtype)
+            check_offloaded_blocks(vars(self), module.depth)  # where config.json does not tell it
+            return HostPrefetcher(module, self.device, self.resident_blocks, self.prefetch_blocks)
+        return super().make_offloadable(module, read, folder, dtype)
 
     def blocks_bytes(self, sizes: Sequence[int]) -> int:
         """The resident ones and the buffers, each as large as the largest of the others, packed (`packed_bytes`)."""
@@ -148,10 +152,12 @@ class DiskOffload(NoOffload):
     def skip_loading(self, transformer: Transformer) -> Collection[str]:
         return transformer.block_lists
 
-    def mover(self, module: nn.Module, read: Callable[[], nn.Module], folder: Path, dtype: torch.dtype) -> Moving:
+    def make_offloadable(
+        self, module: nn.Module, read: Callable[[], nn.Module], folder: Path, dtype: torch.dtype
+    ) -> Offloadable:
         if isinstance(module, Transformer):
-            return FromFiles(module, folder, self.device, dtype)
-        return WaitsOnDisk(module, read, self.device)
+            return FilePrefetcher(module, folder, self.device, dtype)
+        return DiskOffloaded(module, read, self.device)
 
     def blocks_bytes(self, sizes: Sequence[int]) -> int:
         """The one in use and the next, at most the two largest."""
@@ -164,7 +170,7 @@ class TextEncoderOffload(NoOffload):
     moves = ("text_encoder",)
 
 
-def use_of(name: str) -> str:
+def find_use(name: str) -> str:
     """What a component is to stages: `text_encoder_2` is a `text_encoder`, and so is what a pipeline has behind it."""
     plain = name.rstrip("0123456789").rstrip("_")
     return plain if plain in USES else "text_encoder"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hydrarun.core.distributed.collectives import all_gather
-from hydrarun.core.distributed.degrees import shares
+from hydrarun.core.distributed.degrees import split_evenly
 from hydrarun.core.distributed.mesh import Axis
 
 
@@ -25,7 +25,7 @@ def predict_branches(
     """
     if axis is None:
         return predict(branches)
-    counts = shares(len(branches), axis.size)
+    counts = split_evenly(len(branches), axis.size)
     start = sum(counts[: axis.rank])
     mine = predict(branches[start : start + counts[axis.rank]])
     stacked = torch.stack([*mine.values()]) if mine else like.new_empty(0, *like.shape)

@@ -6,22 +6,22 @@ import numpy as np
 import torch
 
 from hydrarun.core.distributed.collectives import all_gather, all_reduce
-from hydrarun.core.distributed.degrees import shares
+from hydrarun.core.distributed.degrees import split_evenly
 from hydrarun.core.distributed.mesh import Axis, Mesh
 
 
-def own_indices(count: int, axis: Axis) -> list[int]:
+def find_own_indices(count: int, axis: Axis) -> list[int]:
     """Which of `count` items this rank draws. Noise belongs to the seed, so that pictures stay the same.
 
     Of a batch with fewer items than ranks (the last of a list) some ranks draw the last item too, so that every rank is
     there when others wait for it.
     """
-    counts = shares(drawn(count, axis), axis.size)
+    counts = split_evenly(count_drawn(count, axis), axis.size)
     start = sum(counts[: axis.rank])
     return [min(index, count - 1) for index in range(start, start + counts[axis.rank])]
 
 
-def first_ranks(x: torch.Tensor, mesh: Mesh | None) -> torch.Tensor:
+def broadcast_ids(x: torch.Tensor, mesh: Mesh | None) -> torch.Tensor:
     """Whole numbers as the first of those ranks has them that draw the same pictures.
 
     For what is sampled: a rounding apart, ranks could draw something else altogether.
@@ -32,13 +32,13 @@ def first_ranks(x: torch.Tensor, mesh: Mesh | None) -> torch.Tensor:
     return x
 
 
-def drawn(count: int, axis: Axis) -> int:
+def count_drawn(count: int, axis: Axis) -> int:
     """How many are drawn for `count` items: at least one on each rank."""
     return max(count, axis.size)
 
 
-def all_frames(frames: np.ndarray, count: int, axis: Axis, device: torch.device) -> np.ndarray:
+def gather_frames(frames: np.ndarray, count: int, axis: Axis, device: torch.device) -> np.ndarray:
     """The frames (`State.frames`) of all `count` items, from each rank's own."""
-    counts = shares(drawn(count, axis), axis.size)
+    counts = split_evenly(count_drawn(count, axis), axis.size)
     bytes_ = torch.from_numpy(frames.view(np.uint8)).to(device)  # not every backend sends numbers of 16 bits
     return all_gather(bytes_, 0, counts, axis.group).cpu().numpy().view(frames.dtype)[:count]

@@ -19,11 +19,11 @@ from hydrarun.models.transformer import Transformer
 
 def shard_transformer(transformer: Transformer, mesh: Mesh) -> None:
     """Shard each block, then what is left around them."""
-    shard_all([*transformer.all_blocks()], transformer, mesh)
+    shard_parts([*transformer.all_blocks()], transformer, mesh)
 
 
 @contextmanager
-def whole_around_blocks(transformer: Transformer) -> Iterator[None]:
+def unshard_rest(transformer: Transformer) -> Iterator[None]:
     """What is left around the blocks is whole on every rank, for use outside of a forward; all ranks come here."""
     if not isinstance(transformer, FSDPModule):
         yield
@@ -35,7 +35,7 @@ def whole_around_blocks(transformer: Transformer) -> Iterator[None]:
         transformer.reshard()
 
 
-def shares_weights(name: str) -> bool:
+def is_sharded(name: str) -> bool:
     """Whether ranks share the weights of the component of that name: transformers and text encoders.
 
     A model that draws tokens one by one would borrow all of them for each, and a VAE is small.
@@ -46,7 +46,7 @@ def shares_weights(name: str) -> bool:
 def shard_encoder(encoder: nn.Module, mesh: Mesh) -> None:
     """Shard the repeated layers of a text encoder, then what is left around them."""
     plain = encoder.__class__
-    shard_all([*repeated_layers(encoder)], encoder, mesh)
+    shard_parts([*find_repeated_layers(encoder)], encoder, mesh)
     if hasattr(encoder, "generate"):
         generate_as_forward(encoder, plain)
     # transformers knows by this very class which layers' outputs a model can hand out; sharding hangs on hooks
@@ -69,14 +69,14 @@ def generate_as_forward(encoder: Any, plain: type) -> None:
     encoder.generate = generate
 
 
-def shard_all(parts: list[nn.Module], whole: nn.Module, mesh: Mesh) -> None:
+def shard_parts(parts: list[nn.Module], whole: nn.Module, mesh: Mesh) -> None:
     """`fully_shard` each part and then the whole."""
     place = mesh.hsdp["replicate", "shard"]
     for module in (*parts, whole):
-        fully_shard(module, mesh=place, ignored_params=odd_ones(module))
+        fully_shard(module, mesh=place, ignored_params=find_odd_parameters(module))
 
 
-def odd_ones(module: nn.Module) -> set[nn.Parameter]:
+def find_odd_parameters(module: nn.Module) -> set[nn.Parameter]:
     """Parameters in another dtype than most: FSDP2 shards one dtype together. They stay whole, and are few."""
     parameters = list(module.parameters())
     common = max(
@@ -85,10 +85,10 @@ def odd_ones(module: nn.Module) -> set[nn.Parameter]:
     return {p for p in parameters if p.dtype != common}
 
 
-def repeated_layers(module: nn.Module) -> Iterator[nn.Module]:
+def find_repeated_layers(module: nn.Module) -> Iterator[nn.Module]:
     """The elements of every list of layers that is in no other list."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from child
         else:
-            yield from repeated_layers(child)
+            yield from find_repeated_layers(child)

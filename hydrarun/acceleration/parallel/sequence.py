@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hydrarun.core.distributed.collectives import Exchange, all_gather, all_to_all
-from hydrarun.core.distributed.degrees import shares
+from hydrarun.core.distributed.collectives import RingExchange, all_gather, all_to_all
+from hydrarun.core.distributed.degrees import split_evenly
 from hydrarun.core.distributed.mesh import Axis
-from hydrarun.models.layers.attention import QKV, AttentionBackend, Prefix, behind, join_masks
+from hydrarun.models.layers.attention import QKV, AttentionBackend, Prefix, join_masks, prepend_prefix
 
 T = TypeVar("T", bound=Any)
 Masks = Mapping[str, Tensor | None]
@@ -53,7 +53,7 @@ class SequenceParallel:
         for field, (dim, stream) in tokens.token_dims().items():
             value = getattr(tokens, field)
             if value is not None and stream in self.lengths:
-                parts[field] = value.split(shares(value.shape[dim], self.size), dim)[self.rank].contiguous()
+                parts[field] = value.split(split_evenly(value.shape[dim], self.size), dim)[self.rank].contiguous()
         return dataclasses.replace(tokens, **parts)
 
     def gather(self, hidden_states: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class SequenceParallel:
 
     def place_lengths(self, stream: str, place: int) -> list[int]:
         """Tokens of a stream on each rank of a place of the ring."""
-        return shares(self.lengths[stream], self.size)[place * self.width : (place + 1) * self.width]
+        return split_evenly(self.lengths[stream], self.size)[place * self.width : (place + 1) * self.width]
 
     @torch.compiler.disable
     def __call__(
@@ -86,12 +86,12 @@ class SequenceParallel:
             before = (
                 None
                 if prefix is None
-                else attend(query, *behind(prefix, key[:, :0], value[:, :0], {})[:2], None, backend)
+                else attend_masked(query, *prepend_prefix(prefix, key[:, :0], value[:, :0], {})[:2], None, backend)
             )
             output = self.attend_in_ring(query, key, value, list(streams), masks, backend, self.ring, before)
         else:
             lengths: Mapping[str, int] = {name: sum(self.place_lengths(name, 0)) for name in streams}
-            key, value, lengths = behind(prefix, key, value, lengths)
+            key, value, lengths = prepend_prefix(prefix, key, value, lengths)
             output = backend(query, key, value, join_masks(masks, lengths))
         lengths_here = [part.shape[2] for part in gathered.values()]
         outputs = dict(zip(streams, output.split(lengths_here, dim=1), strict=True))
@@ -115,7 +115,7 @@ class SequenceParallel:
 
     def exchange_heads(self, streams: Mapping[str, Tensor], heads: int, axis: Axis) -> dict[str, Tensor]:
         """`[n, B, s, H, d]` of each stream to `[n, B, S, h, d]`: all tokens of this place, this rank's heads."""
-        per_rank = shares(heads, axis.size)
+        per_rank = split_evenly(heads, axis.size)
         cut = {name: part.split(per_rank, dim=3) for name, part in streams.items()}
         outgoing = [torch.cat([cut[name][rank].reshape(-1) for name in cut]) for rank in range(axis.size)]
         parts, batch, _, _, channels = next(iter(streams.values())).shape
@@ -124,11 +124,11 @@ class SequenceParallel:
             {name: (parts, batch, lengths[name][rank], per_rank[axis.rank], channels) for name in streams}
             for rank in range(axis.size)
         ]
-        return self.join(all_to_all(outgoing, sizes(shapes), axis.group), shapes, dim=2)
+        return self.join(all_to_all(outgoing, count_received(shapes), axis.group), shapes, dim=2)
 
     def return_heads(self, outputs: Mapping[str, Tensor], heads: int, axis: Axis) -> dict[str, Tensor]:
         """`[B, S, h, d]` of each stream back to `[B, s, H, d]`: this rank's tokens, all heads."""
-        per_rank = shares(heads, axis.size)
+        per_rank = split_evenly(heads, axis.size)
         cut = {name: part.split(self.place_lengths(name, self.place), dim=1) for name, part in outputs.items()}
         outgoing = [torch.cat([cut[name][rank].reshape(-1) for name in cut]) for rank in range(axis.size)]
         batch, _, _, channels = next(iter(outputs.values())).shape
@@ -136,7 +136,7 @@ class SequenceParallel:
         shapes = [
             {name: (batch, mine[name], per_rank[rank], channels) for name in outputs} for rank in range(axis.size)
         ]
-        return self.join(all_to_all(outgoing, sizes(shapes), axis.group), shapes, dim=2)
+        return self.join(all_to_all(outgoing, count_received(shapes), axis.group), shapes, dim=2)
 
     @staticmethod
     def join(
@@ -145,7 +145,7 @@ class SequenceParallel:
         """Flat buffers, one from each rank with all streams one after the other, to each stream's parts along `dim`."""
         parts: dict[str, list[Tensor]] = {name: [] for name in shapes[0]}
         for buffer, by_stream in zip(received, shapes, strict=True):
-            counts = [numel(shape) for shape in by_stream.values()]
+            counts = [count_elements(shape) for shape in by_stream.values()]
             for (name, shape), flat in zip(by_stream.items(), buffer.split(counts), strict=True):
                 parts[name].append(flat.view(shape))
         return {name: torch.cat(found, dim=dim) for name, found in parts.items()}
@@ -171,9 +171,9 @@ class SequenceParallel:
             if turn + 1 < ring.size:
                 length = sum(sum(self.place_lengths(name, (place - 1) % ring.size)) for name in streams)
                 incoming = [key.new_empty(key.shape[0], length, *key.shape[2:]) for _ in range(2)]
-                exchange = Exchange([key, value], incoming, ring.group)
-            part = attend(query, key, value, self.mask_of(place, streams, masks), backend)
-            total = part if total is None else merge(total, part)
+                exchange = RingExchange([key, value], incoming, ring.group)
+            part = attend_masked(query, key, value, self.mask_of(place, streams, masks), backend)
+            total = part if total is None else merge_partials(total, part)
             if exchange is not None:
                 key, value = exchange.wait()
         assert total is not None
@@ -193,18 +193,19 @@ class SequenceParallel:
 Partial = tuple[Tensor, Tensor]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, backend: Any) -> Partial:
+def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, backend: Any) -> Partial:
     """Attention to these keys alone. Masked ones are left out, sample by sample: such kernels take no masks."""
     if mask is None:
-        return part(backend, query, key, value)
+        return attend_unmasked(backend, query, key, value)
     samples = [
-        part(backend, query[i : i + 1], key[i : i + 1, mask[i]], value[i : i + 1, mask[i]]) for i in range(len(query))
+        attend_unmasked(backend, query[i : i + 1], key[i : i + 1, mask[i]], value[i : i + 1, mask[i]])
+        for i in range(len(query))
     ]
     outputs, logs = zip(*samples, strict=True)
     return torch.cat(outputs), torch.cat(logs)
 
 
-def part(backend: Any, query: Tensor, key: Tensor, value: Tensor) -> Partial:
+def attend_unmasked(backend: Any, query: Tensor, key: Tensor, value: Tensor) -> Partial:
     """The same without a mask; no keys weigh nothing."""
     if key.shape[1] == 0:
         nothing = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
@@ -213,7 +214,7 @@ def part(backend: Any, query: Tensor, key: Tensor, value: Tensor) -> Partial:
     return output.float(), log.float().unsqueeze(-1)
 
 
-def merge(one: Partial, other: Partial) -> Partial:
+def merge_partials(one: Partial, other: Partial) -> Partial:
     """Attention to the keys of both (online softmax)."""
     log = torch.logaddexp(one[1], other[1])
     known = log.isfinite()  # no key at all, so far: 0 x 0
@@ -221,11 +222,11 @@ def merge(one: Partial, other: Partial) -> Partial:
     return one[0] * weights[0] + other[0] * weights[1], log
 
 
-def numel(shape: Sequence[int]) -> int:
+def count_elements(shape: Sequence[int]) -> int:
     """Elements of a tensor of this shape."""
     return torch.Size(shape).numel()
 
 
-def sizes(shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> list[int]:
+def count_received(shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> list[int]:
     """Elements that come from each rank."""
-    return [sum(map(numel, by_stream.values())) for by_stream in shapes]
+    return [sum(map(count_elements, by_stream.values())) for by_stream in shapes]

@@ -27,15 +27,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from hydrarun.core.distributed import collectives as comm
-from hydrarun.core.distributed.degrees import shares
+from hydrarun.core.distributed import collectives
+from hydrarun.core.distributed.degrees import split_evenly
 from hydrarun.core.distributed.mesh import Axis
 from hydrarun.core.errors import UsageError
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 
 
-def split(vae: nn.Module, axis: Axis) -> None:
+def shard_vae(vae: nn.Module, axis: Axis) -> None:
     """Change a diffusers VAE in place: its `encode` and `decode`, called on every rank of `axis` with the same whole
     input, return the same whole output on every rank, and each rank has computed its rows.
 
@@ -53,28 +53,30 @@ def split(vae: nn.Module, axis: Axis) -> None:
         convolutions = [module for module in half.modules() if isinstance(module, CONVOLUTIONS)]
         # strides are the encoder's: a decoder grows by upsampling
         factor = math.prod(convolution.stride[-2] for convolution in convolutions)
-        half.forward = partial(_by_rows, half.forward, factor, axis)
+        half.forward = partial(_run_by_rows, half.forward, factor, axis)
         for convolution in convolutions:
-            _give_neighbours_rows(convolution, axis)
+            _replace_padding(convolution, axis)
         for module in half.modules():
             if isinstance(module, nn.GroupNorm):
                 module.forward = partial(_group_norm, module, axis)
 
 
 @torch.no_grad()
-def _by_rows(forward: Callable[..., Tensor], factor: int, axis: Axis, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _run_by_rows(
+    forward: Callable[..., Tensor], factor: int, axis: Axis, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
     """`forward` on this rank's rows of the whole `x`, `[..., H, W]`, and then everybody's joined.
 
     `factor`: rows of `x` to a latent row.
     """
-    parts = _shares(x.shape[-2], factor, axis.size)
+    parts = _split_rows(x.shape[-2], factor, axis.size)
     own = x.split([part * factor for part in parts], dim=-2)[axis.rank]
-    with _WholeKeys(parts, axis):
+    with _GatherKeyValues(parts, axis):
         out = forward(own, *args, **kwargs)
-    return _gather(out, parts, axis)
+    return _gather_rows(out, parts, axis)
 
 
-def _shares(rows: int, factor: int, ranks: int) -> list[int]:
+def _split_rows(rows: int, factor: int, ranks: int) -> list[int]:
     """Latent rows of each rank."""
     latent, rest = divmod(rows, factor)
     if rest:
@@ -84,16 +86,16 @@ def _shares(rows: int, factor: int, ranks: int) -> list[int]:
             f"parallel.vae_degree={ranks} is more than the {latent} latent rows of this picture: choose a degree of at "
             f"most {latent}, or a larger sampling.height."
         )
-    return shares(latent, ranks)
+    return split_evenly(latent, ranks)
 
 
-def _gather(x: Tensor, parts: Sequence[int], axis: Axis) -> Tensor:
+def _gather_rows(x: Tensor, parts: Sequence[int], axis: Axis) -> Tensor:
     """Join dim -2 of every rank's `x`: rows, or the tokens of whole rows. `parts`: latent rows of each rank."""
     scale = x.shape[-2] // parts[axis.rank]
-    return comm.all_gather(x, -2, [part * scale for part in parts], axis.group)
+    return collectives.all_gather(x, -2, [part * scale for part in parts], axis.group)
 
 
-class _WholeKeys(TorchFunctionMode):
+class _GatherKeyValues(TorchFunctionMode):
     """Attention inside sees the keys and values of all ranks, beside its own queries.
 
     It is known by the function that it calls, not by its module: classes differ from VAE to VAE, while the tokens are
@@ -111,11 +113,11 @@ class _WholeKeys(TorchFunctionMode):
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         query, key, value, *rest = args
-        pair = _gather(torch.cat([key, value], dim=-1), self.parts, self.axis)
+        pair = _gather_rows(torch.cat([key, value], dim=-1), self.parts, self.axis)
         return func(query, *pair.split([key.shape[-1], value.shape[-1]], dim=-1), *rest, **kwargs)
 
 
-def _give_neighbours_rows(convolution: nn.Module, axis: Axis) -> None:
+def _replace_padding(convolution: nn.Module, axis: Axis) -> None:
     """Take away the zeros that `convolution` pads above and below; from now on it is handed those rows."""
     kernel, stride = convolution.kernel_size[-2], convolution.stride[-2]
     if kernel == 1:
@@ -127,10 +129,10 @@ def _give_neighbours_rows(convolution: nn.Module, axis: Axis) -> None:
         *frames, above, width = convolution.padding
         convolution.padding = (*frames, 0, width)
     below = max(0, kernel - stride - above)  # the last output's rows start at `-stride - above` from this rank's end
-    convolution.register_forward_pre_hook(partial(_with_neighbours_rows, above, below, axis))
+    convolution.register_forward_pre_hook(partial(_add_halo_rows, above, below, axis))
 
 
-def _with_neighbours_rows(above: int, below: int, axis: Axis, convolution: nn.Module, args: Any) -> Any:
+def _add_halo_rows(above: int, below: int, axis: Axis, convolution: nn.Module, args: Any) -> Any:
     """A convolution's input, and a causal one's frame cache, with the rows around: `[..., above + h + below, W]`.
 
     The cache holds this rank's rows alone, as it was kept before the convolution.
@@ -143,12 +145,12 @@ def _with_neighbours_rows(above: int, below: int, axis: Axis, convolution: nn.Mo
     first = torch.cat([part[..., :below, :] for part in own], dim=-3)
     last = torch.cat([part[..., rows - above :, :] for part in own], dim=-3)
     lengths = [part.shape[-3] for part in own]
-    over, under = (halo.split(lengths, dim=-3) for halo in neighbours(first, last, axis))
+    over, under = (halo.split(lengths, dim=-3) for halo in exchange_halo(first, last, axis))
     return tuple(torch.cat(whole, dim=-2) for whole in zip(over, own, under, strict=True))
 
 
 @torch.compiler.disable
-def neighbours(first: Tensor, last: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+def exchange_halo(first: Tensor, last: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
     """Hand `first` to the rank before and `last` to the one after; what they hand over, shaped like `last` and `first`.
 
     Zeros where there is no rank. Counted as `halo`.
@@ -159,7 +161,7 @@ def neighbours(first: Tensor, last: Tensor, axis: Axis) -> tuple[Tensor, Tensor]
     for place, sent, received in zip((axis.rank - 1, axis.rank + 1), outgoing, incoming, strict=True):
         if 0 <= place < axis.size:
             other = dist.get_global_rank(axis.group, place)
-            comm.sent["halo"] += sent.nbytes
+            collectives.sent_bytes["halo"] += sent.nbytes
             operations += [dist.P2POp(dist.isend, sent, other, axis.group)] if sent.numel() else []
             operations += [dist.P2POp(dist.irecv, received, other, axis.group)] if received.numel() else []
     for work in dist.batch_isend_irecv(operations) if operations else []:
@@ -172,7 +174,7 @@ def _group_norm(norm: nn.GroupNorm, axis: Axis, x: Tensor) -> Tensor:
     groups = x.reshape(len(x), norm.num_groups, -1)
     variance, mean = (value.double() for value in torch.var_mean(groups.float(), dim=-1, correction=0))
     size = torch.full_like(mean, groups.shape[-1])
-    sums = comm.all_reduce(torch.stack([size, size * mean, size * (variance + mean**2)]), axis.group)
+    sums = collectives.all_reduce(torch.stack([size, size * mean, size * (variance + mean**2)]), axis.group)
     mean = sums[1] / sums[0]
     variance = sums[2] / sums[0] - mean**2
     scale = (variance + norm.eps).rsqrt().repeat_interleave(norm.num_channels // norm.num_groups, dim=1)

@@ -15,12 +15,12 @@ from typing import Any
 from hydrarun.cli.arguments import Arguments
 from hydrarun.config import prompts as prompt_files
 from hydrarun.config import targets
-from hydrarun.config.checks import compatibility as compat
-from hydrarun.config.compose import Origin, check, compose_raw
+from hydrarun.config.checks import compatibility
+from hydrarun.config.compose import ConfigOrigin, check_composed, compose_unchecked
 from hydrarun.core.distributed.degrees import world_size
 from hydrarun.core.errors import UsageError
-from hydrarun.core.quoting import literal
-from hydrarun.engine.calibration.job import Job
+from hydrarun.core.quoting import quote_overrides
+from hydrarun.engine.calibration.job import CalibrationJob
 from hydrarun.engine.ranks import launch
 
 USAGE = """\
@@ -46,34 +46,34 @@ OWN = (RUN_DIR, BUDGET, EVALUATIONS)
 
 def calibrate_cache(line: Arguments) -> int:
     """Calibrate as the line says; the exit code. Raises UsageError, and RunError from what is drawn."""
-    own, overrides = own_settings(line.words)
-    config, origin = compose_raw(literal(overrides))
-    targets.check(config, origin)
+    own, overrides = split_settings(line.words)
+    config, origin = compose_unchecked(quote_overrides(overrides))
+    targets.check_targets(config, origin)
     is_mask = check_cache(config, own)
     prompts = choose_prompts(config, origin)
-    job = Job(
-        configure(config, origin, prompts),
+    job = CalibrationJob(
+        make_uncached_config(config, origin, prompts),
         config["cache"],
         prompts,
         Path(own.get(RUN_DIR, f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-calibrate")),
-        words(overrides, prompts[0]),
-        budget(own[BUDGET]) if is_mask else 1.0,
-        evaluations(own.get(EVALUATIONS, "200")),
+        list_run_overrides(overrides, prompts[0]),
+        parse_budget(own[BUDGET]) if is_mask else 1.0,
+        parse_evaluations(own.get(EVALUATIONS, "200")),
     )
     # these import torch: only now that the configuration is checked
     if is_mask:
-        from hydrarun.engine.calibration import mask as calibrate_mask
+        from hydrarun.engine.calibration import mask
 
-        file = calibrate_mask.calibrate(job)
+        file = mask.calibrate_mask(job)
     else:
-        from hydrarun.engine.calibration import teacache as calibrate_teacache
+        from hydrarun.engine.calibration import teacache
 
-        file = calibrate_teacache.calibrate(job)
+        file = teacache.calibrate_teacache(job)
     print(f"\n{file}\n{job.command(file)}")
     return 0
 
 
-def own_settings(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def split_settings(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Calibrate's own settings by key, and the other overrides."""
     own: dict[str, str] = {}
     overrides: list[str] = []
@@ -88,8 +88,8 @@ def own_settings(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 def check_cache(config: dict[str, Any], own: dict[str, str]) -> bool:
     """Whether the cache is a mask; else it is TeaCache. Raises UsageError for others, and for settings of the other."""
-    is_mask = compat.gated(config, "Mask")
-    if not (is_mask or compat.gated(config, "TeaCache")):
+    is_mask = compatibility.uses_gate(config, "Mask")
+    if not (is_mask or compatibility.uses_gate(config, "TeaCache")):
         raise UsageError(
             "calibrate: choose cache=teacache, whose polynomial it fits, or cache=mask, whose steps it searches"
         )
@@ -103,27 +103,27 @@ def check_cache(config: dict[str, Any], own: dict[str, str]) -> bool:
     return is_mask
 
 
-def choose_prompts(config: dict[str, Any], origin: Origin) -> list[str]:
+def choose_prompts(config: dict[str, Any], origin: ConfigOrigin) -> list[str]:
     """Those of `input.prompts`, or of `sampling.prompt`."""
     file, given = config["input"]["prompts"], config["sampling"]["prompt"]
     if file is None:
         return given if isinstance(given, list) and given else [given]
     if origin("sampling.prompt") == "command line":
         raise UsageError("input.prompts and sampling.prompt are both given: leave one out")
-    return prompt_files.texts(file)
+    return prompt_files.read_prompt_texts(file)
 
 
-def configure(config: dict[str, Any], origin: Origin, prompts: Sequence[str]) -> dict[str, Any]:
+def make_uncached_config(config: dict[str, Any], origin: ConfigOrigin, prompts: Sequence[str]) -> dict[str, Any]:
     """The configuration without a cache, checked; its prompt is the longest. Raises UsageError."""
     longest = max(prompts, key=lambda prompt: len(str(prompt)))
     changed = {
         **config,
         "sampling": {**config["sampling"], "prompt": longest},
         "input": {**config["input"], "prompts": None},
-        "cache": compose_raw(["cache=none"])[0]["cache"],
+        "cache": compose_unchecked(["cache=none"])[0]["cache"],
     }
-    check(changed, origin)
-    launch.check_size(config["parallel"])
+    check_composed(changed, origin)
+    launch.check_rank_count(config["parallel"])
     if config["warmup"]:
         raise UsageError("warmup: calibrate measures no times; leave it out")
     if world_size(config["parallel"]) > 1:
@@ -131,7 +131,7 @@ def configure(config: dict[str, Any], origin: Origin, prompts: Sequence[str]) ->
     return changed
 
 
-def budget(text: str) -> float:
+def parse_budget(text: str) -> float:
     """A share of the steps. Raises UsageError."""
     try:
         share = float(text)
@@ -142,14 +142,14 @@ def budget(text: str) -> float:
     return share
 
 
-def evaluations(text: str) -> int:
+def parse_evaluations(text: str) -> int:
     """A count. Raises UsageError."""
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise UsageError(f"{EVALUATIONS}={text}: not a whole number >= 1")
     return int(text)
 
 
-def words(overrides: Sequence[str], prompt: str) -> list[str]:
+def list_run_overrides(overrides: Sequence[str], prompt: str) -> list[str]:
     """The overrides of a run with the result: without those about calibration, with a prompt if a file had it."""
     kept = [word for word in overrides if not re.match(r"\+*(cache|input\.prompts)\b", word)]
     from_file = any(word.startswith("input.prompts=") for word in overrides)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from hydrarun.cli.arguments import Arguments
-from hydrarun.config.checks import compatibility as compat
-from hydrarun.config.checks.values import cfg_off, cfg_scale
-from hydrarun.config.compose import compose_raw
+from hydrarun.config.checks import compatibility
+from hydrarun.config.checks.values import find_cfg_scale, get_unguided_scale
+from hydrarun.config.compose import compose_unchecked
 from hydrarun.config.options import load_option
 from hydrarun.config.recipes import catalogue
 from hydrarun.core import resources
-from hydrarun.core.errors import UsageError, nearest
-from hydrarun.core.resources import groups
+from hydrarun.core.errors import UsageError, suggest_name
+from hydrarun.core.resources import list_groups
 from hydrarun.core.tables import Table, format_markdown, print_tables
 from hydrarun.outputs.media.kinds import KINDS
 
@@ -33,7 +33,7 @@ Shows what there is to choose from: all of it, or the tables you name."""
 
 def list_tables(line: Arguments) -> int:
     """Print the tables that the line names, or all; returns the exit code. Raises UsageError for other names."""
-    tables = [table(name) for name in line.words or names()]
+    tables = [make_table(name) for name in line.words or list_table_names()]
     if "--markdown" in line.flags:
         print("\n\n".join(map(format_markdown, tables)))
     else:
@@ -41,26 +41,29 @@ def list_tables(line: Arguments) -> int:
     return 0
 
 
-def names() -> list[str]:
+def list_table_names() -> list[str]:
     """The tables: models first, recipes last."""
-    return ["models", "accelerations", *(group for group in groups() if group != "model"), "recipes"]
+    return ["models", "accelerations", *(group for group in list_groups() if group != "model"), "recipes"]
 
 
-def table(name: str) -> Table:
+def make_table(name: str) -> Table:
     """One table by its name; `model` and `recipe` will do too."""
     if name in ("models", "model"):
-        return _models()
+        return _make_models_table()
     if name == "accelerations":
-        return _accelerations()
+        return _make_accelerations_table()
     if name in ("recipes", "recipe"):
-        return Table("recipes", catalogue.HEADER, [entry.cells() for entry in catalogue.entries()])
-    if name not in names():
-        raise UsageError(f"list {name}: no such table.{nearest(name, names())} Tables: {', '.join(names())}.")
-    files = sorted((resources.folder("conf") / name).glob("*.yaml"))
-    return Table(name, (f"{name}=", "what it is"), [(file.stem, first_comment(file)) for file in files])
+        return Table("recipes", catalogue.HEADER, [entry.cells() for entry in catalogue.list_entries()])
+    if name not in list_table_names():
+        raise UsageError(
+            f"list {name}: no such table.{suggest_name(name, list_table_names())}"
+            f" Tables: {', '.join(list_table_names())}."
+        )
+    files = sorted((resources.find_folder("conf") / name).glob("*.yaml"))
+    return Table(name, (f"{name}=", "what it is"), [(file.stem, read_first_comment(file)) for file in files])
 
 
-def first_comment(file: Path) -> str:
+def read_first_comment(file: Path) -> str:
     """The first comment line of a YAML file that says something; headers such as `# @package` do not."""
     for line in file.read_text(encoding="utf-8").splitlines():
         if match := re.match(r"#\s*(?!@)(\S.*)", line):
@@ -68,31 +71,31 @@ def first_comment(file: Path) -> str:
     return ""
 
 
-def _models() -> Table:
+def _make_models_table() -> Table:
     header = ("model=", "task", "checkpoint", "parameters", "steps", "guidance", "size")
     rows = []
-    for name, config in configurations():
+    for name, config in compose_models():
         model, sampling = config["model"], config["sampling"]
         cells = (model["task"], model["path"], model["facts"].get("parameters", ""), sampling["num_inference_steps"])
-        rows.append((name, *map(str, cells), guidance(sampling), size(sampling)))
+        rows.append((name, *map(str, cells), format_guidance(sampling), format_size(sampling)))
     return Table("models", header, rows)
 
 
-def _accelerations() -> Table:
+def _make_accelerations_table() -> Table:
     rows = []
-    for name, config in configurations():
-        methods = (method(config, degree) for degree in METHODS)
-        rows.append((name, *methods, *(acceleration(config, group) for group in ACCELERATIONS)))
+    for name, config in compose_models():
+        methods = (format_method_support(config, degree) for degree in METHODS)
+        rows.append((name, *methods, *(format_group_options(config, group) for group in ACCELERATIONS)))
     return Table("accelerations", ("model=", *METHODS, *ACCELERATIONS), rows)
 
 
-def configurations() -> Iterator[tuple[str, dict[str, Any]]]:
+def compose_models() -> Iterator[tuple[str, dict[str, Any]]]:
     """Each model option, and what it is composed to by itself."""
-    for file in sorted((resources.folder("conf") / "model").glob("*.yaml")):
-        yield file.stem, compose_raw([f"model={file.stem}"])[0]
+    for file in sorted((resources.find_folder("conf") / "model").glob("*.yaml")):
+        yield file.stem, compose_unchecked([f"model={file.stem}"])[0]
 
 
-def guidance(sampling: dict[str, Any]) -> str:
+def format_guidance(sampling: dict[str, Any]) -> str:
     """The scales that a model has by itself; of two experts the high noise's first."""
     names = {"true_cfg_scale": "", "guidance_scale": "", "guidance_scale_2": ""}
     if sampling["true_cfg_scale"] is not None and sampling["guidance_scale"] is not None:
@@ -101,7 +104,7 @@ def guidance(sampling: dict[str, Any]) -> str:
     return ", ".join(f"{sampling[name]}{note}" for name, note in names.items() if sampling[name] is not None)
 
 
-def size(sampling: dict[str, Any]) -> str:
+def format_size(sampling: dict[str, Any]) -> str:
     """Width x height as a model has them by itself, and frames or layers; of sounds their seconds."""
     if sampling["audio_start_in_s"] is not None:
         end = sampling["audio_end_in_s"]
@@ -112,25 +115,25 @@ def size(sampling: dict[str, Any]) -> str:
     return pixels + parts
 
 
-def method(config: dict[str, Any], name: str) -> str:
+def format_method_support(config: dict[str, Any], name: str) -> str:
     """Whether the model goes with this parallel method as it is (two pictures are drawn), or with guidance on."""
     degrees = {**config["parallel"], f"{name}_degree": 2}
-    scale, off = cfg_scale(config)[0], cfg_off(config)
+    scale, off = find_cfg_scale(config)[0], get_unguided_scale(config)
     for answer, more in (("yes", {}), (f"{scale} > {off:g}", {scale: off + 1})):
         sampling = {**config["sampling"], "num_images_per_prompt": 2, "seed": 0, **more}
-        if not any(compat.violations({**config, "parallel": degrees, "sampling": sampling})):
+        if not any(compatibility.find_violations({**config, "parallel": degrees, "sampling": sampling})):
             return answer
     return "-"
 
 
-def acceleration(config: dict[str, Any], group: str) -> str:
+def format_group_options(config: dict[str, Any], group: str) -> str:
     """The options of `group` that the model goes with; `all` of them, or `-` for none."""
-    files = sorted(file for file in (resources.folder("conf") / group).glob("*.yaml") if file.stem != "none")
+    files = sorted(file for file in (resources.find_folder("conf") / group).glob("*.yaml") if file.stem != "none")
     names: list[str] = []
     others: list[str] = []
     for file in files:
         node = load_option(config, group, file)
-        (others if any(compat.violations({**config, group: node})) else names).append(file.stem)
+        (others if any(compatibility.find_violations({**config, group: node})) else names).append(file.stem)
     if len(names) > 2:
         return "all" if not others else f"all but {', '.join(others)}"
     return ", ".join(names) or "-"

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from hydrarun.cli.arguments import Arguments
-from hydrarun.config.compose import compose_raw
+from hydrarun.config.compose import compose_unchecked
 from hydrarun.config.schema import MISSING
 from hydrarun.core.errors import UsageError
-from hydrarun.core.quoting import literal
-from hydrarun.engine.plan.devices import gib
+from hydrarun.core.quoting import quote_overrides
+from hydrarun.engine.plan.devices import format_gib
 from hydrarun.engine.plan.fast_imports import skip_optional_imports
-from hydrarun.engine.plan.planner import Plan, as_json, make
+from hydrarun.engine.plan.planner import Plan, make_plan, plan_to_json
 
 USAGE = """\
 usage: hydrarun plan [KEY=VALUE ...] [plan.device=h100] [--json]
@@ -32,62 +32,62 @@ PROMPT = "a photograph of an old lighthouse on a rocky coast at dusk, waves belo
 
 def show_plan(line: Arguments) -> int:
     """Print the plan of the line's settings; the exit code. Raises UsageError."""
-    config, origin = compose_raw(literal(line.words))
+    config, origin = compose_unchecked(quote_overrides(line.words))
     if config["plan"]["auto"]:
         raise UsageError("plan=auto is for a run, which then takes the first suggestion; `hydrarun plan` shows all")
     with skip_optional_imports():
-        made = make(with_prompt(config), origin)
+        made = make_plan(fill_prompt(config), origin)
     if "--json" in line.flags:
-        json.dump(as_json(made), sys.stdout, indent=2)
+        json.dump(plan_to_json(made), sys.stdout, indent=2)
         print()
     else:
-        print("\n".join(lines(made)))
+        print("\n".join(format_plan(made)))
     return 2 if made.conflicts else 0 if made.fits else 1
 
 
-def with_prompt(config: dict[str, Any]) -> dict[str, Any]:
+def fill_prompt(config: dict[str, Any]) -> dict[str, Any]:
     """The same with a prompt of usual length, if there is none."""
     if config["sampling"]["prompt"] != MISSING:
         return config
     return {**config, "sampling": {**config["sampling"], "prompt": PROMPT}}
 
 
-def lines(made: Plan) -> Iterator[str]:
+def format_plan(made: Plan) -> Iterator[str]:
     """The plan for people."""
     if made.conflicts:
         yield from made.conflicts
         return
     assert made.asked is not None
-    yield f"{made.model} on {made.device.name} ({gib(made.device.memory)} for a run); {made.source}"
-    yield ", ".join(f"{name} {gib(size)}" for name, size in made.components.items())
+    yield f"{made.model} on {made.device.name} ({format_gib(made.device.memory)} for a run); {made.source}"
+    yield ", ".join(f"{name} {format_gib(size)}" for name, size in made.components.items())
     if made.ranks > 1:
         yield f"rank 0 of {made.ranks}:"
-    yield from table(made)
-    yield verdict(made)
+    yield from format_phases(made)
+    yield describe_fit(made)
     if made.suggestions:
         yield "the cheapest settings that fit:"
         for one in made.suggestions:
             words = " ".join(one.overrides) or "(as it is)"
             said = "" if one.lossless else ", other numbers"
-            yield f"  {words:44} {gib(one.peak)}{duration(one.seconds, ', ')}{said}"
+            yield f"  {words:44} {format_gib(one.peak)}{format_duration(one.seconds, ', ')}{said}"
     elif not made.fits:
         yield "no setting of offload, quantization and vae.tiling fits: a smaller size, more ranks, or another device"
 
 
-def table(made: Plan) -> Iterator[str]:
+def format_phases(made: Plan) -> Iterator[str]:
     """Phases in columns."""
     assert made.asked is not None
     header = ("phase", "weights", "activations", "of them cache", "together", "TFLOP", "sent", "at least")
     rows = [
         (
             phase.name,
-            gib(phase.weights),
-            gib(phase.activations),
-            gib(phase.cache),
-            gib(phase.peak),
+            format_gib(phase.weights),
+            format_gib(phase.activations),
+            format_gib(phase.cache),
+            format_gib(phase.peak),
             f"{phase.flops / 1e12:,.1f}",
-            gib(phase.sent),
-            duration(phase.seconds) or "?",
+            format_gib(phase.sent),
+            format_duration(phase.seconds) or "?",
         )
         for phase in made.asked.phases
     ]
@@ -96,16 +96,16 @@ def table(made: Plan) -> Iterator[str]:
         yield "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
 
 
-def verdict(made: Plan) -> str:
+def describe_fit(made: Plan) -> str:
     """Whether it fits, in a sentence."""
     assert made.asked is not None
-    host = f", and {gib(made.asked.host)} on the host" if made.asked.host else ""
+    host = f", and {format_gib(made.asked.host)} on the host" if made.asked.host else ""
     steps = made.asked.phases[1]
-    each = f"; a step {steps.flops / made.steps / 1e12:,.1f} TFLOP, {gib(steps.sent / made.steps)} sent"
+    each = f"; a step {steps.flops / made.steps / 1e12:,.1f} TFLOP, {format_gib(steps.sent / made.steps)} sent"
     fits = "fits" if made.fits else "does NOT fit"
-    return f"{fits}: {gib(made.asked.peak)} of {gib(made.device.memory)}{host}{each}"
+    return f"{fits}: {format_gib(made.asked.peak)} of {format_gib(made.device.memory)}{host}{each}"
 
 
-def duration(seconds: float | None, before: str = "") -> str:
+def format_duration(seconds: float | None, before: str = "") -> str:
     """Seconds for people; nothing if they are not known."""
     return "" if seconds is None else f"{before}{seconds:,.2f} s"

@@ -37,45 +37,44 @@ def show_usage(line: Arguments) -> int:
 
 def list_recipes(line: Arguments) -> int:
     """The recipes that have a name."""
-    from hydrarun.cli.commands.list import table
-    from hydrarun.config.recipes import catalogue
-    from hydrarun.config.recipes import search as source
+    from hydrarun.cli.commands.list import make_table
+    from hydrarun.config.recipes import catalogue, search
 
-    if strange := [word for word in line.words if not word.startswith(f"{source.SEARCHPATH}=")]:
-        raise UsageError(f"recipe list: {strange[0]}: it takes {source.SEARCHPATH}=[DIR] and --json.")
-    source.look_in(line.words)
+    if strange := [word for word in line.words if not word.startswith(f"{search.SEARCHPATH}=")]:
+        raise UsageError(f"recipe list: {strange[0]}: it takes {search.SEARCHPATH}=[DIR] and --json.")
+    search.set_collections(line.words)
     if "--json" in line.flags:
-        print(json.dumps([asdict(entry) for entry in catalogue.entries()], indent=2, ensure_ascii=False))
+        print(json.dumps([asdict(entry) for entry in catalogue.list_entries()], indent=2, ensure_ascii=False))
     else:
-        print_tables([table("recipes")])
+        print_tables([make_table("recipes")])
     return 0
 
 
 def run_recipe(line: Arguments) -> int:
     """Show what a stranger's recipe does, ask, and run it as `recipe=FILE` is run."""
     from hydrarun.cli.commands.run import run_overrides
-    from hydrarun.cli.recipe.preview import described, quoted
-    from hydrarun.config.compose import check, compose_raw
-    from hydrarun.config.recipes import search as source
-    from hydrarun.core.quoting import literal
+    from hydrarun.cli.recipe.preview import describe_recipe, quote_recipe
+    from hydrarun.config.compose import check_composed, compose_unchecked
+    from hydrarun.config.recipes import search
+    from hydrarun.core.quoting import quote_overrides
 
-    (name,) = _names(line, 1, 1)
-    file = str(received(Path(name)))
-    overrides = [quoted(file), *literal(_settings(line))]
-    config, origin = compose_raw(overrides)
-    config = check(config, origin)
-    for text in described(source.recipe(file), file, config, destination(overrides)):
+    (name,) = _take_names(line, 1, 1)
+    file = str(find_recipe_file(Path(name)))
+    overrides = [quote_recipe(file), *quote_overrides(_take_settings(line))]
+    config, origin = compose_unchecked(overrides)
+    config = check_composed(config, origin)
+    for text in describe_recipe(search.load_recipe(file), file, config, describe_destination(overrides)):
         print(text, file=sys.stderr)
     if "--yes" not in line.flags:
         if not sys.stdin.isatty():
             raise UsageError("recipe run: add --yes to run it; there is no terminal to ask on.")
-        if not agreed():
+        if not ask_consent():
             print("not run", file=sys.stderr)
             return 1
     return run_overrides(overrides, [])
 
 
-def received(path: Path) -> Path:
+def find_recipe_file(path: Path) -> Path:
     """The recipe that a file or a folder is. Raises UsageError."""
     if path.is_dir():
         found = sorted(path.glob("*.yaml"))
@@ -90,13 +89,13 @@ def received(path: Path) -> Path:
     return path.absolute()
 
 
-def destination(overrides: Sequence[str]) -> str:
+def describe_destination(overrides: Sequence[str]) -> str:
     """Where the run will write, as far as it is known before."""
     given = [override.partition("=")[2] for override in overrides if override.startswith("hydra.run.dir=")]
     return given[-1] if given else os.path.join(os.getcwd(), "outputs/…")
 
 
-def agreed() -> bool:
+def ask_consent() -> bool:
     """Whether the user, asked on the terminal, says yes."""
     print("run this? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
@@ -104,32 +103,32 @@ def agreed() -> bool:
 
 def export_recipe(line: Arguments) -> int:
     """Write the recipe of a finished run."""
-    from hydrarun.cli.recipe.export import export
+    from hydrarun.cli.recipe.export import export_run
 
-    run_dir, *file = (Path(word) for word in _names(line, 1, 2))
-    export(run_dir, file[0] if file else run_dir / "recipe.yaml")
+    run_dir, *file = (Path(word) for word in _take_names(line, 1, 2))
+    export_run(run_dir, file[0] if file else run_dir / "recipe.yaml")
     return 0
 
 
 def verify_recipe(line: Arguments) -> int:
     """Run a recipe and compare."""
-    from hydrarun.cli.recipe.verify import verify
+    from hydrarun.cli.recipe.verify import verify_evidence
 
-    (name,) = _names(line, 1, 1)
-    return verify(name, _settings(line))
+    (name,) = _take_names(line, 1, 1)
+    return verify_evidence(name, _take_settings(line))
 
 
 def print_schema(line: Arguments) -> int:
     """Print the JSON schema."""
-    from hydrarun.cli.recipe.json_schema import schema_text
+    from hydrarun.cli.recipe.json_schema import format_schema
 
     if line.words:
         raise UsageError(f"recipe schema: {line.words[0]}: it takes nothing.")
-    print(schema_text(), end="")
+    print(format_schema(), end="")
     return 0
 
 
-def _names(line: Arguments, least: int, most: int) -> list[str]:
+def _take_names(line: Arguments, least: int, most: int) -> list[str]:
     """The words that are files, folders or names."""
     names = [word for word in line.words if _is_name(word)]
     if not least <= len(names) <= most:
@@ -137,7 +136,7 @@ def _names(line: Arguments, least: int, most: int) -> list[str]:
     return names
 
 
-def _settings(line: Arguments) -> list[str]:
+def _take_settings(line: Arguments) -> list[str]:
     """The words that are `key=value`."""
     return [word for word in line.words if not _is_name(word)]
 

@@ -22,18 +22,18 @@ from hydra.core.override_parser.types import Override
 from hydrarun.cli.arguments import Arguments
 from hydrarun.config import batches, schema
 from hydrarun.config.checks.configuration import check_configuration
-from hydrarun.config.compose import compose
+from hydrarun.config.compose import compose_config
 from hydrarun.config.schema import Report
-from hydrarun.core.errors import UsageError, nearest
+from hydrarun.core.errors import UsageError, suggest_name
 from hydrarun.core.inputs import image_paths
 from hydrarun.core.progress import Progress
-from hydrarun.core.quoting import literal, printable
+from hydrarun.core.quoting import make_printable, quote_overrides
 from hydrarun.engine.ranks import launch
 from hydrarun.outputs.media import frames, kinds
 from hydrarun.outputs.media.read import read_output
-from hydrarun.outputs.provenance import expand
-from hydrarun.outputs.reader import FACTS, Recorded, RecordedPicture, is_lossy, load
-from hydrarun.outputs.writer import WHICH, pixels_sha256
+from hydrarun.outputs.provenance import expand_home
+from hydrarun.outputs.reader import FACTS, RecordedPicture, RecordedRun, is_lossy, load_recorded_run
+from hydrarun.outputs.writer import WHICH, hash_pixels
 
 USAGE = """\
 usage: hydrarun replay FILE [hydra.run.dir=DIR] [KEY=VALUE ...]
@@ -57,22 +57,22 @@ LISTS = ("input.images", "report.metrics", "report.noise_floor")
 
 def replay_file(line: Arguments) -> int:
     """Replay the line's file; the exit code. Raises UsageError, and RunError from the run itself."""
-    file, output_dir, overrides = sort_words(line.words)
-    recorded = load(file)
-    config = configure(recorded, overrides)
+    file, output_dir, overrides = split_words(line.words)
+    recorded = load_recorded_run(file)
+    config = rebuild_config(recorded, overrides)
     progress = Progress()
-    for text in describe(config):
-        progress.note(printable(text))
+    for text in describe_config(config):
+        progress.note(make_printable(text))
     check_frames(recorded, config["output"]["format"])
-    check_places(recorded, len(batches.items(config)))
-    record = launch.run(config, output_dir)
-    same = [compare(picture, record, output_dir) for picture in recorded.pictures]
-    for text in differences(recorded.facts, record):
-        print(printable(text))
+    check_picture_indices(recorded, len(batches.list_items(config)))
+    record = launch.run_configuration(config, output_dir)
+    same = [compare_picture(picture, record, output_dir) for picture in recorded.pictures]
+    for text in list_differences(recorded.facts, record):
+        print(make_printable(text))
     return 0 if all(same) else 1
 
 
-def sort_words(words: Sequence[str]) -> tuple[Path, Path, list[str]]:
+def split_words(words: Sequence[str]) -> tuple[Path, Path, list[str]]:
     """The file, where to write, and the other overrides."""
     files = [word for word in words if "=" not in word or os.path.exists(word)]
     overrides = [word for word in words if word not in files]
@@ -89,28 +89,28 @@ def sort_words(words: Sequence[str]) -> tuple[Path, Path, list[str]]:
     return file, output_dir, overrides
 
 
-def configure(recorded: Recorded, overrides: Sequence[str]) -> dict[str, Any]:
+def rebuild_config(recorded: RecordedRun, overrides: Sequence[str]) -> dict[str, Any]:
     """The recorded configuration with `overrides`, checked like one from the command line.
 
     Raises UsageError with all that is wrong.
     """
     try:
-        config = schema.filled(copy.deepcopy(recorded.config))
-        _pin(config, recorded.facts)
+        config = schema.fill_defaults(copy.deepcopy(recorded.config))
+        _pin_config(config, recorded.facts)
         config["report"] = asdict(Report())  # a replay compares with the file; and a stranger names no folder here
         config["warmup"] = 0
         if isinstance(config.get("compile"), dict) and "cache_dir" in config["compile"]:
             config["compile"]["cache_dir"] = None
         for override in overrides:
-            _apply(config, override)
-        config = expand(config)
+            _apply_override(config, override)
+        config = expand_home(config)
         check_configuration(config)
     except RecursionError:
         raise UsageError("the file's configuration is nested too deeply") from None
     return config
 
 
-def _pin(config: dict[str, Any], facts: dict[str, Any]) -> None:
+def _pin_config(config: dict[str, Any], facts: dict[str, Any]) -> None:
     """Ask for what was really used where the configuration left it open: the hub commit, an `auto` device and dtype."""
     weights, model = facts["weights"], config.get("model")
     if isinstance(weights, dict) and weights.get("revision") and isinstance(model, dict):
@@ -120,21 +120,21 @@ def _pin(config: dict[str, Any], facts: dict[str, Any]) -> None:
             config[key] = facts[key]
 
 
-def _apply(config: dict[str, Any], text: str) -> None:
-    override = _parse(text)
+def _apply_override(config: dict[str, Any], text: str) -> None:
+    override = _parse_override(text)
     *path, name = override.key_or_group.split(".")
     key = ".".join((*path, name))
     if path == ["sampling"] and name in WHICH:
         raise UsageError(f"{key}: a replay draws what the file says; for another picture: hydrarun {text}")
     if key in GROUPS:
-        config[key] = compose([text])[key]
+        config[key] = compose_config([text])[key]
         return
     section: Any = config
     for part in path:
         section = section.get(part) if isinstance(section, dict) else None
     if not isinstance(section, dict) or (name not in section and ".".join(path) not in schema.OPEN):
         known = map(str, section) if isinstance(section, dict) else ()
-        raise UsageError(f"{key}: the file's configuration has no such key.{nearest(name, known)}")
+        raise UsageError(f"{key}: the file's configuration has no such key.{suggest_name(name, known)}")
     if isinstance(section.get(name), (dict, list)) and key not in LISTS:
         raise UsageError(f"{key}: a replay changes single values, not whole sections")
     section[name] = override.value()
@@ -142,36 +142,36 @@ def _apply(config: dict[str, Any], text: str) -> None:
         section["revision"] = None  # the recorded one belongs to the recorded checkpoint
 
 
-def _parse(text: str) -> Override:
-    override = OverridesParser.create().parse_override(literal([text])[0])
+def _parse_override(text: str) -> Override:
+    override = OverridesParser.create().parse_override(quote_overrides([text])[0])
     if override.is_sweep_override() or override.is_delete() or override.is_add():
         raise UsageError(f"{text}: a replay draws once and only changes values: KEY=VALUE")
     return override
 
 
-def check_frames(recorded: Recorded, output_format: str) -> None:
+def check_frames(recorded: RecordedRun, output_format: str) -> None:
     """A single frame must be drawn again as frames: no other format would hold its pixels."""
     for picture in recorded.pictures:
         if picture.part is not None and output_format not in frames.STEMS:
             raise UsageError(
-                f"{printable(picture.name)}: one frame of a video; its pixels can only be compared with "
+                f"{make_printable(picture.name)}: one frame of a video; its pixels can only be compared with "
                 f"output.format=frames, not {output_format}"
             )
 
 
-def check_places(recorded: Recorded, count: int) -> None:
+def check_picture_indices(recorded: RecordedRun, count: int) -> None:
     """Each recorded picture must be one of the `count` that its configuration draws."""
     for picture in recorded.pictures:
         if picture.index not in range(count):
-            name = printable(picture.name)
+            name = make_printable(picture.name)
             raise UsageError(f"{name}: said to be number {picture.index} (from 0) of a run that draws {count}")
 
 
-def describe(config: dict[str, Any]) -> Iterator[str]:
+def describe_config(config: dict[str, Any]) -> Iterator[str]:
     """Lines that say what a stranger's file is about to make this machine do, and which images it reads for it."""
     model, sampling, output = config["model"], config["sampling"], config["output"]
     revision = f" at {model['revision']}" if model["revision"] else ""
-    kind = kinds.drawn_by(config["model"])
+    kind = kinds.find_model_kind(config["model"])
     what = [kind.size(sampling)]
     if length := kind.length(sampling):
         what.append(length if output["fps"] is None else f"{length} at {output['fps']} fps")
@@ -180,28 +180,28 @@ def describe(config: dict[str, Any]) -> Iterator[str]:
     yield from (f"  input image {path}" for path in image_paths(config))
 
 
-def compare(picture: RecordedPicture, record: dict[str, Any], folder: Path) -> bool:
+def compare_picture(picture: RecordedPicture, record: dict[str, Any], folder: Path) -> bool:
     """Say how the redrawn picture, listed in `record` and lying in `folder`, compares; whether it is identical."""
-    name = printable(picture.name)
+    name = make_printable(picture.name)
     output = next(output for output in record["outputs"] if output["index"] == picture.index)
     file, digest = folder / output["path"], output["pixels_sha256"]
     of_them = "samples" if "samples" in output else "pixels"
     if picture.part is not None:
         file /= picture.part
-        digest = pixels_sha256(read_output(file)[0])
+        digest = hash_pixels(read_output(file)[0])
     if digest == picture.pixels_sha256:
         print(f"{name}: identical {of_them}")
         return True
     lossy = " (as decoded from mp4, which is lossy)" if picture.lossy or is_lossy(file) else ""
-    print(f"{name}: different {of_them}, {_distance(picture.pixels, read_output(file)[0])}{lossy}")
+    print(f"{name}: different {of_them}, {_format_distance(picture.pixels, read_output(file)[0])}{lossy}")
     return False
 
 
-def _distance(old: np.ndarray | None, new: np.ndarray) -> str:
+def _format_distance(old: np.ndarray | None, new: np.ndarray) -> str:
     if old is None:
         return "by their hash; the pixels that were recorded are no longer there to measure how far"
     if old.shape != new.shape:
-        return f"{_size(old)} then, {_size(new)} now"
+        return f"{_format_size(old)} then, {_format_size(new)} now"
     # frame by frame: a whole video as wide numbers would not fit beside itself
     pairs = zip(old.reshape(-1, *old.shape[-3:]), new.reshape(-1, *new.shape[-3:]), strict=True)
     apart = (a.astype(np.int32) - b for a, b in pairs)
@@ -209,33 +209,33 @@ def _distance(old: np.ndarray | None, new: np.ndarray) -> str:
     largest, error = max(most for most, _ in measured), sum(mean for _, mean in measured) / len(measured)
     if largest == 0:  # of two lossy files of different pixels
         return "too little to be measured"
-    levels = kinds.kind_of(old).levels
+    levels = kinds.find_array_kind(old).levels
     return f"largest difference {largest} of {levels}, PSNR {10 * math.log10(levels**2 / error):.1f} dB"
 
 
-def _size(pixels: np.ndarray) -> str:
-    kind = kinds.kind_of(pixels)
+def _format_size(pixels: np.ndarray) -> str:
+    kind = kinds.find_array_kind(pixels)
     if kind is kinds.SOUND:
         return f"{len(pixels)} samples"
     count = f"{len(pixels)} {kind.parts} of " if kind.parts else ""
     return f"{count}{pixels.shape[-2]}x{pixels.shape[-3]}"
 
 
-def differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+def list_differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     """One line for each fact about the two runs (versions, hardware, weights, device...) that is not the same."""
-    old = dict(_flat({key: then.get(key) for key in FACTS}))
-    new = dict(_flat({key: now.get(key) for key in FACTS}))
+    old = dict(_flatten_facts({key: then.get(key) for key in FACTS}))
+    new = dict(_flatten_facts({key: now.get(key) for key in FACTS}))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             yield f"  {key}: {old.get(key)} then, {new.get(key)} now"
 
 
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten_facts(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for key, child in value.items():
-            yield from _flat(child, f"{prefix}.{key}" if prefix else str(key))
+            yield from _flatten_facts(child, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(value, list):
         for index, child in enumerate(value):
-            yield from _flat(child, f"{prefix}[{index}]")
+            yield from _flatten_facts(child, f"{prefix}[{index}]")
     else:
         yield prefix, value

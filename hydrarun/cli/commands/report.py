@@ -22,5 +22,5 @@ def write_report(line: Arguments) -> int:
     """Write the report on the line's folder; the exit code. Raises UsageError and RunError."""
     if len(line.words) != 1:
         raise UsageError(f"report takes one folder, not {' '.join(line.words) or 'none'}\n{USAGE}")
-    print(report.write(Path(line.words[0]), flag_value(line.flags, "--reference")))
+    print(report.write_report(Path(line.words[0]), flag_value(line.flags, "--reference")))
     return 0

@@ -15,15 +15,15 @@ import yaml
 from hydra.types import RunMode
 
 from hydrarun.cli.arguments import Arguments
-from hydrarun.config.compose import check, compose_raw, split
-from hydrarun.config.hydra_errors import explained
+from hydrarun.config.compose import check_composed, compose_unchecked, split_composed
+from hydrarun.config.hydra_errors import translate_errors
 from hydrarun.config.hydra_main import load_configuration, run_job, run_with_hydra, set_run_folder, set_run_mode
 from hydrarun.core.errors import UsageError
-from hydrarun.core.quoting import literal
+from hydrarun.core.quoting import quote_overrides
 from hydrarun.core.version import __version__
 from hydrarun.engine.ranks import launch
-from hydrarun.outputs.failure_record import recorded
-from hydrarun.outputs.provenance import config_hash
+from hydrarun.outputs.failure_record import record_failure
+from hydrarun.outputs.provenance import hash_config
 
 DRY_RUN = "--dry-run"
 FAIL_FAST = "--fail-fast"
@@ -32,9 +32,9 @@ FAIL_FAST = "--fail-fast"
 SHOWING = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
 
 
-def run(line: Arguments) -> int:
+def run_command(line: Arguments) -> int:
     """The verb `run`: what a line without a verb means."""
-    return run_overrides(literal(line.words), line.flags)
+    return run_overrides(quote_overrides(line.words), line.flags)
 
 
 def run_overrides(overrides: list[str], flags: list[str]) -> int:
@@ -44,25 +44,25 @@ def run_overrides(overrides: list[str], flags: list[str]) -> int:
         return 0
     if sorted(flags) == ["--cfg", "--resolve", "job"]:
         # Hydra's own printing reads a literal `${` in a prompt as an interpolation.
-        config, _ = compose_raw(overrides)
+        config, _ = compose_unchecked(overrides)
         yaml.safe_dump(config, sys.stdout, sort_keys=False, allow_unicode=True, width=1000)
         return 0
     if DRY_RUN in flags:
         from hydrarun.cli.sweep import dry_run
 
-        return dry_run.main(overrides, [flag for flag in flags if flag != DRY_RUN])
+        return dry_run.list_points(overrides, [flag for flag in flags if flag != DRY_RUN])
     fail_fast, flags = FAIL_FAST in flags, [flag for flag in flags if flag != FAIL_FAST]
     if is_sweep(flags):
         from hydrarun.cli.sweep import driver
 
-        return driver.run(overrides, flags, fail_fast)
+        return driver.run_sweep(overrides, flags, fail_fast)
     overrides = [*overrides, "fail_fast=true"] if fail_fast else overrides
     if {"-sc", "--shell-completion"} & set(flags):
-        return complete(overrides, flags)
+        return complete_line(overrides, flags)
     if {"-h", "--help"} & set(flags):
         return show_help(overrides, flags)
     if {flag.partition("=")[0] for flag in flags} & SHOWING:
-        return show(overrides, flags)
+        return run_hydra_flags(overrides, flags)
     return run_once(overrides, flags)
 
 
@@ -72,19 +72,19 @@ def run_once(overrides: list[str], flags: list[str]) -> int:
     if composed.hydra.mode is RunMode.MULTIRUN:  # asked for by a setting
         from hydrarun.cli.sweep import driver
 
-        return driver.run(overrides, [*flags, "-m"], fail_fast=False)
+        return driver.run_sweep(overrides, [*flags, "-m"], fail_fast=False)
     set_run_mode(composed)
-    with explained(overrides):
-        composed_config, origin = split(composed, composed.hydra)
-    config = check(composed_config, origin)
-    launch.check_size(config["parallel"])
-    if folder := own_folder(composed_config, overrides):
+    with translate_errors(overrides):
+        composed_config, origin = split_composed(composed, composed.hydra)
+    config = check_composed(composed_config, origin)
+    launch.check_rank_count(config["parallel"])
+    if folder := choose_resume_dir(composed_config, overrides):
         set_run_folder(composed, folder)
 
     def task(output_dir: Path) -> None:
-        with recorded(composed_config, output_dir):
+        with record_failure(composed_config, output_dir):
             origin.print_notes(config)
-            launch.run(config, output_dir)
+            launch.run_configuration(config, output_dir)
 
     run_job(task, composed, loader)
     return 0
@@ -95,17 +95,17 @@ def is_sweep(flags: list[str]) -> bool:
     return bool({"-m", "--multirun"} & set(flags)) and not {flag.partition("=")[0] for flag in flags} & SHOWING
 
 
-def own_folder(config: dict[str, Any], overrides: list[str]) -> str | None:
+def choose_resume_dir(config: dict[str, Any], overrides: list[str]) -> str | None:
     """Where a run of `input.prompts` goes if nothing else is said: always to the same place, so that it is resumed."""
     file = config["input"]["prompts"]
     if not isinstance(file, str) or any(override.startswith("hydra.run.dir=") for override in overrides):
         return None
     path = Path(file).expanduser().resolve()
-    digest = config_hash({**config, "input": {**config["input"], "prompts": str(path)}})
+    digest = hash_config({**config, "input": {**config["input"], "prompts": str(path)}})
     return f"outputs/{path.stem}-{digest}"
 
 
-def show(overrides: list[str], flags: list[str]) -> int:
+def run_hydra_flags(overrides: list[str], flags: list[str]) -> int:
     """Let Hydra show what its flags ask for: nothing runs."""
     run_with_hydra(lambda _: None, overrides, flags)
     return 0
@@ -115,18 +115,18 @@ def show_help(overrides: list[str], flags: list[str]) -> int:
     """Hydra's help page; its lists of options are one line each, however many there are."""
     page = io.StringIO()
     with redirect_stdout(page), suppress(SystemExit):
-        show(overrides, flags)
+        run_hydra_flags(overrides, flags)
     for line in page.getvalue().splitlines():
         indent = " " * (len(line) - len(line.lstrip()) + 2)
         print(textwrap.fill(line, 118, subsequent_indent=indent, break_on_hyphens=False) if len(line) > 118 else line)
     return 0
 
 
-def complete(overrides: list[str], flags: list[str]) -> int:
+def complete_line(overrides: list[str], flags: list[str]) -> int:
     """Answer the shell. The line is half typed, so mistakes in it are no errors."""
     # Hydra completes overrides; it would read the verb as one
     line = os.environ.get("COMP_LINE", "")
     os.environ["COMP_LINE"] = re.sub(r"^(\s*\S+\s+)run\s", r"\1", line)
     with suppress(UsageError):
-        show(overrides, flags)
+        run_hydra_flags(overrides, flags)
     return 0

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hydrarun.cli.recipe import pixel_digest as pixels
-from hydrarun.config.recipes.metadata import Measured, Status, Verdict, take
-from hydrarun.config.recipes.yaml_loader import Refused
+from hydrarun.cli.recipe import pixel_digest
+from hydrarun.config.recipes.metadata import Measurement, OutputVerdict, Status, parse_dataclass
+from hydrarun.config.recipes.yaml_loader import RecipeError
 from hydrarun.core.errors import RunError
 from hydrarun.outputs.media.read import read_output
 from hydrarun.outputs.reader import is_lossy
-from hydrarun.outputs.writer import pixels_sha256
+from hydrarun.outputs.writer import hash_pixels
 
 #: dB between fingerprints from which on an output is near; on the demo model bfloat16 for float32 has 64, a seed 15
 NEAR = 30.0
@@ -33,31 +33,31 @@ class Comparison(NamedTuple):
     """A status, each output's verdict, and sentences about the rest."""
 
     status: Status
-    outputs: list[Verdict]
+    outputs: list[OutputVerdict]
     found: list[str]
 
 
-def measured(record: Mapping[str, Any], folder: Path, sample: str | None) -> Measured:
+def measure_run(record: Mapping[str, Any], folder: Path, sample: str | None) -> Measurement:
     """The evidence of a run: its run.json, and the files beside it; `sample`: the name of its thumbnail.
 
     Raises RunError where something is missing or is not as the run left it.
     """
     try:
-        return take(Measured, {**_facts(record, folder), "sample": sample}, "run.json")
+        return parse_dataclass(Measurement, {**_read_facts(record, folder), "sample": sample}, "run.json")
     except (LookupError, TypeError, AttributeError) as error:
         raise RunError(f"{folder}: its run.json is not a whole one ({type(error).__name__}: {error})") from None
-    except Refused as refused:
+    except RecipeError as refused:
         raise RunError(f"{folder}: {refused}") from None
 
 
-def _facts(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _read_facts(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     timings, steps = record["timings"], record["timings"]["steps_s"]
     quality = {key: value for key, value in record.get("quality", {}).items() if key != "twin"}
     weights = record["weights"]
     return {
         "date": record["created"],
         "config_hash": record["config_hash"],
-        "weights": {**weights, "path": None if is_folder(weights["path"]) else weights["path"]},
+        "weights": {**weights, "path": None if is_local_path(weights["path"]) else weights["path"]},
         **{key: record[key] for key in EXACT},
         "timings": {
             "load_s": round(timings["load_s"], 4),
@@ -67,53 +67,56 @@ def _facts(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         },
         "memory": record["memory"],
         "inputs": [image["sha256"] for image in record["inputs"]],
-        "outputs": [_output(output, folder) for output in record["outputs"]],
+        "outputs": [_measure_output(output, folder) for output in record["outputs"]],
         "quality": quality or None,
     }
 
 
-def is_folder(path: str) -> bool:
+def is_local_path(path: str) -> bool:
     """Whether a recorded path is of the machine that recorded it, and says nothing to others."""
     return path.startswith(("/", "~"))
 
 
-def drawn(record: Mapping[str, Any], folder: Path) -> np.ndarray:
+def read_first_output(record: Mapping[str, Any], folder: Path) -> np.ndarray:
     """The pixels of a run's first output, as its file holds them."""
     return read_output(folder / Path(record["outputs"][0]["path"]).name)[0]
 
 
-def _output(output: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _measure_output(output: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     kept = ("index", "prompt", "seed", "pixels_sha256", *EXTENT)
     path = folder / Path(output["path"]).name
     found = read_output(path)[0]
-    if not is_lossy(path) and pixels_sha256(found) != output["pixels_sha256"]:
+    if not is_lossy(path) and hash_pixels(found) != output["pixels_sha256"]:
         raise RunError(f"{path}: holds other pixels than the run drew")
-    return {**{key: output[key] for key in kept if key in output}, "fingerprint": pixels.fingerprint(found)}
+    return {
+        **{key: output[key] for key in kept if key in output},
+        "fingerprint": pixel_digest.compute_fingerprint(found),
+    }
 
 
-def compare(old: Measured, new: Measured) -> Comparison:
+def compare_evidence(old: Measurement, new: Measurement) -> Comparison:
     """How a new run of the recipe stands to its evidence.
 
     `broken`: other pixels, or worse ones. `unverified`: far slower on the same hardware. Else `verified`.
     """
     exact = all(getattr(old, key) == getattr(new, key) for key in EXACT)
-    verdicts = [verdict(one, other) for one, other in zip(old.outputs, new.outputs, strict=False)]
-    broken = list(_broken(old, new, verdicts, exact))
-    said, slow = timings(old, new)
+    verdicts = [judge_output(one, other) for one, other in zip(old.outputs, new.outputs, strict=False)]
+    broken = list(_explain_mismatch(old, new, verdicts, exact))
+    said, slow = compare_timings(old, new)
     status: Status = "broken" if broken else "unverified" if slow else "verified"
-    return Comparison(status, verdicts, [*broken, said, *quality(new)])
+    return Comparison(status, verdicts, [*broken, said, *format_quality(new)])
 
 
-def verdict(old: Any, new: Any) -> Verdict:
+def judge_output(old: Any, new: Any) -> OutputVerdict:
     """How one output compares: by its hash, else by what is kept of its pixels."""
     if old.pixels_sha256 == new.pixels_sha256:
-        return Verdict(old.index, "identical")
-    distance = round(pixels.psnr(old.fingerprint, new.fingerprint), 1)
+        return OutputVerdict(old.index, "identical")
+    distance = round(pixel_digest.compare_fingerprints(old.fingerprint, new.fingerprint), 1)
     same_shape = all(getattr(old, name) == getattr(new, name) for name in EXTENT)
-    return Verdict(old.index, "near" if same_shape and distance >= NEAR else "different", distance)
+    return OutputVerdict(old.index, "near" if same_shape and distance >= NEAR else "different", distance)
 
 
-def _broken(old: Measured, new: Measured, verdicts: list[Verdict], exact: bool) -> Iterator[str]:
+def _explain_mismatch(old: Measurement, new: Measurement, verdicts: list[OutputVerdict], exact: bool) -> Iterator[str]:
     if len(old.outputs) != len(new.outputs):
         yield f"draws {len(new.outputs)} outputs, the evidence has {len(old.outputs)}"
     if old.inputs != new.inputs:
@@ -122,10 +125,10 @@ def _broken(old: Measured, new: Measured, verdicts: list[Verdict], exact: bool) 
         yield f"{count} of {len(verdicts)} outputs are different"
     if exact and any(one.result == "near" for one in verdicts):
         yield "not identical, though hardware and versions are the evidence's"
-    yield from worse(old.quality or {}, new.quality or {})
+    yield from list_quality_losses(old.quality or {}, new.quality or {})
 
 
-def timings(old: Measured, new: Measured) -> tuple[str, bool]:
+def compare_timings(old: Measurement, new: Measurement) -> tuple[str, bool]:
     """A sentence about the times, and whether they are far longer on the same hardware."""
     now = f"{new.timings.step_s:.3g} s a step, {new.timings.total_s:.3g} s in all"
     if old.hardware != new.hardware:
@@ -136,33 +139,33 @@ def timings(old: Measured, new: Measured) -> tuple[str, bool]:
     return f"{now}: {why} the evidence's {then}", slow
 
 
-def worse(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+def list_quality_losses(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """A sentence for each quality that the new run has less of, by more than chance.
 
     A mean above the noise floor's is good enough: runs without any cache are no nearer to each other.
     """
     floors = list((new.get("noise_floor") or {}).values())
     for name, loss in LOSS.items():
-        before, now = number(old, name, "mean"), number(new, name, "mean")
-        floor = min((number(floor, name, "mean") or 0.0 for floor in floors), default=float("inf"))
+        before, now = read_number(old, name, "mean"), read_number(new, name, "mean")
+        floor = min((read_number(floor, name, "mean") or 0.0 for floor in floors), default=float("inf"))
         if before is not None and now is not None and now < min(before - loss, floor):
             yield f"{name} {now:.4g} on average, {before:.4g} in the evidence"
-    before, now = (number(one, "accuracy", "outputs") for one in (old, new))
+    before, now = (read_number(one, "accuracy", "outputs") for one in (old, new))
     if before is not None and now is not None and now < before:
         yield f"the judge finds {now:.0%} of the pictures right, {before:.0%} in the evidence"
 
 
-def quality(new: Measured) -> Iterator[str]:
+def format_quality(new: Measurement) -> Iterator[str]:
     """What was measured of quality, in a sentence."""
-    means = [(name, number(new.quality or {}, name, "mean")) for name in LOSS]
+    means = [(name, read_number(new.quality or {}, name, "mean")) for name in LOSS]
     words = [f"{name} {mean:.4g}" for name, mean in means if mean is not None]
-    if (share := number(new.quality or {}, "accuracy", "outputs")) is not None:
+    if (share := read_number(new.quality or {}, "accuracy", "outputs")) is not None:
         words.append(f"accuracy {share:.0%}")
     if words:
         yield f"quality: {', '.join(words)}"
 
 
-def number(block: Mapping[str, Any], *path: str) -> float | None:
+def read_number(block: Mapping[str, Any], *path: str) -> float | None:
     """What stands there in a stranger's evidence, if it is a number."""
     value: Any = block
     for key in path:

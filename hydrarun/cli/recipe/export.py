@@ -9,59 +9,58 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hydrarun.cli.recipe import evidence, minimal
-from hydrarun.cli.recipe import pixel_digest as pixels
-from hydrarun.cli.recipe.preview import drawn, quoted
+from hydrarun.cli.recipe import evidence, minimal, pixel_digest
+from hydrarun.cli.recipe.preview import describe_outputs, quote_recipe
 from hydrarun.config.checks.configuration import check_configuration
-from hydrarun.config.compose import compose
+from hydrarun.config.compose import compose_config
 from hydrarun.config.prompts import LINE
 from hydrarun.config.recipes import file
-from hydrarun.config.recipes.metadata import FORMAT, Evidence, Measured
-from hydrarun.config.recipes.yaml_loader import dump, parse
-from hydrarun.config.schema import filled
+from hydrarun.config.recipes.metadata import FORMAT, Evidence, Measurement
+from hydrarun.config.recipes.yaml_loader import dump_yaml, parse_sections
+from hydrarun.config.schema import fill_defaults
 from hydrarun.core.errors import UsageError
 from hydrarun.core.files import write_atomically
 from hydrarun.core.inputs import image_paths
-from hydrarun.core.resources import options
-from hydrarun.outputs.provenance import asked, expand
-from hydrarun.outputs.reader import run_json
+from hydrarun.core.resources import read_options
+from hydrarun.outputs.provenance import expand_home, keep_pixel_settings
+from hydrarun.outputs.reader import read_run_json
 
 MAX_IMAGES = 16 * 2**20  # bytes of input images that are copied beside a recipe
 
 
-def export(run_dir: Path, path: Path) -> None:
+def export_run(run_dir: Path, path: Path) -> None:
     """Write the recipe of the run in `run_dir` to `path`, its thumbnail and input images beside it, and say so.
 
     Raises UsageError for a run that no recipe can say, and for files that are there already.
     """
     if path.suffix != ".yaml":
         raise UsageError(f"recipe export: {path}: the name of a recipe ends in .yaml.")
-    record = finished(run_dir)
-    config = checked(record)
-    measured = evidence.measured(record, run_dir, path.with_suffix(".webp").name)
-    images, lines = copies(config, measured, path), prompts(config, path)
+    record = read_finished_run(run_dir)
+    config = check_recorded_config(record)
+    measured = evidence.measure_run(record, run_dir, path.with_suffix(".webp").name)
+    images, lines = collect_images(config, measured, path), collect_prompts(config, path)
     thumbnail = path.with_suffix(".webp")
     for target in (path, thumbnail, *images, *lines):
         if target.exists():
             raise UsageError(
                 f"recipe export: {target} exists; choose another: hydrarun recipe export {run_dir} FILE.yaml"
             )
-    wanted = pinned(config, measured)
+    wanted = pin_config(config, measured)
     try:
-        content = minimal.recipe(wanted)
-    except minimal.Inexpressible as reason:
+        content = minimal.make_minimal_recipe(wanted)
+    except minimal.InexpressibleError as reason:
         raise UsageError(f"recipe export: {run_dir}: {reason}") from None
     if images or lines:
         given = {"images": [image.name for image in images], "prompts": next((one.name for one in lines), None)}
         content["input"] = {key: value for key, value in given.items() if value}
-    beside = {**images, **lines, thumbnail: pixels.sample(evidence.drawn(record, run_dir))}
-    recipe = parsed(path, text_of(content, config))
-    text = file.with_evidence(recipe, Evidence(FORMAT, "unverified", "", measured))
-    put(path, text, beside, wanted)
-    say(path, config, list(beside))
+    beside = {**images, **lines, thumbnail: pixel_digest.make_thumbnail(evidence.read_first_output(record, run_dir))}
+    recipe = parse_recipe(path, format_recipe(content, config))
+    text = file.replace_evidence(recipe, Evidence(FORMAT, "unverified", "", measured))
+    write_recipe_files(path, text, beside, wanted)
+    print_summary(path, config, list(beside))
 
 
-def finished(run_dir: Path) -> dict[str, Any]:
+def read_finished_run(run_dir: Path) -> dict[str, Any]:
     """The run.json of a complete run. Raises UsageError."""
     where = f"recipe export: {run_dir}"
     points = sorted(point.parent.name for point in run_dir.glob("*/run.json"))
@@ -69,7 +68,7 @@ def finished(run_dir: Path) -> dict[str, Any]:
         if points:
             raise UsageError(f"{where}: a sweep of {len(points)} runs; give the folder of one: {run_dir / points[0]}")
         raise UsageError(f"{where}: holds no run.json; give the folder of a finished run.")
-    record = run_json(run_dir / "run.json")
+    record = read_run_json(run_dir / "run.json")
     if record.get("status") != "complete":
         raise UsageError(
             f"{where}: the run did not finish (status {record.get('status')!r}); a recipe is of one that did."
@@ -77,12 +76,12 @@ def finished(run_dir: Path) -> dict[str, Any]:
     return record
 
 
-def checked(record: Mapping[str, Any]) -> dict[str, Any]:
+def check_recorded_config(record: Mapping[str, Any]) -> dict[str, Any]:
     """The run's configuration, which may be a stranger's, checked as one from the command line."""
     config = record.get("config")
     if not isinstance(config, dict):
         raise UsageError("recipe export: run.json holds no configuration.")
-    config = filled(expand(config))
+    config = fill_defaults(expand_home(config))
     check_configuration(config)
     if any("images" in line for line in config["input"]["prompts"] or ()):
         raise UsageError(
@@ -91,7 +90,7 @@ def checked(record: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def copies(config: Mapping[str, Any], measured: Measured, path: Path) -> dict[Path, bytes]:
+def collect_images(config: Mapping[str, Any], measured: Measurement, path: Path) -> dict[Path, bytes]:
     """The input images under the names that they get beside the recipe. Raises UsageError for ones that changed."""
     found: dict[Path, bytes] = {}
     for index, (name, known) in enumerate(zip(image_paths(config), measured.inputs, strict=False)):
@@ -109,7 +108,7 @@ def copies(config: Mapping[str, Any], measured: Measured, path: Path) -> dict[Pa
     return found
 
 
-def prompts(config: Mapping[str, Any], path: Path) -> dict[Path, bytes]:
+def collect_prompts(config: Mapping[str, Any], path: Path) -> dict[Path, bytes]:
     """The lines of `input.prompts` as the file that the recipe names; nothing where there are none."""
     lines = config["input"]["prompts"]
     if lines is None:
@@ -118,42 +117,42 @@ def prompts(config: Mapping[str, Any], path: Path) -> dict[Path, bytes]:
     return {path.with_suffix(".jsonl"): "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in own).encode()}
 
 
-def pinned(config: Mapping[str, Any], measured: Measured) -> dict[str, Any]:
+def pin_config(config: Mapping[str, Any], measured: Measurement) -> dict[str, Any]:
     """What the recipe must compose to: the run's configuration with what was really used, without its machine's places.
 
     Pixels depend on the kind of device and on the dtype, so both are said.
     """
     model = {**config["model"]}
-    if evidence.is_folder(model["path"]):
-        model["path"] = options("model").get(model["name"], {}).get("model", {}).get("path", model["path"])
+    if evidence.is_local_path(model["path"]):
+        model["path"] = read_options("model").get(model["name"], {}).get("model", {}).get("path", model["path"])
     elif measured.weights.revision:
         model["revision"] = measured.weights.revision
     used = {"device": measured.device.partition(":")[0], "dtype": measured.dtype}
     return {**config, **used, "model": model, "input": {"images": None, "prompts": None}}
 
 
-def text_of(content: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def format_recipe(content: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """The recipe's file, without its evidence."""
-    about = {"about": {"description": f"{config['model']['name']}: {drawn(config)}"}}
+    about = {"about": {"description": f"{config['model']['name']}: {describe_outputs(config)}"}}
     parts = ({key: value} for key, value in {**about, **content}.items())
-    return "\n".join(map(dump, parts))
+    return "\n".join(map(dump_yaml, parts))
 
 
-def parsed(path: Path, text: str) -> file.Recipe:
+def parse_recipe(path: Path, text: str) -> file.Recipe:
     """A recipe that is not on the disk yet."""
-    _, whole = parse(text.encode())
+    _, whole = parse_sections(text.encode())
     return file.Recipe(path, text, whole, whole, None, None)
 
 
-def put(path: Path, text: str, beside: Mapping[Path, bytes], wanted: Mapping[str, Any]) -> None:
+def write_recipe_files(path: Path, text: str, beside: Mapping[Path, bytes], wanted: Mapping[str, Any]) -> None:
     """Write all files, if what the recipe composes to is what is wanted; else none of them."""
     files = {**beside, path: text.encode()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for target, data in files.items():
             write_atomically(target, data)
-        composed = compose([quoted(str(path.absolute()))])
-        if found := differences(composed, wanted):
+        composed = compose_config([quote_recipe(str(path.absolute()))])
+        if found := list_differences(composed, wanted):
             raise UsageError(f"recipe export: a recipe cannot say this run: {', '.join(found)} would be another.")
     except BaseException as error:
         for target in files:
@@ -164,15 +163,15 @@ def put(path: Path, text: str, beside: Mapping[Path, bytes], wanted: Mapping[str
         raise
 
 
-def differences(composed: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def list_differences(composed: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """The sections in which what reaches the pixels is not the same; the input apart, which are copies."""
-    one, other = (asked({**config, "input": None}) for config in (composed, wanted))
+    one, other = (keep_pixel_settings({**config, "input": None}) for config in (composed, wanted))
     return [key for key in one if one[key] != other.get(key)]
 
 
-def say(path: Path, config: Mapping[str, Any], beside: list[Path]) -> None:
+def print_summary(path: Path, config: Mapping[str, Any], beside: list[Path]) -> None:
     """What was written, and what is left to do."""
     print(f"{path}, and beside it {', '.join(one.name for one in beside)}")
-    if evidence.is_folder(config["model"]["path"]):
+    if evidence.is_local_path(config["model"]["path"]):
         print("the run's weights are a folder, which the recipe does not name; its evidence is of those all the same")
     print(f"unverified yet: hydrarun recipe verify {path}")

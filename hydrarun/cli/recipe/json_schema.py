@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 
-from hydrarun.config.recipes import metadata as about
+from hydrarun.config.recipes import metadata
 from hydrarun.config.schema import Config
 from hydrarun.core import resources
-from hydrarun.core.resources import groups
+from hydrarun.core.resources import list_groups
 
 Schema = dict[str, Any]
 
@@ -32,14 +32,18 @@ BARRED = ("report.twins", "compile.cache_dir")
 FIELD = re.compile(r"^( *)(?:- )?([A-Za-z_]\w*):")
 
 
-def schema_text() -> str:
+def format_schema() -> str:
     """recipes/schema.json."""
-    return json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(make_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
-def schema() -> Schema:
+def make_schema() -> Schema:
     """The JSON schema (draft 7) of a recipe."""
-    properties = {"about": of_class(about.About, "about"), "defaults": choices(), **of_class(Config, "")["properties"]}
+    properties = {
+        "about": make_class_schema(metadata.About, "about"),
+        "defaults": make_defaults_schema(),
+        **make_class_schema(Config, "")["properties"],
+    }
     evidence = {"type": "object", "description": "Written by `hydrarun recipe verify`, never by hand."}
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
@@ -51,15 +55,15 @@ def schema() -> Schema:
     }
 
 
-def choices() -> Schema:
+def make_defaults_schema() -> Schema:
     """The list `defaults`."""
-    entries = [{"const": "_self_"}, *(choice(group) for group in groups())]
+    entries = [{"const": "_self_"}, *(make_choice_schema(group) for group in list_groups())]
     return {"type": "array", "items": {"anyOf": entries}, "description": "Options of groups: `hydrarun list`."}
 
 
-def choice(group: str) -> Schema:
+def make_choice_schema(group: str) -> Schema:
     """An entry of it."""
-    names = sorted(file.stem for file in (resources.folder("conf") / group).glob("*.yaml"))
+    names = sorted(file.stem for file in (resources.find_folder("conf") / group).glob("*.yaml"))
     key = f"override /{group}"
     return {
         "type": "object",
@@ -69,7 +73,7 @@ def choice(group: str) -> Schema:
     }
 
 
-def of_class(kind: Any, path: str) -> Schema:
+def make_class_schema(kind: Any, path: str) -> Schema:
     """A section by its dataclass; no key is required, as a recipe says only what differs."""
     properties = {}
     for name, hint in typing.get_type_hints(kind).items():
@@ -77,21 +81,21 @@ def of_class(kind: Any, path: str) -> Schema:
         if here in BARRED:
             continue
         if here in NODES:
-            properties[name] = of_group(name)
+            properties[name] = make_group_schema(name)
         elif dataclasses.is_dataclass(hint):
-            properties[name] = of_class(hint, here)
+            properties[name] = make_class_schema(hint, here)
         else:
-            properties[name] = of_hint(hint) | described(here)
+            properties[name] = make_hint_schema(hint) | describe_field(here)
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
-def of_group(group: str) -> Schema:
+def make_group_schema(group: str) -> Schema:
     """A `_target_` node: the arguments of all options, as any value; which go together the run says."""
     properties: Schema = {}
-    root = resources.folder("conf") / group
+    root = resources.find_folder("conf") / group
     for file in sorted(root.rglob("*.yaml")):
         inner = file.parent.relative_to(root).parts  # the predictor's options are in cache/predictor
-        for key, text in sorted(comments(file).items()):
+        for key, text in sorted(read_comments(file).items()):
             node = properties
             *above, name = (*inner, *key.split("."))
             for part in above:
@@ -101,42 +105,46 @@ def of_group(group: str) -> Schema:
     return {"type": "object", "properties": properties}
 
 
-def of_hint(hint: Any) -> Schema:
+def make_hint_schema(hint: Any) -> Schema:
     """A type annotation."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return {"type": [PLAIN[one] for one in inner]}
     if origin is list:
-        return {"type": "array", "items": of_hint(inner[0])}
+        return {"type": "array", "items": make_hint_schema(inner[0])}
     if origin is dict:
-        return {"type": "object", "additionalProperties": of_hint(inner[1])}
+        return {"type": "object", "additionalProperties": make_hint_schema(inner[1])}
     return {"type": PLAIN[hint]} if hint in PLAIN else {}
 
 
-def described(path: str) -> Schema:
+def describe_field(path: str) -> Schema:
     """What conf/ says of a field."""
-    text = descriptions().get(path)
+    text = read_descriptions().get(path)
     return {"description": text} if text else {}
 
 
 @cache
-def descriptions() -> dict[str, str]:
+def read_descriptions() -> dict[str, str]:
     """The comment of each field of the fixed sections."""
-    conf = resources.folder("conf")
-    default = conf / "model" / f"{resources.defaults()['model']}.yaml"
+    conf = resources.find_folder("conf")
+    default = conf / "model" / f"{resources.read_defaults()['model']}.yaml"
     base = yaml.safe_load(default.read_text(encoding="utf-8"))["defaults"][0]  # it says what each field is
-    found = comments(conf / "config.yaml") | comments(default.with_stem(base))
-    found |= {f"plan.{key}": text for key, text in comments(conf / "plan" / "none.yaml").items()}
-    return found | dict(listed(conf / "sampling" / "default.yaml")) | dict(listed(conf / "parallel" / "none.yaml"))
+    found = read_comments(conf / "config.yaml") | read_comments(default.with_stem(base))
+    found |= {f"plan.{key}": text for key, text in read_comments(conf / "plan" / "none.yaml").items()}
+    return (
+        found
+        | dict(read_listed_fields(conf / "sampling" / "default.yaml"))
+        | dict(read_listed_fields(conf / "parallel" / "none.yaml"))
+    )
 
 
-def listed(file: Path) -> Iterator[tuple[str, str]]:
+def read_listed_fields(file: Path) -> Iterator[tuple[str, str]]:
     """The fields that an option explains in a list at its head: `#   name, name   what it is`."""
     for names, text in re.findall(r"^#   ([\w, ]+?)  +(\S.*)$", file.read_text(encoding="utf-8"), re.MULTILINE):
         yield from ((f"{file.parent.name}.{name}", text) for name in names.split(", "))
 
 
-def comments(file: Path) -> dict[str, str]:
+def read_comments(file: Path) -> dict[str, str]:
     """The comment above each field of a YAML file, by the field's path."""
     found: dict[str, str] = {}
     above: list[tuple[int, str]] = []  # indent and name of the fields that this one is in

@@ -10,85 +10,88 @@ from typing import Any
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from hydrarun.config import batches
-from hydrarun.config.hub import local_folder, snapshot
-from hydrarun.config.recipes.catalogue import machine
+from hydrarun.config.hub import find_cached_snapshot, find_local_folder
+from hydrarun.config.recipes.catalogue import name_machine
 from hydrarun.config.recipes.file import Recipe
 from hydrarun.core.inputs import image_paths
-from hydrarun.core.quoting import escape_interpolation, printable
+from hydrarun.core.quoting import escape_interpolation, make_printable
 from hydrarun.outputs.media import kinds
 
 MAX_TEXT = 100  # characters of a value that are shown
 
 
-def quoted(name: str) -> str:
+def quote_recipe(name: str) -> str:
     """`recipe=name` for Hydra's grammar, whatever is in a path."""
     if re.fullmatch(r"[\w./-]+", name):
         return f"recipe={name}"
     return f"recipe={QuotedString(escape_interpolation(name), Quote.double).with_quotes()}"
 
 
-def described(recipe: Recipe, name: str, config: Mapping[str, Any], folder: str) -> Iterator[str]:
+def describe_recipe(recipe: Recipe, name: str, config: Mapping[str, Any], folder: str) -> Iterator[str]:
     """Lines, each fit for a terminal: what is drawn, with what weights, which files are read and written.
 
     `config`: what it composes to here; `folder`: where the outputs go.
     """
     lines = [f"recipe {name}" + (f": {' '.join(recipe.about.description.split())}" if recipe.about else "")]
     lines += [f"  by {recipe.about.author}"] if recipe.about and recipe.about.author else []
-    lines += [f"  model    {config['model']['name']}, {weights(config['model'])}", f"  draws    {drawn(config)}"]
-    lines += [f"  sets     {one}" for one in settings(recipe.content)]
+    lines += [
+        f"  model    {config['model']['name']}, {describe_weights(config['model'])}",
+        f"  draws    {describe_outputs(config)}",
+    ]
+    lines += [f"  sets     {one}" for one in format_settings(recipe.content)]
     given = recipe.content.get("input", {}).get("prompts")
-    lines += [f"  reads    {path}" for path in (*([given] if given else ()), *images(config))]
-    lines += [f"  writes   {folder}", f"  status   {said(recipe)}"]
-    return (printable(line) for line in lines)
+    lines += [f"  reads    {path}" for path in (*([given] if given else ()), *list_input_images(config))]
+    lines += [f"  writes   {folder}", f"  status   {format_status(recipe)}"]
+    return (make_printable(line) for line in lines)
 
 
-def weights(model: Mapping[str, Any]) -> str:
+def describe_weights(model: Mapping[str, Any]) -> str:
     """Which weights, and whether they are here."""
     path, revision = model["path"], model["revision"]
-    if local_folder(path, revision) is not None:
+    if find_local_folder(path, revision) is not None:
         return f"weights {path}"
     at = f" at {revision}" if revision else ""
-    if snapshot(path, revision):
+    if find_cached_snapshot(path, revision):
         return f"weights {path}{at}, in the hub's local cache"
     size = f" (a transformer of {model['facts']['parameters']} parameters)" if "parameters" in model["facts"] else ""
     return f"weights {path}{at}, to be DOWNLOADED from the hub{size}"
 
 
-def images(config: Mapping[str, Any]) -> list[str]:
+def list_input_images(config: Mapping[str, Any]) -> list[str]:
     """The input images of all items, each once."""
-    each = (image_paths({"input": {"images": item.images}}) for item in batches.items(dict(config)))
+    each = (image_paths({"input": {"images": item.images}}) for item in batches.list_items(dict(config)))
     return list(dict.fromkeys(path for paths in each for path in paths))
 
 
-def drawn(config: Mapping[str, Any]) -> str:
+def describe_outputs(config: Mapping[str, Any]) -> str:
     """How much, and how large."""
-    sampling, count = config["sampling"], len(batches.items(dict(config)))
-    kind = kinds.drawn_by(config["model"])
+    sampling, count = config["sampling"], len(batches.list_items(dict(config)))
+    kind = kinds.find_model_kind(config["model"])
     length = kind.length(sampling)
     many = f"{count} {kind.one if count == 1 else kind.many}"
     return f"{many}, {kind.size(sampling)}{f', {length}' if length else ''}, {sampling['num_inference_steps']} steps"
 
 
-def settings(content: Mapping[str, Any]) -> Iterator[str]:
+def format_settings(content: Mapping[str, Any]) -> Iterator[str]:
     """The recipe's own choices and values, as overrides."""
     for entry in content.get("defaults", []):
         if isinstance(entry, dict):
             yield from (f"{key.removeprefix('override /')}={option}" for key, option in entry.items())
     for section, value in content.items():
         if section != "defaults":
-            yield from _values(section, value)
+            yield from _format_values(section, value)
 
 
-def _values(path: str, value: Any) -> Iterator[str]:
+def _format_values(path: str, value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         for key, child in value.items():
-            yield from _values(f"{path}.{key}", child)
+            yield from _format_values(f"{path}.{key}", child)
         return
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     yield f"{path}={text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + '…'}"
 
 
-def said(recipe: Recipe) -> str:
+def format_status(recipe: Recipe) -> str:
     """The status, and by whose word."""
     evidence = recipe.evidence
     if evidence is None:
@@ -96,10 +99,10 @@ def said(recipe: Recipe) -> str:
     measured = evidence.measured
     words = [recipe.status]
     if evidence.verified and recipe.genuine:
-        words.append(f"on {evidence.verified.date} with {machine(evidence.verified.hardware)}, by its own word")
+        words.append(f"on {evidence.verified.date} with {name_machine(evidence.verified.hardware)}, by its own word")
     if measured:
         peak = measured.memory.get("peak_device_bytes") or measured.memory.get("peak_host_bytes", 0)
         words.append(
-            f"took {measured.timings.total_s:.3g} s and {peak / 2**30:.3g} GiB on {machine(measured.hardware)}"
+            f"took {measured.timings.total_s:.3g} s and {peak / 2**30:.3g} GiB on {name_machine(measured.hardware)}"
         )
     return "; ".join(words)

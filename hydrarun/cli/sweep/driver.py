@@ -18,93 +18,96 @@ from hydrarun.config.hydra_main import run_with_hydra
 from hydrarun.core.errors import UsageError, report_error
 from hydrarun.core.quoting import escape_interpolation
 from hydrarun.outputs import report
-from hydrarun.outputs.failure_record import Stamp, stamp
+from hydrarun.outputs.failure_record import Stamp, get_file_stamp
 from hydrarun.outputs.report import collect
 from hydrarun.outputs.report.collect import Point
 
 PLACE = "hydra.sweep.dir"
 
 
-def run(overrides: list[str], flags: list[str], fail_fast: bool) -> int:
+def run_sweep(overrides: list[str], flags: list[str], fail_fast: bool) -> int:
     """Run a sweep of quoted overrides; the highest exit code of its points. Raises UsageError.
 
     `fail_fast`: end at the first point that fails.
     """
-    words = [*overrides, *own_place(overrides)]
+    words = [*overrides, *choose_sweep_dir(overrides)]
     sweep = read_sweep(words, flags)
-    for note in order.notes(words, sweep.overrides):
+    for note in order.describe_reorder(words, sweep.overrides):
         print(note, file=sys.stderr)
-    check(sweep, fail_fast)
-    before = stamps(sweep.folder)
-    task = partial(point.run, targets.allowed_by_user(), fail_fast)
-    words = [*sweep.overrides, *settled(sweep)]
-    words += ["fail_fast=true"] if fail_fast and batches.batched(sweep.shared) else []
+    check_objectives(sweep, fail_fast)
+    before = read_stamps(sweep.folder)
+    task = partial(point.run_point, targets.list_user_allowed(), fail_fast)
+    words = [*sweep.overrides, *make_shared_overrides(sweep)]
+    words += ["fail_fast=true"] if fail_fast and batches.is_batch_run(sweep.shared) else []
     enough = False
     try:
         run_with_hydra(task, words, flags)
     except point.PointFailedError:
         pass  # Optuna's sweeper gives up after too many; they have been printed
-    except point.Enough:
+    except point.SweepStopped:
         enough = True
     finally:
-        ended = close(sweep, before)
-    return max([0 if enough else missing(sweep, ended), *map(code, ended)])
+        ended = finish_sweep(sweep, before)
+    return max([0 if enough else check_missing_points(sweep, ended), *map(get_point_code, ended)])
 
 
-def own_place(overrides: Sequence[str]) -> list[str]:
+def choose_sweep_dir(overrides: Sequence[str]) -> list[str]:
     """Where a sweep with `input.prompts` goes if nothing else is said: to the same place again, to be resumed."""
-    keys = {order.key(one) for one in overrides}
+    keys = {order.parse_key(one) for one in overrides}
     if "input.prompts" not in keys or PLACE in keys:
         return []
     digest = hashlib.sha256(json.dumps(sorted(overrides)).encode(errors="surrogatepass")).hexdigest()[:8]
     return [f"{PLACE}=outputs/prompts-{digest}-sweep"]
 
 
-def close(sweep: Sweep, before: dict[Path, Stamp | None]) -> list[Point]:
+def finish_sweep(sweep: Sweep, before: dict[Path, Stamp | None]) -> list[Point]:
     """What is done when the sweep has ended, however it has: with failed points, or by Ctrl-C too."""
-    places = [place for place, seen in stamps(sweep.folder).items() if before.get(place) != seen]
-    ended = sorted((collect.point(sweep.folder, place) for place in places), key=lambda one: collect.natural(one.name))
-    failed = [one for one in ended if code(one)]
+    places = [place for place, seen in read_stamps(sweep.folder).items() if before.get(place) != seen]
+    ended = sorted(
+        (collect.read_point(sweep.folder, place) for place in places),
+        key=lambda one: collect.natural_sort_key(one.name),
+    )
+    failed = [one for one in ended if get_point_code(one)]
     if failed:
         count = len(ended) if sweep.points is None else len(sweep.points)
         print(f"{len(failed)} of {count} point{'' if count == 1 else 's'} failed:", file=sys.stderr)
         for one in failed:
-            print(f"  {named(sweep, one)}: {in_short(one.error or '')}", file=sys.stderr)
+            print(f"  {format_point_name(sweep, one)}: {shorten_error(one.error or '')}", file=sys.stderr)
     if ended:
-        tell_of_all(sweep.folder)
+        write_sweep_report(sweep.folder)
     return ended
 
 
-def tell_of_all(folder: Path) -> None:
+def write_sweep_report(folder: Path) -> None:
     """Write the report. What goes wrong with it is said, and changes nothing about the points."""
     try:
-        print(f"report: {report.write(folder)}", file=sys.stderr)
+        print(f"report: {report.write_report(folder)}", file=sys.stderr)
     except Exception as error:
         print("the report could not be written:", file=sys.stderr)
         report_error(error)
 
 
-def code(point: Point) -> int:
+def get_point_code(point: Point) -> int:
     """As `cli.main` returns it for a single run."""
     if point.status == "complete":
         return 0
-    return 2 if collect.at(point.record, "error", "type", kind=str) == UsageError.__name__ else 1
+    return 2 if collect.get_value(point.record, "error", "type", kind=str) == UsageError.__name__ else 1
 
 
-def named(sweep: Sweep, point: Point) -> str:
+def format_point_name(sweep: Sweep, point: Point) -> str:
     """A point's directory, and what tells it from the others."""
-    swept = order.swept(sweep.overrides)
-    own = [one for one in point.overrides or () if order.key(one) in swept]
+    swept = order.list_swept_keys(sweep.overrides)
+    own = [one for one in point.overrides or () if order.parse_key(one) in swept]
     return f"{point.name} ({' '.join(own)})" if own else point.name
 
 
-def in_short(error: str) -> str:
+def shorten_error(error: str) -> str:
     """One line of an error: the first, but of a traceback the last."""
     lines = error.strip().splitlines() or [""]
     return lines[-1 if lines[0].startswith("Traceback") else 0]
 
 
-def missing(sweep: Sweep, ended: Sequence[Point]) -> int:
+def check_missing_points(sweep: Sweep, ended: Sequence[Point]) -> int:
     """1, and a line, if there are points that left no record where this process looks for it; else 0."""
     lost = len(sweep.points or []) - len(ended)
     if lost <= 0 and ended:
@@ -114,7 +117,7 @@ def missing(sweep: Sweep, ended: Sequence[Point]) -> int:
     return 1
 
 
-def check(sweep: Sweep, fail_fast: bool) -> None:
+def check_objectives(sweep: Sweep, fail_fast: bool) -> None:
     """Raises UsageError for objectives that nobody reads, or that are not as many as the sweeper's directions.
 
     And for `fail_fast` where points run beside each other.
@@ -135,7 +138,7 @@ def check(sweep: Sweep, fail_fast: bool) -> None:
             )
 
 
-def settled(sweep: Sweep) -> list[str]:
+def make_shared_overrides(sweep: Sweep) -> list[str]:
     """Overrides that are the same for whoever runs a point: the sweep's folder, and that Ray's workers stay."""
     folder = QuotedString(escape_interpolation(str(sweep.folder)), Quote.double).with_quotes()
     words = [f"hydra.sweep.dir={folder}"]
@@ -147,6 +150,6 @@ def settled(sweep: Sweep) -> list[str]:
     return words
 
 
-def stamps(folder: Path) -> dict[Path, Stamp | None]:
+def read_stamps(folder: Path) -> dict[Path, Stamp | None]:
     """The points' directories, and when their records were written."""
-    return {place: stamp(place / collect.RECORD) for place in collect.places(folder)}
+    return {place: get_file_stamp(place / collect.RECORD) for place in collect.find_run_folders(folder)}

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from hydrarun.cli.sweep import order
 from hydrarun.cli.sweep.space import BASIC, read_sweep
-from hydrarun.config.compose import Origin, check
+from hydrarun.config.compose import ConfigOrigin, check_composed
 from hydrarun.core.errors import UsageError
-from hydrarun.engine.plan.devices import gib
+from hydrarun.engine.plan.devices import format_gib
 from hydrarun.engine.plan.fast_imports import skip_optional_imports
-from hydrarun.engine.plan.planner import Plan, chosen, make
+from hydrarun.engine.plan.planner import Plan, find_plan_device, make_plan
 from hydrarun.engine.ranks import launch, worker
 
 #: flags that say where options are, with which a run can be foreseen
@@ -22,7 +22,7 @@ TAKEN = ("-m", "--multirun", "--config-dir", "-cd", "--config-path", "-cp", "--c
 NO_PLAN = {"auto": False, "device": None}
 
 
-class Point(NamedTuple):
+class PlannedPoint(NamedTuple):
     """A point before it runs."""
 
     #: what tells it from the others
@@ -33,7 +33,7 @@ class Point(NamedTuple):
     good: bool
 
 
-def main(overrides: list[str], flags: list[str]) -> int:
+def list_points(overrides: list[str], flags: list[str]) -> int:
     """List what quoted overrides would run; 0 if all of it would and fits, else 1. Raises UsageError."""
     if strange := [flag for flag in flags if flag.startswith("-") and flag.partition("=")[0] not in TAKEN]:
         raise UsageError(f"--dry-run: shows what would run, which {strange[0]} does not: leave one of them out")
@@ -42,64 +42,66 @@ def main(overrides: list[str], flags: list[str]) -> int:
     points = sweep.points if many else [list(sweep.shared.hydra.overrides.task)]
     if points is None:
         raise UsageError(f"--dry-run: hydra/sweeper={sweep.engine('sweeper')} decides on its points while it runs")
-    own = order.swept(sweep.overrides)
-    for note in order.notes(overrides, sweep.overrides) if many else ():
+    own = order.list_swept_keys(sweep.overrides)
+    for note in order.describe_reorder(overrides, sweep.overrides) if many else ():
         print(note, file=sys.stderr)
     with skip_optional_imports():
-        found = list(judged(((point, *sweep.compose(point)) for point in points), own if many else None))
-    print("\n".join(lines(found)))
+        found = list(judge_points(((point, *sweep.compose(point)) for point in points), own if many else None))
+    print("\n".join(format_points(found)))
     if many and sweep.engine("launcher") != BASIC:
         print(f"hydra/launcher={sweep.engine('launcher')}: each of its processes loads for itself")
     return int(not all(point.good for point in found))
 
 
-def judged(
-    points: Iterable[tuple[Sequence[str], dict[str, Any], Origin]], own: Sequence[str] | None
-) -> Iterator[Point]:
+def judge_points(
+    points: Iterable[tuple[Sequence[str], dict[str, Any], ConfigOrigin]], own: Sequence[str] | None
+) -> Iterator[PlannedPoint]:
     """Each point with what is to be said of it; equal plans are made once. `own`: keys that are shown; None: all."""
     plans: dict[str, Plan] = {}
     for overrides, config, origin in points:
-        shown = [one for one in overrides if own is None or order.key(one) in own]
+        shown = [one for one in overrides if own is None or order.parse_key(one) in own]
         try:
-            made = planned(config, origin, plans)
+            made = plan_point(config, origin, plans)
         except UsageError as error:
-            yield Point(shown, None, f"refused: {error}", False)
+            yield PlannedPoint(shown, None, f"refused: {error}", False)
             continue
         instead = made.suggestions[0] if config["plan"]["auto"] and not made.fits and made.suggestions else None
         built = {**config, **(instead.changes if instead else {})}
-        slow = [one for one in overrides if order.is_slow(one) and order.key(one) != "model"]
+        slow = [one for one in overrides if order.is_slow(one) and order.parse_key(one) != "model"]
         words = " ".join([f"model={config['model']['name']}", *slow])
-        yield Point(shown, (words, worker.build_key(built)), verdict(made), made.fits or instead is not None)
+        yield PlannedPoint(
+            shown, (words, worker.build_key(built)), describe_fit(made), made.fits or instead is not None
+        )
 
 
-def planned(config: dict[str, Any], origin: Origin, plans: dict[str, Plan]) -> Plan:
+def plan_point(config: dict[str, Any], origin: ConfigOrigin, plans: dict[str, Plan]) -> Plan:
     """The plan of a point, from `plans` if one that differs by its seeds alone has it.
 
     Raises UsageError with what a run on the planned device would be refused for.
     """
-    asked = check({**config, "device": chosen(config).kind, "plan": NO_PLAN}, origin)
-    launch.check_size(config["parallel"])
+    asked = check_composed({**config, "device": find_plan_device(config).kind, "plan": NO_PLAN}, origin)
+    launch.check_rank_count(config["parallel"])
     sampling = asked["sampling"]
     count = len(sampling["seed"]) if isinstance(sampling["seed"], list) else None
     key = json.dumps([config["plan"], {**asked, "sampling": {**sampling, "seed": count}}], sort_keys=True)
     if key not in plans:
-        plans[key] = make({**asked, "device": config["device"], "plan": config["plan"]}, origin)
+        plans[key] = make_plan({**asked, "device": config["device"], "plan": config["plan"]}, origin)
     return plans[key]
 
 
-def verdict(made: Plan) -> str:
+def describe_fit(made: Plan) -> str:
     """Whether it fits, by how much not, and what would."""
     assert made.asked is not None
-    needs = f"{gib(made.asked.peak)} of {gib(made.device.memory)}"
+    needs = f"{format_gib(made.asked.peak)} of {format_gib(made.device.memory)}"
     if made.fits:
         return f"fits: {needs}"
     over = made.asked.peak - made.device.memory
-    by = f", {gib(over)} too much" if over > 0 else ""
+    by = f", {format_gib(over)} too much" if over > 0 else ""
     instead = " ".join(made.suggestions[0].overrides) if made.suggestions else ""
     return f"does NOT fit: {needs}{by}" + (f"; would with {instead}" if instead else "")
 
 
-def lines(points: Sequence[Point]) -> Iterator[str]:
+def format_points(points: Sequence[PlannedPoint]) -> Iterator[str]:
     """The list for people; points that share a load are below it."""
     texts = [" ".join(point.overrides) for point in points]
     width = max(map(len, texts))
@@ -113,10 +115,10 @@ def lines(points: Sequence[Point]) -> Iterator[str]:
             body.append(f"load {loads}: {point.load[0]}")
         margin = f"\n{' ' * (len(f'{number:4}') + width + 4)}"
         body.append(f"{number:4}  {text:{width}}  {margin.join(point.verdict.splitlines())}".rstrip())
-    yield f"{counted(len(points), 'point')}, {counted(loads, 'load')}"
+    yield f"{format_count(len(points), 'point')}, {format_count(loads, 'load')}"
     yield from body
 
 
-def counted(count: int, thing: str) -> str:
+def format_count(count: int, thing: str) -> str:
     """`1 point`, `2 points`…"""
     return f"{count} {thing}{'' if count == 1 else 's'}"

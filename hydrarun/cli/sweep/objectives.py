@@ -9,13 +9,13 @@ from typing import Any
 from hydrarun.config.checks.report import PAIRED
 
 
-def values(record: dict[str, Any], objectives: Sequence[str]) -> float | list[float]:
+def read_objectives(record: dict[str, Any], objectives: Sequence[str]) -> float | list[float]:
     """What run.json says of them; a single one is a plain number, as Optuna's sweeper wants it."""
-    found = [value(record, name) for name in objectives]
+    found = [read_objective(record, name) for name in objectives]
     return found[0] if len(found) == 1 else found
 
 
-def value(record: dict[str, Any], name: str) -> float:
+def read_objective(record: dict[str, Any], name: str) -> float:
     """One of `hydrarun.config.checks.report.OBJECTIVES`."""
     if name == "steady_step_s":
         steps = record["timings"]["steps_s"]

@@ -14,33 +14,33 @@ SLOW = (*BUILT_FROM, "recipe", "plan")
 
 def is_slow(override: str) -> bool:
     """Whether another value of this key is another build."""
-    return key(override).replace("/", ".").partition(".")[0] in SLOW
+    return parse_key(override).replace("/", ".").partition(".")[0] in SLOW
 
 
-def key(override: str) -> str:
+def parse_key(override: str) -> str:
     """`model.path` of `+model.path=here`."""
     return override.partition("=")[0].lstrip("+~")
 
 
-def swept(overrides: Sequence[str]) -> list[str]:
+def list_swept_keys(overrides: Sequence[str]) -> list[str]:
     """The keys that have several values, from the one that varies slowest. Raises what Hydra's parser raises."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     several = {one.get_key_element(): one.is_sweep_override() for one in parsed}  # in Hydra too, the last one counts
     return [name for name, many in several.items() if many]
 
 
-def ordered(overrides: Sequence[str]) -> list[str]:
+def order_overrides(overrides: Sequence[str]) -> list[str]:
     """The overrides, slow keys first if that changes the order of the points, else as they are.
 
     What is set does not change: overrides of one key, and of the keys inside it, keep their order.
     """
     first = [*filter(is_slow, overrides), *(one for one in overrides if not is_slow(one))]
-    return list(overrides) if swept(first) == swept(overrides) else first
+    return list(overrides) if list_swept_keys(first) == list_swept_keys(overrides) else first
 
 
-def notes(before: Sequence[str], after: Sequence[str]) -> Iterator[str]:
+def describe_reorder(before: Sequence[str], after: Sequence[str]) -> Iterator[str]:
     """What is said of a changed order."""
     if list(before) != list(after):
-        slow = [name for name in swept(after) if is_slow(name)]
+        slow = [name for name in list_swept_keys(after) if is_slow(name)]
         vary = "varies" if len(slow) == 1 else "vary"
         yield f"order: {', '.join(slow)} {vary} slowest, so that what is loaded serves the points that follow"

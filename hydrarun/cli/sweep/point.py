@@ -12,31 +12,31 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from hydrarun.cli.sweep.objectives import values
+from hydrarun.cli.sweep.objectives import read_objectives
 from hydrarun.cli.sweep.space import BASIC
 from hydrarun.config import targets
-from hydrarun.config.compose import check, plain, split
+from hydrarun.config.compose import check_composed, split_composed, to_plain_config
 from hydrarun.core.errors import RunError, report_error
 from hydrarun.engine.ranks import launch
-from hydrarun.outputs.failure_record import recorded
+from hydrarun.outputs.failure_record import record_failure
 
 
 class PointFailedError(RunError):
     """What a sweeper that searches is told of a point that failed; the user has been told the reason."""
 
 
-class Enough(BaseException):
+class SweepStopped(BaseException):
     """The sweep ends with this point, which failed."""
 
 
-def run(allowed: Sequence[str], fail_fast: bool, composed: DictConfig) -> Any:
+def run_point(allowed: Sequence[str], fail_fast: bool, composed: DictConfig) -> Any:
     """Run a point; returns what `report.objectives` names of it: None, a number or a list.
 
     `allowed`: classes that the user allows by `--allow-target`. A failure is printed, and recorded in the point's
     directory. Raises Enough for it with `fail_fast`, PointFailedError where there are objectives.
     """
     for name in allowed:
-        targets.allow(name)
+        targets.allow_target(name)
     if HydraConfig.get().runtime.choices["hydra/launcher"] != BASIC:
         _close_at_exit()
     objectives = list(composed.report.objectives)
@@ -45,11 +45,11 @@ def run(allowed: Sequence[str], fail_fast: bool, composed: DictConfig) -> Any:
     except Exception as error:
         report_error(error)
         if fail_fast:
-            raise Enough from None
+            raise SweepStopped from None
         if objectives:
             raise PointFailedError("the point failed") from None
         return None
-    return values(record, objectives) if objectives else None
+    return read_objectives(record, objectives) if objectives else None
 
 
 def run_composed(composed: DictConfig) -> dict[str, Any]:
@@ -57,14 +57,14 @@ def run_composed(composed: DictConfig) -> dict[str, Any]:
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
     print(f"[{settings.job.num}] {' '.join(settings.overrides.task)}", file=sys.stderr)
-    with recorded(plain(composed), folder):
-        config, origin = split(composed, settings)
-        config = check(config, origin)
+    with record_failure(to_plain_config(composed), folder):
+        config, origin = split_composed(composed, settings)
+        config = check_composed(config, origin)
         origin.print_notes(config)
-        return launch.run(config, folder)
+        return launch.run_configuration(config, folder)
 
 
 @cache
 def _close_at_exit() -> None:
     """In a process that is a launcher's, which keeps what is loaded from point to point, let it go in the end."""
-    atexit.register(launch.close)
+    atexit.register(launch.close_executor)

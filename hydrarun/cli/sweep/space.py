@@ -15,8 +15,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from hydrarun.cli.sweep import order
-from hydrarun.config.compose import Origin, split
-from hydrarun.config.hydra_errors import explained
+from hydrarun.config.compose import ConfigOrigin, split_composed
+from hydrarun.config.hydra_errors import translate_errors
 from hydrarun.config.hydra_main import load_configuration
 
 BASIC = "basic"
@@ -51,20 +51,20 @@ class Sweep:
             return None
         params = self.shared.hydra.sweeper.params or {}
         words = [*(f"{key}={value}" for key, value in params.items()), *self.shared.hydra.overrides.task]
-        with explained(self.overrides):
+        with translate_errors(self.overrides):
             parsed = OverridesParser.create(config_loader=self.loader).parse_overrides(words)
             (points,) = BasicSweeper.split_arguments(parsed, None)
         return points
 
-    def compose(self, point: Sequence[str]) -> tuple[dict[str, Any], Origin]:
+    def compose(self, point: Sequence[str]) -> tuple[dict[str, Any], ConfigOrigin]:
         """The configuration of a point, unchecked. Raises UsageError."""
-        with explained(point):
+        with translate_errors(point):
             composed = self.loader.load_sweep_config(self.shared, list(point))
-            return split(composed, composed.hydra)
+            return split_composed(composed, composed.hydra)
 
 
 def read_sweep(overrides: Sequence[str], flags: Sequence[str]) -> Sweep:
     """The sweep of quoted overrides, in the order that loads least, and Hydra's flags. Raises UsageError."""
-    with explained(overrides):
-        words = order.ordered(overrides)
+    with translate_errors(overrides):
+        words = order.order_overrides(overrides)
     return Sweep(words, *load_configuration(words, flags, RunMode.MULTIRUN))

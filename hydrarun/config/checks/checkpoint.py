@@ -21,34 +21,36 @@ SHARED_HEADS = "num_key_value_attention_heads"
 def check_folder_fit(config: dict[str, Any], folder: Path) -> None:
     """Refuse what the checkpoint in `folder` cannot make or would ignore; says nothing where its JSON does not tell."""
     vae, transformer = (read_json(folder / name / "config.json") for name in ("vae", "transformer"))
-    check_configs(config, read_json(folder / "model_index.json"), vae, transformer)
+    check_checkpoint_configs(config, read_json(folder / "model_index.json"), vae, transformer)
 
 
-def check_configs(
+def check_checkpoint_configs(
     config: dict[str, Any], index: Mapping[str, Any], vae: Mapping[str, Any], transformer: Mapping[str, Any]
 ) -> None:
     """The same for a checkpoint with this index and these configs."""
     check_heads(config["parallel"]["tensor_degree"], transformer)
     depth = sum(transformer.get(key) or 0 for key in DEPTHS)
-    check_blocks(config["offload"], depth)
-    check_layers(config["model"]["guidance"].get("layers"), depth)
+    check_offloaded_blocks(config["offload"], depth)
+    check_skipped_layers(config["model"]["guidance"].get("layers"), depth)
     check_experts(config["model"], index)
-    check_fitted(config, index)
-    check_fit(config["sampling"], vae, transformer, config["model"]["patch_size"])
+    check_teacache_scheduler(config, index)
+    check_request_fit(config["sampling"], vae, transformer, config["model"]["patch_size"])
 
 
-def check_fit(sampling: Mapping[str, Any], vae: Mapping[str, Any], transformer: Mapping[str, Any], patch: int) -> None:
+def check_request_fit(
+    sampling: Mapping[str, Any], vae: Mapping[str, Any], transformer: Mapping[str, Any], patch: int
+) -> None:
     """Refuse what the checkpoint with these configs cannot make; `patch` is the number of latent pixels per token side.
 
     Raises `UsageError` naming what would do.
     """
-    frames, side = vae_factors(vae)
-    multiple = size_multiple(side or 0, transformer, patch)
+    frames, side = read_vae_factors(vae)
+    multiple = find_size_multiple(side or 0, transformer, patch)
     for key in ("height", "width"):
         value = sampling[key]
         if multiple and value is not None and value % multiple:
             raise UsageError(
-                f"sampling.{key}={value}: this checkpoint needs a {nearest_multiples(key, value, multiple)}"
+                f"sampling.{key}={value}: this checkpoint needs a {suggest_multiples(key, value, multiple)}"
             )
         places = transformer.get("pos_embed_max_size")
         if side and value is not None and places and value > side * patch * places:
@@ -66,12 +68,12 @@ def check_fit(sampling: Mapping[str, Any], vae: Mapping[str, Any], transformer: 
     if "guidance_embeds" in transformer:
         check_guidance_scale(sampling["guidance_scale"], transformer["guidance_embeds"])
     if "sampling_rate" in vae and "sample_size" in transformer:
-        check_seconds(sampling, vae, transformer)
+        check_sound_seconds(sampling, vae, transformer)
 
 
-def check_seconds(sampling: Mapping[str, Any], vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> None:
+def check_sound_seconds(sampling: Mapping[str, Any], vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> None:
     """Raises `UsageError` for seconds of a sound that the checkpoint does not make, or none of them."""
-    most = longest(vae, transformer)
+    most = max_sound_seconds(vae, transformer)
     start, end = sampling["audio_start_in_s"] or 0.0, sampling["audio_end_in_s"]
     if end is not None and end > most:
         raise UsageError(
@@ -86,7 +88,7 @@ def check_seconds(sampling: Mapping[str, Any], vae: Mapping[str, Any], transform
         )
 
 
-def longest(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> float:
+def max_sound_seconds(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> float:
     """Seconds of a whole sound."""
     return transformer["sample_size"] * math.prod(vae["downsampling_ratios"]) / vae["sampling_rate"]
 
@@ -102,7 +104,7 @@ def check_experts(model: Mapping[str, Any], index: Mapping[str, Any]) -> None:
         )
 
 
-def check_fitted(config: Mapping[str, Any], index: Mapping[str, Any]) -> None:
+def check_teacache_scheduler(config: Mapping[str, Any], index: Mapping[str, Any]) -> None:
     """Raises `UsageError` for TeaCache coefficients that were fitted with another scheduler than the run's."""
     fit = (config["cache"].get("gate") or {}).get("fit")
     chosen = config["scheduler"].get("_target_") or (config["model"]["scheduler"] or {}).get("_target_")
@@ -125,7 +127,7 @@ def check_heads(ranks: int, transformer: Mapping[str, Any]) -> None:
         )
 
 
-def check_blocks(offload: Mapping[str, Any], depth: int) -> None:
+def check_offloaded_blocks(offload: Mapping[str, Any], depth: int) -> None:
     """Raises `UsageError` where none of `depth` blocks waits: those that stay and those in turn are all of them.
 
     A depth of 0 is unknown.
@@ -138,7 +140,7 @@ def check_blocks(offload: Mapping[str, Any], depth: int) -> None:
         )
 
 
-def check_layers(layers: Any, depth: int) -> None:
+def check_skipped_layers(layers: Any, depth: int) -> None:
     """Raises `UsageError` for blocks to be left out that are not there. A depth of 0 is unknown."""
     wrong = [layer for layer in layers if layer not in range(depth)] if isinstance(layers, list) else []
     if depth and wrong:
@@ -148,7 +150,7 @@ def check_layers(layers: Any, depth: int) -> None:
         )
 
 
-def vae_factors(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
+def read_vae_factors(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """Frames per latent frame and pixels per latent pixel side; None for what the VAE's config does not tell."""
     halvings = config.get("temperal_downsample")  # sic: one entry per halving of the sides, true: of the frames too
     if halvings is not None:
@@ -158,7 +160,7 @@ def vae_factors(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
     return None, None if blocks is None else 2 ** (len(blocks) - 1)
 
 
-def size_multiple(side: int, transformer: Mapping[str, Any], patch: int) -> int:
+def find_size_multiple(side: int, transformer: Mapping[str, Any], patch: int) -> int:
     """What height and width are a multiple of: a token's pixels, or those of two where a prior model draws first.
 
     Each of its tokens stands for two by two. `side`: pixels of a latent pixel's side.
@@ -166,7 +168,7 @@ def size_multiple(side: int, transformer: Mapping[str, Any], patch: int) -> int:
     return side * patch * (2 if "prior_vq_quantizer_codebook_size" in transformer else 1)
 
 
-def nearest_multiples(key: str, value: int, multiple: int) -> str:
+def suggest_multiples(key: str, value: int, multiple: int) -> str:
     """What would do instead of `value`."""
     below, above = value // multiple * multiple, (value // multiple + 1) * multiple
     choice = f"sampling.{key}={below} or sampling.{key}={above}" if below else f"sampling.{key}={above}"

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hydrarun.config.batches import each, expand
+from hydrarun.config.batches import expand_prompts, iterate_lines
 from hydrarun.config.checks.report import REPEAT
-from hydrarun.config.checks.values import cfg_off, cfg_scale
-from hydrarun.core.errors import refuse
+from hydrarun.config.checks.values import find_cfg_scale, get_unguided_scale
+from hydrarun.core.errors import raise_mistakes
 from hydrarun.outputs.media import kinds
 
 Config = Mapping[str, Any]
@@ -21,7 +21,7 @@ Config = Mapping[str, Any]
 MOVING = ("Expert", "Model", "Layerwise", "Disk", "TextEncoder")
 
 
-class Rule(NamedTuple):
+class CompatibilityRule(NamedTuple):
     """`broken(config)` tells whether the rule is; sentence and fix may name `{model}`, `{steps}` and `{off}`."""
 
     group: str
@@ -30,323 +30,349 @@ class Rule(NamedTuple):
     fix: str
 
 
-def uses(config: Config, group: str, name: str) -> bool:
+def uses_option(config: Config, group: str, name: str) -> bool:
     """Whether the option of `group` is the class `name`."""
     return str(config[group].get("_target_", "")).rpartition(".")[2] == name
 
 
-def quantized(config: Config) -> Sequence[str]:
+def find_quantized(config: Config) -> Sequence[str]:
     """The components whose weights are quantized."""
     return config["quantization"].get("components") or ()
 
 
-def multiplies_float8(config: Config) -> bool:
+def uses_float8_activations(config: Config) -> bool:
     """Whether activations are float8 too."""
     return config["quantization"].get("activations") == "float8"
 
 
-def offloads(config: Config, *whats: str) -> bool:
+def uses_offload(config: Config, *whats: str) -> bool:
     """Whether the offload is that of one of these."""
-    return any(uses(config, "offload", f"{what}Offload") for what in whats)
+    return any(uses_option(config, "offload", f"{what}Offload") for what in whats)
 
 
-def graphed(config: Config) -> bool:
+def uses_cuda_graphs(config: Config) -> bool:
     """Whether compiled blocks are CUDA graphs."""
     return config["compile"].get("mode") in ("reduce-overhead", "max-autotune")
 
 
-def degree(config: Config, name: str) -> int:
+def get_degree(config: Config, name: str) -> int:
     """Ranks of one dimension."""
     return config["parallel"][f"{name}_degree"]
 
 
-def guided(config: Config) -> bool:
+def uses_guidance(config: Config) -> bool:
     """Whether there are two branches to predict."""
-    name, scale = cfg_scale(config)
-    return name in config["model"]["takes"] and scale is not None and scale > cfg_off(config)
+    name, scale = find_cfg_scale(config)
+    return name in config["model"]["takes"] and scale is not None and scale > get_unguided_scale(config)
 
 
 def draws_sounds(config: Config) -> bool:
     """Whether the model draws sounds."""
-    return kinds.drawn_by(config["model"]) is kinds.SOUND
+    return kinds.find_model_kind(config["model"]) is kinds.SOUND
 
 
-def left_out(config: Config) -> Sequence[int]:
+def find_skipped_layers(config: Config) -> Sequence[int]:
     """Blocks that a third prediction of some steps is made without."""
-    return listed(config["model"]["guidance"].get("layers")) if guided(config) else ()
+    return as_sequence(config["model"]["guidance"].get("layers")) if uses_guidance(config) else ()
 
 
-def pictures(config: Config) -> int:
+def count_batch_pictures(config: Config) -> int:
     """How many are drawn together."""
-    return config["batch_size"] or len(expand(config["sampling"]))
+    return config["batch_size"] or len(expand_prompts(config["sampling"]))
 
 
-def encodes_one_by_one(config: Config) -> bool:
+def encodes_prompts_singly(config: Config) -> bool:
     """Whether the text encoder runs once for each prompt, so that ranks with other prompts run it other times."""
     stages = (str(stage.get("_target_", "")) for stage in config["model"]["stages"])
     return any(stage.endswith((".EncodePromptWithImages", ".EncodePromptAndDrawPrior")) for stage in stages)
 
 
-def gate(config: Config) -> Config:
+def get_gate(config: Config) -> Config:
     """The node of the cache's gate, empty where there is none."""
     return config["cache"].get("gate") or {}
 
 
-def gated(config: Config, name: str) -> bool:
+def uses_gate(config: Config, name: str) -> bool:
     """Whether the cache's gate is the class `name`."""
-    return str(gate(config).get("_target_", "")).rpartition(".")[2] == name
+    return str(get_gate(config).get("_target_", "")).rpartition(".")[2] == name
 
 
-def fit(config: Config) -> Config | None:
+def get_teacache_fit(config: Config) -> Config | None:
     """What TeaCache's coefficients were fitted on; None where there are none or they are not asked for."""
-    return gate(config).get("fit") if gated(config, "TeaCache") else None
+    return get_gate(config).get("fit") if uses_gate(config, "TeaCache") else None
 
 
-def steps(config: Config) -> int:
+def get_step_count(config: Config) -> int:
     """Steps of the schedule."""
     return config["sampling"]["num_inference_steps"]
 
 
-def whole(value: Any) -> int:
+def as_whole_number(value: Any) -> int:
     """A whole number; 0 for anything else, which is refused where it is taken."""
     return value if isinstance(value, int) else 0
 
 
-def listed(value: Any) -> Sequence[Any]:
+def as_sequence(value: Any) -> Sequence[Any]:
     """A list; an empty one for anything else."""
     return value if isinstance(value, list) else ()
 
 
-def in_range(value: int, ends: Sequence[int] | None) -> bool:
+def is_in_range(value: int, ends: Sequence[int] | None) -> bool:
     """Whether a value lies between two; None: any does."""
     return ends is None or ends[0] <= value <= ends[1]
 
 
-def density(config: Config) -> bool:
+def uses_step_density(config: Config) -> bool:
     """Whether the computed steps are a density of SCM's."""
-    return (gate(config).get("density") or config["cache"].get("steps_computation_mask")) is not None
+    return (get_gate(config).get("density") or config["cache"].get("steps_computation_mask")) is not None
 
 
 RULES = (
-    Rule(
+    CompatibilityRule(
         "cache.gate.fit",
-        lambda config: gated(config, "TeaCache") and fit(config) is None,
+        lambda config: uses_gate(config, "TeaCache") and get_teacache_fit(config) is None,
         "TeaCache has no coefficients for model {model}",
         "cache=first_block, or make them: hydrarun calibrate model={model} cache=teacache input.prompts=prompts.txt",
     ),
-    Rule(
+    CompatibilityRule(
         "cache.gate.fit",
-        lambda config: (fit(config) or {"model": config["model"]["name"]})["model"] != config["model"]["name"],
+        lambda config: (
+            (get_teacache_fit(config) or {"model": config["model"]["name"]})["model"] != config["model"]["name"]
+        ),
         "the coefficients were fitted on another model than {model}",
         "cache=first_block, or make them: hydrarun calibrate model={model} cache=teacache input.prompts=prompts.txt",
     ),
-    Rule(
+    CompatibilityRule(
         "cache.gate.fit",
-        lambda config: not in_range(steps(config), (fit(config) or {}).get("num_inference_steps")),
+        lambda config: (
+            not is_in_range(get_step_count(config), (get_teacache_fit(config) or {}).get("num_inference_steps"))
+        ),
         "the coefficients were fitted on other numbers of steps than {steps}",
         "cache=first_block, or make them for that number: hydrarun calibrate model={model} cache=teacache"
         " sampling.num_inference_steps={steps} input.prompts=prompts.txt",
     ),
-    Rule(
+    CompatibilityRule(
         "cache.gate",
-        lambda config: whole(gate(config).get("first")) + whole(gate(config).get("last")) >= steps(config),
+        lambda config: (
+            as_whole_number(get_gate(config).get("first")) + as_whole_number(get_gate(config).get("last"))
+            >= get_step_count(config)
+        ),
         "the first and last steps, which are always computed, are all {steps}: there is none to skip",
         "cache.gate.first=1, or more sampling.num_inference_steps",
     ),
-    Rule(
+    CompatibilityRule(
         "cache.gate.steps",
         # a scheduler of Heun's kind has twice the steps
-        lambda config: any(whole(step) >= 2 * steps(config) - 1 for step in listed(gate(config).get("steps"))),
+        lambda config: any(
+            as_whole_number(step) >= 2 * get_step_count(config) - 1
+            for step in as_sequence(get_gate(config).get("steps"))
+        ),
         "a step is listed that a run of {steps} does not have",
         "cache=none, or a list of steps below {steps}",
     ),
-    Rule(
+    CompatibilityRule(
         "cache.gate.steps",
-        lambda config: (gate(config).get("num_inference_steps") or steps(config)) != steps(config),
+        lambda config: (
+            (get_gate(config).get("num_inference_steps") or get_step_count(config)) != get_step_count(config)
+        ),
         "the list of computed steps is for another sampling.num_inference_steps than {steps}",
         "cache=every_n, or a list for {steps}: hydrarun calibrate model={model} cache=mask"
         " sampling.num_inference_steps={steps} input.prompts=prompts.txt",
     ),
-    Rule(
+    CompatibilityRule(
         "cache",
-        lambda config: density(config) and steps(config) < 8,
+        lambda config: uses_step_density(config) and get_step_count(config) < 8,
         "the densities are made for 8 steps and more, not {steps}",
         "cache=every_n, or a list cache.gate.steps=[0,1,3] with cache=mask cache.gate.density=null",
     ),
-    Rule(
+    CompatibilityRule(
         "cache.max_warmup_steps",
-        lambda config: whole(config["cache"].get("max_warmup_steps")) >= steps(config),
+        lambda config: as_whole_number(config["cache"].get("max_warmup_steps")) >= get_step_count(config),
         "the warm-up alone takes all {steps} steps: there is none to skip",
         "cache.max_warmup_steps=1, or more sampling.num_inference_steps",
     ),
-    Rule(
+    CompatibilityRule(
         "cache",
-        lambda config: uses(config, "cache", "CacheDiT") and degree(config, "hsdp") > 1 and degree(config, "cfg") > 1,
+        lambda config: (
+            uses_option(config, "cache", "CacheDiT")
+            and get_degree(config, "hsdp") > 1
+            and get_degree(config, "cfg") > 1
+        ),
         "cache-dit decides for each branch by itself: ranks with the other branch would not be there to lend their"
         " weights",
         "parallel.cfg_degree=1, or one of cache=teacache, first_block, mask, every_n",
     ),
-    Rule(
+    CompatibilityRule(
         "model.guidance.layers",
-        lambda config: bool(left_out(config)) and degree(config, "hsdp") > 1 and degree(config, "cfg") > 1,
+        lambda config: (
+            bool(find_skipped_layers(config)) and get_degree(config, "hsdp") > 1 and get_degree(config, "cfg") > 1
+        ),
         "ranks that predict the negative prompt make one forward less, and would not be there to lend their weights",
         "parallel.cfg_degree=1, or model.guidance.layers=null",
     ),
-    Rule(
+    CompatibilityRule(
         "parallel.cfg_degree",
-        lambda config: degree(config, "cfg") > 1 and not guided(config),
+        lambda config: get_degree(config, "cfg") > 1 and not uses_guidance(config),
         "with guidance off, or only as an input of the model, there is one branch to predict",
         "parallel.cfg_degree=1, or a scale above {off}",
     ),
-    Rule(
+    CompatibilityRule(
         "parallel.cfg_degree",
-        lambda config: degree(config, "cfg") > 2,
+        lambda config: get_degree(config, "cfg") > 2,
         "guidance has two branches, the prompt's and the negative prompt's",
         "parallel.cfg_degree=2",
     ),
-    Rule(
+    CompatibilityRule(
         "parallel.data_degree",
-        lambda config: degree(config, "data") > pictures(config),
+        lambda config: get_degree(config, "data") > count_batch_pictures(config),
         "there are fewer pictures than ranks to draw them",
         "parallel.data_degree=1, or more prompts, seeds or sampling.num_images_per_prompt; or a larger batch_size",
     ),
-    Rule(
+    CompatibilityRule(
         "parallel.hsdp_degree",
-        lambda config: degree(config, "hsdp") > 1 and degree(config, "data") > 1 and encodes_one_by_one(config),
+        lambda config: (
+            get_degree(config, "hsdp") > 1 and get_degree(config, "data") > 1 and encodes_prompts_singly(config)
+        ),
         "model {model} encodes one prompt at a time: ranks with fewer prompts would not be there to lend their weights",
         "parallel.data_degree=1",
     ),
-    Rule(
+    CompatibilityRule(
         "parallel.ring_degree",
-        lambda config: degree(config, "ring") > 1 and not uses(config, "attention", "SDPA"),
+        lambda config: get_degree(config, "ring") > 1 and not uses_option(config, "attention", "SDPA"),
         "a ring needs the log-sum of the weights, which this attention kernel does not give here",
         "attention=sdpa, or parallel.ulysses_degree instead",
     ),
-    Rule(
+    CompatibilityRule(
         "report.noise_floor",
-        lambda config: degree(config, "ring") > 1 and bool({*config["report"]["noise_floor"]} - {REPEAT}),
+        lambda config: get_degree(config, "ring") > 1 and bool({*config["report"]["noise_floor"]} - {REPEAT}),
         "a ring needs the log-sum of the weights, which the other attention kernels do not give here",
         "report.noise_floor=[repeat], or parallel.ulysses_degree instead",
     ),
-    Rule(
+    CompatibilityRule(
         "parallel.vae_degree",
-        lambda config: degree(config, "vae") > 1 and draws_sounds(config),
+        lambda config: get_degree(config, "vae") > 1 and draws_sounds(config),
         "ranks share the rows of a picture, and a sound has none",
         "parallel.vae_degree=1, or vae.tiling=true with it, which decodes with less memory",
     ),
-    Rule(
+    CompatibilityRule(
         "vae.channels_last",
         lambda config: config["vae"]["channels_last"] and draws_sounds(config),
         "it is a layout of pictures, and the VAE of model {model} has none",
         "vae.channels_last=false",
     ),
-    Rule(
+    CompatibilityRule(
         "parallel.vae_degree",
-        lambda config: degree(config, "vae") > 1 and config["vae"]["tiling"],
+        lambda config: get_degree(config, "vae") > 1 and config["vae"]["tiling"],
         "the ranks' rows take the place of tiles",
         "vae.tiling=false",
     ),
-    Rule(
+    CompatibilityRule(
         "compile",
         lambda config: (
-            uses(config, "compile", "CompileFull")
-            and any(degree(config, name) > 1 for name in ("ring", "ulysses", "tensor", "hsdp"))
+            uses_option(config, "compile", "CompileFull")
+            and any(get_degree(config, name) > 1 for name in ("ring", "ulysses", "tensor", "hsdp"))
         ),
         "ranks talk between the layers of a transformer that is to be one graph",
         "compile=blocks, or parallel.cfg_degree or parallel.data_degree instead",
     ),
-    Rule(
+    CompatibilityRule(
         "compile",
-        lambda config: uses(config, "compile", "CompileFull") and uses(config, "cache", "CacheDiT"),
+        lambda config: uses_option(config, "compile", "CompileFull") and uses_option(config, "cache", "CacheDiT"),
         "cache-dit runs block by block what is to be one graph",
         "compile=blocks, or one of cache=teacache, first_block, mask, every_n",
     ),
-    Rule(
+    CompatibilityRule(
         "quantization",
-        lambda config: "transformer" in quantized(config) and degree(config, "tensor") > 1,
+        lambda config: "transformer" in find_quantized(config) and get_degree(config, "tensor") > 1,
         "each rank's share of a row would have a scale of its own, and the picture would depend on the number of ranks",
         "quantization=none, or parallel.tensor_degree=1 and parallel.ulysses_degree instead",
     ),
-    Rule(
+    CompatibilityRule(
         "quantization",
-        lambda config: bool(quantized(config)) and degree(config, "hsdp") > 1,
+        lambda config: bool(find_quantized(config)) and get_degree(config, "hsdp") > 1,
         "HSDP cannot cut quantized weights into shares",
         "quantization=none, or parallel.hsdp_degree=1",
     ),
-    Rule(
+    CompatibilityRule(
         "quantization",
         lambda config: config["quantization"].get("weights") == "int8" and config["dtype"] == "float16",
         "products with int8 weights leave float16's range before they are scaled",
         "quantization=none, or dtype=bfloat16",
     ),
-    Rule(
+    CompatibilityRule(
         "quantization",
-        lambda config: multiplies_float8(config) and config["dtype"] not in ("auto", "bfloat16"),
+        lambda config: uses_float8_activations(config) and config["dtype"] not in ("auto", "bfloat16"),
         "products of float8 weights and activations, with a scale for each row, come out in bfloat16",
         "quantization=none, or dtype=bfloat16",
     ),
-    Rule(
+    CompatibilityRule(
         "quantization",
-        lambda config: multiplies_float8(config) and config["device"] == "cpu",
+        lambda config: uses_float8_activations(config) and config["device"] == "cpu",
         "float8 numbers are multiplied by GPUs only",
         "quantization=none, or quantization=fp8_weight_only",
     ),
-    Rule(
+    CompatibilityRule(
         "offload",
-        lambda config: offloads(config, *MOVING) and degree(config, "hsdp") > 1,
+        lambda config: uses_offload(config, *MOVING) and get_degree(config, "hsdp") > 1,
         "HSDP's shares of the weights stay where they are",
         "offload=none",
     ),
-    Rule(
+    CompatibilityRule(
         "offload",
-        lambda config: offloads(config, "Expert") and config["model"]["experts"] < 2,
+        lambda config: uses_offload(config, "Expert") and config["model"]["experts"] < 2,
         "model {model} has one transformer: there is no expert to swap",
         "offload=none",
     ),
-    Rule(
+    CompatibilityRule(
         "offload",
-        lambda config: offloads(config, "Expert", "Model", "Layerwise") and config["device"] == "cpu",
+        lambda config: uses_offload(config, "Expert", "Model", "Layerwise") and config["device"] == "cpu",
         "on device=cpu the host is the device: there is nothing to offload to",
         "offload=none",
     ),
-    Rule(
+    CompatibilityRule(
         "offload",
-        lambda config: offloads(config, "Disk") and "transformer" in quantized(config),
+        lambda config: uses_offload(config, "Disk") and "transformer" in find_quantized(config),
         "the blocks are read from their files in every step, and would be quantized anew each time",
         "quantization=none, or offload=layerwise, which keeps them quantized on the host",
     ),
-    Rule(
+    CompatibilityRule(
         "compile",
-        lambda config: offloads(config, "Layerwise", "Disk") and uses(config, "compile", "CompileFull"),
+        lambda config: uses_offload(config, "Layerwise", "Disk") and uses_option(config, "compile", "CompileFull"),
         "in one graph no block could wait for its turn",
         "compile=blocks",
     ),
-    Rule(
+    CompatibilityRule(
         "compile.mode",
-        lambda config: offloads(config, "Layerwise", "Disk") and graphed(config),
+        lambda config: uses_offload(config, "Layerwise", "Disk") and uses_cuda_graphs(config),
         "a CUDA graph reads weights where they were when it was recorded, and those of the blocks change places",
         "compile.mode=default",
     ),
-    Rule(
+    CompatibilityRule(
         "offload",
-        lambda config: uses(config, "offload", "ModulationOffload") and "modulation" not in config["model"]["facts"],
+        lambda config: (
+            uses_option(config, "offload", "ModulationOffload") and "modulation" not in config["model"]["facts"]
+        ),
         "the blocks of model {model} have no modulation weights of their own",
         "offload=none",
     ),
 )
 
 
-def violations(config: Config) -> Iterator[Rule]:
+def find_violations(config: Config) -> Iterator[CompatibilityRule]:
     """The rules that are broken."""
     return (rule for rule in RULES if rule.broken(config))
 
 
-def lines(config: Config) -> list[str]:
+def format_violations(config: Config) -> list[str]:
     """One line for each broken rule."""
-    names = {"model": config["model"]["name"], "steps": steps(config), "off": f"{cfg_off(config):g}"}
-    return [f"{rule.group}: {rule.sentence}. Use {rule.fix}.".format(**names) for rule in violations(config)]
+    names = {
+        "model": config["model"]["name"],
+        "steps": get_step_count(config),
+        "off": f"{get_unguided_scale(config):g}",
+    }
+    return [f"{rule.group}: {rule.sentence}. Use {rule.fix}.".format(**names) for rule in find_violations(config)]
 
 
-def check(config: Config) -> None:
+def check_compatibility(config: Config) -> None:
     """Raise `UsageError` with one line for each broken rule, whatever line of `input.prompts` breaks it."""
-    refuse(text for _, one in each(dict(config)) for text in lines(one))
+    raise_mistakes(text for _, one in iterate_lines(dict(config)) for text in format_violations(one))

@@ -18,11 +18,11 @@ def check_configuration(config: dict[str, Any], origin: Origin | None = None) ->
     Reads no files but those that it names as missing. `origin` tells where the value of a key came from. Raises
     UsageError.
     """
-    check_parts(config, origin)
-    compatibility.check(config)
+    check_sections(config, origin)
+    compatibility.check_compatibility(config)
 
 
-def check_parts(config: dict[str, Any], origin: Origin | None = None) -> None:
+def check_sections(config: dict[str, Any], origin: Origin | None = None) -> None:
     """The same without what does not go together, for a plan, which lists that."""
-    targets.check(config, origin)
+    targets.check_targets(config, origin)
     check_values(config, origin)

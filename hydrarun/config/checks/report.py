@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hydrarun.core import resources
-from hydrarun.core.errors import nearest
+from hydrarun.core.errors import suggest_name
 from hydrarun.outputs.media import kinds
 
 #: between an output and its twin, and of all outputs
@@ -34,33 +34,33 @@ LPIPS = (
 Problem = tuple[str, str]  # the key, and the sentence about it
 
 
-def problems(config: Mapping[str, Any]) -> Iterator[Problem]:
+def find_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     """Every violation in `report`; the rest of the configuration is known to be right."""
     report = config["report"]
     names = [name for name in report["metrics"] if name != "lpips"]
     if len(names) < len(report["metrics"]):
         yield "report.metrics", LPIPS
-    yield from _names("report.metrics", names, METRICS)
-    yield from _of_its_kind(config, names)
+    yield from _check_names("report.metrics", names, METRICS)
+    yield from _check_metric_kinds(config, names)
     if "accuracy" in names:
-        yield from _judged(config)
-    yield from _noise_floor(config)
-    yield from _objectives(report)
+        yield from _check_judge(config)
+    yield from _check_noise_floor(config)
+    yield from _check_objectives(report)
     if not report["twins"]:
         yield "report.twins", "names no folder: report.twins=outputs/twins"
 
 
-def _names(key: str, names: Sequence[str], known: Sequence[str]) -> Iterator[Problem]:
+def _check_names(key: str, names: Sequence[str], known: Sequence[str]) -> Iterator[Problem]:
     for name, count in Counter(names).items():
         if name not in known:
-            yield key, f"{name!r} is none of {', '.join(known)}.{nearest(name, known)}"
+            yield key, f"{name!r} is none of {', '.join(known)}.{suggest_name(name, known)}"
         elif count > 1:
             yield key, f"lists {name!r} {'twice' if count == 2 else f'{count} times'}."
 
 
-def _of_its_kind(config: Mapping[str, Any], names: Sequence[str]) -> Iterator[Problem]:
+def _check_metric_kinds(config: Mapping[str, Any], names: Sequence[str]) -> Iterator[Problem]:
     """Pictures and sounds are compared in other ways."""
-    kind, model = kinds.drawn_by(config["model"]), config["model"]["name"]
+    kind, model = kinds.find_model_kind(config["model"]), config["model"]["name"]
     for name in names:
         if name in PAIRED and name not in kind.metrics:
             others = ", ".join(other.many for other in kinds.KINDS if name in other.metrics)
@@ -68,11 +68,11 @@ def _of_its_kind(config: Mapping[str, Any], names: Sequence[str]) -> Iterator[Pr
             yield "report.metrics", f"{name!r} is of {others}, and model {model} draws {kind.many}. Use {known}."
 
 
-def _judged(config: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_judge(config: Mapping[str, Any]) -> Iterator[Problem]:
     """`accuracy` is for the pictures, and the prompts, that the judge understands."""
     model, sampling = config["model"], config["sampling"]
     if model["judge"] is None:
-        known = ", ".join(kinds.drawn_by(config["model"]).metrics)
+        known = ", ".join(kinds.find_model_kind(config["model"]).metrics)
         yield "report.metrics", f"'accuracy': model {model['name']} has no judge (model.judge). Use {known}."
         return
     height, width = sampling["height"], sampling["width"]
@@ -92,10 +92,10 @@ def _judged(config: Mapping[str, Any]) -> Iterator[Problem]:
             return
 
 
-def _noise_floor(config: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_noise_floor(config: Mapping[str, Any]) -> Iterator[Problem]:
     metrics, names = config["report"]["metrics"], config["report"]["noise_floor"]
-    attention = resources.options("attention")
-    yield from _names("report.noise_floor", names, (REPEAT, *attention))
+    attention = resources.read_options("attention")
+    yield from _check_names("report.noise_floor", names, (REPEAT, *attention))
     if names and not metrics:
         yield "report.noise_floor", "without report.metrics it has no effect: report.metrics=[psnr,ssim]"
     for name in names:
@@ -103,9 +103,9 @@ def _noise_floor(config: Mapping[str, Any]) -> Iterator[Problem]:
             yield "report.noise_floor", f"{name!r} is the run's own attention: {REPEAT} draws with that again."
 
 
-def _objectives(report: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_objectives(report: Mapping[str, Any]) -> Iterator[Problem]:
     names, metrics = report["objectives"], report["metrics"]
-    yield from _names("report.objectives", names, (*MEASURED, *METRICS))
+    yield from _check_names("report.objectives", names, (*MEASURED, *METRICS))
     for name in names:
         if name in METRICS and name not in metrics:
             yield "report.objectives", f"{name!r} is not measured: report.metrics=[{','.join([*metrics, name])}]"

@@ -14,10 +14,10 @@ from typing import Any
 
 from hydrarun.config import batches, prompts
 from hydrarun.config.checks import report
-from hydrarun.config.schema import MISSING, Config, Fit
-from hydrarun.config.type_check import describe, fits, show
+from hydrarun.config.schema import MISSING, Config, TeaCacheFit
+from hydrarun.config.type_check import describe_hint, format_value, matches_hint
 from hydrarun.core.distributed import degrees
-from hydrarun.core.errors import nearest, refuse
+from hydrarun.core.errors import raise_mistakes, suggest_name
 from hydrarun.core.inputs import image_paths
 from hydrarun.outputs.media import kinds
 
@@ -51,63 +51,65 @@ def check_values(config: Mapping[str, Any], origin: Callable[[str], str] | None 
             return f" (line {line.get(batches.LINE, '?')} of input.prompts)"
         return f" ({origin(key)})" if origin else ""
 
-    refuse(f"{key}{place(line, key)}: {text}" for line, key, text in _found(config))
+    raise_mistakes(f"{key}{place(line, key)}: {text}" for line, key, text in _find_line_problems(config))
 
 
-def problems(config: Mapping[str, Any]) -> Iterator[Problem]:
+def find_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     """Every violation in a plain, resolved configuration."""
-    return ((key, text) for _, key, text in _found(config))
+    return ((key, text) for _, key, text in _find_line_problems(config))
 
 
-def _found(config: Mapping[str, Any]) -> Iterator[tuple[batches.Line | None, str, str]]:
+def _find_line_problems(config: Mapping[str, Any]) -> Iterator[tuple[batches.Line | None, str, str]]:
     """Every violation; with the line of `input.prompts` that asks for what is wrong, where it is one that does."""
-    shape = list(_shape(config))
+    shape = list(_check_shape(config))
     yield from ((None, *problem) for problem in shape)
     if shape:
         return
-    yield from ((None, *problem) for problem in _settings(config))
-    broken = list(_model(config["model"])) or list(_batches(config))
+    yield from ((None, *problem) for problem in _check_settings(config))
+    broken = list(_check_model(config["model"])) or list(_check_batches(config))
     yield from ((None, *problem) for problem in broken)
     if not broken:  # what follows goes by what the model says of itself
-        yield from ((None, *problem) for problem in _output(config))
-        for line, one in batches.each(dict(config)):
-            yield from ((line, *problem) for problem in _request(one))
+        yield from ((None, *problem) for problem in _check_output(config))
+        for line, one in batches.iterate_lines(dict(config)):
+            yield from ((line, *problem) for problem in _check_request(one))
 
 
-def _shape(config: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_shape(config: Mapping[str, Any]) -> Iterator[Problem]:
     """Keys, types, and what is missing; where prompts are listed, there need be no other."""
-    wrong = list(_structure(config, Config, ""))
+    wrong = list(_check_structure(config, Config, ""))
     yield from wrong
     prompted = not wrong and config["input"]["prompts"] is not None
-    yield from (problem for problem in _missing(config, "") if not (prompted and problem[0] == "sampling.prompt"))
+    yield from (problem for problem in _find_missing(config, "") if not (prompted and problem[0] == "sampling.prompt"))
 
 
-def _settings(config: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_settings(config: Mapping[str, Any]) -> Iterator[Problem]:
     """What is wrong whatever the model."""
-    yield from _device(config["device"])
-    yield from _dtype(config["dtype"])
-    yield from ((f"parallel.{key}", text) for key, text in degrees.problems(config["parallel"]))
-    yield from _vae(config["vae"]["dtype"])
-    yield from _plan(config["plan"])
-    yield from _fit("cache.gate.fit", (config["cache"].get("gate") or {}).get("fit"), config["model"]["experts"])
+    yield from _check_device(config["device"])
+    yield from _check_dtype(config["dtype"])
+    yield from ((f"parallel.{key}", text) for key, text in degrees.find_degree_problems(config["parallel"]))
+    yield from _check_vae_dtype(config["vae"]["dtype"])
+    yield from _check_plan(config["plan"])
+    yield from _check_teacache_fit(
+        "cache.gate.fit", (config["cache"].get("gate") or {}).get("fit"), config["model"]["experts"]
+    )
 
 
-def _request(config: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_request(config: Mapping[str, Any]) -> Iterator[Problem]:
     """What is wrong with what is drawn, and with what is measured of it."""
-    yield from _taken(config["model"], config["sampling"])
-    yield from _sampling(config["sampling"], config["model"])
-    yield from _warmup(config["warmup"], config["sampling"]["num_inference_steps"])
-    yield from _guidance(config)
-    yield from _size(config)
-    yield from _input_images(config)
-    yield from report.problems(config)
+    yield from _check_taken_fields(config["model"], config["sampling"])
+    yield from _check_sampling(config["sampling"], config["model"])
+    yield from _check_warmup(config["warmup"], config["sampling"]["num_inference_steps"])
+    yield from _check_guidance(config)
+    yield from _check_size(config)
+    yield from _check_input_images(config)
+    yield from report.find_problems(config)
 
 
-def _batches(config: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_batches(config: Mapping[str, Any]) -> Iterator[Problem]:
     """What makes of a run one of batches."""
-    yield from _at_least("batch_size", config["batch_size"], 1)
-    yield from _at_least("retry", config["retry"], 0)
-    if not batches.batched(config):
+    yield from _check_minimum("batch_size", config["batch_size"], 1)
+    yield from _check_minimum("retry", config["retry"], 0)
+    if not batches.is_batch_run(config):
         for name in ("retry", "fail_fast"):
             if config[name]:
                 yield name, "without input.prompts or batch_size it has no effect: what is drawn is drawn at once."
@@ -115,38 +117,38 @@ def _batches(config: Mapping[str, Any]) -> Iterator[Problem]:
     if lines is None:
         return
     if not (isinstance(lines, list) and lines):
-        yield "input.prompts", f"{show(lines)} is not a file or a list of prompts."
+        yield "input.prompts", f"{format_value(lines)} is not a file or a list of prompts."
         return
     for number, line in enumerate(lines, start=1):
         own = {name: value for name, value in line.items() if name != batches.LINE} if isinstance(line, dict) else line
-        yield from (("input.prompts", f"number {number}: {text}.") for text in prompts.problems(own))
+        yield from (("input.prompts", f"number {number}: {text}.") for text in prompts.find_line_problems(own))
     for name in ("seed", "negative_prompt"):
         if isinstance(config["sampling"][name], list):
             yield f"sampling.{name}", "lists several: with input.prompts give one for all, or one in each line."
 
 
-def cfg_scale(config: Mapping[str, Any]) -> tuple[str, float | None]:
+def find_cfg_scale(config: Mapping[str, Any]) -> tuple[str, float | None]:
     """The field of `sampling` that is the scale of classifier-free guidance for this model, and its value."""
     name = config["model"]["guidance"].get("scale", "true_cfg_scale")
     return name, config["sampling"].get(name)
 
 
-def cfg_off(config: Mapping[str, Any]) -> float:
+def get_unguided_scale(config: Mapping[str, Any]) -> float:
     """The scale up to which this model is not guided."""
     return config["model"]["guidance"].get("unguided", 1)
 
 
 def is_video(config: Mapping[str, Any]) -> bool:
     """Whether the model draws videos."""
-    return kinds.drawn_by(config["model"]) is kinds.VIDEO
+    return kinds.find_model_kind(config["model"]) is kinds.VIDEO
 
 
-def captions(model: Mapping[str, Any]) -> bool:
+def has_captioner(model: Mapping[str, Any]) -> bool:
     """Whether the model describes its input image by itself where the prompt is blank."""
     return any(str(stage.get("_target_", "")).endswith(".EncodePromptOrCaption") for stage in model["stages"])
 
 
-def _structure(node: Any, section: type, path: str) -> Iterator[Problem]:
+def _check_structure(node: Any, section: type, path: str) -> Iterator[Problem]:
     """Keys and types of the fixed sections; what a composed configuration has anyhow, unless `+` added to it."""
     if not isinstance(node, Mapping):
         yield path or "configuration", "is not a mapping."
@@ -154,73 +156,73 @@ def _structure(node: Any, section: type, path: str) -> Iterator[Problem]:
     hints = typing.get_type_hints(section)
     for key in node:
         if key not in hints:
-            yield f"{path}{key}", f"unknown key.{nearest(str(key), hints)} Known: {', '.join(hints)}."
+            yield f"{path}{key}", f"unknown key.{suggest_name(str(key), hints)} Known: {', '.join(hints)}."
     for key, hint in hints.items():
         if key not in node:
             yield f"{path}{key}", "is missing."
         elif dataclasses.is_dataclass(hint):
-            yield from _structure(node[key], typing.cast(type, hint), f"{path}{key}.")
-        elif node[key] != MISSING and not fits(node[key], hint):
-            yield f"{path}{key}", f"{show(node[key])} is not {describe(hint)}."
+            yield from _check_structure(node[key], typing.cast(type, hint), f"{path}{key}.")
+        elif node[key] != MISSING and not matches_hint(node[key], hint):
+            yield f"{path}{key}", f"{format_value(node[key])} is not {describe_hint(hint)}."
 
 
-def _missing(node: Any, path: str) -> Iterator[Problem]:
+def _find_missing(node: Any, path: str) -> Iterator[Problem]:
     if isinstance(node, Mapping):
         for key, value in node.items():
-            yield from _missing(value, f"{path}.{key}" if path else str(key))
+            yield from _find_missing(value, f"{path}.{key}" if path else str(key))
     elif isinstance(node, list):
         for index, value in enumerate(node):
-            yield from _missing(value, f"{path}[{index}]")
+            yield from _find_missing(value, f"{path}[{index}]")
     elif node == MISSING:
         yield path, "is missing: set it, " + (f'{path}="…"' if path in ("sampling.prompt",) else f"{path}=…")
 
 
-def _device(device: str) -> Iterator[Problem]:
+def _check_device(device: str) -> Iterator[Problem]:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         yield (
             "device",
-            f"{device!r} is none of auto, cpu, cuda, cuda:0, cuda:1….{nearest(device, ('auto', 'cpu', 'cuda'))}",
+            f"{device!r} is none of auto, cpu, cuda, cuda:0, cuda:1….{suggest_name(device, ('auto', 'cpu', 'cuda'))}",
         )
 
 
-def _dtype(dtype: str) -> Iterator[Problem]:
+def _check_dtype(dtype: str) -> Iterator[Problem]:
     if dtype not in DTYPES:
-        yield "dtype", f"{dtype!r} is none of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}"
+        yield "dtype", f"{dtype!r} is none of {', '.join(DTYPES)}.{suggest_name(dtype, DTYPES)}"
 
 
-def _vae(dtype: str | None) -> Iterator[Problem]:
+def _check_vae_dtype(dtype: str | None) -> Iterator[Problem]:
     if dtype is not None and dtype not in DTYPES[1:]:
-        yield "vae.dtype", f"{dtype!r} is none of null, {', '.join(DTYPES[1:])}.{nearest(dtype, DTYPES[1:])}"
+        yield "vae.dtype", f"{dtype!r} is none of null, {', '.join(DTYPES[1:])}.{suggest_name(dtype, DTYPES[1:])}"
 
 
-def _plan(plan: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_plan(plan: Mapping[str, Any]) -> Iterator[Problem]:
     if plan["device"] is not None and not plan["auto"]:
         yield "plan.device", "a run takes the device that is there: use it with `hydrarun plan`, or with plan=auto."
 
 
-def _model(model: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_model(model: Mapping[str, Any]) -> Iterator[Problem]:
     for key, names in (("takes", model["takes"]), ("limits", model["limits"])):
         for name in names:
             if name not in OPTIONAL:
-                yield f"model.{key}", f"{name!r} is none of {', '.join(OPTIONAL)}.{nearest(str(name), OPTIONAL)}"
+                yield f"model.{key}", f"{name!r} is none of {', '.join(OPTIONAL)}.{suggest_name(str(name), OPTIONAL)}"
     for name, limit in model["limits"].items():
         each = limit if isinstance(limit, list) else [limit]
-        if not each or not all(fits(one, int) for one in each):
-            yield f"model.limits.{name}", f"{show(limit)} is not a whole number or a list of them."
+        if not each or not all(matches_hint(one, int) for one in each):
+            yield f"model.limits.{name}", f"{format_value(limit)} is not a whole number or a list of them."
     counts = model["input_images"]
-    if not (len(counts) == 2 and all(fits(n, int) for n in counts) and 0 <= counts[0] <= counts[1]):
-        yield "model.input_images", f"{show(counts)} is not [least, most]."
-    yield from _at_least("model.patch_size", model["patch_size"], 1)
-    yield from _fit("model.teacache", model["teacache"], model["experts"])
+    if not (len(counts) == 2 and all(matches_hint(n, int) for n in counts) and 0 <= counts[0] <= counts[1]):
+        yield "model.input_images", f"{format_value(counts)} is not [least, most]."
+    yield from _check_minimum("model.patch_size", model["patch_size"], 1)
+    yield from _check_teacache_fit("model.teacache", model["teacache"], model["experts"])
     if model["judge"] not in (None, *report.JUDGES):
         yield "model.judge", f"{model['judge']!r} is none of null, {', '.join(report.JUDGES)}."
 
 
-def _fit(where: str, fit: Any, experts: int) -> Iterator[Problem]:
+def _check_teacache_fit(where: str, fit: Any, experts: int) -> Iterator[Problem]:
     """What TeaCache goes by, wherever it stands."""
     if fit is None:
         return
-    broken = list(_structure(fit, Fit, f"{where}."))
+    broken = list(_check_structure(fit, TeaCacheFit, f"{where}."))
     yield from broken
     if broken:
         return
@@ -229,10 +231,10 @@ def _fit(where: str, fit: Any, experts: int) -> Iterator[Problem]:
             yield f"{where}.coefficients", f"has none for {name}."
     counts = fit["num_inference_steps"]
     if counts is not None and not (len(counts) == 2 and 1 <= counts[0] <= counts[1]):
-        yield f"{where}.num_inference_steps", f"{show(counts)} is not [least, most]."
+        yield f"{where}.num_inference_steps", f"{format_value(counts)} is not [least, most]."
 
 
-def _taken(model: Mapping[str, Any], sampling: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_taken_fields(model: Mapping[str, Any], sampling: Mapping[str, Any]) -> Iterator[Problem]:
     """What the model does not take must not be set, and what it cannot do without must be."""
     for key in OPTIONAL:
         value = sampling[key]
@@ -243,10 +245,10 @@ def _taken(model: Mapping[str, Any], sampling: Mapping[str, Any]) -> Iterator[Pr
         elif value is None and key in NEEDED:
             yield f"sampling.{key}", f"null, and model {model['name']} needs it."
         elif key in model["limits"] and value is not None:
-            yield from _limit(f"sampling.{key}", value, model["limits"][key], model["name"])
+            yield from _check_limit(f"sampling.{key}", value, model["limits"][key], model["name"])
 
 
-def _limit(key: str, value: float, limit: Any, name: str) -> Iterator[Problem]:
+def _check_limit(key: str, value: float, limit: Any, name: str) -> Iterator[Problem]:
     """A number is the most that a model takes, a list all that it takes."""
     if isinstance(limit, list):
         if value not in limit:
@@ -255,9 +257,9 @@ def _limit(key: str, value: float, limit: Any, name: str) -> Iterator[Problem]:
         yield key, f"{value} is above {limit}, the most that model {name} takes."
 
 
-def _sampling(sampling: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_sampling(sampling: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[Problem]:
     for key in ("num_inference_steps", "height", "width", "num_frames", "layers", "max_sequence_length"):
-        yield from _at_least(f"sampling.{key}", sampling[key], 1)
+        yield from _check_minimum(f"sampling.{key}", sampling[key], 1)
     for key in ("true_cfg_scale", "guidance_scale", "guidance_scale_2"):
         value = sampling[key] if key in model["takes"] else None
         if value is not None and not (math.isfinite(value) and value >= 0):
@@ -266,17 +268,17 @@ def _sampling(sampling: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator
         value = sampling[key] if key in model["takes"] else None
         if value is not None and not (math.isfinite(value) and value >= 0):
             yield f"sampling.{key}", f"{value} is not a finite number of seconds >= 0."
-    yield from _texts(sampling, captions(model))
-    yield from _pictures(sampling)
+    yield from _check_texts(sampling, has_captioner(model))
+    yield from _check_picture_count(sampling)
 
 
-def _at_least(key: str, value: int | None, least: int) -> Iterator[Problem]:
+def _check_minimum(key: str, value: int | None, least: int) -> Iterator[Problem]:
     if value is not None and value < least:
         yield key, f"{value} is below {least}."
 
 
-def _warmup(count: int, steps: int) -> Iterator[Problem]:
-    yield from _at_least("warmup", count, 0)
+def _check_warmup(count: int, steps: int) -> Iterator[Problem]:
+    yield from _check_minimum("warmup", count, 0)
     if count > max(steps, 0):
         yield (
             "warmup",
@@ -284,8 +286,8 @@ def _warmup(count: int, steps: int) -> Iterator[Problem]:
         )
 
 
-def _guidance(config: Mapping[str, Any]) -> Iterator[Problem]:
-    (name, scale), off = cfg_scale(config), cfg_off(config)
+def _check_guidance(config: Mapping[str, Any]) -> Iterator[Problem]:
+    (name, scale), off = find_cfg_scale(config), get_unguided_scale(config)
     if name in config["model"]["takes"] and scale is None:
         yield f"sampling.{name}", f"null; {off:g} turns guidance off."
     model = config["model"]
@@ -300,8 +302,8 @@ def _guidance(config: Mapping[str, Any]) -> Iterator[Problem]:
         )
 
 
-def _size(config: Mapping[str, Any]) -> Iterator[Problem]:
-    model, sizeless = config["model"], kinds.drawn_by(config["model"]) is kinds.SOUND
+def _check_size(config: Mapping[str, Any]) -> Iterator[Problem]:
+    model, sizeless = config["model"], kinds.find_model_kind(config["model"]) is kinds.SOUND
     for key in ("height", "width"):
         value = config["sampling"][key]
         if sizeless and value is not None:
@@ -310,10 +312,14 @@ def _size(config: Mapping[str, Any]) -> Iterator[Problem]:
             yield f"sampling.{key}", f"null, and model {model['name']} has no input image to take it from."
 
 
-def _input_images(config: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_input_images(config: Mapping[str, Any]) -> Iterator[Problem]:
     given, (least, most) = config["input"]["images"], config["model"]["input_images"]
-    if not (given is None or isinstance(given, str) or (isinstance(given, list) and all(fits(p, str) for p in given))):
-        yield "input.images", f"{show(given)} is not a file or a list of files."
+    if not (
+        given is None
+        or isinstance(given, str)
+        or (isinstance(given, list) and all(matches_hint(p, str) for p in given))
+    ):
+        yield "input.images", f"{format_value(given)} is not a file or a list of files."
         return
     count, name = len(image_paths(config)), config["model"]["name"]
     if count > most:
@@ -325,32 +331,32 @@ def _input_images(config: Mapping[str, Any]) -> Iterator[Problem]:
         yield "input.images", f"model {name} needs {least}: input.images=picture.png"
 
 
-def _output(config: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_output(config: Mapping[str, Any]) -> Iterator[Problem]:
     output, name = config["output"], config["model"]["name"]
-    kind = kinds.drawn_by(config["model"])
+    kind = kinds.find_model_kind(config["model"])
     if output["format"] not in kind.formats:
         yield "output.format", f"{output['format']!r}: model {name} draws {kind.many}: {' or '.join(kind.formats)}."
     if is_video(config):
         if output["fps"] is None:
             yield "output.fps", "null: a video needs frames per second, output.fps=16"
-        yield from _at_least("output.fps", output["fps"], 1)
+        yield from _check_minimum("output.fps", output["fps"], 1)
     elif output["fps"] is not None:
         yield "output.fps", f"{output['fps']}: model {name} draws {kind.many}, which have none."
 
 
-def _texts(sampling: Mapping[str, Any], captioned: bool) -> Iterator[Problem]:
+def _check_texts(sampling: Mapping[str, Any], captioned: bool) -> Iterator[Problem]:
     """`captioned`: prompts may be empty, or null."""
     prompt, negative = sampling["prompt"], sampling["negative_prompt"]
     prompts = prompt if isinstance(prompt, list) else ["" if captioned and prompt is None else prompt]
     if not prompts or not all(isinstance(text, str) and (text or captioned) for text in prompts):
-        yield "sampling.prompt", f"{show(prompt)} is not a non-empty text, or a list of them."
+        yield "sampling.prompt", f"{format_value(prompt)} is not a non-empty text, or a list of them."
     elif sum(map(len, prompts)) > MAX_PROMPTS:
         yield "sampling.prompt", f"more than {MAX_PROMPTS} characters in all, and each picture carries them."
     if negative is None:
         return
     negatives = negative if isinstance(negative, list) else [negative]
     if not all(isinstance(text, str) for text in negatives):
-        yield "sampling.negative_prompt", f"{show(negative)} is not null, a text or a list of texts."
+        yield "sampling.negative_prompt", f"{format_value(negative)} is not null, a text or a list of texts."
     elif isinstance(negative, list) and len(negative) != len(prompts):
         yield (
             "sampling.negative_prompt",
@@ -358,13 +364,16 @@ def _texts(sampling: Mapping[str, Any], captioned: bool) -> Iterator[Problem]:
         )
 
 
-def _pictures(sampling: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_picture_count(sampling: Mapping[str, Any]) -> Iterator[Problem]:
     seed, count = sampling["seed"], sampling["num_images_per_prompt"]
     if count is not None:
-        yield from _at_least("sampling.num_images_per_prompt", count, 1)
+        yield from _check_minimum("sampling.num_images_per_prompt", count, 1)
     seeds = seed if isinstance(seed, list) else [seed]
-    if not seeds or not all(fits(one, int) and 0 <= one <= MAX_SEED for one in seeds):
-        yield "sampling.seed", f"{show(seed)} is not a whole number from 0 to 2**63-1, or a list of such numbers."
+    if not seeds or not all(matches_hint(one, int) and 0 <= one <= MAX_SEED for one in seeds):
+        yield (
+            "sampling.seed",
+            f"{format_value(seed)} is not a whole number from 0 to 2**63-1, or a list of such numbers.",
+        )
     elif isinstance(seed, list):
         prompts = len(sampling["prompt"]) if isinstance(sampling["prompt"], list) else 1
         wanted = prompts * (count or 1)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hydrarun.config.recipes import search as source
+from hydrarun.config.recipes import search
 from hydrarun.core.errors import UsageError
-from hydrarun.core.quoting import printable
+from hydrarun.core.quoting import make_printable
 
 HEADER = ("recipe=", "what it is", "model", "status", "evidence from")
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogueEntry:
     """One recipe; `status` says why where it is refused."""
 
     name: str
@@ -26,33 +26,33 @@ class Entry:
     def cells(self) -> tuple[str, ...]:
         """A row of the table."""
         return tuple(
-            printable(text or "") for text in (self.name, self.description, self.model, self.status, self.hardware)
+            make_printable(text or "") for text in (self.name, self.description, self.model, self.status, self.hardware)
         )
 
 
-def entries() -> list[Entry]:
+def list_entries() -> list[CatalogueEntry]:
     """All of them; one that may not be used is listed with the reason."""
-    return [entry(name) for name in source.names()]
+    return [read_entry(name) for name in search.list_recipe_names()]
 
 
-def entry(name: str) -> Entry:
+def read_entry(name: str) -> CatalogueEntry:
     """One of them."""
     try:
-        recipe = source.recipe(name)
+        recipe = search.load_recipe(name)
     except UsageError as error:
-        return Entry(name, f"refused: {error}")
+        return CatalogueEntry(name, f"refused: {error}")
     about, measured = recipe.about, recipe.evidence.measured if recipe.evidence else None
-    return Entry(
+    return CatalogueEntry(
         name,
         recipe.status,
         " ".join(about.description.split()) if about else "",
         about.author if about else None,
         recipe.model,
-        machine(measured.hardware) if measured else None,
+        name_machine(measured.hardware) if measured else None,
         measured.date if measured else None,
     )
 
 
-def machine(hardware: dict[str, object]) -> str:
+def name_machine(hardware: dict[str, object]) -> str:
     """The GPU, or else the processor, of run.json's `hardware`."""
     return str(hardware.get("gpu") or hardware.get("cpu") or "?")

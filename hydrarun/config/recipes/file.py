@@ -8,13 +8,21 @@ from typing import Any
 
 import yaml
 
-from hydrarun.config.recipes import paths as places
-from hydrarun.config.recipes import vet
-from hydrarun.config.recipes.metadata import CHANGED, METADATA, About, Evidence, digest, evidence_of, plain, take
-from hydrarun.config.recipes.yaml_loader import MAX_BYTES, Loader, Refused, dump, parse
+from hydrarun.config.recipes import paths, vet
+from hydrarun.config.recipes.metadata import (
+    CHANGED,
+    METADATA,
+    About,
+    Evidence,
+    compute_digest,
+    parse_dataclass,
+    parse_evidence,
+    to_plain_data,
+)
+from hydrarun.config.recipes.yaml_loader import MAX_BYTES, RecipeError, StrictLoader, dump_yaml, parse_sections
 from hydrarun.core.errors import UsageError
 from hydrarun.core.files import write_atomically
-from hydrarun.core.quoting import printable
+from hydrarun.core.quoting import make_printable
 
 MAX_MESSAGE = 1000  # characters; a refusal quotes what it refuses
 
@@ -41,7 +49,7 @@ class Recipe:
     @property
     def genuine(self) -> bool:
         """Whether the evidence was written for what the file holds now."""
-        return self.evidence is not None and self.evidence.digest == digest(self.whole)
+        return self.evidence is not None and self.evidence.digest == compute_digest(self.whole)
 
     @property
     def status(self) -> str:
@@ -51,52 +59,52 @@ class Recipe:
         return self.evidence.status if self.genuine else CHANGED
 
 
-def read(path: Path, name: str) -> Recipe:
+def read_recipe(path: Path, name: str) -> Recipe:
     """The recipe in a file. Raises UsageError, which calls it `name`, for what it may not hold."""
     try:
-        return _read(path)
-    except Refused as refused:
-        raise UsageError(f"recipe {name}: {printable(str(refused), MAX_MESSAGE)}") from None
+        return _read_bytes(path)
+    except RecipeError as refused:
+        raise UsageError(f"recipe {name}: {make_printable(str(refused), MAX_MESSAGE)}") from None
     except OSError as error:
         raise UsageError(f"recipe {name}: {error.strerror}") from None
 
 
-def _read(path: Path) -> Recipe:
+def _read_bytes(path: Path) -> Recipe:
     with path.open("rb") as file:
-        text, whole = parse(file.read(MAX_BYTES + 1))
+        text, whole = parse_sections(file.read(MAX_BYTES + 1))
     content = {key: value for key, value in whole.items() if key not in METADATA}
-    for problem in vet.problems(text, content):
-        raise Refused(problem)
-    about = take(About, whole["about"], "about") if "about" in whole else None
-    evidence = evidence_of(whole["evidence"]) if "evidence" in whole else None
+    for problem in vet.find_problems(text, content):
+        raise RecipeError(problem)
+    about = parse_dataclass(About, whole["about"], "about") if "about" in whole else None
+    evidence = parse_evidence(whole["evidence"]) if "evidence" in whole else None
     try:
-        digest({"evidence": {}, **whole})
+        compute_digest({"evidence": {}, **whole})
     except TypeError:
-        raise Refused("evidence: holds something that is not a plain value.") from None
-    content = places.located(content, path.absolute().parent.resolve())
-    return Recipe(path, text, whole, vet.literal_texts(content), about, evidence)
+        raise RecipeError("evidence: holds something that is not a plain value.") from None
+    content = paths.locate_files(content, path.absolute().parent.resolve())
+    return Recipe(path, text, whole, vet.escape_texts(content), about, evidence)
 
 
-def signed(recipe: Recipe, evidence: Evidence) -> dict[str, Any]:
+def sign_evidence(recipe: Recipe, evidence: Evidence) -> dict[str, Any]:
     """The evidence as data, with the digest of it and of the recipe."""
-    unsigned = yaml.load(section_text({**plain(evidence), "digest": ""}), Loader)
-    return {**unsigned["evidence"], "digest": digest({**recipe.whole, **unsigned})}
+    unsigned = yaml.load(format_evidence({**to_plain_data(evidence), "digest": ""}), StrictLoader)
+    return {**unsigned["evidence"], "digest": compute_digest({**recipe.whole, **unsigned})}
 
 
-def section_text(evidence: dict[str, Any]) -> str:
+def format_evidence(evidence: dict[str, Any]) -> str:
     """The section as it stands in a file."""
-    return f"{MARK}\n" + dump({"evidence": evidence})
+    return f"{MARK}\n" + dump_yaml({"evidence": evidence})
 
 
-def with_evidence(recipe: Recipe, evidence: Evidence) -> str:
+def replace_evidence(recipe: Recipe, evidence: Evidence) -> str:
     """The recipe's text with this evidence in the place of an older one. Raises UsageError if it grows too large."""
-    start, end = _section(recipe.text)
+    start, end = _find_evidence_section(recipe.text)
     before, after = recipe.text[:start], recipe.text[end:]
     if start == end and before:  # it had none
         before = before.rstrip("\n") + "\n\n"
-    section = signed(recipe, evidence)
-    text = before + section_text(section) + after
-    if not holds(text, {**recipe.whole, "evidence": section}):
+    section = sign_evidence(recipe, evidence)
+    text = before + format_evidence(section) + after
+    if not holds_sections(text, {**recipe.whole, "evidence": section}):
         raise UsageError(
             f"recipe {recipe.path}: evidence has no place in it; write each of its sections on lines of its own"
         )
@@ -109,22 +117,22 @@ def with_evidence(recipe: Recipe, evidence: Evidence) -> str:
     return text
 
 
-def holds(text: str, whole: dict[str, Any]) -> bool:
+def holds_sections(text: str, whole: dict[str, Any]) -> bool:
     """Whether a text of any length is the YAML of these sections."""
     try:
-        return bool(yaml.load(text, Loader) == whole)
+        return bool(yaml.load(text, StrictLoader) == whole)
     except yaml.YAMLError:
         return False
 
 
-def write(recipe: Recipe, evidence: Evidence) -> None:
+def write_evidence(recipe: Recipe, evidence: Evidence) -> None:
     """Put the evidence into the file. Raises OSError where it cannot be written."""
-    write_atomically(recipe.path, with_evidence(recipe, evidence).encode())
+    write_atomically(recipe.path, replace_evidence(recipe, evidence).encode())
 
 
-def _section(text: str) -> tuple[int, int]:
+def _find_evidence_section(text: str) -> tuple[int, int]:
     """Where the section `evidence` stands in the text, with the mark above it; at its end if there is none."""
-    root = yaml.compose(text, Loader)
+    root = yaml.compose(text, StrictLoader)
     for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
         if key.value != "evidence":
             continue

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
 
-from hydrarun.config.recipes.yaml_loader import Refused
-from hydrarun.config.type_check import describe, fits, show
-from hydrarun.core.errors import nearest
+from hydrarun.config.recipes.yaml_loader import RecipeError
+from hydrarun.config.type_check import describe_hint, format_value, matches_hint
+from hydrarun.core.errors import suggest_name
 
 FORMAT = 1  # of the evidence; grows when a key changes its meaning
 Status = Literal["unverified", "verified", "broken"]
@@ -32,7 +32,7 @@ class About:
 
 
 @dataclass
-class Output:
+class RecordedOutput:
     """A picture, video or sound that was drawn."""
 
     index: int
@@ -48,7 +48,7 @@ class Output:
 
 
 @dataclass
-class Weights:
+class RecordedWeights:
     """As run.json has them; `path` is null for a folder of the author's."""
 
     fingerprint: str
@@ -57,7 +57,7 @@ class Weights:
 
 
 @dataclass
-class Timings:
+class RecordedTimings:
     """Seconds; `step_s` is the mean of all steps but the first."""
 
     load_s: float
@@ -67,26 +67,26 @@ class Timings:
 
 
 @dataclass
-class Measured:
+class Measurement:
     """A run of the recipe: where, with what, how fast, what came of it."""
 
     date: str
     config_hash: str
-    weights: Weights
+    weights: RecordedWeights
     device: str
     dtype: str
     hardware: dict[str, Any]
     versions: dict[str, Any]
-    timings: Timings
+    timings: RecordedTimings
     memory: dict[str, int]
     inputs: list[str]  # sha256 of each input image
-    outputs: list[Output]
+    outputs: list[RecordedOutput]
     quality: Optional[dict[str, Any]] = None  # noqa: UP045 - of run.json, without the twin's folder
     sample: Optional[str] = None  # noqa: UP045 - name of a small picture beside the recipe
 
 
 @dataclass
-class Verdict:
+class OutputVerdict:
     """How an output that was drawn again compares."""
 
     index: int
@@ -95,13 +95,13 @@ class Verdict:
 
 
 @dataclass
-class Verified:
+class Verification:
     """When and where `verify` ran it, and what it found."""
 
     date: str
     hardware: dict[str, Any]
     versions: dict[str, Any]
-    outputs: list[Verdict]
+    outputs: list[OutputVerdict]
     found: list[str]  # sentences: timings, quality, the error of a run that failed
 
 
@@ -112,55 +112,55 @@ class Evidence:
     format: int
     status: Status
     digest: str
-    measured: Optional[Measured] = None  # noqa: UP045
-    verified: Optional[Verified] = None  # noqa: UP045
+    measured: Optional[Measurement] = None  # noqa: UP045
+    verified: Optional[Verification] = None  # noqa: UP045
 
 
-def take(kind: Any, node: Any, path: str) -> Any:
+def parse_dataclass(kind: Any, node: Any, path: str) -> Any:
     """An instance of the dataclass `kind` from plain data. Raises Refused for a key or value that does not belong."""
     if not isinstance(node, dict):
-        raise Refused(f"{path}: is not a mapping.")
+        raise RecipeError(f"{path}: is not a mapping.")
     fields = {field.name: field for field in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
     for key in node:
         if key not in fields:
-            raise Refused(f"{path}.{key}: unknown key.{nearest(str(key), fields)} Known: {', '.join(fields)}.")
+            raise RecipeError(f"{path}.{key}: unknown key.{suggest_name(str(key), fields)} Known: {', '.join(fields)}.")
     if missing := [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in node]:
         by = "" if path == "about" else "; evidence is not typed by hand, `hydrarun recipe verify` writes it"
-        raise Refused(f"{path}.{missing[0]}: is missing{by}.")
-    return kind(**{key: _value(hints[key], value, f"{path}.{key}") for key, value in node.items()})
+        raise RecipeError(f"{path}.{missing[0]}: is missing{by}.")
+    return kind(**{key: _parse_value(hints[key], value, f"{path}.{key}") for key, value in node.items()})
 
 
-def _value(hint: Any, value: Any, path: str) -> Any:
+def _parse_value(hint: Any, value: Any, path: str) -> Any:
     inner = next((one for one in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(one)), None)
     if inner is not None and value is not None:
         if typing.get_origin(hint) is not list:
-            return take(inner, value, path)
+            return parse_dataclass(inner, value, path)
         if isinstance(value, list):
-            return [take(inner, one, f"{path}[{index}]") for index, one in enumerate(value)]
-    if not fits(value, hint):
-        raise Refused(f"{path}: {show(value)} is not {describe(hint)}.")
+            return [parse_dataclass(inner, one, f"{path}[{index}]") for index, one in enumerate(value)]
+    if not matches_hint(value, hint):
+        raise RecipeError(f"{path}: {format_value(value)} is not {describe_hint(hint)}.")
     return value
 
 
-def evidence_of(node: Any) -> Evidence:
+def parse_evidence(node: Any) -> Evidence:
     """The section `evidence`. Raises Refused."""
-    evidence = take(Evidence, node, "evidence")
+    evidence = parse_dataclass(Evidence, node, "evidence")
     if evidence.format != FORMAT:
-        raise Refused(f"evidence.format: {evidence.format}; this version of hydrarun reads {FORMAT}.")
+        raise RecipeError(f"evidence.format: {evidence.format}; this version of hydrarun reads {FORMAT}.")
     return evidence
 
 
-def plain(instance: Any) -> dict[str, Any]:
+def to_plain_data(instance: Any) -> dict[str, Any]:
     """A dataclass as data, without what is null."""
-    return dataclasses.asdict(instance, dict_factory=_without_null)
+    return dataclasses.asdict(instance, dict_factory=_drop_null)
 
 
-def _without_null(items: list[tuple[str, Any]]) -> dict[str, Any]:
+def _drop_null(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in items if value is not None}
 
 
-def digest(content: Mapping[str, Any]) -> str:
+def compute_digest(content: Mapping[str, Any]) -> str:
     """sha256 of a whole recipe as JSON (sorted keys), without `about` and without the digest in its evidence.
 
     It tells that the choices, the values or the evidence were changed since the evidence was written. It is no

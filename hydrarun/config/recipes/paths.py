@@ -8,82 +8,84 @@ from typing import Any
 
 from hydrarun.config import prompts
 from hydrarun.config.hub import HUB_ID, PACKAGE
-from hydrarun.config.recipes.yaml_loader import Refused
+from hydrarun.config.recipes.yaml_loader import RecipeError
 from hydrarun.core.errors import UsageError
 
 OWN = "a recipe reads only files in its own folder"
 
 
-def located(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+def locate_files(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The content with absolute paths of what it names in `folder`, the recipe's own. Raises Refused."""
     given, model = content.get("input"), content.get("model")
     if isinstance(given, dict):
         own = {key: READERS[key](value, folder) if key in READERS else value for key, value in given.items()}
         content = {**content, "input": own}
     if isinstance(model, dict) and isinstance(model.get("path"), str):
-        content = {**content, "model": {**model, "path": weights(model["path"], folder)}}
+        content = {**content, "model": {**model, "path": locate_weights(model["path"], folder)}}
     return content
 
 
-def inside(key: str, name: str, folder: Path) -> Path:
+def resolve_inside(key: str, name: str, folder: Path) -> Path:
     """The absolute path of a file or folder in `folder`. Raises Refused for one that is not, and says why."""
     path = PurePosixPath(name)
     if name.startswith("~"):
-        raise Refused(f"{key}: '{name}' is in a home folder; {OWN}.")
+        raise RecipeError(f"{key}: '{name}' is in a home folder; {OWN}.")
     if path.is_absolute():
-        raise Refused(f"{key}: '{name}' is an absolute path; {OWN}: write it relative to that.")
+        raise RecipeError(f"{key}: '{name}' is an absolute path; {OWN}: write it relative to that.")
     if ".." in path.parts:
-        raise Refused(f"{key}: '{name}' climbs by '..'; {OWN}.")
-    if not _within(folder / path, folder):
-        raise Refused(f"{key}: '{name}' is a link that leaves the recipe's folder; {OWN}.")
+        raise RecipeError(f"{key}: '{name}' climbs by '..'; {OWN}.")
+    if not _is_within(folder / path, folder):
+        raise RecipeError(f"{key}: '{name}' is a link that leaves the recipe's folder; {OWN}.")
     return folder / path
 
 
-def weights(path: str, folder: Path) -> str:
+def locate_weights(path: str, folder: Path) -> str:
     """`model.path`: weights of the package, a repository of the hub, or a folder beside the recipe, then absolute."""
     if path.startswith(PACKAGE):
         return path
     if HUB_ID.fullmatch(path) and not {".", ".."} & set(path.split("/")) and not (folder / path).exists():
         if Path(path).exists():
-            raise Refused(
+            raise RecipeError(
                 f"model.path: '{path}' is a repository of the hub, but a folder of that name is here, which would be"
                 " taken: run it from another folder."
             )
         return path
-    own = inside("model.path", path, folder)
+    own = resolve_inside("model.path", path, folder)
     links = (Path(root, name) for root, folders, files in os.walk(own) for name in (*folders, *files))
     for link in links:
-        if link.is_symlink() and not _within(link, folder):
-            raise Refused(f"model.path: '{link.relative_to(folder)}' is a link that leaves the recipe's folder; {OWN}.")
+        if link.is_symlink() and not _is_within(link, folder):
+            raise RecipeError(
+                f"model.path: '{link.relative_to(folder)}' is a link that leaves the recipe's folder; {OWN}."
+            )
     return str(own)
 
 
-def _images(value: Any, folder: Path) -> Any:
+def _locate_images(value: Any, folder: Path) -> Any:
     if isinstance(value, list):
-        return [_images(one, folder) for one in value]
-    return str(inside("input.images", value, folder)) if isinstance(value, str) else value
+        return [_locate_images(one, folder) for one in value]
+    return str(resolve_inside("input.images", value, folder)) if isinstance(value, str) else value
 
 
-def _prompts(value: Any, folder: Path) -> str | None:
+def _locate_prompts(value: Any, folder: Path) -> str | None:
     """The file's path; the images that its lines name are in the folder too."""
     if value is None:
         return None
     if not isinstance(value, str):
-        raise Refused("input.prompts: names a file; a few texts go into sampling.prompt.")
-    path = inside("input.prompts", value, folder)
+        raise RecipeError("input.prompts: names a file; a few texts go into sampling.prompt.")
+    path = resolve_inside("input.prompts", value, folder)
     try:
-        lines = prompts.read(str(path))
+        lines = prompts.read_prompts(str(path))
     except UsageError as error:
-        raise Refused("; ".join(str(error).splitlines())) from None
+        raise RecipeError("; ".join(str(error).splitlines())) from None
     for line in lines:
         for image in line.get("images") or ():
-            if not _within(Path(image), folder):
-                raise Refused(f"{value} line {line[prompts.LINE]}: '{image}' is not in the recipe's folder; {OWN}.")
+            if not _is_within(Path(image), folder):
+                raise RecipeError(f"{value} line {line[prompts.LINE]}: '{image}' is not in the recipe's folder; {OWN}.")
     return str(path)
 
 
-READERS = {"images": _images, "prompts": _prompts}
+READERS = {"images": _locate_images, "prompts": _locate_prompts}
 
 
-def _within(path: Path, folder: Path) -> bool:
+def _is_within(path: Path, folder: Path) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))

@@ -20,9 +20,9 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
-from hydrarun.config.recipes.file import Recipe, read
+from hydrarun.config.recipes.file import Recipe, read_recipe
 from hydrarun.core import resources
-from hydrarun.core.errors import UsageError, nearest
+from hydrarun.core.errors import UsageError, suggest_name
 
 SEARCHPATH = "hydra.searchpath"
 
@@ -30,7 +30,7 @@ SEARCHPATH = "hydra.searchpath"
 _collections: list[Path] = []
 
 
-def look_in(overrides: Sequence[str]) -> None:
+def set_collections(overrides: Sequence[str]) -> None:
     """Take the recipes of the collections that these overrides name in `hydra.searchpath`, and of no others."""
     _collections[:] = []
     for override in overrides:
@@ -43,47 +43,47 @@ def look_in(overrides: Sequence[str]) -> None:
             _collections.extend(Path(folder) for folder in folders if "://" not in folder)
 
 
-def roots() -> list[Path]:
+def list_roots() -> list[Path]:
     """The folders that hold recipes by name; the shipped one first."""
     own = [folder / "recipes" for folder in _collections]
-    return [resources.folder("recipes"), *(folder for folder in own if folder.is_dir())]
+    return [resources.find_folder("recipes"), *(folder for folder in own if folder.is_dir())]
 
 
-def names() -> list[str]:
+def list_recipe_names() -> list[str]:
     """The recipes that have a name: their paths below a root, without `.yaml`."""
     return sorted(
-        {path.relative_to(root).with_suffix("").as_posix() for root in roots() for path in root.rglob("*.yaml")}
+        {path.relative_to(root).with_suffix("").as_posix() for root in list_roots() for path in root.rglob("*.yaml")}
     )
 
 
-def file_of(name: str) -> Path:
+def find_recipe_file(name: str) -> Path:
     """The file that `recipe=name` means. Raises UsageError if there is none, or more than one."""
     if name.endswith(".yaml"):
         path = Path(name).expanduser()
         if not path.is_file():
             raise UsageError(f"recipe={name}: there is no such file.")
         return path
-    known = names()
+    known = list_recipe_names()
     if name not in known:
         known.append("none")
         raise UsageError(
-            f"recipe={name}: no such recipe.{nearest(name, known)} Known: {', '.join(known)}."
+            f"recipe={name}: no such recipe.{suggest_name(name, known)} Known: {', '.join(known)}."
             " Your own: the path of a file that ends in .yaml."
         )
-    files = [file for root in roots() if (file := root / f"{name}.yaml").is_file()]
+    files = [file for root in list_roots() if (file := root / f"{name}.yaml").is_file()]
     if len(files) > 1:
         raise UsageError(f"recipe={name}: in several places: {', '.join(map(str, files))}; give the path of one.")
     return files[0]
 
 
-def recipe(name: str) -> Recipe:
+def load_recipe(name: str) -> Recipe:
     """The vetted recipe of that name or path. Raises UsageError that names it and says what it may not do."""
-    return read(file_of(name), name)
+    return read_recipe(find_recipe_file(name), name)
 
 
-def load(name: str) -> dict[str, Any]:
+def load_choices(name: str) -> dict[str, Any]:
     """Its choices and values as Hydra composes them; `none` has none. Raises UsageError."""
-    return {} if name == "none" else recipe(name).content
+    return {} if name == "none" else load_recipe(name).content
 
 
 class RecipeSource(ConfigSource):
@@ -103,7 +103,7 @@ class RecipeSource(ConfigSource):
         return config_path.startswith("recipe/")
 
     def load_config(self, config_path: str) -> ConfigResult:
-        content = load(config_path.removeprefix("recipe/"))
+        content = load_choices(config_path.removeprefix("recipe/"))
         return ConfigResult(
             config=OmegaConf.create(content),
             path=config_path,
@@ -115,7 +115,7 @@ class RecipeSource(ConfigSource):
         if config_path == "" and results_filter is not ObjectType.CONFIG:
             return ["recipe"]
         if config_path == "recipe" and results_filter is not ObjectType.GROUP:
-            return [*names(), "none"]
+            return [*list_recipe_names(), "none"]
         return []
 
 
@@ -127,7 +127,7 @@ class RecipeSearchPath(SearchPathPlugin):
 
 
 @cache
-def register() -> None:
+def register_recipe_source() -> None:
     """Make `recipe=` known to Hydra, once per process."""
     Plugins.instance().register(RecipeSource)
     Plugins.instance().register(RecipeSearchPath)

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hydrarun.config.targets import FORBIDDEN_ARGUMENTS
-from hydrarun.core.errors import nearest
+from hydrarun.core.errors import suggest_name
 from hydrarun.core.quoting import TEXT_KEYS, escape_interpolation
-from hydrarun.core.resources import groups
+from hydrarun.core.resources import list_groups
 
 NAME = re.compile(r"[\w-]+(/[\w-]+)*")
 KEY = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -22,27 +22,27 @@ KEY = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 LITERAL = (*TEXT_KEYS, "input.images", "input.prompts", "model.path")
 
 
-def problems(text: str, content: Mapping[str, Any]) -> Iterator[str]:
+def find_problems(text: str, content: Mapping[str, Any]) -> Iterator[str]:
     """What a recipe, its metadata apart, may not hold: a sentence for each."""
     for line in text.splitlines():
         if re.match(r"\s*#\s*@", line) and not re.fullmatch(r"\s*#\s*@package\s+_global_\s*", line):
             yield f"the header '{line.strip()}' is not allowed; a recipe needs none."
-    yield from _defaults_problems(content.get("defaults", []))
+    yield from _check_defaults(content.get("defaults", []))
     for key, value in content.items():
         if key != "defaults":
-            yield from _value_problems({key: value}, "")
+            yield from _check_value({key: value}, "")
 
 
-def literal_texts(node: Any, path: str = "") -> Any:
+def escape_texts(node: Any, path: str = "") -> Any:
     """The content with `${` in prompts, and in the folders of what it names, made literal."""
     if isinstance(node, dict):
-        return {key: literal_texts(value, f"{path}.{key}" if path else key) for key, value in node.items()}
+        return {key: escape_texts(value, f"{path}.{key}" if path else key) for key, value in node.items()}
     if isinstance(node, list):
-        return [literal_texts(value, path) for value in node]
+        return [escape_texts(value, path) for value in node]
     return escape_interpolation(node) if isinstance(node, str) and path in LITERAL else node
 
 
-def _defaults_problems(defaults: Any) -> Iterator[str]:
+def _check_defaults(defaults: Any) -> Iterator[str]:
     example = "write `defaults: [override /model: demo]`"
     if not isinstance(defaults, list):
         yield f"defaults is not a list: {example}."
@@ -54,14 +54,14 @@ def _defaults_problems(defaults: Any) -> Iterator[str]:
             continue
         if not group:
             yield f"defaults: {entry!r} is not allowed; {example}."
-        elif group[1] not in groups():
-            hint = nearest(group[1], groups())
-            yield f"defaults: a recipe may not choose '{group[1]}'.{hint} Groups: {', '.join(groups())}."
+        elif group[1] not in list_groups():
+            hint = suggest_name(group[1], list_groups())
+            yield f"defaults: a recipe may not choose '{group[1]}'.{hint} Groups: {', '.join(list_groups())}."
         elif not isinstance(option, str) or not NAME.fullmatch(option):
             yield f"defaults: {option!r} is not the name of an option of '{group[1]}'."
 
 
-def _value_problems(node: Any, path: str) -> Iterator[str]:
+def _check_value(node: Any, path: str) -> Iterator[str]:
     if isinstance(node, dict):
         for key, value in node.items():
             here = f"{path}.{key}" if path else str(key)
@@ -72,10 +72,10 @@ def _value_problems(node: Any, path: str) -> Iterator[str]:
             elif key in FORBIDDEN_ARGUMENTS:
                 yield f"'{here}' is not allowed: it would run code that comes with a checkpoint."
             else:
-                yield from _value_problems(value, here)
+                yield from _check_value(value, here)
     elif isinstance(node, list):
         for value in node:
-            yield from _value_problems(value, path)
+            yield from _check_value(value, path)
     elif isinstance(node, str):
         if "${" in node and path not in TEXT_KEYS:
             yield f"{path}: {node!r}: interpolations and resolvers are not allowed, write the value."

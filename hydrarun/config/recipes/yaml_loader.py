@@ -10,31 +10,31 @@ import yaml
 MAX_BYTES = 64 * 1024
 
 
-class Refused(Exception):  # noqa: N818 - it is no error of the program's
+class RecipeError(Exception):
     """Why a recipe is not taken: one sentence; who catches it puts the recipe's name in front."""
 
 
-def parse(data: bytes) -> tuple[str, dict[str, Any]]:
+def parse_sections(data: bytes) -> tuple[str, dict[str, Any]]:
     """The text of a recipe's file and its top-level sections. Raises Refused."""
     if len(data) > MAX_BYTES:
-        raise Refused(f"larger than {MAX_BYTES // 1024} KiB, which no recipe is.")
+        raise RecipeError(f"larger than {MAX_BYTES // 1024} KiB, which no recipe is.")
     try:
         text = data.decode()
-        content = yaml.load(text, Loader) if text else {}
+        content = yaml.load(text, StrictLoader) if text else {}
     except UnicodeDecodeError:
-        raise Refused("not UTF-8 text.") from None
+        raise RecipeError("not UTF-8 text.") from None
     except RecursionError:
-        raise Refused("nested too deeply.") from None
+        raise RecipeError("nested too deeply.") from None
     except yaml.YAMLError as error:
-        raise Refused(_yaml_problem(error)) from None
+        raise RecipeError(_describe_yaml_error(error)) from None
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise Refused("not a mapping of sections, such as `sampling: {num_inference_steps: 8}`.")
+        raise RecipeError("not a mapping of sections, such as `sampling: {num_inference_steps: 8}`.")
     return text, content
 
 
-class Loader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """Plain YAML: no aliases (a few of them unfold to gigabytes), no repeated keys (the last would win silently)."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -53,28 +53,28 @@ class Loader(yaml.SafeLoader):
 
 
 # A date or `1e-3` must come out as what it looks like in the rest of the configuration: text and a float.
-Loader.yaml_implicit_resolvers = {
+StrictLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-Loader.add_implicit_resolver(
+StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 
 
-class Dumper(yaml.SafeDumper):
+class StrictDumper(yaml.SafeDumper):
     """Writes what `Loader` reads as the same: a text such as `1e3` in quotes."""
 
 
-Dumper.yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
+StrictDumper.yaml_implicit_resolvers = StrictLoader.yaml_implicit_resolvers
 
 
-def dump(content: dict[str, Any]) -> str:
+def dump_yaml(content: dict[str, Any]) -> str:
     """YAML in the order of the keys, a text in one line."""
-    return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)
+    return yaml.dump(content, Dumper=StrictDumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
+def _describe_yaml_error(error: yaml.YAMLError) -> str:
     """One line from a YAML error: what is wrong, in which line."""
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]

@@ -20,10 +20,10 @@ Group = Any  # torch.distributed.ProcessGroup
 gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 #: bytes sent by this rank, by collective
-sent: Counter[str] = Counter()
+sent_bytes: Counter[str] = Counter()
 
 
-def everyone() -> Group:
+def get_world_group() -> Group:
     """The group of all ranks."""
     return dist.group.WORLD
 
@@ -32,7 +32,7 @@ def everyone() -> Group:
 def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int], group: Group) -> list[Tensor]:
     """Send `parts[r]` to rank r and get one from each: flat tensors, of `sizes[r]` elements from rank r."""
     rank = group.rank()
-    sent["all_to_all"] += sum(part.nbytes for other, part in enumerate(parts) if other != rank)
+    sent_bytes["all_to_all"] += sum(part.nbytes for other, part in enumerate(parts) if other != rank)
     counts = [part.numel() for part in parts]
     joined = torch.cat([part.reshape(-1) for part in parts])
     received = joined.new_empty(sum(sizes))
@@ -49,7 +49,7 @@ def all_gather(x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tenso
         shape = list(x.shape)
         shape[dim] = missing
         x = torch.cat([x, x.new_zeros(shape)], dim=dim)
-    sent["all_gather"] += x.nbytes * (count - 1)
+    sent_bytes["all_gather"] += x.nbytes * (count - 1)
     gathered = x.new_empty(count, *x.shape)
     gather_single(gathered.view(-1), x.contiguous().view(-1), group=group)
     return torch.cat([part.narrow(dim, 0, size) for part, size in zip(gathered, sizes, strict=True)], dim=dim)
@@ -59,28 +59,28 @@ def all_gather(x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tenso
 def all_reduce(x: Tensor, group: Group) -> Tensor:
     """The sum over all ranks, in place."""
     count = group.size()
-    sent["all_reduce"] += 2 * (count - 1) * x.nbytes // count
+    sent_bytes["all_reduce"] += 2 * (count - 1) * x.nbytes // count
     dist.all_reduce(x, group=group)
     return x
 
 
-def text_of_first(text: str, device: torch.device) -> str:
+def broadcast_text(text: str, device: torch.device) -> str:
     """Rank 0's text, on every rank."""
     own = list(text.encode()) if dist.get_rank() == 0 else []
-    size = int(all_reduce(torch.tensor([len(own)], device=device), everyone()).item())
+    size = int(all_reduce(torch.tensor([len(own)], device=device), get_world_group()).item())
     letters = torch.zeros(size, dtype=torch.int32, device=device)
     letters[: len(own)] = torch.tensor(own, dtype=torch.int32, device=device)
-    return bytes(all_reduce(letters, everyone()).tolist()).decode() if size else ""
+    return bytes(all_reduce(letters, get_world_group()).tolist()).decode() if size else ""
 
 
-class Exchange:
+class RingExchange:
     """Tensors on their way to the next rank of a ring, and from the one before; the caller computes meanwhile."""
 
     def __init__(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], group: Group) -> None:
         rank, count = group.rank(), group.size()
         following = dist.get_global_rank(group, (rank + 1) % count)
         previous = dist.get_global_rank(group, (rank - 1) % count)
-        sent["exchange"] += sum(x.nbytes for x in outgoing)
+        sent_bytes["exchange"] += sum(x.nbytes for x in outgoing)
         self.incoming = list(incoming)
         self.outgoing = [x.contiguous() for x in outgoing]  # kept until they have left
         sends = [dist.P2POp(dist.isend, x, following, group) for x in self.outgoing if x.numel()]

@@ -11,23 +11,23 @@ DIMENSIONS = ("data", "cfg", "ring", "ulysses", "tensor")
 Degrees = Mapping[str, int]
 
 
-def product(degrees: Degrees) -> int:
+def count_worker_ranks(degrees: Degrees) -> int:
     """Ranks that do different work."""
     return math.prod(degrees[f"{name}_degree"] for name in DIMENSIONS)
 
 
 def world_size(degrees: Degrees) -> int:
     """Ranks in all. HSDP and the VAE share what these ranks hold and do; alone they bring ranks of their own."""
-    return max(product(degrees), degrees["hsdp_degree"] * degrees["tensor_degree"], degrees["vae_degree"])
+    return max(count_worker_ranks(degrees), degrees["hsdp_degree"] * degrees["tensor_degree"], degrees["vae_degree"])
 
 
-def problems(degrees: Degrees) -> Iterator[tuple[str, str]]:
+def find_degree_problems(degrees: Degrees) -> Iterator[tuple[str, str]]:
     """Keys and what is wrong with them."""
     for key, value in degrees.items():
         if value < 1:
             yield key, f"{value} is below 1."
             return
-    ranks, work = world_size(degrees), product(degrees)
+    ranks, work = world_size(degrees), count_worker_ranks(degrees)
     layout = " x ".join(f"{name} {degrees[f'{name}_degree']}" for name in DIMENSIONS)
     if ranks % work:
         yield "hsdp_degree", f"{ranks} ranks are no multiple of the {work} of {layout}."
@@ -39,6 +39,6 @@ def problems(degrees: Degrees) -> Iterator[tuple[str, str]]:
         yield "vae_degree", f"{together} ranks draw the same pictures, which is no multiple of {degrees['vae_degree']}."
 
 
-def shares(length: int, ranks: int) -> list[int]:
+def split_evenly(length: int, ranks: int) -> list[int]:
     """`length` things over `ranks` ranks, as evenly as can be; the first ranks have one more."""
     return [length // ranks + (rank < length % ranks) for rank in range(ranks)]

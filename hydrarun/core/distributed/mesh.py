@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from hydrarun.core.distributed.collectives import Group
-from hydrarun.core.distributed.degrees import DIMENSIONS, Degrees, product, world_size
+from hydrarun.core.distributed.degrees import DIMENSIONS, Degrees, count_worker_ranks, world_size
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,18 @@ class Axis:
     size: int
 
 
-_made: dict[Any, DeviceMesh] = {}
+_device_meshes: dict[Any, DeviceMesh] = {}
 
 
-def grid_of(ranks: torch.Tensor, names: tuple[str, ...], device: torch.device) -> DeviceMesh:
+def get_device_mesh(ranks: torch.Tensor, names: tuple[str, ...], device: torch.device) -> DeviceMesh:
     """All ranks in this arrangement. One that was made before is taken again: its groups have threads of their own, or
     communicators with buffers on the device, which a sweep over many layouts would pile up."""
     key = dist.group.WORLD, device.type, names, ranks.shape, *ranks.flatten().tolist()
-    if key not in _made:
-        for old in [old for old in _made if old[0] is not dist.group.WORLD]:
-            del _made[old]  # of another set of processes
-        _made[key] = DeviceMesh(device.type, ranks, mesh_dim_names=names)
-    return _made[key]
+    if key not in _device_meshes:
+        for old in [old for old in _device_meshes if old[0] is not dist.group.WORLD]:
+            del _device_meshes[old]  # of another set of processes
+        _device_meshes[key] = DeviceMesh(device.type, ranks, mesh_dim_names=names)
+    return _device_meshes[key]
 
 
 class Mesh:
@@ -50,9 +50,9 @@ class Mesh:
         self.world = world_size(degrees)
         sizes = {name: degrees[f"{name}_degree"] for name in DIMENSIONS}
         names = (*DIMENSIONS[:2], "replica", *DIMENSIONS[2:])
-        shape = [sizes.get(name, self.world // product(degrees)) for name in names]
+        shape = [sizes.get(name, self.world // count_worker_ranks(degrees)) for name in names]
         ranks = torch.arange(self.world)
-        grid = grid_of(ranks.view(shape), names, device)
+        grid = get_device_mesh(ranks.view(shape), names, device)
         self.axes = {
             name: Axis(grid.get_group(name), grid.get_local_rank(name), size)
             for name, size in zip(names, shape, strict=True)
@@ -60,7 +60,7 @@ class Mesh:
         self.rank = dist.get_rank()
         #: ranks that hold equal weights, as replicas x shards
         holders = ranks.view(-1, sizes["tensor"]).t().reshape(sizes["tensor"], -1, degrees["hsdp_degree"])
-        self.hsdp = grid_of(holders, ("tensor", "replicate", "shard"), device)
+        self.hsdp = get_device_mesh(holders, ("tensor", "replicate", "shard"), device)
         self.vae = self._vae_axis(ranks)
 
     def __getitem__(self, name: str) -> Axis | None:
@@ -72,5 +72,5 @@ class Mesh:
         degree = self.degrees["vae_degree"]
         if degree == 1:
             return None
-        grid = grid_of(ranks.view(-1, degree), ("others", "vae"), self.device)
+        grid = get_device_mesh(ranks.view(-1, degree), ("others", "vae"), self.device)
         return Axis(grid.get_group("vae"), grid.get_local_rank("vae"), degree)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 
-class Job(NamedTuple):
+class CalibrationJob(NamedTuple):
     """What is calibrated."""
 
     config: dict[str, Any]  # checked, without a cache

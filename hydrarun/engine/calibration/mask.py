@@ -10,31 +10,31 @@ import numpy as np
 from hydrarun.acceleration.cache.base import NoCache, Schedule
 from hydrarun.config.targets import instantiate
 from hydrarun.core.errors import UsageError
-from hydrarun.core.moved_names import original_names
+from hydrarun.core.moved_names import use_original_names
 from hydrarun.core.progress import Progress
-from hydrarun.core.resources import options
-from hydrarun.engine.calibration.scores import Scores
-from hydrarun.engine.calibration.search import Found, Steps, search, spread
-from hydrarun.engine.calibration.trial import Draws, entry, many, write_option
+from hydrarun.core.resources import read_options
+from hydrarun.engine.calibration.scores import ScoreLedger
+from hydrarun.engine.calibration.search import SearchResult, Steps, search_steps, spread_steps
+from hydrarun.engine.calibration.trial import TrialRunner, format_entry, format_prompt_count, write_option
 from hydrarun.outputs.media import kinds
-from hydrarun.outputs.quality.metrics import compare
-from hydrarun.pipeline.stages.denoise import schedule
+from hydrarun.outputs.quality.metrics import compare_outputs
+from hydrarun.pipeline.stages.denoise import make_schedule
 from hydrarun.pipeline.state import State
 
 if TYPE_CHECKING:
-    from hydrarun.engine.calibration.job import Job
+    from hydrarun.engine.calibration.job import CalibrationJob
 
 #: the spreads that a search starts from: as every_n's steps lie, and denser at the start, as SCM's do
 POWERS = (1.0, 1.5, 2.0)
 
 
-def calibrate(job: Job) -> Path:
+def calibrate_mask(job: CalibrationJob) -> Path:
     """Search, report; the option that was written. Raises UsageError."""
-    instantiate(node(job, (0,)), "cache")  # here for what is wrong with it
+    instantiate(make_cache_node(job, (0,)), "cache")  # here for what is wrong with it
     progress = Progress()
-    twins = Twins(job, Draws(job.config, progress))
-    ledger = Scores(job.folder / "scores.jsonl", identity(job, twins))
-    starts = [spread(twins.count, twins.steps, twins.firsts, power) for power in POWERS]
+    twins = ReferenceRuns(job, TrialRunner(job.config, progress))
+    ledger = ScoreLedger(job.folder / "scores.jsonl", make_identity(job, twins))
+    starts = [spread_steps(twins.count, twins.steps, twins.firsts, power) for power in POWERS]
     with progress.phase("searching", total=job.evaluations) as advance:
 
         def score(steps: Steps) -> float:
@@ -43,18 +43,18 @@ def calibrate(job: Job) -> Path:
             advance()
             return ledger.scores[steps]
 
-        found = search(score, starts, twins.steps, twins.firsts, job.evaluations)
+        found = search_steps(score, starts, twins.steps, twins.firsts, job.evaluations)
     near = {steps: twins.nearness(steps) for steps in dict.fromkeys([found.start, found.best])}
-    print(report(found, near, job, twins))
+    print(format_report(found, near, job, twins))
     file = job.option("mask")
-    write(file, job, twins, found, near[found.best])
+    write_mask_option(file, job, twins, found, near[found.best])
     return file
 
 
-class Twins:
+class ReferenceRuns:
     """The prompts, prepared, and their uncached runs."""
 
-    def __init__(self, job: Job, draws: Draws) -> None:
+    def __init__(self, job: CalibrationJob, draws: TrialRunner) -> None:
         """Raises UsageError for a budget that is no search."""
         self.job, self.draws = job, draws
         self.prepared: list[State] = []
@@ -69,7 +69,7 @@ class Twins:
 
     def _plan(self) -> None:
         """How many steps there are, how many of them are computed, and which must be."""
-        whole = Schedule(schedule(self.uncached[0].timesteps, self.draws.parts.experts))
+        whole = Schedule(make_schedule(self.uncached[0].timesteps, self.draws.parts.experts))
         self.steps, self.firsts = len(whole.steps), whole.firsts
         self.count = round(self.job.budget * self.steps)
         if not len(self.firsts) <= self.count < self.steps:
@@ -80,7 +80,7 @@ class Twins:
 
     def denoise(self, index: int, steps: Steps) -> State:
         """A prompt with these steps computed."""
-        return self.draws.denoise(self.prepared[index], instantiate(node(self.job, steps), "cache"))
+        return self.draws.denoise(self.prepared[index], instantiate(make_cache_node(self.job, steps), "cache"))
 
     def score(self, steps: Steps) -> float:
         """The mean squared error of the latents, over all prompts."""
@@ -92,24 +92,24 @@ class Twins:
 
     def nearness(self, steps: Steps) -> str:
         """PSNR in dB, of sounds SNR: the mean over all that is drawn."""
-        measure = kinds.drawn_by(self.job.config["model"]).metrics[0]
+        measure = kinds.find_model_kind(self.job.config["model"]).metrics[0]
         pairs = [
             pair
             for index, twin in enumerate(self.uncached)
             for pair in zip(self.draws.decode(self.denoise(index, steps)), self.draws.decode(twin), strict=True)
         ]
-        decibels = float(np.mean([compare(*pair, [measure])[measure] for pair in pairs]))
+        decibels = float(np.mean([compare_outputs(*pair, [measure])[measure] for pair in pairs]))
         return f"{measure.upper()} {decibels:.2f} dB"
 
 
-def node(job: Job, steps: Steps) -> dict[str, Any]:
+def make_cache_node(job: CalibrationJob, steps: Steps) -> dict[str, Any]:
     """The cache with these steps computed."""
     return {**job.cache, "gate": {**job.cache["gate"], "steps": list(steps), "density": None}}
 
 
-def identity(job: Job, twins: Twins) -> dict[str, Any]:
+def make_identity(job: CalibrationJob, twins: ReferenceRuns) -> dict[str, Any]:
     """All that a score depends on beside the steps; in every version the same, so that an older search goes on."""
-    facts = twins.draws.runner.facts()
+    facts = twins.draws.runner.collect_facts()
     known = {
         **{key: job.config[key] for key in ("model", "sampling", "input", "compile", "quantization")},
         **{key: facts[key] for key in ("weights", "device", "dtype", "attention", "scheduler")},
@@ -118,10 +118,10 @@ def identity(job: Job, twins: Twins) -> dict[str, Any]:
         "computed steps": twins.count,
         **({"scheduler settings": job.config["scheduler"]} if job.config["scheduler"] else {}),
     }
-    return original_names(known)
+    return use_original_names(known)
 
 
-def report(found: Found, near: dict[Steps, str], job: Job, twins: Twins) -> str:
+def format_report(found: SearchResult, near: dict[Steps, str], job: CalibrationJob, twins: ReferenceRuns) -> str:
     """What the search came to, for the user."""
     at_limit = found.count >= job.evaluations
     why = "cache.evaluations is reached" if at_limit else "no move of a single step is better"
@@ -130,30 +130,32 @@ def report(found: Found, near: dict[Steps, str], job: Job, twins: Twins) -> str:
         f"{name}: latents' mean squared error {score:.4g}, {near[steps]}, computed {list(steps)}"
         for name, steps, score in rows
     ]
-    tried = f"{found.count} masks of {twins.count} of {twins.steps} steps tried on {many(job.prompts)}: {why}"
-    return "\n".join([*lines, tried])
+    masks = f"{found.count} masks of {twins.count} of {twins.steps} steps"
+    return "\n".join([*lines, f"{masks} tried on {format_prompt_count(job.prompts)}: {why}"])
 
 
-def write(file: Path, job: Job, twins: Twins, found: Found, near: str) -> None:
+def write_mask_option(file: Path, job: CalibrationJob, twins: ReferenceRuns, found: SearchResult, near: str) -> None:
     """The option."""
     name = job.config["model"]["name"]
     about = (
         f"{twins.count} of {twins.steps} steps of {name} (budget {job.budget}), searched by hydrarun calibrate on"
-        f" {many(job.prompts)}: latents' mean squared error {found.best_score:.4g}, {near}"
+        f" {format_prompt_count(job.prompts)}: latents' mean squared error {found.best_score:.4g}, {near}"
     )
-    predictor, body = chosen(job.cache["predictor"])
-    steps = entry("steps that are computed, from 0", "steps", list(found.best), indent=2)
-    density = entry("null: by steps", "density", None, indent=2)
+    predictor, body = format_predictor(job.cache["predictor"])
+    steps = format_entry("steps that are computed, from 0", "steps", list(found.best), indent=2)
+    density = format_entry("null: by steps", "density", None, indent=2)
     count = job.config["sampling"]["num_inference_steps"]
-    run = entry("the run that they are for; others are refused", "num_inference_steps", count, indent=2)
+    run = format_entry("the run that they are for; others are refused", "num_inference_steps", count, indent=2)
     write_option(file, about, ["mask", *predictor], ["gate:", *steps, *run, *density, *body])
 
 
-def chosen(predictor: dict[str, Any]) -> tuple[list[str], list[str]]:
+def format_predictor(predictor: dict[str, Any]) -> tuple[list[str], list[str]]:
     """The entry of the defaults list and the fields that make this predictor."""
-    shipped = options("cache/predictor")
+    shipped = read_options("cache/predictor")
     names = [name for name, option in shipped.items() if option["_target_"] == predictor["_target_"]]
     base = shipped[names[0]] if names else {}
     other = {key: value for key, value in predictor.items() if base.get(key) != value}
-    body = entry("what stands in for the blocks of a skipped step", "predictor", other, indent=0) if other else []
+    body = (
+        format_entry("what stands in for the blocks of a skipped step", "predictor", other, indent=0) if other else []
+    )
     return [f"override predictor: {name}" for name in names[:1]], body

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
-from hydrarun.outputs.report import plot as svg
+from hydrarun.outputs.report import plot
 
 Pair = tuple[float, float]  # relative change of the signal, and of the output
 
@@ -83,15 +83,15 @@ def draw_panel(panel: Panel, left: float, degree: int) -> Iterator[str]:
 def draw_axes(scales: Scales, title: str) -> Iterator[str]:
     """Grid lines, their numbers, and what the axes are."""
     first, last, bottom = scales.left + LEFT, scales.left + WIDTH - RIGHT, HEIGHT - BOTTOM
-    for value in svg.ticks(0, scales.top):
-        yield svg.rule(first, scales.y(value), last, scales.y(value), "grid" if value else "axis")
-        yield svg.words(first - 8, scales.y(value) + 5, f"{value:.3g}", "end")
-    for value in svg.ticks(scales.low, scales.high):
-        yield svg.rule(scales.x(value), TOP, scales.x(value), bottom, "grid")
-        yield svg.words(scales.x(value), bottom + 18, f"{value:.3g}", "middle")
-    yield svg.words(first, 14, title, "title")
-    yield svg.words(first, TOP - 6, "relative change of the output", "name")
-    yield svg.words(last, HEIGHT - 10, "relative change of the signal", "end")
+    for value in plot.choose_ticks(0, scales.top):
+        yield plot.draw_line(first, scales.y(value), last, scales.y(value), "grid" if value else "axis")
+        yield plot.draw_text(first - 8, scales.y(value) + 5, f"{value:.3g}", "end")
+    for value in plot.choose_ticks(scales.low, scales.high):
+        yield plot.draw_line(scales.x(value), TOP, scales.x(value), bottom, "grid")
+        yield plot.draw_text(scales.x(value), bottom + 18, f"{value:.3g}", "middle")
+    yield plot.draw_text(first, 14, title, "title")
+    yield plot.draw_text(first, TOP - 6, "relative change of the output", "name")
+    yield plot.draw_text(last, HEIGHT - 10, "relative change of the signal", "end")
 
 
 def draw_legend(panel: Panel, left: float, degree: int) -> Iterator[str]:
@@ -99,7 +99,7 @@ def draw_legend(panel: Panel, left: float, degree: int) -> Iterator[str]:
     x, y = left + LEFT + 12, TOP + 14
     for (branch, pairs), colour in zip(panel.pairs.items(), cycle(COLOURS), strict=False):
         yield f'<circle fill="{colour}" cx="{x + 8}" cy="{y - 4}" r="4"/>'
-        yield svg.words(x + 24, y, f"{branch}, {len(pairs)} pairs", "name")
+        yield plot.draw_text(x + 24, y, f"{branch}, {len(pairs)} pairs", "name")
         y += LINE
-    yield svg.rule(x, y - 4, x + 16, y - 4, "fit")
-    yield svg.words(x + 24, y, f"fit of degree {degree}", "name")
+    yield plot.draw_line(x, y - 4, x + 16, y - 4, "fit")
+    yield plot.draw_text(x + 24, y, f"fit of degree {degree}", "name")

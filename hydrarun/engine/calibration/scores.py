@@ -10,7 +10,7 @@ from hydrarun.engine.calibration.search import Steps
 from hydrarun.outputs.journal import Ledger
 
 
-class Scores:
+class ScoreLedger:
     """Scores by steps, in `file`."""
 
     def __init__(self, file: Path, identity: Mapping[str, Any]) -> None:

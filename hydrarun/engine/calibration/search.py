@@ -10,7 +10,7 @@ Steps = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The best of the starts and the best of all, with their scores, and how many were scored."""
 
     start: Steps
@@ -20,9 +20,9 @@ class Found:
     count: int
 
 
-def search(
+def search_steps(
     score: Callable[[Steps], float], starts: Sequence[Steps], steps: int, fixed: frozenset[int], limit: int
-) -> Found:
+) -> SearchResult:
     """The steps of least `score`, of a run of `steps`; those in `fixed` stay. At most `limit` are scored.
 
     From the best of `starts` on, the nearest move of a single step that is better is taken, until there is none.
@@ -33,15 +33,15 @@ def search(
     while better:
         better = False
         # what is known is no better than the best
-        for moved in [other for other in moves(best, steps, fixed) if other not in known][: limit - len(known)]:
+        for moved in [other for other in list_moves(best, steps, fixed) if other not in known][: limit - len(known)]:
             known[moved] = score(moved)
             if known[moved] < known[best]:
                 best, better = moved, True
                 break
-    return Found(start, known[start], best, known[best], len(known))
+    return SearchResult(start, known[start], best, known[best], len(known))
 
 
-def moves(mask: Steps, steps: int, fixed: frozenset[int]) -> Iterator[Steps]:
+def list_moves(mask: Steps, steps: int, fixed: frozenset[int]) -> Iterator[Steps]:
     """All masks with one step of `mask` in another place, the nearest places first."""
     free = sorted(set(range(steps)) - set(mask))
     pairs = ((away, to) for away in mask if away not in fixed for to in free)
@@ -49,7 +49,7 @@ def moves(mask: Steps, steps: int, fixed: frozenset[int]) -> Iterator[Steps]:
         yield tuple(sorted({*mask, to} - {away}))
 
 
-def spread(count: int, steps: int, fixed: frozenset[int], power: float) -> Steps:
+def spread_steps(count: int, steps: int, fixed: frozenset[int], power: float) -> Steps:
     """`count` of `steps` steps from the first to the last, `fixed` among them.
 
     Evenly (`power` 1), or denser at the start (above 1).

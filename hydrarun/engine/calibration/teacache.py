@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hydrarun.acceleration.cache.base import Owner
-from hydrarun.acceleration.cache.recorder import Recording
+from hydrarun.acceleration.cache.recorder import RecordingCache
 from hydrarun.core.errors import UsageError
 from hydrarun.core.progress import Progress
 from hydrarun.core.tables import Table, format_plain
 from hydrarun.engine.calibration.plot import Panel, draw_fit
-from hydrarun.engine.calibration.trial import Draws, entry, many, write_option
+from hydrarun.engine.calibration.trial import TrialRunner, format_entry, format_prompt_count, write_option
 
 if TYPE_CHECKING:
-    from hydrarun.engine.calibration.job import Job
+    from hydrarun.engine.calibration.job import CalibrationJob
 
 DEGREE = 4
 
@@ -33,34 +33,34 @@ Pairs = Mapping[Owner, Sequence[tuple[float, float]]]
 Coefficients = dict[str, list[float]]
 
 
-def calibrate(job: Job) -> Path:
+def calibrate_teacache(job: CalibrationJob) -> Path:
     """Draw, fit, report; the option that was written. Raises UsageError where there are too few steps to fit."""
-    draws = Draws(job.config, Progress())
-    pairs = record(draws, job.prompts)
-    coefficients = fit(pairs)
-    print(format_plain(table(pairs, coefficients)))
-    found = list(complaints(pairs, coefficients))
+    draws = TrialRunner(job.config, Progress())
+    pairs = record_changes(draws, job.prompts)
+    coefficients = fit_polynomials(pairs)
+    print(format_plain(make_fit_table(pairs, coefficients)))
+    found = list(list_warnings(pairs, coefficients))
     for line in found:
         print(f"warning: {line}")
     file = job.option("teacache")
-    write(file, facts(job, draws.runner.facts(), pairs), coefficients, found)
-    plot(job.folder / f"{file.stem}.svg", pairs, coefficients)
+    write_teacache_option(file, collect_facts(job, draws.runner.collect_facts(), pairs), coefficients, found)
+    plot_pairs(job.folder / f"{file.stem}.svg", pairs, coefficients)
     return file
 
 
-def record(draws: Draws, prompts: Sequence[str]) -> Pairs:
+def record_changes(draws: TrialRunner, prompts: Sequence[str]) -> Pairs:
     """The changes from step to step in uncached runs of the prompts, one after the other."""
-    recording = Recording()
+    recording = RecordingCache()
     with draws.progress.phase("recording", total=len(prompts)) as advance:
         for index, prompt in enumerate(prompts):
             draws.denoise(draws.prepare(prompt), recording)
             if index == 0:  # every prompt gives as many
-                enough(recording, draws, len(prompts))
+                check_pair_count(recording, draws, len(prompts))
             advance()
     return recording.pairs
 
 
-def enough(recording: Recording, draws: Draws, prompts: int) -> None:
+def check_pair_count(recording: RecordingCache, draws: TrialRunner, prompts: int) -> None:
     """Raises UsageError if `prompts` like the first one give some expert too few pairs to fit."""
     for expert in draws.parts.experts.transformers:
         count = prompts * sum(len(found) for owner, found in recording.pairs.items() if owner[0] == expert)
@@ -71,16 +71,16 @@ def enough(recording: Recording, draws: Draws, prompts: int) -> None:
             )
 
 
-def of_expert(pairs: Pairs, expert: str) -> np.ndarray:
+def select_expert_pairs(pairs: Pairs, expert: str) -> np.ndarray:
     """All pairs of an expert, `[N, 2]`."""
     return np.array([pair for owner, found in pairs.items() if owner[0] == expert for pair in found])
 
 
-def fit(pairs: Pairs) -> Coefficients:
+def fit_polynomials(pairs: Pairs) -> Coefficients:
     """For each expert the polynomial of least squares through the pairs of all its branches, highest power first."""
     coefficients = {}
     for expert in dict.fromkeys(expert for expert, _ in pairs):
-        x, y = of_expert(pairs, expert).T
+        x, y = select_expert_pairs(pairs, expert).T
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the rank: `complaints` looks at what came out
             coefficients[expert] = [float(value) for value in np.polyfit(x, y, DEGREE)]
@@ -88,47 +88,47 @@ def fit(pairs: Pairs) -> Coefficients:
 
 
 @dataclass(frozen=True)
-class Quality:
+class FitQuality:
     """How well a polynomial tells the changes: their correlation with the real ones, and the share of variance."""
 
     correlation: float
     r_squared: float
 
 
-def quality(found: Sequence[tuple[float, float]], coefficients: Sequence[float]) -> Quality:
+def measure_fit(found: Sequence[tuple[float, float]], coefficients: Sequence[float]) -> FitQuality:
     """Of one branch's pairs. Where nothing varies there is nothing to tell: 0."""
     x, y = np.array(found).T
     told = np.polyval(coefficients, x)
     if not (y.std() and told.std()):
-        return Quality(0.0, 0.0)
-    return Quality(float(np.corrcoef(told, y)[0, 1]), float(1 - np.square(y - told).mean() / y.var()))
+        return FitQuality(0.0, 0.0)
+    return FitQuality(float(np.corrcoef(told, y)[0, 1]), float(1 - np.square(y - told).mean() / y.var()))
 
 
-def table(pairs: Pairs, coefficients: Coefficients) -> Table:
+def make_fit_table(pairs: Pairs, coefficients: Coefficients) -> Table:
     """What was recorded and how it is fitted, for the user."""
     rows = []
     for (expert, branch), found in pairs.items():
         x, y = np.array(found).T
-        how = quality(found, coefficients[expert])
+        how = measure_fit(found, coefficients[expert])
         ranges = (f"{values.min():.4g} to {values.max():.4g}" for values in (x, y))
         rows.append((expert, branch, str(len(found)), *ranges, f"{how.correlation:.3f}", f"{how.r_squared:.3f}"))
     header = ("expert", "branch", "pairs", "change of signal", "change of output", "correlation", "R²")
     return Table("fit", header, rows)
 
 
-def complaints(pairs: Pairs, coefficients: Coefficients) -> Iterator[str]:
+def list_warnings(pairs: Pairs, coefficients: Coefficients) -> Iterator[str]:
     """What the user should know before they trust the fit."""
     for (expert, branch), found in pairs.items():
         if len(found) < FEW:
             yield f"{expert}, {branch}: {len(found)} pairs; {FEW} or more make a fit that holds for other prompts"
-        correlation = quality(found, coefficients[expert]).correlation
+        correlation = measure_fit(found, coefficients[expert]).correlation
         if correlation < POOR:
             yield f"{expert}, {branch}: correlation {correlation:.2f}: the signal hardly tells the change of the output"
     for expert, polynomial in coefficients.items():
-        yield from _shape(expert, polynomial, of_expert(pairs, expert))
+        yield from _check_shape(expert, polynomial, select_expert_pairs(pairs, expert))
 
 
-def _shape(expert: str, polynomial: Sequence[float], points: np.ndarray) -> Iterator[str]:
+def _check_shape(expert: str, polynomial: Sequence[float], points: np.ndarray) -> Iterator[str]:
     """A polynomial that bends where its data lie."""
     x, y = points.T
     at = np.linspace(x.min(), x.max(), 201)
@@ -147,7 +147,7 @@ def _shape(expert: str, polynomial: Sequence[float], points: np.ndarray) -> Iter
         )
 
 
-def facts(job: Job, used: Mapping[str, Any], pairs: Pairs) -> dict[str, Any]:
+def collect_facts(job: CalibrationJob, used: Mapping[str, Any], pairs: Pairs) -> dict[str, Any]:
     """What the coefficients hold for, by the names of `schema.Fit`. `used`: what the runner says of itself."""
     count = job.config["sampling"]["num_inference_steps"]
     return {
@@ -156,11 +156,13 @@ def facts(job: Job, used: Mapping[str, Any], pairs: Pairs) -> dict[str, Any]:
         "weights": used["weights"]["fingerprint"],
         "scheduler": used["scheduler"],
         "num_inference_steps": [count, count],
-        "source": f"hydrarun calibrate, {many(job.prompts)}, {sum(map(len, pairs.values()))} pairs",
+        "source": f"hydrarun calibrate, {format_prompt_count(job.prompts)}, {sum(map(len, pairs.values()))} pairs",
     }
 
 
-def write(file: Path, told: Mapping[str, Any], coefficients: Coefficients, found: Sequence[str]) -> None:
+def write_teacache_option(
+    file: Path, told: Mapping[str, Any], coefficients: Coefficients, found: Sequence[str]
+) -> None:
     """The option; `told` as `facts` gives it, `found` as `complaints` does."""
     rounded = {expert: [float(f"{value:.9g}") for value in values] for expert, values in coefficients.items()}
     fields = {
@@ -172,18 +174,18 @@ def write(file: Path, told: Mapping[str, Any], coefficients: Coefficients, found
         "num_inference_steps": ("least and most steps; other numbers are refused", told["num_inference_steps"]),
         "source": ("what it was fitted on", told["source"]),
     }
-    lines = [line for key, (comment, value) in fields.items() for line in entry(comment, key, value, indent=4)]
+    lines = [line for key, (comment, value) in fields.items() for line in format_entry(comment, key, value, indent=4)]
     steps = told["num_inference_steps"][0]
     about = f"TeaCache with the coefficients of {told['model']} at {steps} steps, fitted by hydrarun calibrate"
     warned = [f"  # warning: {line}" for line in found]
     write_option(file, about, ["teacache"], ["gate:", *warned, "  # what TeaCache goes by", "  fit:", *lines])
 
 
-def plot(file: Path, pairs: Pairs, coefficients: Coefficients) -> None:
+def plot_pairs(file: Path, pairs: Pairs, coefficients: Coefficients) -> None:
     """Draw the pairs, coloured by branch, and the polynomial of each expert, as an SVG."""
     panels = []
     for expert, polynomial in coefficients.items():
-        x = of_expert(pairs, expert)[:, 0]
+        x = select_expert_pairs(pairs, expert)[:, 0]
         at = np.linspace(x.min(), x.max(), 201)
         curve = list(zip(at.tolist(), np.polyval(polynomial, at).tolist(), strict=True))
         panels.append(

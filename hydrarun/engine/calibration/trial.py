@@ -20,7 +20,7 @@ from hydrarun.pipeline.stage import Stage, run_stages
 from hydrarun.pipeline.state import State
 
 
-class Draws:
+class TrialRunner:
     """Draws with a runner in parts, so that a prompt is encoded once however often it is denoised."""
 
     def __init__(self, config: dict[str, Any], progress: Progress) -> None:
@@ -39,7 +39,7 @@ class Draws:
     def prepare(self, prompt: str) -> State:
         """All that comes before the loop."""
         sampling = {**self.config["sampling"], "prompt": prompt}
-        return self._run(self.before, self.runner.state({**self.config, "sampling": sampling}, self.images))
+        return self._run(self.before, self.runner.prepare_state({**self.config, "sampling": sampling}, self.images))
 
     def denoise(self, prepared: State, cache: Cache) -> State:
         """A copy with the final latents, computed with `cache`."""
@@ -55,19 +55,19 @@ class Draws:
         return state
 
 
-def many(prompts: Sequence[str]) -> str:
+def format_prompt_count(prompts: Sequence[str]) -> str:
     """`1 prompt`, `2 prompts`…"""
     return f"{len(prompts)} prompt{'' if len(prompts) == 1 else 's'}"
 
 
-def entry(comment: str, key: str, value: Any, indent: int) -> list[str]:
+def format_entry(comment: str, key: str, value: Any, indent: int) -> list[str]:
     """A field of YAML below the comment that explains it."""
     # texts in quotes: a fingerprint may look like a number
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else _flow(value)
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else _format_flow(value)
     return [f"{' ' * indent}# {comment}", f"{' ' * indent}{key}: {text}"]
 
 
-def _flow(value: Any) -> str:
+def _format_flow(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False)
     return text.removesuffix("...\n").strip()
 

@@ -3,12 +3,12 @@
 import json
 import sys
 
-from hydrarun.engine.plan.devices import Device
-from hydrarun.engine.plan.planner import as_json, planned
+from hydrarun.engine.plan.devices import DeviceSpec
+from hydrarun.engine.plan.planner import plan_configuration, plan_to_json
 
 asked = json.load(sys.stdin)
 for target in asked["targets"]:
     from hydrarun.config import targets
 
-    targets.allow(target)
-json.dump(as_json(planned(asked["config"], Device(**asked["device"]), asked["ranks"])), sys.stdout)
+    targets.allow_target(target)
+json.dump(plan_to_json(plan_configuration(asked["config"], DeviceSpec(**asked["device"]), asked["ranks"])), sys.stdout)

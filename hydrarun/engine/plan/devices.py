@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from hydrarun.core.errors import UsageError, nearest
+from hydrarun.core.errors import UsageError, suggest_name
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ RESERVED = GIB
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceSpec:
     """A device; rates in units per second, None where they are not known."""
 
     name: str
@@ -31,15 +31,15 @@ class Device:
     host: float | None = None  # bytes from the host
 
 
-def published() -> dict[str, Device]:
+def read_devices() -> dict[str, DeviceSpec]:
     """The devices of devices.yaml."""
     content = yaml.safe_load(Path(__file__).with_name("devices.yaml").read_text())
-    return {name: published_one(name, values) for name, values in content.items()}
+    return {name: parse_device(name, values) for name, values in content.items()}
 
 
-def published_one(name: str, values: dict[str, float]) -> Device:
+def parse_device(name: str, values: dict[str, float]) -> DeviceSpec:
     """One entry, in units."""
-    return Device(
+    return DeviceSpec(
         name,
         round(values["memory"] * GIB) - RESERVED,
         "cuda",
@@ -50,31 +50,31 @@ def published_one(name: str, values: dict[str, float]) -> Device:
     )
 
 
-def named(name: str) -> Device:
+def find_device(name: str) -> DeviceSpec:
     """The published device of that name. Raises `UsageError` for another one."""
-    known = published()
+    known = read_devices()
     if name not in known:
-        raise UsageError(f"plan.device={name}: not known here.{nearest(name, known)} Known: {', '.join(known)}")
+        raise UsageError(f"plan.device={name}: not known here.{suggest_name(name, known)} Known: {', '.join(known)}")
     return known[name]
 
 
-def this_machines(device: torch.device) -> Device:
+def read_local_device(device: torch.device) -> DeviceSpec:
     """A device that is there, with what is published of its kind."""
     import torch
 
-    from hydrarun.core.device import total_bytes
+    from hydrarun.core.device import read_total_bytes
 
-    memory = total_bytes(device)
+    memory = read_total_bytes(device)
     if device.type == "cpu":
-        return Device("this machine's memory", memory, "cpu")
+        return DeviceSpec("this machine's memory", memory, "cpu")
     if device.type != "cuda":
-        return Device(device.type, memory, "cuda")
+        return DeviceSpec(device.type, memory, "cuda")
     called = torch.cuda.get_device_name(device)
-    like = [known for key, known in published().items() if key in called.lower().replace(" ", "")]
+    like = [known for key, known in read_devices().items() if key in called.lower().replace(" ", "")]
     rates = vars(like[0]) if like else {}
-    return Device(**{**rates, "name": called, "memory": memory - RESERVED, "kind": "cuda"})
+    return DeviceSpec(**{**rates, "name": called, "memory": memory - RESERVED, "kind": "cuda"})
 
 
-def gib(size: float) -> str:
+def format_gib(size: float) -> str:
     """Bytes for people."""
     return f"{size / GIB:,.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:,.1f} MiB"

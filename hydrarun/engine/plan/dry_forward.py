@@ -21,15 +21,15 @@ from hydrarun.acceleration.cache.step_cache import StepCache
 from hydrarun.config.checks.checkpoint import DEPTHS
 from hydrarun.core.device import HOST
 from hydrarun.core.timing import Timings
-from hydrarun.engine.plan.meter import META, LeftTheDeviceError, Meter, Work
+from hydrarun.engine.plan.meter import META, HostReadError, Meter, Work
 from hydrarun.models.transformer import Step, Transformer
-from hydrarun.pipeline.stage import Parts, Stage
-from hydrarun.pipeline.stages.denoise import Denoise, for_all, kind, noise_of, schedule
+from hydrarun.pipeline.stage import Components, Stage
+from hydrarun.pipeline.stages.denoise import Denoise, expand_rows, find_step_kind, make_noise_source, make_schedule
 from hydrarun.pipeline.state import State
 
 
 @dataclass(frozen=True)
-class Act:
+class StageEstimate:
     """One stage, rehearsed."""
 
     phase: str
@@ -44,79 +44,79 @@ class Act:
     cache: int = 0
 
 
-class Rehearsal:
+class DryForward:
     """The stages of a run with parts on the meta device."""
 
-    def __init__(self, stages: Sequence[Stage], parts: Parts, meter: Meter) -> None:
+    def __init__(self, stages: Sequence[Stage], parts: Components, meter: Meter) -> None:
         self.stages = stages
         self.parts = parts
         self.meter = meter
 
-    def rehearse(self, state: State) -> list[Act]:
+    def run(self, state: State) -> list[StageEstimate]:
         """Every stage in order. `state` is this rank's request; what stages give is on the meta device afterwards."""
         acts = []
         with torch.inference_mode(), self.meter:
             for stage in self.stages:
                 self.meter.peak = self.meter.live
-                act = self.denoise(stage, state) if isinstance(stage, Denoise) else self.play(stage, state)
+                act = self.denoise(stage, state) if isinstance(stage, Denoise) else self.run_stage(stage, state)
                 act = replace(act, activations=self.meter.peak)
-                to_meta(state)
+                move_to_meta(state)
                 acts.append(act)
         return acts
 
-    def play(self, stage: Stage, state: State) -> Act:
+    def run_stage(self, stage: Stage, state: State) -> StageEstimate:
         """A stage as it is. Prompts are encoded on the host, by stand-ins; pixels and latents are on the device."""
         there, before = META if {"vae", "transformer"} & set(stage.uses) else HOST, self.meter.so_far()
         self.meter.host_too = "text_encoder" in stage.uses
-        with suppress(LeftTheDeviceError):
+        with suppress(HostReadError):
             stage(state, replace(self.parts, device=there), Timings(HOST))
         self.meter.host_too = False
         forwards = len(self.parts.guidance.branches(state)) if "text_encoder" in stage.uses else 1
-        return Act(stage.phase, stage.uses, 0, self.meter.so_far() - before, forwards)
+        return StageEstimate(stage.phase, stage.uses, 0, self.meter.so_far() - before, forwards)
 
-    def denoise(self, stage: Denoise, state: State) -> Act:
+    def denoise(self, stage: Denoise, state: State) -> StageEstimate:
         """As many first steps as fill the cache, and one of each kind; their work counts for all steps.
 
         A prediction without some of the blocks counts as one with all of them.
         """
         parts = self.parts
-        shared = {name: for_all(getattr(state, name), len(state.latents)) for name in stage.passes}
+        shared = {name: expand_rows(getattr(state, name), len(state.latents)) for name in stage.passes}
         conditioning = {branch: {**state.conditioning[branch], **shared} for branch in parts.guidance.branches(state)}
-        steps = schedule(state.timesteps, parts.experts)
-        kinds = [kind(state, parts, step) for step in steps]
+        steps = make_schedule(state.timesteps, parts.experts)
+        kinds = [find_step_kind(state, parts, step) for step in steps]
         firsts = {kinds[step.index]: step.index for step in reversed(steps)}
-        count = fills(parts.cache)
-        ready(parts.cache, steps, list(conditioning), parts.mesh)
-        step, noise = parts.pipeline.scheduler.step, noise_of(parts.pipeline.scheduler, state)
+        count = count_fill_steps(parts.cache)
+        start_cache(parts.cache, steps, list(conditioning), parts.mesh)
+        step, noise = parts.pipeline.scheduler.step, make_noise_source(parts.pipeline.scheduler, state)
         work: dict[Any, Work] = {}
         for index in sorted({*range(min(count, len(steps))), *firsts.values()}):
             timestep, before = state.timesteps[index], self.meter.so_far()
             prediction = stage.predict(state, parts, conditioning, timestep.to(META), steps[index], rows=None)
             work[kinds[index]] = self.meter.so_far() - before
             state.latents = step(prediction, timestep, state.latents, return_dict=False, **noise)[0]
-        self.meter.peak += sum(kept_by_others(transformer) for transformer in parts.experts)
-        counts = Counter(kinds[one.index] for one in steps if computes(parts.cache, one))
+        self.meter.peak += sum(count_unrun_bytes(transformer) for transformer in parts.experts)
+        counts = Counter(kinds[one.index] for one in steps if is_computed(parts.cache, one))
         full = self.meter.live
         parts.cache.end()
         total = sum((work[one] * count for one, count in counts.items()), Work())
         ranks = parts.mesh.degrees["cfg_degree"] if parts.mesh else 1
         forwards = sum(math.ceil(len(branches) / ranks) * count for (_, branches), count in counts.items())
-        return Act(stage.phase, stage.uses, 0, total, forwards, full - self.meter.live)
+        return StageEstimate(stage.phase, stage.uses, 0, total, forwards, full - self.meter.live)
 
 
-def kept_by_others(transformer: Transformer) -> int:
+def count_unrun_bytes(transformer: Transformer) -> int:
     """Bytes that blocks keep which are not rehearsed: as much each as those that are."""
     depth = sum(transformer.config.get(key) or 0 for key in DEPTHS)
     return transformer.kept_bytes() * (depth - transformer.depth) // transformer.depth
 
 
-def computes(cache: Any, step: Step) -> bool:
+def is_computed(cache: Any, step: Step) -> bool:
     """Whether the blocks are computed in a step; where a gate decides by the numbers, perhaps."""
     planned = isinstance(cache, StepCache) and getattr(cache.gate, "planned", None)
     return not planned or step.index in planned
 
 
-def fills(cache: Cache) -> int:
+def count_fill_steps(cache: Cache) -> int:
     """Steps after which a cache holds all that it ever will."""
     if isinstance(cache, StepCache):
         return cache.predictor.keeps + 1
@@ -124,14 +124,14 @@ def fills(cache: Cache) -> int:
     return 1 if isinstance(cache, NoCache) else 2 + (order or 0)
 
 
-def ready(cache: Any, steps: tuple[Step, ...], branches: list[str], mesh: Any) -> None:
+def start_cache(cache: Any, steps: tuple[Step, ...], branches: list[str], mesh: Any) -> None:
     """A request in which every step is computed: there are no numbers to compare."""
     cache.start(Schedule(steps), branches, mesh)
     if isinstance(cache, StepCache):
         cache.firsts = frozenset(range(len(steps)))
 
 
-def to_meta(state: State) -> None:
+def move_to_meta(state: State) -> None:
     """What stages gave is on the device; the schedule stays on the host, where the scheduler reads it."""
     for name in State.stage_fields() - {"timesteps", "frames"}:
         setattr(state, name, tree_map(lambda x: x.to(META) if isinstance(x, Tensor) else x, getattr(state, name)))

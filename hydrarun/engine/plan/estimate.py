@@ -13,7 +13,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from hydrarun.acceleration.cache.base import Cache
-from hydrarun.acceleration.parallel.data import own_indices
+from hydrarun.acceleration.parallel.data import find_own_indices
 from hydrarun.acceleration.parallel.sequence import SequenceParallel
 from hydrarun.config.targets import instantiate, load_class
 from hydrarun.core.device import DTYPES
@@ -22,52 +22,55 @@ from hydrarun.core.distributed.mesh import Mesh
 from hydrarun.core.errors import UsageError
 from hydrarun.core.inputs import image_paths
 from hydrarun.core.progress import Progress
-from hydrarun.engine.plan import meta_components as stand_ins
-from hydrarun.engine.plan import weights
-from hydrarun.engine.plan.configs import Configs
-from hydrarun.engine.plan.dry_forward import Act, Rehearsal
-from hydrarun.engine.plan.meter import META, Meter, Repeated
-from hydrarun.engine.plan.weights import Component
-from hydrarun.models.experts import NAMES, Experts, boundary
-from hydrarun.models.layers.tensor_parallel import split
+from hydrarun.engine.plan import meta_components, weights
+from hydrarun.engine.plan.configs import ComponentConfigs
+from hydrarun.engine.plan.dry_forward import DryForward, StageEstimate
+from hydrarun.engine.plan.meter import META, Meter, RepeatedBlocks
+from hydrarun.engine.plan.weights import ComponentSize
+from hydrarun.models.experts import NAMES, Experts, find_boundary
+from hydrarun.models.layers.tensor_parallel import shard_layers
 from hydrarun.models.transformer import Transformer
 from hydrarun.outputs.media import images, kinds
 from hydrarun.pipeline.components import quiet_libraries
 from hydrarun.pipeline.request import make_state
-from hydrarun.pipeline.schedulers import make_scheduler, saved_scheduler
-from hydrarun.pipeline.stage import Parts, Stage
+from hydrarun.pipeline.schedulers import add_class_name, make_scheduler
+from hydrarun.pipeline.stage import Components, Stage
 from hydrarun.pipeline.state import State
-from hydrarun.pipeline.vae import arrange_vae
+from hydrarun.pipeline.vae import configure_vae
 
 
 @dataclass(frozen=True)
-class Rehearsed:
+class DryForwardResult:
     """What all settings of a plan share: the components, and the stages with everything on the device."""
 
-    components: tuple[Component, ...]
-    acts: tuple[Act, ...]
+    components: tuple[ComponentSize, ...]
+    acts: tuple[StageEstimate, ...]
     #: rows that modulation tables would have
     table_rows: int
 
 
-def rehearse(config: dict[str, Any], configs: Configs, dtype: torch.dtype) -> Rehearsed:
+def run_dry_forward(config: dict[str, Any], configs: ComponentConfigs, dtype: torch.dtype) -> DryForwardResult:
     """Run the stages on the meta device. Raises `UsageError` for what cannot be run."""
     model, vae_dtype = config["model"], DTYPES.get(config["vae"]["dtype"], dtype)
     meter = Meter()
-    with pretended_ranks(config["parallel"]) as mesh, quiet_libraries():
+    with fake_process_group(config["parallel"]) as mesh, quiet_libraries():
         stages: list[Stage] = [instantiate(node, f"model.stages[{i}]") for i, node in enumerate(model["stages"])]
-        scheduler = make_scheduler(config, saved_scheduler(configs.index, configs.components.get("scheduler", {})))
-        made = stand_ins.modules(configs, dtype, vae_dtype)
-        pipeline = stand_ins.pipeline(load_class(model["pipeline"], "model.pipeline"), configs, made, scheduler, meter)
-        cls = load_class(model["transformer"], "model.transformer")
-        transformers = {name: structure(cls, configs, name, dtype, mesh) for name in NAMES[: model["experts"]]}
-        components = (
-            *(weights.of_encoder(name, module) for name, module in made.items()),
-            *(weights.of_transformer(name, module) for name, module in transformers.items()),
+        scheduler = make_scheduler(config, add_class_name(configs.index, configs.components.get("scheduler", {})))
+        made = meta_components.make_meta_modules(configs, dtype, vae_dtype)
+        pipeline = meta_components.make_meta_pipeline(
+            load_class(model["pipeline"], "model.pipeline"), configs, made, scheduler, meter
         )
-        arrange_vae(pipeline.vae, config["vae"], mesh)
-        parts = Parts(
-            experts=Experts(transformers, boundary(pipeline)),
+        cls = load_class(model["transformer"], "model.transformer")
+        transformers = {
+            name: build_meta_transformer(cls, configs, name, dtype, mesh) for name in NAMES[: model["experts"]]
+        }
+        components = (
+            *(weights.measure_encoder(name, module) for name, module in made.items()),
+            *(weights.measure_transformer(name, module) for name, module in transformers.items()),
+        )
+        configure_vae(pipeline.vae, config["vae"], mesh)
+        parts = Components(
+            experts=Experts(transformers, find_boundary(pipeline)),
             pipeline=pipeline,
             guidance=instantiate(model["guidance"], "model.guidance"),
             patch_size=model["patch_size"],
@@ -77,23 +80,23 @@ def rehearse(config: dict[str, Any], configs: Configs, dtype: torch.dtype) -> Re
             cache=instantiate(config["cache"], "cache"),
             mesh=mesh,
         )
-        play = Rehearsal(stages, parts, meter)
+        play = DryForward(stages, parts, meter)
         for module in (*made.values(), *transformers.values()):
             meter.leave_out(module)
         for transformer in transformers.values():
-            shorten(transformer, meter, 2 + always_run(parts.cache))
+            shorten_blocks(transformer, meter, 2 + count_always_run(parts.cache))
             if mesh and (mesh["ulysses"] or mesh["ring"]):
-                transformer.spread_tokens(SequenceParallel(mesh["ulysses"], mesh["ring"]))
-        state = make_state(config["sampling"], given_images(config))
+                transformer.shard_tokens(SequenceParallel(mesh["ulysses"], mesh["ring"]))
+        state = make_state(config["sampling"], load_input_images(config))
         if mesh and (axis := mesh["data"]):
-            state = state.select(own_indices(len(state.prompts), axis))
-        acts = play.rehearse(state)
+            state = state.select(find_own_indices(len(state.prompts), axis))
+        acts = play.run(state)
     steps = config["sampling"]["num_inference_steps"]
-    return Rehearsed(components, tuple(acts), steps * tables_per_step(transformers["transformer"], state))
+    return DryForwardResult(components, tuple(acts), steps * count_table_rows(transformers["transformer"], state))
 
 
-def structure(
-    cls: type[Transformer], configs: Configs, name: str, dtype: torch.dtype, mesh: Mesh | None
+def build_meta_transformer(
+    cls: type[Transformer], configs: ComponentConfigs, name: str, dtype: torch.dtype, mesh: Mesh | None
 ) -> Transformer:
     """One transformer on the meta device, of which this rank has its share."""
     known = inspect.signature(cls).parameters
@@ -102,39 +105,39 @@ def structure(
         transformer = cls(**arguments)
     transformer.config = arguments
     if mesh and mesh["tensor"]:
-        split(transformer, mesh["tensor"])
-    stand_ins.cast(transformer, dtype, cls.keep_in_float32)
+        shard_layers(transformer, mesh["tensor"])
+    meta_components.cast_module(transformer, dtype, cls.keep_in_float32)
     return transformer
 
 
-def shorten(transformer: Transformer, meter: Meter, kept: int) -> None:
+def shorten_blocks(transformer: Transformer, meter: Meter, kept: int) -> None:
     """Keep a few blocks of each list, which count for all."""
     for name in transformer.block_lists:
-        Repeated(getattr(transformer, name), meter, kept)
+        RepeatedBlocks(getattr(transformer, name), meter, kept)
 
 
-def always_run(cache: Cache) -> int:
+def count_always_run(cache: Cache) -> int:
     """Blocks that a cache needs besides those that it skips."""
     return getattr(cache, "always", 0)
 
 
-def tables_per_step(transformer: Transformer, state: State) -> int:
+def count_table_rows(transformer: Transformer, state: State) -> int:
     """Rows of modulation tables for a step: one, or one for each item and branch if they are conditioned on."""
     accepted = inspect.signature(transformer.make_temb).parameters
     conditioned = any(accepted.keys() & one.keys() for one in state.conditioning.values())
     return len(state.conditioning) * len(state.latents) if conditioned else 1
 
 
-def given_images(config: dict[str, Any]) -> list[Image.Image]:
+def load_input_images(config: dict[str, Any]) -> list[Image.Image]:
     """The input images; where they are yet to be given, as many blank ones of a megapixel as there must be."""
-    paths, alpha = image_paths(config), kinds.drawn_by(config["model"]).alpha
+    paths, alpha = image_paths(config), kinds.find_model_kind(config["model"]).alpha
     if paths:
         return [images.read_image(path, alpha).image for path in paths]
     return [Image.new("RGBA" if alpha else "RGB", (1024, 1024)) for _ in range(config["model"]["input_images"][0])]
 
 
 @contextmanager
-def pretended_ranks(degrees: Degrees) -> Iterator[Mesh | None]:
+def fake_process_group(degrees: Degrees) -> Iterator[Mesh | None]:
     """The mesh of rank 0 among ranks that are not there: what is sent to them is counted, and nothing comes back."""
     if world_size(degrees) == 1:
         yield None

@@ -7,15 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydrarun.acceleration.offload.modulation_tables import ModulationOffload
-from hydrarun.acceleration.offload.strategies import DiskOffload, NoOffload, use_of
-from hydrarun.acceleration.parallel.hsdp import shares_weights
+from hydrarun.acceleration.offload.strategies import DiskOffload, NoOffload, find_use
+from hydrarun.acceleration.parallel.hsdp import is_sharded
 from hydrarun.acceleration.quantization import ROW_BYTES
 from hydrarun.config.targets import instantiate
-from hydrarun.engine.plan.devices import Device
-from hydrarun.engine.plan.dry_forward import Act
-from hydrarun.engine.plan.estimate import Rehearsed
+from hydrarun.engine.plan.devices import DeviceSpec
+from hydrarun.engine.plan.dry_forward import StageEstimate
+from hydrarun.engine.plan.estimate import DryForwardResult
 from hydrarun.engine.plan.meter import Work
-from hydrarun.engine.plan.weights import Component, Held, here, on_device, streamed, waiting
+from hydrarun.engine.plan.weights import (
+    ComponentSize,
+    WeightLayout,
+    count_active_bytes,
+    count_host_bytes,
+    count_streamed_bytes,
+    list_device_bytes,
+)
 from hydrarun.models.experts import LOW_NOISE
 
 PHASES = ("encode", "denoise", "decode")
@@ -46,7 +53,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Setting:
+class WeightSettings:
     """What of a configuration decides how weights are held."""
 
     offload: NoOffload
@@ -55,27 +62,29 @@ class Setting:
     hsdp_degree: int = 1
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Setting:
+    def from_config(cls, config: Mapping[str, Any]) -> WeightSettings:
         """That of a configuration."""
         offload = instantiate(config["offload"], "offload")
         return cls(offload, config["quantization"], config["parallel"]["hsdp_degree"])
 
-    def held(self, rehearsed: Rehearsed) -> Held:
+    def make_layout(self, rehearsed: DryForwardResult) -> WeightLayout:
         """How they are."""
         rows = rehearsed.table_rows if isinstance(self.offload, ModulationOffload) else None
         quantized = frozenset(self.quantization.get("components") or ())
-        return Held(quantized, ROW_BYTES.get(self.quantization.get("weights", ""), 0), rows, self.hsdp_degree)
+        return WeightLayout(quantized, ROW_BYTES.get(self.quantization.get("weights", ""), 0), rows, self.hsdp_degree)
 
 
 class Estimate:
     """A rehearsed configuration with one setting on one device."""
 
-    def __init__(self, rehearsed: Rehearsed, setting: Setting, device: Device) -> None:
+    def __init__(self, rehearsed: DryForwardResult, setting: WeightSettings, device: DeviceSpec) -> None:
         self.rehearsed, self.setting, self.device = rehearsed, setting, device
-        self.held = setting.held(rehearsed)
+        self.held = setting.make_layout(rehearsed)
         #: bytes on the host of what waits for its turn there
-        self.host = waiting(rehearsed.components, self.held, setting.offload) if device.kind != "cpu" else 0
-        weights = on_device(rehearsed.components, [act.uses for act in rehearsed.acts], self.held, setting.offload)
+        self.host = count_host_bytes(rehearsed.components, self.held, setting.offload) if device.kind != "cpu" else 0
+        weights = list_device_bytes(
+            rehearsed.components, [act.uses for act in rehearsed.acts], self.held, setting.offload
+        )
         self.phases = [self.phase(name, weights) for name in PHASES]
 
     @property
@@ -96,32 +105,32 @@ class Estimate:
     def phase(self, name: str, weights: Sequence[int]) -> Phase:
         """One phase; `weights`: bytes on the device in each stage."""
         own = [(size, act) for size, act in zip(weights, self.rehearsed.acts, strict=True) if act.phase == name]
-        size, largest = max(own, key=lambda one: one[0] + self.beside(one[1]))
+        size, largest = max(own, key=lambda one: one[0] + self.count_activations(one[1]))
         work = sum((act.work for _, act in own), Work())
-        sent = work.sent_bytes + sum(self.borrowed(act) for _, act in own)
+        sent = work.sent_bytes + sum(self.count_gathered_bytes(act) for _, act in own)
         seconds = [self.seconds_of(act) for _, act in own]
         total = None if None in seconds else sum(seconds)  # type: ignore[arg-type]
-        return Phase(name, size, self.beside(largest), largest.cache, work.flops, sent, total)
+        return Phase(name, size, self.count_activations(largest), largest.cache, work.flops, sent, total)
 
-    def used(self, act: Act) -> Iterator[Component]:
+    def list_used(self, act: StageEstimate) -> Iterator[ComponentSize]:
         """The components that a stage runs; of experts, which take turns, the first."""
-        return (c for c in self.rehearsed.components if use_of(c.name) in act.uses and c.name != LOW_NOISE)
+        return (c for c in self.rehearsed.components if find_use(c.name) in act.uses and c.name != LOW_NOISE)
 
-    def beside(self, act: Act) -> int:
+    def count_activations(self, act: StageEstimate) -> int:
         """Bytes beside the weights: activations, and a quantized weight unpacked while it is multiplied with."""
-        unpacked = (c.largest for c in self.used(act) if use_of(c.name) in self.held.quantized)
+        unpacked = (c.largest for c in self.list_used(act) if find_use(c.name) in self.held.quantized)
         return act.activations + max(unpacked, default=0)
 
-    def borrowed(self, act: Act) -> float:
+    def count_gathered_bytes(self, act: StageEstimate) -> float:
         """Bytes that HSDP sends: of every component that runs, this rank's share to each of the others."""
         ranks = self.held.shards
         return sum(
-            sum(self.held.sizes(c)[1]) * (ranks - 1) / ranks * act.forwards
-            for c in self.used(act)
-            if shares_weights(c.name)
+            sum(self.held.count_sizes(c)[1]) * (ranks - 1) / ranks * act.forwards
+            for c in self.list_used(act)
+            if is_sharded(c.name)
         )
 
-    def seconds_of(self, act: Act) -> float | None:
+    def seconds_of(self, act: StageEstimate) -> float | None:
         """Compute, or weights that come meanwhile, if that takes longer; then what is sent to other ranks."""
         device = self.device
         if device.float16 is None or device.link is None or device.host is None:
@@ -131,10 +140,21 @@ class Estimate:
             rate = device.float8
         compute = act.work.linear_flops / rate + act.work.attention_flops / device.float16
         source = DISK if isinstance(self.setting.offload, DiskOffload) else device.host
-        moved = sum(here(c, self.held, self.setting.offload) for c in self.used(act) if self.waits(c)) / source
-        blocks = sum(streamed(c, self.held, self.setting.offload) for c in self.used(act)) * act.forwards / source
-        return max(compute, blocks) + moved + (act.work.sent_bytes + self.borrowed(act)) / device.link
+        moved = (
+            sum(
+                count_active_bytes(c, self.held, self.setting.offload)
+                for c in self.list_used(act)
+                if self.is_offloaded(c)
+            )
+            / source
+        )
+        blocks = (
+            sum(count_streamed_bytes(c, self.held, self.setting.offload) for c in self.list_used(act))
+            * act.forwards
+            / source
+        )
+        return max(compute, blocks) + moved + (act.work.sent_bytes + self.count_gathered_bytes(act)) / device.link
 
-    def waits(self, component: Component) -> bool:
+    def is_offloaded(self, component: ComponentSize) -> bool:
         """Whether it is away from the device while it is not used."""
-        return use_of(component.name) in self.setting.offload.moves
+        return find_use(component.name) in self.setting.offload.moves

@@ -20,16 +20,16 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from hydrarun.core.device import HOST
-from hydrarun.engine.plan.configs import Configs
+from hydrarun.engine.plan.configs import ComponentConfigs
 from hydrarun.engine.plan.meter import META, Meter
-from hydrarun.pipeline.components import OURS, load_component, quiet_libraries, read_index
+from hydrarun.pipeline.components import OURS, load_component, quiet_libraries, read_model_index
 
 #: a token is about so many bytes of text, where there is no tokenizer to ask; or one such word
 BYTES_PER_TOKEN = 4
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")
 
 
-def modules(configs: Configs, dtype: torch.dtype, vae_dtype: torch.dtype) -> dict[str, nn.Module]:
+def make_meta_modules(configs: ComponentConfigs, dtype: torch.dtype, vae_dtype: torch.dtype) -> dict[str, nn.Module]:
     """The text encoders and the VAE on the meta device, by their names in the checkpoint."""
     found = {}
     for name, (library, _) in configs.entries.items():
@@ -39,17 +39,17 @@ def modules(configs: Configs, dtype: torch.dtype, vae_dtype: torch.dtype) -> dic
                 theirs = library == "transformers"
                 module = cls(cls.config_class.from_dict(config)) if theirs else cls.from_config(config)
             kind = vae_dtype if name == "vae" else dtype
-            found[name] = cast(module, kind, kept_by_library(module, kind))
+            found[name] = cast_module(module, kind, find_float32_modules(module, kind))
     return found
 
 
-def kept_by_library(module: nn.Module, dtype: torch.dtype) -> set[str]:
+def find_float32_modules(module: nn.Module, dtype: torch.dtype) -> set[str]:
     """Names of modules that their library keeps in float32: some always, others beside float16 alone."""
     names = ["_keep_in_fp32_modules_strict"] + ["_keep_in_fp32_modules"] * (dtype == torch.float16)
     return {one for name in names for one in getattr(module, name, None) or ()}
 
 
-def cast(module: nn.Module, dtype: torch.dtype, kept: Collection[str]) -> nn.Module:
+def cast_module(module: nn.Module, dtype: torch.dtype, kept: Collection[str]) -> nn.Module:
     """The module with its parameters in `dtype`, but for those below the names that are `kept` in float32."""
     for name, parameter in module.named_parameters():
         kind = torch.float32 if set(name.split(".")) & set(kept) else dtype
@@ -57,10 +57,12 @@ def cast(module: nn.Module, dtype: torch.dtype, kept: Collection[str]) -> nn.Mod
     return module.eval().requires_grad_(False)
 
 
-def pipeline(cls: Any, configs: Configs, made: dict[str, nn.Module], scheduler: Any | None, meter: Meter) -> Any:
+def make_meta_pipeline(
+    cls: Any, configs: ComponentConfigs, made: dict[str, nn.Module], scheduler: Any | None, meter: Meter
+) -> Any:
     """The diffusers pipeline around the stand-ins; its scheduler is real, and its tokenizers where there are files."""
     if configs.folder is not None:
-        read_index(configs.folder, cls)  # for what is wrong with it
+        read_model_index(configs.folder, cls)  # for what is wrong with it
     components: dict[str, Any] = {}
     for name, value in configs.index.items():
         if name.startswith("_"):
@@ -72,32 +74,32 @@ def pipeline(cls: Any, configs: Configs, made: dict[str, nn.Module], scheduler: 
         elif name in OURS or name not in configs.entries:
             components[name] = None
         elif name in made:
-            components[name] = stand_in(name, made[name], meter, configs)
+            components[name] = make_meta_component(name, made[name], meter, configs)
         else:
-            components[name] = tool(configs, name, made)
+            components[name] = load_tool(configs, name, made)
     accepted = inspect.signature(cls).parameters
     with quiet_libraries():
         return cls(**{name: value for name, value in components.items() if name in accepted})
 
 
-def stand_in(name: str, module: nn.Module, meter: Meter, configs: Configs) -> Any:
+def make_meta_component(name: str, module: nn.Module, meter: Meter, configs: ComponentConfigs) -> Any:
     """What is called in a module's place."""
     if name == "vae":
         return module
-    return TextEncoder(module, meter) if configs.entries[name][0] == "transformers" else Projection(module)
+    return MetaTextEncoder(module, meter) if configs.entries[name][0] == "transformers" else MetaProjection(module)
 
 
-def tool(configs: Configs, name: str, made: dict[str, nn.Module]) -> Any:
+def load_tool(configs: ComponentConfigs, name: str, made: dict[str, nn.Module]) -> Any:
     """A component without weights: from its files, or what stands for it."""
     cls = configs.cls(name)
     if configs.folder is not None:
         return load_component(configs.folder, name, configs.entries[name], device=HOST, dtype=torch.float32)
     if name in configs.components:
         return cls.from_config(configs.components[name])
-    return Processor(made["text_encoder"].config) if "rocessor" in cls.__name__ else Tokenizer()
+    return MetaProcessor(made["text_encoder"].config) if "rocessor" in cls.__name__ else MetaTokenizer()
 
 
-class TextEncoder:
+class MetaTextEncoder:
     """A text encoder on the meta device that is called from the host: ids in, zeros of the right shape out."""
 
     device = HOST
@@ -116,9 +118,9 @@ class TextEncoder:
         if attention_mask is not None:
             self.meter.answer = bool(attention_mask.all())  # where nothing is padded, encoders do without a mask
             wants["attention_mask"] = attention_mask.to(META)
-        shapes = tree_map(Shape.of, self.module(input_ids=input_ids.to(META), **wants))
+        shapes = tree_map(TensorShape.of, self.module(input_ids=input_ids.to(META), **wants))
         self.meter.answer = True
-        return tree_map(Shape.zeros, shapes)  # once the outputs themselves are gone: they count only once
+        return tree_map(TensorShape.zeros, shapes)  # once the outputs themselves are gone: they count only once
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, **_: Any) -> Tensor:
         """The ids and zeros. All are read in one pass: as much work as one after the other, though in less time."""
@@ -135,7 +137,7 @@ class TextEncoder:
         return torch.zeros(int(grids.prod(-1).sum()), dtype=torch.long)
 
 
-class Projection:
+class MetaProjection:
     """What a pipeline has behind its text encoders, on the meta device and called from the host."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -146,11 +148,11 @@ class Projection:
 
     def __call__(self, **inputs: Tensor) -> Any:
         given = {name: value.to(META) for name, value in inputs.items()}
-        return tree_map(Shape.zeros, tree_map(Shape.of, self.module(**given)))
+        return tree_map(TensorShape.zeros, tree_map(TensorShape.of, self.module(**given)))
 
 
 @dataclass(frozen=True)
-class Shape:
+class TensorShape:
     """What there is to know of a tensor without numbers."""
 
     shape: torch.Size
@@ -164,10 +166,10 @@ class Shape:
     @staticmethod
     def zeros(value: Any) -> Any:
         """A tensor of that shape; anything else is left as it is."""
-        return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, Shape) else value
+        return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, TensorShape) else value
 
 
-class Tokenizer:
+class MetaTokenizer:
     """Ids of as many tokens as a text probably has."""
 
     model_max_length = 77  # CLIP's; the others are told
@@ -188,10 +190,10 @@ class Tokenizer:
             count = max_length
         if isinstance(text, str) and return_tensors is None:  # as tokenizers do
             return {"input_ids": count * [1]}
-        return encoded(len(texts), count)
+        return make_encoding(len(texts), count)
 
     def pad(self, texts: Mapping[str, list[list[int]]], max_length: int, **_: Any) -> Any:
-        return encoded(len(texts["input_ids"]), max_length)
+        return make_encoding(len(texts["input_ids"]), max_length)
 
     def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
         return "".join(message["content"] for message in messages)
@@ -207,28 +209,28 @@ class Tokenizer:
         return [""] * len(ids)
 
 
-class Processor:
+class MetaProcessor:
     """Tokens of a text and of the pictures in it, for encoders that see pictures as a grid of merged patches."""
 
     image_token = "<|image_pad|>"
 
     def __init__(self, config: Any) -> None:
         self.side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
-        self.tokenizer = Tokenizer()
-        self.image_processor = ImageProcessor(config.vision_config)
+        self.tokenizer = MetaTokenizer()
+        self.image_processor = MetaImageProcessor(config.vision_config)
 
     def __call__(self, text: str | list[str], images: Any = None, **_: Any) -> Any:
         given = images if isinstance(images, list) else [] if images is None else [images]
         text = [text] if isinstance(text, str) else text
         tokens = sum(round(image.height / self.side) * round(image.width / self.side) for image in given)
-        made = encoded(len(text), tokens + self.tokenizer(text).input_ids.shape[1])
+        made = make_encoding(len(text), tokens + self.tokenizer(text).input_ids.shape[1])
         return made | {"pixel_values": torch.zeros(0), "image_grid_thw": torch.zeros(0)}
 
     def batch_decode(self, ids: list[Tensor], **_: Any) -> list[str]:
         return [len(one) * BYTES_PER_TOKEN * "_" for one in ids]
 
 
-class ImageProcessor:
+class MetaImageProcessor:
     """The grid of patches of one picture."""
 
     def __init__(self, config: Any) -> None:
@@ -240,7 +242,7 @@ class ImageProcessor:
         return {"pixel_values": torch.zeros(0), "image_grid_thw": torch.tensor([[1, *sides]])}
 
 
-def encoded(rows: int, columns: int) -> Any:
+def make_encoding(rows: int, columns: int) -> Any:
     """What tokenizers return."""
     from transformers import BatchFeature
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from hydrarun.core.distributed import collectives as comm
+from hydrarun.core.distributed import collectives
 
 META = torch.device("meta")
 aten = torch.ops.aten
@@ -30,7 +30,7 @@ COPIES = (aten._to_copy, aten.to)
 UNKNOWN = object()
 
 
-class LeftTheDeviceError(Exception):
+class HostReadError(Exception):
     """Numbers were asked for on the host, and there are none: what follows is not the device's."""
 
 
@@ -72,7 +72,7 @@ class Meter(TorchDispatchMode):
         self.known: dict[int, weakref.ref] = {}  # storages that are counted, or are not to be, by address
         self.alive: set[weakref.ref] = set()
         self.results: dict[Any, tuple[Any, ...]] = {}
-        self.sent_before = comm.sent.total()
+        self.sent_before = collectives.sent_bytes.total()
         self.linear_flops = self.attention_flops = 0
         #: work that was not done here but counts
         self.extra = Work()
@@ -88,26 +88,26 @@ class Meter(TorchDispatchMode):
         packet = func._overloadpacket
         if packet in ASKS and args[0].is_meta:
             return self.answer if args[0].dtype == torch.bool else 1
-        if packet in COPIES and leaves(args, kwargs):
-            raise LeftTheDeviceError
+        if packet in COPIES and is_copy_off_meta(args, kwargs):
+            raise HostReadError
         if packet is aten.scaled_dot_product_attention:
-            made = self.attend(*args[:3])
-        elif packet not in flop_registry and is_made_of_others(func):
+            made = self.fake_attention(*args[:3])
+        elif packet not in flop_registry and is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
         else:
             if packet is aten.index:
-                args = (args[0], [everywhere(index) for index in args[1]])
-            made = self.made(func, args, kwargs)
-            self.add(packet, flop_registry.get(packet), args, kwargs, made)
+                args = (args[0], [make_full_index(index) for index in args[1]])
+            made = self.run_operation(func, args, kwargs)
+            self.add_flops(packet, flop_registry.get(packet), args, kwargs, made)
         for tensor in made if isinstance(made, (list, tuple)) else [made]:
             if isinstance(tensor, Tensor) and (tensor.is_meta or self.host_too):
-                self.count(tensor.untyped_storage())
+                self.track(tensor.untyped_storage())
         return made
 
-    def made(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def run_operation(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What an operation comes to; of one that was seen with such arguments before, what it came to then."""
-        key = (func, frozen(args), frozen(kwargs)) if is_pure(func) else None
+        key = (func, freeze_arguments(args), freeze_arguments(kwargs)) if is_pure(func) else None
         if key is None or UNKNOWN in key:
             return func(*args, **kwargs)
         if key in self.results:  # torch works out the shapes in Python, which takes most of a rehearsal
@@ -118,13 +118,13 @@ class Meter(TorchDispatchMode):
             self.results[key] = made.shape, made.stride(), made.dtype
         return made
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def fake_attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """What a fused kernel makes: the meta device has none of its own, and would hold all pairs."""
         pairs = query[..., 0].numel() * key.shape[-2]
         self.attention_flops += 2 * pairs * (query.shape[-1] + value.shape[-1])
         return query.new_empty(*query.shape[:-1], value.shape[-1])
 
-    def add(self, packet: Any, formula: Any, args: Sequence[Any], kwargs: dict[str, Any], made: Any) -> None:
+    def add_flops(self, packet: Any, formula: Any, args: Sequence[Any], kwargs: dict[str, Any], made: Any) -> None:
         """Count an operation's floating-point operations."""
         if formula is None:
             return
@@ -133,26 +133,26 @@ class Meter(TorchDispatchMode):
         else:
             self.linear_flops += formula(*args, **kwargs, out_val=made)
 
-    def count(self, storage: torch.UntypedStorage) -> None:
+    def track(self, storage: torch.UntypedStorage) -> None:
         """The storage is alive until nobody holds it."""
         known = self.known.get(storage._cdata)
         if known is None or known() is not storage:  # an address may be used again before the old one is struck off
             self.live += storage.nbytes()
             self.peak = max(self.peak, self.live)
-            self.known[storage._cdata] = alive = weakref.ref(storage, partial(self.gone, storage.nbytes()))
+            self.known[storage._cdata] = alive = weakref.ref(storage, partial(self.release, storage.nbytes()))
             self.alive.add(alive)
 
-    def gone(self, size: int, dead: weakref.ref) -> None:
+    def release(self, size: int, dead: weakref.ref) -> None:
         self.alive.discard(dead)
         self.live -= size
 
     def so_far(self) -> Work:
         """The work until now."""
-        sent = comm.sent.total() - self.sent_before
+        sent = collectives.sent_bytes.total() - self.sent_before
         return Work(self.linear_flops, self.attention_flops, sent) + self.extra
 
 
-def leaves(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+def is_copy_off_meta(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether a copy goes from the meta device to another."""
     places = [x for x in (*args[1:], kwargs.get("device")) if isinstance(x, torch.device)]
     return args[0].is_meta and any(place.type != "meta" for place in places)
@@ -164,32 +164,32 @@ def is_pure(func: Any) -> bool:
     return not func._schema.is_mutable and all(made.alias_info is None for made in func._schema.returns)
 
 
-def frozen(value: Any) -> Any:
+def freeze_arguments(value: Any) -> Any:
     """What of arguments decides the shape of a result; `UNKNOWN` where that is not sure."""
     if isinstance(value, Tensor):
         return (value.shape, value.stride(), value.dtype) if value.is_meta else UNKNOWN
     if isinstance(value, dict):
         value = [*value.items()]
     if isinstance(value, (list, tuple)):
-        parts = tuple(map(frozen, value))
+        parts = tuple(map(freeze_arguments, value))
         return UNKNOWN if UNKNOWN in parts else parts
     return (type(value), value) if isinstance(value, Hashable) else UNKNOWN  # 1 is equal to 1.0, and not alike
 
 
 @cache
-def is_made_of_others(func: Any) -> bool:
+def is_composite(func: Any) -> bool:
     """Whether an operation is composed of other ones, which are counted then."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
-def everywhere(index: Tensor | None) -> Tensor | None:
+def make_full_index(index: Tensor | None) -> Tensor | None:
     """A mask as indices, all of its places."""
     if index is None or index.dtype != torch.bool or not index.is_meta:
         return index
     return torch.arange(index.numel(), device=index.device)
 
 
-class Repeated:
+class RepeatedBlocks:
     """A list of blocks of which a few of each kind are run, and count as all; of what is alive two show as much as all.
 
     Of a kind are those whose weights have equal names and shapes.

@@ -12,31 +12,31 @@ from typing import Any
 import torch
 
 from hydrarun.config import targets
-from hydrarun.core.device import peak_bytes, total_bytes
+from hydrarun.core.device import read_peak_bytes, read_total_bytes
 from hydrarun.core.distributed.degrees import world_size
 from hydrarun.core.errors import OutOfMemoryError
-from hydrarun.engine.plan.devices import Device, gib
+from hydrarun.engine.plan.devices import DeviceSpec, format_gib
 
 #: seconds that a plan may take, on a machine that may be short of host memory too
 PATIENCE = 120
 
 
-def out_of_memory(config: Mapping[str, Any], phase: str, device: torch.device) -> OutOfMemoryError:
+def make_memory_error(config: Mapping[str, Any], phase: str, device: torch.device) -> OutOfMemoryError:
     """What to raise when `device` had no memory left in a phase of this run."""
-    total, peak = total_bytes(device), peak_bytes(device)
-    first = f"out of memory in {phase}: {device} has {gib(total)}, and at most {gib(peak)} were in use"
+    total, peak = read_total_bytes(device), read_peak_bytes(device)
+    first = f"out of memory in {phase}: {device} has {format_gib(total)}, and at most {format_gib(peak)} were in use"
     try:
-        made = ask(config, Device(str(device), total, "cpu" if device.type == "cpu" else "cuda"))
+        made = run_plan_process(config, DeviceSpec(str(device), total, "cpu" if device.type == "cpu" else "cuda"))
     except (OSError, ValueError, subprocess.SubprocessError):
         return OutOfMemoryError(f"{first}; no plan could be made of it. Try offload=model, or a smaller size")
-    return OutOfMemoryError("\n".join([first, *expected(made, phase), *fixes(made)]))
+    return OutOfMemoryError("\n".join([first, *format_expected(made, phase), *format_fixes(made)]))
 
 
-def ask(config: Mapping[str, Any], device: Device) -> dict[str, Any]:
+def run_plan_process(config: Mapping[str, Any], device: DeviceSpec) -> dict[str, Any]:
     """The plan of `config` by another process. Raises `SubprocessError` or `ValueError` if there is none."""
     plain = {**config, "device": device.kind, "plan": {"auto": False, "device": None}}
     ranks = world_size(config["parallel"])
-    asked = {"config": plain, "device": asdict(device), "ranks": ranks, "targets": targets.allowed_by_user()}
+    asked = {"config": plain, "device": asdict(device), "ranks": ranks, "targets": targets.list_user_allowed()}
     command = [sys.executable, "-m", "hydrarun.engine.plan"]
     done = subprocess.run(
         command, input=json.dumps(asked), capture_output=True, text=True, timeout=PATIENCE, check=True
@@ -44,17 +44,17 @@ def ask(config: Mapping[str, Any], device: Device) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def expected(made: Mapping[str, Any], phase: str) -> list[str]:
+def format_expected(made: Mapping[str, Any], phase: str) -> list[str]:
     """The plan's numbers of that phase, or of all where it is none of them."""
     phases = [one for one in made["phases"] if one["phase"] == phase] or made["phases"]
     return [
-        f"the plan expects in {one['phase']}: weights {gib(one['weights_bytes'])}, activations"
-        f" {gib(one['activations_bytes'])}, together {gib(one['peak_bytes'])}"
+        f"the plan expects in {one['phase']}: weights {format_gib(one['weights_bytes'])}, activations"
+        f" {format_gib(one['activations_bytes'])}, together {format_gib(one['peak_bytes'])}"
         for one in phases
     ]
 
 
-def fixes(made: Mapping[str, Any]) -> list[str]:
+def format_fixes(made: Mapping[str, Any]) -> list[str]:
     """What would fit."""
     found = [" ".join(one["overrides"]) for one in made["suggestions"] if one["overrides"]]
     if not found:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hydrarun.config import batches
-from hydrarun.config.checks import compatibility as compat
-from hydrarun.config.checks.checkpoint import check_configs
-from hydrarun.config.checks.configuration import check_parts
-from hydrarun.config.compose import Origin
+from hydrarun.config.checks import compatibility
+from hydrarun.config.checks.checkpoint import check_checkpoint_configs
+from hydrarun.config.checks.configuration import check_sections
+from hydrarun.config.compose import ConfigOrigin
 from hydrarun.core.distributed.degrees import world_size
 from hydrarun.core.errors import UsageError
-from hydrarun.engine.plan.devices import Device, named, this_machines
+from hydrarun.engine.plan.devices import DeviceSpec, find_device, read_local_device
 
 if TYPE_CHECKING:
     from hydrarun.engine.plan.memory_model import Estimate
@@ -26,7 +26,7 @@ class Plan:
     """What `hydrarun plan` says."""
 
     model: str
-    device: Device
+    device: DeviceSpec
     ranks: int
     #: rules that are broken, each with its fix; then nothing else is known
     conflicts: list[str]
@@ -44,32 +44,34 @@ class Plan:
         return self.asked is not None and self.asked.fits
 
 
-def make(config: dict[str, Any], origin: Origin | None = None) -> Plan:
+def make_plan(config: dict[str, Any], origin: ConfigOrigin | None = None) -> Plan:
     """The plan of a composed configuration. Raises `UsageError` for values that cannot be."""
-    device = chosen(config)
-    config = batches.resolved({**config, "device": device.kind, "plan": {"auto": False, "device": None}})
-    check_parts(with_images(config), origin)
+    device = find_plan_device(config)
+    config = batches.resolve_prompts({**config, "device": device.kind, "plan": {"auto": False, "device": None}})
+    check_sections(fill_images(config), origin)
     ranks = world_size(config["parallel"])
-    conflicts = list(dict.fromkeys(text for _, one in batches.each(config) for text in compat.lines(one)))
+    conflicts = list(
+        dict.fromkeys(text for _, one in batches.iterate_lines(config) for text in compatibility.format_violations(one))
+    )
     if conflicts:
         return Plan(config["model"]["name"], device, ranks, conflicts)
-    return planned(largest(config), device, ranks)
+    return plan_configuration(find_largest_batch(config), device, ranks)
 
 
-def largest(config: dict[str, Any]) -> dict[str, Any]:
+def find_largest_batch(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration of the batch with the most pixels; of a run that is one batch that run itself."""
-    if not batches.batched(config):
+    if not batches.is_batch_run(config):
         return config
-    every = batches.together(batches.items(config), batches.limit(config))
+    every = batches.group_batches(batches.list_items(config), batches.max_batch_size(config))
 
-    def pixels(batch: Sequence[batches.Item]) -> int:
+    def pixels(batch: Sequence[batches.BatchItem]) -> int:
         sizes = (batch[0].sampling[name] or 1 for name in ("height", "width", "num_frames", "layers"))
         return len(batch) * math.prod(sizes)
 
-    return batches.configuration(config, max(every, key=pixels))
+    return batches.derive_batch_config(config, max(every, key=pixels))
 
 
-def with_images(config: dict[str, Any]) -> dict[str, Any]:
+def fill_images(config: dict[str, Any]) -> dict[str, Any]:
     """The same with as many names of images as there must be, if none is given: blank ones are planned for."""
     least = config["model"]["input_images"][0]
     if config["input"]["images"] is not None or not least:
@@ -77,39 +79,41 @@ def with_images(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "input": {**config["input"], "images": [f"blank{number}.png" for number in range(least)]}}
 
 
-def chosen(config: dict[str, Any]) -> Device:
+def find_plan_device(config: dict[str, Any]) -> DeviceSpec:
     """What is planned for: a published device, or this machine's. Raises `UsageError` for one that is not there."""
     name = config["plan"]["device"]
     if name is not None:
         if config["device"] == "cpu":
             raise UsageError(f"device=cpu is no {name}: leave out plan.device, or device=cpu")
-        return named(name)
+        return find_device(name)
     from hydrarun.core.device import choose_device
     from hydrarun.core.progress import Progress
 
-    return this_machines(choose_device(config["device"], Progress(quiet=True)))
+    return read_local_device(choose_device(config["device"], Progress(quiet=True)))
 
 
-def planned(config: dict[str, Any], device: Device, ranks: int) -> Plan:
+def plan_configuration(config: dict[str, Any], device: DeviceSpec, ranks: int) -> Plan:
     """A plan of what goes together."""
     import torch
 
     from hydrarun.core.device import choose_dtype
     from hydrarun.core.progress import Progress
-    from hydrarun.engine.plan.configs import find
-    from hydrarun.engine.plan.estimate import rehearse
-    from hydrarun.engine.plan.memory_model import Estimate, Setting
-    from hydrarun.engine.plan.suggest import suggestions
+    from hydrarun.engine.plan.configs import find_configs
+    from hydrarun.engine.plan.estimate import run_dry_forward
+    from hydrarun.engine.plan.memory_model import Estimate, WeightSettings
+    from hydrarun.engine.plan.suggest import find_suggestions
 
-    configs = find(config["model"])
-    check_configs(config, configs.index, *(configs.components.get(name, {}) for name in ("vae", "transformer")))
+    configs = find_configs(config["model"])
+    check_checkpoint_configs(
+        config, configs.index, *(configs.components.get(name, {}) for name in ("vae", "transformer"))
+    )
     dtype = choose_dtype(config["dtype"], torch.device(device.kind), Progress(quiet=True))
-    rehearsed = rehearse(config, configs, dtype)
-    setting = Setting.of(config)
-    found = suggestions(config, rehearsed, device)
-    if len(found) < 3 and tiles(config):
+    rehearsed = run_dry_forward(config, configs, dtype)
+    setting = WeightSettings.from_config(config)
+    found = find_suggestions(config, rehearsed, device)
+    if len(found) < 3 and can_tile(config):
         tiled = {**config, "vae": {**config["vae"], "tiling": True}}
-        found = suggestions(config, rehearsed, device, rehearse(tiled, configs, dtype))
+        found = find_suggestions(config, rehearsed, device, run_dry_forward(tiled, configs, dtype))
     return Plan(
         config["model"]["name"],
         device,
@@ -123,19 +127,19 @@ def planned(config: dict[str, Any], device: Device, ranks: int) -> Plan:
     )
 
 
-def tiles(config: dict[str, Any]) -> bool:
+def can_tile(config: dict[str, Any]) -> bool:
     """Whether tiles could be used and are not."""
     return not config["vae"]["tiling"] and config["parallel"]["vae_degree"] == 1
 
 
-def fitted(config: dict[str, Any], note: Callable[[str], None]) -> dict[str, Any]:
+def fit_configuration(config: dict[str, Any], note: Callable[[str], None]) -> dict[str, Any]:
     """What `plan=auto` runs: the configuration if it fits, else with the first suggestion, which `note` says.
 
     Raises `UsageError` if nothing fits.
     """
     if not config["plan"]["auto"]:
         return config
-    made = make(config)
+    made = make_plan(config)
     plain = {**config, "plan": {"auto": False, "device": None}}
     if made.conflicts:
         raise UsageError("\n".join(made.conflicts))
@@ -149,7 +153,7 @@ def fitted(config: dict[str, Any], note: Callable[[str], None]) -> dict[str, Any
     return {**plain, **first.changes}
 
 
-def as_json(made: Plan) -> dict[str, Any]:
+def plan_to_json(made: Plan) -> dict[str, Any]:
     """The plan for programs; docs/plan.md says what the keys mean."""
     return {
         "model": made.model,

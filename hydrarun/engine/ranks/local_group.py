@@ -38,7 +38,7 @@ POLL = 0.02
 LOG_LINES = 20
 
 
-class Group:
+class RankGroup:
     """Ranks on this machine. They die with the thread that started them, so it should be the main one."""
 
     def __init__(self, size: int) -> None:
@@ -50,18 +50,22 @@ class Group:
         port = listener.getsockname()[1]
         self.processes = [self._start(rank, port) for rank in range(size)]
         try:
-            self.store = _host(listener, port)  # the ranks import torch meanwhile
+            self.store = _make_store(listener, port)  # the ranks import torch meanwhile
         except BaseException:
             self.kill()
             raise
 
     def _start(self, rank: int, port: int) -> subprocess.Popen[bytes]:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.size, "LOCAL_WORLD_SIZE": self.size}
-        settings = {**place, "OMP_NUM_THREADS": threads_per_rank(self.size), "PYTHONPATH": os.pathsep.join(_path())}
+        settings = {
+            **place,
+            "OMP_NUM_THREADS": threads_per_rank(self.size),
+            "PYTHONPATH": os.pathsep.join(_list_module_paths()),
+        }
         quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
         loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
         return subprocess.Popen(
-            [sys.executable, "-m", WORKER, str(port), *targets.allowed_by_user()],
+            [sys.executable, "-m", WORKER, str(port), *targets.list_user_allowed()],
             env={**quiet, **loopback, **os.environ, **{name: str(value) for name, value in settings.items()}},
             stdin=subprocess.DEVNULL,
             stdout=self.logs[rank],
@@ -69,7 +73,7 @@ class Group:
             start_new_session=True,  # Ctrl-C is the driver's to handle
         )
 
-    def do(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
+    def run_job(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
         """Have all ranks do a job; returns rank 0's result. After any exception the group is of no more use.
 
         Raises UsageError and RunError as a rank raised them; RunError for a rank that failed otherwise, or died.
@@ -102,7 +106,7 @@ class Group:
         """What failed first. A rank that was killed could not say so; the others then speak of a lost connection."""
         self._wait(self.size, GRACE)
         ended = self._ended()
-        said = worker.failure(self.store)[1] if self.store.check(["failure"]) else None
+        said = worker.read_failure(self.store)[1] if self.store.check(["failure"]) else None
         for rank, code in ended.items():
             # an abort is what NCCL and gloo may do when another rank is gone
             if code < 0 and (said is None or code != -signal.SIGABRT):
@@ -144,34 +148,34 @@ class Group:
             self.kill()
 
 
-def _host(listener: socket.socket, port: int) -> Store:
+def _make_store(listener: socket.socket, port: int) -> Store:
     from torch.distributed import PrefixStore, TCPStore
 
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     return PrefixStore("hydrarun", store)
 
 
-def _path() -> list[str]:
+def _list_module_paths() -> list[str]:
     """Where modules are found here, for another process."""
     return [entry or os.getcwd() for entry in sys.path]
 
 
-class Ranks:
+class RanksExecutor:
     """A group that stays up from job to job; another one where the build differs, or after a failure."""
 
     def __init__(self) -> None:
-        self.group: Group | None = None
+        self.group: RankGroup | None = None
         self.key = ""
 
-    def do(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
+    def run_job(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
         """A job for all ranks that `config` asks for; returns rank 0's result. Raises as `Group.do`."""
         key = worker.build_key(config)
         if key != self.key:
             self.close()
         if self.group is None:
-            self.group, self.key = Group(world_size(config["parallel"])), key
+            self.group, self.key = RankGroup(world_size(config["parallel"])), key
         try:
-            return self.group.do(action, config, arguments)
+            return self.group.run_job(action, config, arguments)
         except BaseException:
             group, self.group = self.group, None
             group.kill()

@@ -69,7 +69,7 @@ def make_runner(config: dict[str, Any], progress: Progress, device: str | None) 
     return Runner(config, progress, device)
 
 
-class Session:
+class RankSession:
     """A process's runner, and its group with other ranks: built for a first job, kept while jobs are built alike."""
 
     def __init__(self, store: Store | None) -> None:
@@ -85,7 +85,7 @@ class Session:
 
             torch.set_num_threads(threads_per_rank(self.place.local_size))
 
-    def do(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
+    def run_job(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
         """Do a job; on rank 0 returns its result, which JSON can hold."""
         runner = self.build(config, quiet=action not in ("run", "batches"))
         if action == "run":
@@ -101,7 +101,7 @@ class Session:
             return batch_worker.draw_batches(runner, config, BatchJob.from_json(arguments, config))
         if action == "generate":
             drawn = runner.generate(**arguments["sampling"])
-            return keep(drawn, Path(arguments["folder"])) if self.place.rank == 0 else None
+            return save_arrays(drawn, Path(arguments["folder"])) if self.place.rank == 0 else None
         return None
 
     def build(self, config: dict[str, Any], quiet: bool) -> Runner:
@@ -110,11 +110,11 @@ class Session:
         Raises UsageError and RunError.
         """
         from hydrarun.core.progress import Progress
-        from hydrarun.outputs.provenance import forget_peak_host_bytes
+        from hydrarun.outputs.provenance import reset_peak_host_bytes
 
-        forget_peak_host_bytes()
+        reset_peak_host_bytes()
         if self.runner and build_key(config) == self.key:
-            self.runner.again()
+            self.runner.reset_stats()
         else:
             self.close()
             progress = Progress(quiet=quiet or self.place.rank > 0)
@@ -126,7 +126,7 @@ class Session:
 
     def _join_group(self, device: str, progress: Progress) -> None:
         """Choose this rank's device and form a process group with the others."""
-        self.device = own_device(device, self.place)
+        self.device = choose_rank_device(device, self.place)
         if device == "auto":
             progress.note(f"device={self.device.partition(':')[0]} (auto)")
         self._join()
@@ -161,7 +161,7 @@ class Session:
             dist.destroy_process_group()
 
 
-def own_device(name: str, place: RankInfo) -> str:
+def choose_rank_device(name: str, place: RankInfo) -> str:
     """What this rank computes on: `cpu`, or the CUDA device of its local rank. Raises UsageError."""
     import torch
 
@@ -178,7 +178,7 @@ def own_device(name: str, place: RankInfo) -> str:
     return f"cuda:{place.local_rank}"
 
 
-def keep(drawn: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
+def save_arrays(drawn: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
     """Save pictures as 0.npy, 1.npy… in `folder` and return what else there is to know of each."""
     import numpy as np
 
@@ -187,7 +187,7 @@ def keep(drawn: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in vars(picture).items() if key != "pixels"} for picture in drawn]
 
 
-def publish(store: Store, rank: int, error: BaseException) -> None:
+def publish_failure(store: Store, rank: int, error: BaseException) -> None:
     """Put the first failure of all ranks into the store; what fails later is its consequence."""
     if store.add("failures", 1) > 1:
         return
@@ -200,21 +200,21 @@ def publish(store: Store, rank: int, error: BaseException) -> None:
     store.set("failure", json.dumps({"rank": rank, "usage": isinstance(error, UsageError), "text": text}))
 
 
-def failure(store: Store) -> tuple[int, UsageError | RunError]:
+def read_failure(store: Store) -> tuple[int, UsageError | RunError]:
     """The rank that failed first, and what it said."""
     said = json.loads(store.get("failure"))
     return said["rank"], (UsageError if said["usage"] else RunError)(said["text"])
 
 
-def leave(store: Store, rank: int, error: BaseException, tell: bool) -> NoReturn:
+def abort(store: Store, rank: int, error: BaseException, tell: bool) -> NoReturn:
     """End this process after a failure; if it was the first and `tell`, print it.
 
     Without destructors: those of gloo and NCCL abort, or wait for ranks that are gone.
     """
     code = 1
     try:
-        publish(store, rank, error)
-        first, said = failure(store)
+        publish_failure(store, rank, error)
+        first, said = read_failure(store)
         code = 2 if isinstance(said, UsageError) else 1
         if isinstance(error, KeyboardInterrupt):
             code, said = 130, RunError("interrupted")
@@ -233,21 +233,21 @@ def serve_rank(store: Store, tell: bool) -> None:
     if rank > 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to clean up, and no waiting in a collective
     try:
-        session = Session(store)
+        session = RankSession(store)
         for number in itertools.count():
             job = json.loads(store.get(f"job/{number}"))
             if job is None:
                 break
-            result = session.do(**job)
+            result = session.run_job(**job)
             if rank == 0:
                 store.set(f"result/{number}", json.dumps(result))
         session.close()
         store.set(f"left/{rank}", "")
     except BaseException as error:
-        leave(store, rank, error, tell)
+        abort(store, rank, error, tell)
 
 
-def torchrun_store() -> Store:
+def open_torchrun_store() -> Store:
     """The store that torchrun's ranks share."""
     from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
@@ -264,7 +264,7 @@ def main(argv: Sequence[str]) -> None:
 
     port, *allowed = argv
     for name in allowed:
-        targets.allow(name)
+        targets.allow_target(name)
     store = TCPStore("127.0.0.1", int(port), is_master=False, timeout=CONNECT)
     store.set_timeout(IDLE)
     serve_rank(PrefixStore("hydrarun", store), tell=False)

@@ -18,7 +18,7 @@ from hydrarun.config.batches import BatchJob, Config, PendingBatch
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.core.progress import Progress
 from hydrarun.engine.runs.batch_ledger import BatchLedger
-from hydrarun.outputs.writer import now, write_run
+from hydrarun.outputs.writer import current_timestamp, write_run
 
 LOCK_FILE = ".lock"
 
@@ -39,7 +39,7 @@ def run_batches(config: Config, folder: Path, do_job: DoJob) -> dict[str, Any]:
     with lock_folder(folder):
         remove_half_written(folder)
         plan = BatchPlan(config, folder, Progress())
-        created = now()
+        created = current_timestamp()
         with recording_failures(lambda: plan, created):
             plan.draw_all(do_job)
         record = write_run(folder, plan.summarize(created, None))
@@ -69,8 +69,8 @@ class BatchPlan:
         self.config = config
         self.folder = folder
         self.progress = progress
-        self.items = batches.items(config)
-        self.batches = batches.together(self.items, batches.limit(config))
+        self.items = batches.list_items(config)
+        self.batches = batches.group_batches(self.items, batches.max_batch_size(config))
         self.ledger = BatchLedger(folder, config)
         self.file_names = self.ledger.name_files(self.items)
         self.verified: dict[int, dict[str, Any]] = {}

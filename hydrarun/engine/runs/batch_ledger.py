@@ -14,13 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydrarun.config.batches import Config, Item, configuration
+from hydrarun.config.batches import BatchItem, Config, derive_batch_config
 from hydrarun.config.checks.report import PAIRED
 from hydrarun.core.errors import UsageError
 from hydrarun.outputs.journal import Ledger
 from hydrarun.outputs.media.read import read_output
-from hydrarun.outputs.provenance import config_hash
-from hydrarun.outputs.writer import FORMAT, as_recorded, described, file_name, pixels_sha256
+from hydrarun.outputs.provenance import hash_config
+from hydrarun.outputs.writer import FORMAT, describe_error, format_file_name, hash_pixels, to_recorded_config
 
 LEDGER_FILE = "ledger.jsonl"
 
@@ -34,7 +34,7 @@ class BatchLedger:
         self.config = config
         # a run of other prompts may use the same folder: pictures that both runs ask for are drawn once
         sampling, given = {**config["sampling"], "prompt": None}, {**config["input"], "prompts": None}
-        digest = config_hash(as_recorded({**config, "sampling": sampling, "input": given}))
+        digest = hash_config(to_recorded_config({**config, "sampling": sampling, "input": given}))
         self.ledger = Ledger(folder / LEDGER_FILE, {"format": FORMAT, "config": digest}, "pictures")
 
     @property
@@ -58,17 +58,17 @@ class BatchLedger:
         """Append that these pictures could not be made."""
         self.add_row("failed", describe_failure(indices, error))
 
-    def name_files(self, items: Iterable[Item]) -> dict[int, str]:
+    def name_files(self, items: Iterable[BatchItem]) -> dict[int, str]:
         """The file name of each item, by index."""
         recorded_configs: dict[str, Any] = {}
         names = {}
         for item in items:
             key = str(item.images)
             if key not in recorded_configs:
-                recorded_configs[key] = as_recorded(configuration(self.config, [item]))
-            digest = config_hash({**recorded_configs[key], "sampling": item.sampling})
+                recorded_configs[key] = to_recorded_config(derive_batch_config(self.config, [item]))
+            digest = hash_config({**recorded_configs[key], "sampling": item.sampling})
             prompt, seed = item.sampling["prompt"], item.sampling["seed"]
-            names[item.index] = file_name(item.index, prompt, seed, digest, self.config["output"]["format"])
+            names[item.index] = format_file_name(item.index, prompt, seed, digest, self.config["output"]["format"])
         return names
 
     def find_done(
@@ -94,7 +94,7 @@ class BatchLedger:
         try:
             if "sha256" in record:
                 return hashlib.sha256(file.read_bytes()).hexdigest() == record["sha256"]
-            return pixels_sha256(read_output(file)[0]) == record["pixels_sha256"]
+            return hash_pixels(read_output(file)[0]) == record["pixels_sha256"]
         except (OSError, UsageError):
             return False
 
@@ -109,7 +109,7 @@ class BatchLedger:
 
     def summarize(
         self,
-        items: Sequence[Item],
+        items: Sequence[BatchItem],
         done: Mapping[int, dict[str, Any]],
         created: str,
         stopped: BaseException | None,
@@ -131,12 +131,16 @@ class BatchLedger:
         ]
         complete = not failed and stopped is None
         facts = begun[-1]["facts"] if begun else {}
-        recorded_config = as_recorded(self.config)
+        recorded_config = to_recorded_config(self.config)
         return {
             "status": "complete" if complete else "failed",
-            **({} if complete else {"error": described(stopped) if stopped else count_failures(failed, len(items))}),
+            **(
+                {}
+                if complete
+                else {"error": describe_error(stopped) if stopped else count_failures(failed, len(items))}
+            ),
             "created": created,
-            "config_hash": config_hash(recorded_config),
+            "config_hash": hash_config(recorded_config),
             "outputs": outputs,
             "failed": failed,
             "batches": drawn,
@@ -149,7 +153,7 @@ class BatchLedger:
 
 def describe_failure(indices: Sequence[int], error: BaseException) -> dict[str, Any]:
     """The content of a `failed` row."""
-    return {"indices": list(indices), "error": described(error)}
+    return {"indices": list(indices), "error": describe_error(error)}
 
 
 def count_failures(failed: Sequence[Mapping[str, Any]], count: int) -> dict[str, str]:
@@ -204,14 +208,14 @@ def merge_caches(caches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def merge_quality(blocks: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The quality of all pictures, with the keys of a run of one batch. `blocks`: the quality of each batch."""
-    from hydrarun.outputs.quality.metrics import summaries
+    from hydrarun.outputs.quality.metrics import summarize_measures
 
     each = [output["quality"] for output in outputs if "quality" in output]
-    found: dict[str, Any] = summaries(each, list(each[0])) if each else {}
+    found: dict[str, Any] = summarize_measures(each, list(each[0])) if each else {}
     floors = [output["noise_floor"] for output in outputs if "noise_floor" in output]
     if floors:
         found["noise_floor"] = {
-            name: summaries([floor[name] for floor in floors], list(floors[0][name])) for name in floors[0]
+            name: summarize_measures([floor[name] for floor in floors], list(floors[0][name])) for name in floors[0]
         }
     if shares := [block["accuracy"] for block in blocks if "accuracy" in block]:
         count = sum(share["count"] for share in shares)

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from hydrarun.config.batches import BatchJob, Config, PendingBatch, configuration
+from hydrarun.config.batches import BatchJob, Config, PendingBatch, derive_batch_config
 from hydrarun.core.device import HOST
 from hydrarun.core.distributed.rank import rank_info
 from hydrarun.core.errors import RunError
 from hydrarun.core.timing import Timings
-from hydrarun.engine.runner import Runner, pictures
+from hydrarun.engine.runner import Runner, make_pictures
 from hydrarun.engine.runs.batch_ledger import LEDGER_FILE, describe_failure
-from hydrarun.engine.runs.quality import follow_measuring, measure
-from hydrarun.engine.runs.single import describe_image, with_quality
+from hydrarun.engine.runs.quality import follow_measuring, measure_quality
+from hydrarun.engine.runs.single import add_quality, describe_image
 from hydrarun.outputs.journal import append_row
 from hydrarun.outputs.media.images import InputImage
-from hydrarun.outputs.provenance import redact
+from hydrarun.outputs.provenance import redact_config
 from hydrarun.outputs.writer import OutputWriter, Picture
 from hydrarun.pipeline.stage import Stage
 from hydrarun.pipeline.state import State
@@ -63,7 +63,7 @@ def encode_batch(
     runner: Runner, config: Config, batch: PendingBatch, writer: BatchWriter | None, warm_up: bool
 ) -> EncodedBatch:
     """Encode a batch's prompts; the result waits in host memory. `warm_up`: whether the run warms up before it."""
-    own_config = configuration(config, batch.items)
+    own_config = derive_batch_config(config, batch.items)
     timings = Timings(runner.built.parts.device)
     start = time.perf_counter()
     if writer:
@@ -71,9 +71,9 @@ def encode_batch(
     images = runner.read_images(own_config)
     if warm_up:
         runner.warm_up(own_config, images, timings)
-    state = runner.state(own_config, images)
-    local_state = runner.own(state)
-    runner.play(select_encoding(runner.built.stages), state, local_state, timings, own_config["cache"])
+    state = runner.prepare_state(own_config, images)
+    local_state = runner.local_shard(state)
+    runner.run_stages(select_encoding(runner.built.stages), state, local_state, timings, own_config["cache"])
     move_state(local_state, HOST)
     return EncodedBatch(batch, own_config, images, state, local_state, timings, time.perf_counter() - start)
 
@@ -88,13 +88,13 @@ def draw_batch(runner: Runner, encoded: EncodedBatch, writer: BatchWriter | None
     move_state(local_state, runner.built.parts.device)
     stages = runner.built.stages
     rest = stages[len(select_encoding(stages)) :]
-    runner.play(rest, state, local_state, encoded.timings, encoded.config["cache"])
-    drawn = pictures(runner.whole(state, local_state))
+    runner.run_stages(rest, state, local_state, encoded.timings, encoded.config["cache"])
+    drawn = make_pictures(runner.gather(state, local_state))
     if writer:
         writer.write_batch(encoded, drawn, start)
     elif encoded.config["report"]["metrics"]:
         follow_measuring(runner, encoded.config, encoded.images)
-    runner.again()
+    runner.reset_stats()
 
 
 def select_encoding(stages: Sequence[Stage]) -> Sequence[Stage]:
@@ -119,9 +119,12 @@ class BatchWriter:
         self.job = job
         self.fail_fast = fail_fast
         self.last_row: dict[str, Any] = {}
-        loading = {"load_s": runner.load_s, **runner.read(), "total_s": runner.load_s}
-        self.add_row("begun", {"facts": redact(runner.facts()), "timings": loading, "memory": runner.memory()})
-        runner.again()
+        loading = {"load_s": runner.load_s, **runner.summarize_reads(), "total_s": runner.load_s}
+        self.add_row(
+            "begun",
+            {"facts": redact_config(runner.collect_facts()), "timings": loading, "memory": runner.measure_memory()},
+        )
+        runner.reset_stats()
 
     def add_row(self, kind: str, content: Any) -> None:
         """Append a row to the ledger."""
@@ -144,15 +147,15 @@ class BatchWriter:
     def write_batch(self, encoded: EncodedBatch, drawn: list[Picture], start: float) -> None:
         """Write a batch's pictures, measure them, and record the results."""
         runner, config = self.runner, encoded.config
-        facts = {**runner.facts(), "inputs": [describe_image(image) for image in encoded.images]}
+        facts = {**runner.collect_facts(), "inputs": [describe_image(image) for image in encoded.images]}
         indices = [item.index for item in encoded.batch.items]
         writer = OutputWriter(self.job.output_dir, config, facts, config["output"]["metadata"], indices)
-        timings = runner.measured(encoded.timings, start)
+        timings = runner.summarize_timings(encoded.timings, start)
         refused = list(self.write_pictures(writer, encoded.batch, drawn, timings))
-        results = runner.results(encoded.timings, start)
+        results = runner.collect_results(encoded.timings, start)
         if config["report"]["metrics"]:
-            measured = measure(runner, config, encoded.images, drawn, writer.facts, results)
-            results = with_quality(results, measured)
+            measured = measure_quality(runner, config, encoded.images, drawn, writer.facts, results)
+            results = add_quality(results, measured)
             for record in writer.outputs:
                 record.update(measured.of_output(indices.index(record["index"])))
                 self.add_row("done", record)

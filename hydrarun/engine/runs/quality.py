@@ -15,21 +15,21 @@ import numpy as np
 import torch
 
 from hydrarun.acceleration.quantization import NoQuantization
-from hydrarun.core.distributed import collectives as comm
+from hydrarun.core.distributed import collectives
 from hydrarun.core.errors import OutOfMemoryError, RunError
-from hydrarun.engine.build import backends
-from hydrarun.engine.runs import reference as twins
+from hydrarun.engine.build import make_backends
+from hydrarun.engine.runs import reference
 from hydrarun.models.layers.attention import AttentionBackend
 from hydrarun.outputs.media.images import InputImage
-from hydrarun.outputs.provenance import redact
-from hydrarun.outputs.quality.metrics import accuracy, compare, summaries
+from hydrarun.outputs.provenance import redact_config
+from hydrarun.outputs.quality.metrics import compare_outputs, measure_accuracy, summarize_measures
 
 if TYPE_CHECKING:
     from hydrarun.engine.runner import Runner
     from hydrarun.outputs.writer import Picture
 
 
-class Draw(NamedTuple):
+class ReferenceDraw(NamedTuple):
     """What was drawn without a cache, and the keys of run.json that say how."""
 
     name: str
@@ -38,7 +38,7 @@ class Draw(NamedTuple):
 
 
 @dataclass
-class Yardstick:
+class QualityReport:
     """The twin's pixels, the prompts, and what is measured."""
 
     twin: list[np.ndarray]
@@ -47,19 +47,19 @@ class Yardstick:
 
     def each(self, drawn: Sequence[Picture]) -> list[dict[str, float]]:
         """The measures of each pair."""
-        return [compare(ours.pixels, twin, self.metrics) for ours, twin in zip(drawn, self.twin, strict=True)]
+        return [compare_outputs(ours.pixels, twin, self.metrics) for ours, twin in zip(drawn, self.twin, strict=True)]
 
     def block(self, drawn: Sequence[Picture], each: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         """The measures of all together; `each`: those of each pair."""
-        block = summaries(each, self.metrics)
+        block = summarize_measures(each, self.metrics)
         if "accuracy" in self.metrics:
             shares = {"outputs": [picture.pixels for picture in drawn], "twins": self.twin}
-            block["accuracy"] = {name: accuracy(pixels, self.prompts) for name, pixels in shares.items()}
+            block["accuracy"] = {name: measure_accuracy(pixels, self.prompts) for name, pixels in shares.items()}
             block["accuracy"]["count"] = len(drawn)
         return block
 
 
-class Measured(NamedTuple):
+class MeasuredQuality(NamedTuple):
     """What run.json says of a run's quality, and of that of each of its outputs."""
 
     quality: dict[str, Any]
@@ -75,73 +75,75 @@ class Measured(NamedTuple):
         return {key: numbers for key, numbers in own.items() if numbers}
 
 
-def measure(
+def measure_quality(
     runner: Runner,
     config: dict[str, Any],
     given: list[InputImage],
     ours: list[Picture],
     facts: Mapping[str, Any],
     results: dict[str, Any],
-) -> Measured:
+) -> MeasuredQuality:
     """Compare what a run drew with its twin. `facts` and `results`: as `OutputWriter` has and takes them.
 
     On rank 0, while the others `follow_measuring`. Raises RunError for a twin that cannot be drawn or kept.
     """
     start = time.perf_counter()
     facts = {**facts, "quantization": NoQuantization.name}
-    place, twin, note = twins.folder(config), twins.kept(config, facts), "kept"
-    if config == twins.plain(config):
+    place, twin, note = reference.find_reference_dir(config), reference.read_reference(config, facts), "kept"
+    if config == reference.strip_accelerations(config):
         if twin is None:
-            twins.keep(config, facts, ours, results)
+            reference.save_reference(config, facts, ours, results)
         twin, note = [picture.pixels for picture in ours], "this run itself, kept"
-    others = draws(runner, config, given, twin is None)
+    others = draw_references(runner, config, given, twin is None)
     if twin is None:
         made = next(others)
-        twins.keep(config, facts, made.pictures, made.results)
+        reference.save_reference(config, facts, made.pictures, made.results)
         twin, note = [picture.pixels for picture in made.pictures], "made, kept"
     runner.progress.note(f"the uncached twin: {note} in {place}")
 
-    yardstick = Yardstick(twin, [picture.prompt for picture in ours], config["report"]["metrics"])
+    yardstick = QualityReport(twin, [picture.prompt for picture in ours], config["report"]["metrics"])
     each = yardstick.each(ours)
-    quality = {**redact({"twin": str(place)}), **yardstick.block(ours, each)}
+    quality = {**redact_config({"twin": str(place)}), **yardstick.block(ours, each)}
     floor, blocks = {}, {}
     for draw in others:
         floor[draw.name] = yardstick.each(draw.pictures)
         blocks[draw.name] = yardstick.block(draw.pictures, floor[draw.name])
     if blocks:
         quality["noise_floor"] = blocks
-    return Measured(quality, time.perf_counter() - start, each, floor)
+    return MeasuredQuality(quality, time.perf_counter() - start, each, floor)
 
 
 def follow_measuring(runner: Runner, config: dict[str, Any], given: list[InputImage]) -> None:
     """Do this rank's part of what rank 0 draws to `measure`."""
-    for _ in draws(runner, config, given, False):
+    for _ in draw_references(runner, config, given, False):
         pass
 
 
-def draws(runner: Runner, config: dict[str, Any], given: list[InputImage], twin: bool) -> Iterator[Draw]:
+def draw_references(
+    runner: Runner, config: dict[str, Any], given: list[InputImage], twin: bool
+) -> Iterator[ReferenceDraw]:
     """The twin, if rank 0 needs it, then the noise floor; in the same order on every rank."""
-    twin, others = agreed(runner, twin), backends(config)
+    twin, others = broadcast_decision(runner, twin), make_backends(config)
     if not (twin or others):
         return
-    with unquantized(runner, config) as plain:
+    with load_unquantized(runner, config) as plain:
         if twin:
             runner.progress.note("drawing the uncached twin")
-            yield Draw("twin", *plain.redraw(config, given, twins.no_cache()))
+            yield ReferenceDraw("twin", *plain.redraw(config, given, reference.make_no_cache_node()))
         for name, backend in others.items():
             runner.progress.note(f"drawing for the noise floor: {name}")
-            with attending(plain, backend):
-                draw = Draw(name, *plain.redraw(config, given, twins.no_cache()))
+            with use_attention(plain, backend):
+                draw = ReferenceDraw(name, *plain.redraw(config, given, reference.make_no_cache_node()))
             yield draw
 
 
 @contextmanager
-def unquantized(runner: Runner, config: dict[str, Any]) -> Iterator[Runner]:
+def load_unquantized(runner: Runner, config: dict[str, Any]) -> Iterator[Runner]:
     """A runner with the weights as they are loaded: this one, or, while the block runs, a second one beside it.
 
     Raises RunError where the device has no room for both.
     """
-    plain = twins.plain(config)
+    plain = reference.strip_accelerations(config)
     if plain["quantization"] == config["quantization"]:
         yield runner
         return
@@ -159,17 +161,17 @@ def unquantized(runner: Runner, config: dict[str, Any]) -> Iterator[Runner]:
         ) from None
 
 
-def agreed(runner: Runner, mine: bool) -> bool:
+def broadcast_decision(runner: Runner, mine: bool) -> bool:
     """Rank 0's answer, on every rank; the others' is False."""
     parts = runner.built.parts
     if parts.mesh is None:
         return mine
-    answers = comm.all_reduce(torch.tensor([int(mine)], device=parts.device), comm.everyone())
+    answers = collectives.all_reduce(torch.tensor([int(mine)], device=parts.device), collectives.get_world_group())
     return bool(answers.item())
 
 
 @contextmanager
-def attending(runner: Runner, backend: AttentionBackend | None) -> Iterator[None]:
+def use_attention(runner: Runner, backend: AttentionBackend | None) -> Iterator[None]:
     """The transformers with another attention while the block runs."""
     transformers = list(runner.built.parts.experts)
     try:

@@ -8,8 +8,8 @@ from typing import Any
 
 from hydrarun.core.errors import RunError
 from hydrarun.core.timing import Timings
-from hydrarun.engine.runner import Runner, pictures
-from hydrarun.engine.runs.quality import Measured, follow_measuring, measure
+from hydrarun.engine.runner import Runner, make_pictures
+from hydrarun.engine.runs.quality import MeasuredQuality, follow_measuring, measure_quality
 from hydrarun.outputs.media.images import InputImage
 from hydrarun.outputs.writer import OutputWriter, Picture
 
@@ -19,21 +19,21 @@ def run_single(runner: Runner, config: dict[str, Any], output_dir: Path) -> dict
     start = time.perf_counter()
     timings = Timings(runner.built.parts.device)
     given = runner.read_images(config)
-    facts = {**runner.facts(), "inputs": [describe_image(image) for image in given]}
+    facts = {**runner.collect_facts(), "inputs": [describe_image(image) for image in given]}
     writer = OutputWriter(output_dir, config, facts, config["output"]["metadata"])
     results: dict[str, Any] = {}
     try:
         runner.warm_up(config, given, timings)
-        drawn = pictures(runner.draw(runner.state(config, given), timings, config["cache"]))
-        save_pictures(runner, drawn, writer, runner.measured(timings, start))
-        results = runner.results(timings, start)  # of the run alone, before anything else is drawn
+        drawn = make_pictures(runner.draw(runner.prepare_state(config, given), timings, config["cache"]))
+        save_pictures(runner, drawn, writer, runner.summarize_timings(timings, start))
+        results = runner.collect_results(timings, start)  # of the run alone, before anything else is drawn
         if config["report"]["metrics"]:
-            measured = measure(runner, config, given, drawn, writer.facts, results)
-            results = with_quality(results, measured)
+            measured = measure_quality(runner, config, given, drawn, writer.facts, results)
+            results = add_quality(results, measured)
             for index, record in enumerate(writer.outputs):
                 record.update(measured.of_output(index))
     except BaseException as error:  # Ctrl-C and a full disk too: what was made stays, and run.json says so
-        writer.fail(error, results or runner.results(timings, start))
+        writer.fail(error, results or runner.collect_results(timings, start))
         raise
     record = writer.finish(results)
     runner.progress.table(record, output_dir)
@@ -45,7 +45,7 @@ def follow_single(runner: Runner, config: dict[str, Any]) -> None:
     given = runner.read_images(config)
     timings = Timings(runner.built.parts.device)
     runner.warm_up(config, given, timings)
-    runner.draw(runner.state(config, given), timings, config["cache"])
+    runner.draw(runner.prepare_state(config, given), timings, config["cache"])
     if config["report"]["metrics"]:
         follow_measuring(runner, config, given)
 
@@ -64,7 +64,7 @@ def save_pictures(runner: Runner, drawn: list[Picture], writer: OutputWriter, ti
         raise refused[0]
 
 
-def with_quality(results: dict[str, Any], measured: Measured) -> dict[str, Any]:
+def add_quality(results: dict[str, Any], measured: MeasuredQuality) -> dict[str, Any]:
     """`results` with what was measured beside."""
     timings = {**results["timings"], "quality_s": measured.seconds}
     return {**results, "timings": timings, "quality": measured.quality}

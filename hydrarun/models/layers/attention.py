@@ -60,12 +60,12 @@ class Attention(AttentionLayer):
         `keep` made.
         """
         masks = masks or {}
-        streams = {name: with_all_heads(*stream) for name, stream in streams.items()}
+        streams = {name: repeat_kv_heads(*stream) for name, stream in streams.items()}
         if self.sequence is not None:
             return self.sequence(streams, masks, self.backend, prefix)
         query, key, value = (torch.cat(parts, dim=1) for parts in zip(*streams.values(), strict=True))
         lengths: Mapping[str, int] = {name: stream[1].shape[1] for name, stream in streams.items()}
-        key, value, lengths = behind(prefix, key, value, lengths)
+        key, value, lengths = prepend_prefix(prefix, key, value, lengths)
         output = self.backend(query, key, value, join_masks(masks, lengths))
         return list(output.flatten(2).split([stream[0].shape[1] for stream in streams.values()], dim=1))
 
@@ -79,10 +79,10 @@ class CrossAttention(AttentionLayer):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """`[B, S, H, D]`, twice `[B, T, H, D]` to `[B, S, H * D]`."""
-        return self.backend(*with_all_heads(query, key, value), None).flatten(2)
+        return self.backend(*repeat_kv_heads(query, key, value), None).flatten(2)
 
 
-def with_all_heads(query: Tensor, key: Tensor, value: Tensor) -> QKV:
+def repeat_kv_heads(query: Tensor, key: Tensor, value: Tensor) -> QKV:
     """Keys and values for every head of the queries: where heads share them in groups, each group's again and again."""
     groups = query.shape[2] // key.shape[2]
     if groups == 1:
@@ -90,7 +90,7 @@ def with_all_heads(query: Tensor, key: Tensor, value: Tensor) -> QKV:
     return query, key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
 
 
-def behind(
+def prepend_prefix(
     prefix: Prefix | None, key: Tensor, value: Tensor, lengths: Mapping[str, int]
 ) -> tuple[Tensor, Tensor, Mapping[str, int]]:
     """Keys and values `[B, S, H, D]`, and the lengths of their streams, behind those of a prefix, if there is one."""

@@ -96,7 +96,7 @@ class FlashAttention:
 
     def __init__(self) -> None:
         for module, function, name in self.versions:
-            found = optional_function(module, function)
+            found = import_optional(module, function)
             if found is not None:
                 self.function, self.name = found, name
                 return
@@ -118,7 +118,7 @@ class SageAttention:
     name = "sage"
 
     def __init__(self) -> None:
-        function = optional_function("sageattention", "sageattn")
+        function = import_optional("sageattention", "sageattn")
         if function is None or not torch.cuda.is_available():
             raise UsageError(
                 "attention=sage needs an NVIDIA GPU and SageAttention 2, and one is missing here. Install it with"
@@ -132,7 +132,7 @@ class SageAttention:
         return self.function(query, key, value, tensor_layout="NHD", is_causal=False)
 
 
-def optional_function(module: str, function: str) -> Callable[..., Any] | None:
+def import_optional(module: str, function: str) -> Callable[..., Any] | None:
     """The function, or None where its package is not installed or does not load on this machine."""
     try:
         return getattr(importlib.import_module(module), function, None)

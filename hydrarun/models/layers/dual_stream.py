@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from hydrarun.models.layers.attention import Attention
-from hydrarun.models.layers.linear import FeedForward, QKVLinear, RowLinear
+from hydrarun.models.layers.linear import FeedForward, QKVLinear, RowParallelLinear
 from hydrarun.models.layers.norm import Modulation, modulate
-from hydrarun.models.layers.rope import rotate
-from hydrarun.models.layers.tensor_parallel import Run
+from hydrarun.models.layers.rope import apply_rope
+from hydrarun.models.layers.tensor_parallel import ShardSpec
 from hydrarun.models.layers.tokens import Tokens
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
-class AttendedTo(nn.Module):
+class ContextStream(nn.Module):
     """A stream that is attended to, and no more: what its tokens become, nobody asks."""
 
     #: what its modulation makes: the shift and scale before attention, then what `finish` takes
@@ -39,21 +39,21 @@ class AttendedTo(nn.Module):
         """`[B, S, D]` to query, key and value `[B, S, H, d]`, normed and, where there is a `rope`, rotated."""
         query, key, value = self.qkv(modulate(hidden_states, shift, scale))
         query, key = self.norm_q(query), self.norm_k(key)
-        return (query, key, value) if rope is None else (rotate(query, rope), rotate(key, rope), value)
+        return (query, key, value) if rope is None else (apply_rope(query, rope), apply_rope(key, rope), value)
 
     def finish(self, hidden_states: Tensor, attended: Tensor, gates: Sequence[Tensor]) -> Tensor:
         """The tokens `[B, S, D]`, to which nothing is added."""
         return hidden_states
 
 
-class Stream(AttendedTo):
+class TokenStream(ContextStream):
     """One stream's share of a block: what happens to its tokens before and after the joint attention."""
 
     parts = 6
 
     def __init__(self, dim: int, heads: int, head_dim: int, gated: bool = False) -> None:
         super().__init__(dim, heads, head_dim)
-        self.out = RowLinear(dim, Run(heads, head_dim))
+        self.out = RowParallelLinear(dim, ShardSpec(heads, head_dim))
         self.feed_forward = FeedForward(dim, gated=gated)
 
     def finish(self, hidden_states: Tensor, attended: Tensor, gates: Sequence[Tensor]) -> Tensor:
@@ -61,7 +61,7 @@ class Stream(AttendedTo):
         gate_attention, shift, scale, gate_feed_forward = gates
         hidden_states = torch.addcmul(hidden_states, gate_attention, self.out(attended))
         update = self.feed_forward(modulate(hidden_states, shift, scale))
-        return within_float16(torch.addcmul(hidden_states, gate_feed_forward, update))
+        return clip_to_float16(torch.addcmul(hidden_states, gate_feed_forward, update))
 
 
 class DualStreamBlock(nn.Module):
@@ -72,8 +72,8 @@ class DualStreamBlock(nn.Module):
         dim: int,
         heads: int,
         head_dim: int,
-        image: Callable[[int, int, int], Stream] = Stream,
-        text: Callable[[int, int, int], AttendedTo] = Stream,
+        image: Callable[[int, int, int], TokenStream] = TokenStream,
+        text: Callable[[int, int, int], ContextStream] = TokenStream,
     ) -> None:
         super().__init__()
         self.image = image(dim, heads, head_dim)
@@ -100,12 +100,12 @@ class DualStreamBlock(nn.Module):
         )
 
 
-def within_float16(hidden_states: Tensor) -> Tensor:
+def clip_to_float16(hidden_states: Tensor) -> Tensor:
     """The same; later blocks' activations would leave float16's range."""
     return hidden_states.clip(-FLOAT16_MAX, FLOAT16_MAX) if hidden_states.dtype == torch.float16 else hidden_states
 
 
-def dual_stream_weights(
+def map_dual_stream_weights(
     modulation: tuple[str, str], feed_forward: tuple[str, str], theirs: str = "transformer_blocks.*"
 ) -> dict[str, str | tuple[str, ...]]:
     """The weight map of `blocks.*`, DualStreamBlocks, from a checkpoint whose joint attention has diffusers' names.

@@ -13,25 +13,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hydrarun.core.distributed.collectives import all_reduce
-from hydrarun.models.layers.tensor_parallel import Run, Shared
+from hydrarun.models.layers.tensor_parallel import ShardedModule, ShardSpec
 
 
-class ColumnLinear(Shared, nn.Linear):
+class ColumnParallelLinear(ShardedModule, nn.Linear):
     """`[..., D]` to this rank's share of the outputs, which consist of `runs`."""
 
     shared_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
 
-    def __init__(self, dim: int, *runs: Run, bias: bool = True) -> None:
+    def __init__(self, dim: int, *runs: ShardSpec, bias: bool = True) -> None:
         super().__init__(dim, sum(map(len, runs)), bias=bias)
         self.runs = runs
 
 
-class RowLinear(Shared, nn.Linear):
+class RowParallelLinear(ShardedModule, nn.Linear):
     """This rank's share of the inputs, which consist of `runs`, to the whole output `[..., D]`."""
 
     shared_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
 
-    def __init__(self, dim: int, *runs: Run, bias: bool = True) -> None:
+    def __init__(self, dim: int, *runs: ShardSpec, bias: bool = True) -> None:
         super().__init__(sum(map(len, runs)), dim, bias=bias)
         self.runs = runs
 
@@ -44,13 +44,13 @@ class RowLinear(Shared, nn.Linear):
         return output if self.bias is None else output.add_(self.bias)
 
 
-class HeadsLinear(ColumnLinear):
+class HeadsLinear(ColumnParallelLinear):
     """One product for several projections that are cut into heads. Weight rows: all of the first, then the next."""
 
     parts = 1
 
     def __init__(self, dim: int, heads: int, head_dim: int, bias: bool = True) -> None:
-        super().__init__(dim, *[Run(heads, head_dim)] * self.parts, bias=bias)
+        super().__init__(dim, *[ShardSpec(heads, head_dim)] * self.parts, bias=bias)
         self.head_dim = head_dim
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
@@ -70,7 +70,7 @@ class KVLinear(HeadsLinear):
     parts = 2
 
 
-class UpLinear(ColumnLinear):
+class GatedColumnParallelLinear(ColumnParallelLinear):
     """Out to the width inside a feed-forward, and through what is not linear there: GELU (tanh approximation).
 
     `gated`: two projections instead, whose product of the first and the second's SiLU it is (SwiGLU,
@@ -78,7 +78,7 @@ class UpLinear(ColumnLinear):
     """
 
     def __init__(self, dim: int, inner: int, gated: bool = False, bias: bool = True) -> None:
-        super().__init__(dim, *[Run(inner)] * (2 if gated else 1), bias=bias)
+        super().__init__(dim, *[ShardSpec(inner)] * (2 if gated else 1), bias=bias)
         self.gated = gated
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -96,8 +96,8 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, inner: int | None = None, gated: bool = False, bias: bool = True) -> None:
         super().__init__()
         width = inner or 4 * dim
-        self.up = UpLinear(dim, width, gated, bias)
-        self.down = RowLinear(dim, Run(width), bias=bias)
+        self.up = GatedColumnParallelLinear(dim, width, gated, bias)
+        self.down = RowParallelLinear(dim, ShardSpec(width), bias=bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, S, D]` to `[B, S, D]`."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from hydrarun.core.distributed.collectives import all_reduce
 from hydrarun.core.distributed.mesh import Axis
-from hydrarun.models.layers.tensor_parallel import Run, Shared
+from hydrarun.models.layers.tensor_parallel import ShardedModule, ShardSpec
 
 
 class Modulation(nn.Module):
@@ -30,14 +30,14 @@ class Modulation(nn.Module):
 
     def forward(self, temb: Tensor, index: Tensor | None = None) -> tuple[Tensor, ...]:
         """`[B, K, D]` for K timesteps to `parts` tensors `[B, K, D]`, or `[B, S, D]` by each token's `index` `[S]`."""
-        return by_token(self.values(temb), index).chunk(self.parts, dim=-1)
+        return select_by_token(self.values(temb), index).chunk(self.parts, dim=-1)
 
     def values(self, temb: Tensor) -> Tensor:
         """`[..., D]` to all parts, one after the other, `[..., parts * D]`."""
         return self.linear(F.silu(temb) if self.activated else temb)
 
 
-def by_token(values: Tensor, index: Tensor | None) -> Tensor:
+def select_by_token(values: Tensor, index: Tensor | None) -> Tensor:
     """`[B, K, ...]` to `[B, S, ...]`: for each token the value of its timestep; unchanged where all share one."""
     return values if index is None else values.index_select(1, index)
 
@@ -62,14 +62,14 @@ class AdaLayerNorm(nn.Module):
         return modulate(hidden_states, shift, scale, self.eps)
 
 
-class RMSNormAcrossHeads(Shared, nn.RMSNorm):
+class RMSNormAcrossHeads(ShardedModule, nn.RMSNorm):
     """RMS norm over the channels of all heads together; over ranks that have some of the heads each, by their sum."""
 
     shared_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__(heads * head_dim, eps=1e-6)
-        self.runs = (Run(heads, head_dim),)
+        self.runs = (ShardSpec(heads, head_dim),)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, S, H, d]` to the same, H being this rank's heads."""

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 
-def frequencies(positions: Tensor, dim: int, theta: float = 10000.0, precision: torch.dtype = torch.float32) -> Tensor:
+def make_frequencies(
+    positions: Tensor, dim: int, theta: float = 10000.0, precision: torch.dtype = torch.float32
+) -> Tensor:
     """Positions `[S]` to cosine and sine of each pair's angle, `[S, dim / 2, 2]`, computed in `precision`: float32."""
     rates = 1.0 / torch.pow(theta, torch.arange(0, dim, 2, dtype=precision) / dim)
     angles = torch.outer(positions.to(precision), rates)
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
 
 
-def grid_frequencies(axes: Sequence[Tensor]) -> Tensor:
+def make_grid_frequencies(axes: Sequence[Tensor]) -> Tensor:
     """The frequencies of frames `[F, f, 2]`, rows `[H, h, 2]` and columns `[W, w, 2]` to those of their grid's tokens.
 
     `[F * H * W, f + h + w, 2]`, columns fastest.
@@ -26,7 +28,7 @@ def grid_frequencies(axes: Sequence[Tensor]) -> Tensor:
     return torch.cat(spread, dim=-2).flatten(0, 2)
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Turn each pair of neighbouring channels of `x` `[B, S, H, d]` by its position's angle in `rope` `[S, d / 2, 2]`.
 
     Or in `[B, S, d / 2, 2]`, where the items' positions differ. Computed in float32 and returned in the dtype of `x`.

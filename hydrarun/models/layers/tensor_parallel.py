@@ -19,13 +19,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from hydrarun.core.distributed.degrees import shares
+from hydrarun.core.distributed.degrees import split_evenly
 from hydrarun.core.distributed.mesh import Axis
 from hydrarun.core.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Run:
+class ShardSpec:
     """Rows or columns of a weight that are dealt out to ranks: `count` units (heads, say) of `width`, each whole."""
 
     count: int
@@ -38,18 +38,18 @@ class Run:
         """This rank's first, and the one after its last."""
         if axis is None:
             return 0, len(self)
-        counts = shares(self.count, axis.size)
+        counts = split_evenly(self.count, axis.size)
         start = sum(counts[: axis.rank])
         return start * self.width, (start + counts[axis.rank]) * self.width
 
 
-class Shared(nn.Module):
+class ShardedModule(nn.Module):
     """A layer of whose weights each rank can hold a share. Without an axis it is the plain layer."""
 
     #: `{parameter: dimension}` of those that are shared out; the others are whole on every rank
     shared_dims: ClassVar[Mapping[str, int]]
     #: what that dimension consists of, one after the other; of each, a rank holds its share
-    runs: tuple[Run, ...]
+    runs: tuple[ShardSpec, ...]
     axis: Axis | None = None
 
     def share(self, axis: Axis) -> None:
@@ -65,12 +65,12 @@ class Shared(nn.Module):
             setattr(self, name, nn.Parameter(parameter.new_empty(shape), requires_grad=False))
 
 
-def split(transformer: nn.Module, axis: Axis) -> None:
+def shard_layers(transformer: nn.Module, axis: Axis) -> None:
     """Give every layer that can be shared out this rank's share; between building on meta and loading.
 
     Raises `UsageError` where there is nothing to share, or less than the ranks take.
     """
-    layers = list(shared_layers(transformer))
+    layers = list(find_sharded_layers(transformer))
     most = min((run.count for layer in layers for run in layer.runs), default=1)
     if axis.size > most:
         raise UsageError(
@@ -81,6 +81,6 @@ def split(transformer: nn.Module, axis: Axis) -> None:
         layer.share(axis)
 
 
-def shared_layers(transformer: nn.Module) -> Iterator[Any]:
+def find_sharded_layers(transformer: nn.Module) -> Iterator[Any]:
     """Every layer that can be shared out."""
-    return (module for module in transformer.modules() if isinstance(module, Shared))
+    return (module for module in transformer.modules() if isinstance(module, ShardedModule))

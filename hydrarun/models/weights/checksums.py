@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.core.progress import Progress
-from hydrarun.core.threads import Pool
+from hydrarun.core.threads import ThreadPool
 
 #: a folder's record, as `sha256sum` writes it
 SUMS = "SHA256SUMS"
@@ -21,7 +21,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 BLOCK = 2**20
 
 
-def verify(folder: Path, progress: Progress) -> None:
+def verify_checksums(folder: Path, progress: Progress) -> None:
     """Compare every file that is recorded with its sha256; all weights in the folders of `folder` must be.
 
     The record is the folder's SHA256SUMS or, without one, what the files are links to: the hub's cache names it by its
@@ -30,7 +30,7 @@ def verify(folder: Path, progress: Progress) -> None:
     """
     listed = folder / SUMS
     weights = sorted(folder.glob("*/*.safetensors"))
-    recorded = read_sums(listed) if listed.is_file() else link_names(weights)
+    recorded = read_checksums(listed) if listed.is_file() else read_link_checksums(weights)
     if not recorded:
         raise UsageError(
             f"verify=true: nothing records the weights in {folder}. If you trust them, record them:"
@@ -42,16 +42,16 @@ def verify(folder: Path, progress: Progress) -> None:
                 f"not in {listed}" if listed.is_file() else "no link to a file named by its sha256, as others here are"
             )
             raise RunError(f"{path}: cannot be verified: {where}")
-    with progress.reading("verifying weights") as tally, Pool() as pool:
+    with progress.reading("verifying weights") as tally, ThreadPool() as pool:
         for path in recorded:
             if not path.is_file():
                 raise RunError(f"{path}: not there, and {listed} lists it")
             tally.expect(path.stat().st_size)
         for path, digest in recorded.items():
-            pool.start(compare, path, digest, tally.add)
+            pool.start(compare_checksum, path, digest, tally.add)
 
 
-def read_sums(path: Path) -> dict[Path, str]:
+def read_checksums(path: Path) -> dict[Path, str]:
     """`{file: sha256}` of a SHA256SUMS. Raises `UsageError` for a line that is not as `sha256sum` writes it."""
     found = {}
     for number, line in enumerate(path.read_text(errors="surrogateescape").splitlines(), start=1):
@@ -65,16 +65,16 @@ def read_sums(path: Path) -> dict[Path, str]:
     return found
 
 
-def link_names(paths: list[Path]) -> dict[Path, str]:
+def read_link_checksums(paths: list[Path]) -> dict[Path, str]:
     """`{file: sha256}` of the links to files that are named by theirs."""
     targets = {path: os.path.basename(os.readlink(path)) for path in paths if path.is_symlink()}
     return {path: name for path, name in targets.items() if DIGEST.fullmatch(name)}
 
 
-def compare(path: Path, expected: str, count: Callable[[int], None]) -> None:
+def compare_checksum(path: Path, expected: str, count: Callable[[int], None]) -> None:
     """Raises `RunError` for a file with another sha256; `count` is told of the bytes that are read."""
     try:
-        found = sha256(path, count)
+        found = compute_sha256(path, count)
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror}") from None
     if found != expected:
@@ -84,7 +84,7 @@ def compare(path: Path, expected: str, count: Callable[[int], None]) -> None:
         )
 
 
-def sha256(path: Path, count: Callable[[int], None] = lambda _: None) -> str:
+def compute_sha256(path: Path, count: Callable[[int], None] = lambda _: None) -> str:
     """Of the file's content; `count` is told of the bytes that are read."""
     digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
     with path.open("rb", buffering=0) as file:

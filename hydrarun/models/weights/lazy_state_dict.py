@@ -15,29 +15,36 @@ from torch import Tensor
 
 from hydrarun.core.device import HOST
 from hydrarun.models.weights.safetensors import Checkpoint, Header
-from hydrarun.models.weights.tensor_reader import DTYPES, Piece, bytes_of, check, empty, read
+from hydrarun.models.weights.tensor_reader import (
+    DTYPES,
+    TensorPiece,
+    allocate_tensor,
+    check_piece,
+    count_piece_bytes,
+    read_piece,
+)
 
 
 @dataclass(frozen=True)
-class Unread:
+class LazyTensor:
     """A tensor in a file, as the loader takes one of a safetensors file that it opened itself: `unread[...]`."""
 
     header: Header
-    piece: Piece
+    piece: TensorPiece
     dtype: torch.dtype
     add: Callable[[int], None]
 
     def __getitem__(self, everything: EllipsisType) -> Tensor:
-        tensor = empty(self.piece.shape, self.dtype, HOST)
-        read(self.header, self.piece, tensor)
-        self.add(bytes_of(self.header, self.piece))
+        tensor = allocate_tensor(self.piece.shape, self.dtype, HOST)
+        read_piece(self.header, self.piece, tensor)
+        self.add(count_piece_bytes(self.header, self.piece))
         return tensor
 
     def get_shape(self) -> list[int]:
         return list(self.piece.shape)
 
 
-def unread(checkpoint: Checkpoint, dtype: torch.dtype, add: Callable[[int], None]) -> dict[str, Any]:
+def make_lazy_state_dict(checkpoint: Checkpoint, dtype: torch.dtype, add: Callable[[int], None]) -> dict[str, Any]:
     """All of them, by name; `add` is told of the bytes that were read.
 
     They are read as `dtype` where that is wide enough for all that a library may keep in float32 (which transformers
@@ -45,8 +52,8 @@ def unread(checkpoint: Checkpoint, dtype: torch.dtype, add: Callable[[int], None
     """
     found = {}
     for name, header in checkpoint.headers.items():
-        piece = Piece(name, tuple(header.tensors[name]["shape"]))
-        check(header, piece)
+        piece = TensorPiece(name, tuple(header.tensors[name]["shape"]))
+        check_piece(header, piece)
         own = DTYPES[header.tensors[name]["dtype"]]
-        found[name] = Unread(header, piece, dtype if own.is_floating_point and dtype != torch.float16 else own, add)
+        found[name] = LazyTensor(header, piece, dtype if own.is_floating_point and dtype != torch.float16 else own, add)
     return found

@@ -17,13 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from hydrarun.core.distributed.mesh import Axis
-from hydrarun.core.errors import RunError, nearest
-from hydrarun.core.progress import Tally
-from hydrarun.core.threads import Pool
-from hydrarun.models.layers.tensor_parallel import Shared, split
+from hydrarun.core.errors import RunError, suggest_name
+from hydrarun.core.progress import ByteCounter
+from hydrarun.core.threads import ThreadPool
+from hydrarun.models.layers.tensor_parallel import ShardedModule, shard_layers
 from hydrarun.models.transformer import Transformer
 from hydrarun.models.weights.safetensors import Checkpoint
-from hydrarun.models.weights.tensor_reader import Index, Piece, Shape, bytes_of, check, empty, read
+from hydrarun.models.weights.tensor_reader import (
+    Index,
+    Shape,
+    TensorPiece,
+    allocate_tensor,
+    check_piece,
+    count_piece_bytes,
+    read_piece,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Placement:
     name: str
     #: this rank's
     shape: Shape
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorPiece, ...]
 
 
 def load_transformer(
@@ -43,8 +51,8 @@ def load_transformer(
     device: torch.device,
     dtype: torch.dtype,
     note: Callable[[str], None],
-    pool: Pool,
-    tally: Tally,
+    pool: ThreadPool,
+    tally: ByteCounter,
     axis: Axis | None = None,
     left: Callable[[Transformer], Iterable[str]] = lambda _: (),
     loaded: Callable[[Transformer, str], None] | None = None,
@@ -64,41 +72,41 @@ def load_transformer(
         transformer = cls(**arguments).eval().requires_grad_(False)
     transformer.config = arguments
     if axis is not None:
-        split(transformer, axis)
+        shard_layers(transformer, axis)
     checkpoint = Checkpoint(folder)
-    placements = plan(transformer, checkpoint)
+    placements = plan_placements(transformer, checkpoint)
     skipped = tuple(f"{name}." for name in left(transformer))
 
     def place_one(placement: Placement) -> None:
-        kind = dtype_of(transformer, placement.name, dtype)
-        put(transformer, placement.name, fill(placement, checkpoint, device, kind))
-        tally.add(size(placement, checkpoint))
+        kind = find_parameter_dtype(transformer, placement.name, dtype)
+        set_parameter(transformer, placement.name, read_parameter(placement, checkpoint, device, kind))
+        tally.add(count_read_bytes(placement, checkpoint))
         if loaded is not None:
             loaded(transformer, placement.name)
 
     wanted = [placement for placement in placements if not placement.name.startswith(skipped)]
-    tally.expect(sum(size(placement, checkpoint) for placement in wanted))
+    tally.expect(sum(count_read_bytes(placement, checkpoint) for placement in wanted))
     for placement in wanted:
         pool.start(place_one, placement)
     return transformer
 
 
-def dtype_of(transformer: Transformer, name: str, dtype: torch.dtype) -> torch.dtype:
+def find_parameter_dtype(transformer: Transformer, name: str, dtype: torch.dtype) -> torch.dtype:
     """What the parameter `name` is held in, where most are held in `dtype`."""
     return torch.float32 if set(name.split(".")) & set(transformer.keep_in_float32) else dtype
 
 
-def fill(placement: Placement, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Tensor:
+def read_parameter(placement: Placement, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The parameter, read from its files."""
-    tensor = empty(placement.shape, dtype, device)
+    tensor = allocate_tensor(placement.shape, dtype, device)
     for piece in placement.pieces:
-        read(checkpoint.headers[piece.source], piece, tensor[piece.put])
+        read_piece(checkpoint.headers[piece.source], piece, tensor[piece.put])
     return tensor
 
 
-def size(placement: Placement, checkpoint: Checkpoint) -> int:
+def count_read_bytes(placement: Placement, checkpoint: Checkpoint) -> int:
     """Bytes that are read for it."""
-    return sum(bytes_of(checkpoint.headers[piece.source], piece) for piece in placement.pieces)
+    return sum(count_piece_bytes(checkpoint.headers[piece.source], piece) for piece in placement.pieces)
 
 
 def read_config(cls: type, path: Path, note: Callable[[str], None]) -> dict[str, Any]:
@@ -117,7 +125,7 @@ def read_config(cls: type, path: Path, note: Callable[[str], None]) -> dict[str,
     return {key: value for key, value in given.items() if key in accepted}
 
 
-def plan(transformer: Transformer, checkpoint: Checkpoint) -> list[Placement]:
+def plan_placements(transformer: Transformer, checkpoint: Checkpoint) -> list[Placement]:
     """Which of the checkpoint's tensors go where; every one must be used, and every place filled."""
     parameters = transformer.named_parameters()
     placements = [find_placement(transformer, name, tuple(value.shape)) for name, value in parameters]
@@ -132,22 +140,22 @@ def plan(transformer: Transformer, checkpoint: Checkpoint) -> list[Placement]:
                 f"{checkpoint.headers[source].path}: {source!r} has shape {list(shape)}, config.json asks for"
                 f" {list(piece.shape)}"
             )
-        check(checkpoint.headers[source], piece)
+        check_piece(checkpoint.headers[source], piece)
     return placements
 
 
 def find_placement(transformer: Transformer, name: str, shape: Shape) -> Placement:
     """Where our parameter `name`, on this rank of `shape`, comes from."""
-    sources = source_names(name, transformer.weight_map)
+    sources = find_source_names(name, transformer.weight_map)
     owner, _, leaf = name.rpartition(".")
     layer = transformer.get_submodule(owner)
-    dim = layer.shared_dims.get(leaf) if isinstance(layer, Shared) else None
+    dim = layer.shared_dims.get(leaf) if isinstance(layer, ShardedModule) else None
     if dim is None or (layer.axis is None and len(sources) == 1):
-        return Placement(name, shape, (Piece(sources[0], shape),))
-    return Placement(name, shape, tuple(shared_pieces(layer, dim, sources, shape)))
+        return Placement(name, shape, (TensorPiece(sources[0], shape),))
+    return Placement(name, shape, tuple(find_shard_pieces(layer, dim, sources, shape)))
 
 
-def shared_pieces(layer: Shared, dim: int, sources: tuple[str, ...], shape: Shape) -> Iterator[Piece]:
+def find_shard_pieces(layer: ShardedModule, dim: int, sources: tuple[str, ...], shape: Shape) -> Iterator[TensorPiece]:
     """This rank's share of each of the layer's runs, along `dim`.
 
     Each run is a tensor of its own in the checkpoint, or a single tensor holds them all, one after the other.
@@ -159,17 +167,17 @@ def shared_pieces(layer: Shared, dim: int, sources: tuple[str, ...], shape: Shap
         length = sum(map(len, layer.runs)) if single else len(run)
         begin = passed if single else 0
         start, stop = run.share(layer.axis)
-        yield Piece(
+        yield TensorPiece(
             source,
             (*shape[:dim], length, *shape[dim + 1 :]),
-            taken=along(dim, begin + start, begin + stop),
-            put=along(dim, filled, filled + stop - start),
+            taken=slice_dim(dim, begin + start, begin + stop),
+            put=slice_dim(dim, filled, filled + stop - start),
         )
         passed += len(run)
         filled += stop - start
 
 
-def along(dim: int, start: int, stop: int) -> Index:
+def slice_dim(dim: int, start: int, stop: int) -> Index:
     """The index of these places along `dim`."""
     return (*[slice(None)] * dim, slice(start, stop))
 
@@ -180,7 +188,7 @@ def check_names(checkpoint: Checkpoint, *, missing: set[str], unexpected: set[st
     if missing:
         name = min(missing)
         raise RunError(
-            f"{where}: {len(missing)} tensors are missing, the first is {name!r}.{nearest(name, unexpected)}"
+            f"{where}: {len(missing)} tensors are missing, the first is {name!r}.{suggest_name(name, unexpected)}"
             " Is this the checkpoint of another model, or an incomplete download?"
         )
     if unexpected:
@@ -191,7 +199,7 @@ def check_names(checkpoint: Checkpoint, *, missing: set[str], unexpected: set[st
         )
 
 
-def source_names(name: str, weight_map: Mapping[str, str | tuple[str, ...]]) -> tuple[str, ...]:
+def find_source_names(name: str, weight_map: Mapping[str, str | tuple[str, ...]]) -> tuple[str, ...]:
     """The checkpoint's names of our parameter `name`, by the transformer's weight map."""
     module, _, leaf = name.rpartition(".")
     parts = module.split(".")
@@ -211,7 +219,7 @@ def source_names(name: str, weight_map: Mapping[str, str | tuple[str, ...]]) -> 
     return (name,)
 
 
-def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+def set_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Replace the parameter `name`, which is on the meta device, by `tensor`."""
     owner, _, leaf = name.rpartition(".")
     module.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

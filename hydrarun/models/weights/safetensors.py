@@ -119,7 +119,7 @@ def check_folder(folder: Path) -> None:
         Header.read(path)
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint_weights(folder: Path) -> str:
     """16 hex digits that tell these weights from others: of every JSON file, and of a sample of every tensor.
 
     The sample is a tensor's first bytes: enough to see retrained weights, fast for any size, and no proof of equality.

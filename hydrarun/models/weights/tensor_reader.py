@@ -44,7 +44,7 @@ LARGE = 2**22
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """What one of the checkpoint's tensors gives to one of our parameters."""
 
     source: str
@@ -61,18 +61,18 @@ class Piece:
         return first, last
 
 
-def row_bytes(header: Header, piece: Piece) -> int:
+def count_row_bytes(header: Header, piece: TensorPiece) -> int:
     """Bytes in the file of one place along the tensor's dimension 0."""
     return math.prod(piece.shape[1:]) * DTYPES[header.tensors[piece.source]["dtype"]].itemsize
 
 
-def bytes_of(header: Header, piece: Piece) -> int:
+def count_piece_bytes(header: Header, piece: TensorPiece) -> int:
     """Bytes that are read for the piece: whole rows, also where only some columns of them are taken."""
     first, last = piece.rows
-    return (last - first) * row_bytes(header, piece)
+    return (last - first) * count_row_bytes(header, piece)
 
 
-def check(header: Header, piece: Piece) -> None:
+def check_piece(header: Header, piece: TensorPiece) -> None:
     """Raises `RunError` for numbers of a kind that torch lacks, and for a place in the file that does not fit them."""
     entry = header.tensors[piece.source]
     if entry["dtype"] not in DTYPES:
@@ -83,10 +83,10 @@ def check(header: Header, piece: Piece) -> None:
         raise RunError(f"{header.path}: {piece.source!r} takes {wanted} bytes, its header gives it {first} to {end}")
 
 
-def read(header: Header, piece: Piece, target: Tensor) -> None:
+def read_piece(header: Header, piece: TensorPiece, target: Tensor) -> None:
     """Fill `target` with what the piece takes. Raises `RunError` naming file and tensor if it cannot be read."""
     first, last = piece.rows
-    row = row_bytes(header, piece)
+    row = count_row_bytes(header, piece)
     entry = header.tensors[piece.source]
     offset = header.start + entry["data_offsets"][0] + first * row
     dtype, columns = DTYPES[entry["dtype"]], piece.taken[1:]
@@ -95,20 +95,20 @@ def read(header: Header, piece: Piece, target: Tensor) -> None:
     try:
         with header.path.open("rb", buffering=0) as file:
             if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous() and not columns:
-                read_into(file, offset, target)
+                read_into_tensor(file, offset, target)
                 return
             step = max(1, CHUNK // max(1, row))
             shape = (min(step, last - first), *piece.shape[1:])
             chunk = torch.empty(shape, dtype=dtype, pin_memory=target.device.type == "cuda")
             for start in range(0, last - first, step):
                 part = chunk[: last - first - start]
-                read_into(file, offset + start * row, part)
+                read_into_tensor(file, offset + start * row, part)
                 target[start : start + len(part)].copy_(part[taken])
     except (OSError, EOFError) as error:
         raise RunError(f"{header.path}: {piece.source!r} cannot be read: {error}") from None
 
 
-def read_into(file: BinaryIO, offset: int, tensor: Tensor) -> None:
+def read_into_tensor(file: BinaryIO, offset: int, tensor: Tensor) -> None:
     """Fill a contiguous tensor on the host with the file's bytes from `offset` on; other threads run meanwhile."""
     memory = memoryview(tensor.view(-1).view(torch.uint8).numpy())
     while len(memory):
@@ -118,7 +118,7 @@ def read_into(file: BinaryIO, offset: int, tensor: Tensor) -> None:
         memory, offset = memory[count:], offset + count
 
 
-def empty(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+def allocate_tensor(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for a weight. On the host in huge pages, where the system has them: new pages of 4 KiB each take longer
     to get than to fill."""
     size = math.prod(shape) * dtype.itemsize

@@ -18,7 +18,7 @@ from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
 from PIL.ExifTags import Base
 from PIL.Image import Transpose
 
-from hydrarun.core.errors import UsageError, nearest
+from hydrarun.core.errors import UsageError, suggest_name
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
@@ -103,7 +103,7 @@ def _describe_missing(path: Path) -> str:
     if re.search(r"(^|/)[a-z][a-z0-9+.-]*:/", str(path), re.IGNORECASE):
         return "only local files can be read, not URLs: download it first"
     try:
-        return f"no such file.{nearest(path.name, os.listdir(path.parent))}"
+        return f"no such file.{suggest_name(path.name, os.listdir(path.parent))}"
     except OSError:
         return f"no such file, nor a folder {path.parent}"
 

@@ -57,21 +57,21 @@ class Kind:
         return f"{sampling[self.field]} {self.parts}" if self.field and self.parts else None
 
 
-def _width_and_height(pixels: np.ndarray, *_: Any) -> Record:
+def _measure_picture(pixels: np.ndarray, *_: Any) -> Record:
     return {"width": pixels.shape[-2], "height": pixels.shape[-3]}
 
 
-def _with_frames(pixels: np.ndarray, output: Mapping[str, Any], facts: Any) -> Record:
-    return {**_width_and_height(pixels), "frames": len(pixels), "fps": output["fps"]}
+def _measure_video(pixels: np.ndarray, output: Mapping[str, Any], facts: Any) -> Record:
+    return {**_measure_picture(pixels), "frames": len(pixels), "fps": output["fps"]}
 
 
-def _with_seconds(samples: np.ndarray, output: Any, facts: Mapping[str, Any]) -> Record:
+def _measure_sound(samples: np.ndarray, output: Any, facts: Mapping[str, Any]) -> Record:
     count, channels = samples.shape
     rate = facts["sample_rate"]
     return {"duration_s": round(count / rate, 6), "sample_rate": rate, "samples": count, "channels": channels}
 
 
-def _one_colour(pixels: np.ndarray) -> str | None:
+def _find_single_colour(pixels: np.ndarray) -> str | None:
     """Frames of one colour, each of another, are a video."""
     planes = [pixels[..., channel] for channel in range(3)]  # one at a time is far faster
     if max(int(plane.max()) - int(plane.min()) for plane in planes) > 1:  # one level is rounding noise, not a picture
@@ -80,11 +80,11 @@ def _one_colour(pixels: np.ndarray) -> str | None:
     return "black" if pixels.max() <= 1 else f"one colour, RGB {first}"
 
 
-def _with_layers(pixels: np.ndarray, *_: Any) -> Record:
-    return {**_width_and_height(pixels), "layers": len(pixels)}
+def _measure_layers(pixels: np.ndarray, *_: Any) -> Record:
+    return {**_measure_picture(pixels), "layers": len(pixels)}
 
 
-def _every_layer_empty(pixels: np.ndarray) -> str | None:
+def _find_empty_layers(pixels: np.ndarray) -> str | None:
     """One layer may well be of one colour, or wholly transparent, but not all."""
     import numpy as np
 
@@ -94,36 +94,36 @@ def _every_layer_empty(pixels: np.ndarray) -> str | None:
     return None if max(spreads) > 1 else "one colour or transparent in every layer"
 
 
-def _side_by_side(pixels: np.ndarray) -> np.ndarray:
+def _draw_layers(pixels: np.ndarray) -> np.ndarray:
     from hydrarun.outputs.media.alpha import draw_side_by_side
 
     return draw_side_by_side(pixels)
 
 
-def _silence(samples: np.ndarray) -> str | None:
+def _find_silence(samples: np.ndarray) -> str | None:
     return None if (samples.max(0).astype(int) - samples.min(0)).max() > 1 else "silence"
 
 
-def _itself(pixels: np.ndarray) -> np.ndarray:
+def _keep_picture(pixels: np.ndarray) -> np.ndarray:
     return pixels
 
 
-def _middle(pixels: np.ndarray) -> np.ndarray:
+def _pick_middle_frame(pixels: np.ndarray) -> np.ndarray:
     return pixels[len(pixels) // 2]
 
 
-def _waveform(samples: np.ndarray) -> np.ndarray:
+def _draw_sound(samples: np.ndarray) -> np.ndarray:
     from hydrarun.outputs.media.waveform import draw_waveform
 
     return draw_waveform(samples)
 
 
-def _width_by_height(sampling: Mapping[str, Any]) -> str:
+def _format_size(sampling: Mapping[str, Any]) -> str:
     sized = sampling["width"] is not None and sampling["height"] is not None
     return f"{sampling['width']}x{sampling['height']}" if sized else "the size of the input image"
 
 
-def _seconds(sampling: Mapping[str, Any]) -> str:
+def _format_seconds(sampling: Mapping[str, Any]) -> str:
     end = sampling["audio_end_in_s"]
     return f"from {sampling['audio_start_in_s']:g} s to " + ("the longest's end" if end is None else f"{end:g} s")
 
@@ -134,18 +134,18 @@ PICTURE = Kind(
     formats={"png": ".png"},
     metrics=("psnr", "ssim"),
     levels=255,
-    extent=_width_and_height,
-    monotone=_one_colour,
-    still=_itself,
-    size=_width_by_height,
+    extent=_measure_picture,
+    monotone=_find_single_colour,
+    still=_keep_picture,
+    size=_format_size,
 )
 VIDEO = replace(
     PICTURE,
     one="video",
     nameless="video",
     formats={"mp4": ".mp4", "frames": ""},
-    extent=_with_frames,
-    still=_middle,
+    extent=_measure_video,
+    still=_pick_middle_frame,
     field="num_frames",
     parts="frames",
 )
@@ -154,9 +154,9 @@ LAYERS = replace(
     one="layered picture",
     nameless="layers",
     formats={"layers": ""},
-    extent=_with_layers,
-    monotone=_every_layer_empty,
-    still=_side_by_side,
+    extent=_measure_layers,
+    monotone=_find_empty_layers,
+    still=_draw_layers,
     field="layers",
     parts="layers",
     alpha=True,
@@ -167,10 +167,10 @@ SOUND = Kind(
     formats={"wav": ".wav"},
     metrics=("snr",),
     levels=65535,
-    extent=_with_seconds,
-    monotone=_silence,
-    still=_waveform,
-    size=_seconds,
+    extent=_measure_sound,
+    monotone=_find_silence,
+    still=_draw_sound,
+    size=_format_seconds,
     field="audio_end_in_s",
 )
 KINDS = (VIDEO, LAYERS, SOUND, PICTURE)
@@ -178,16 +178,16 @@ KINDS = (VIDEO, LAYERS, SOUND, PICTURE)
 _BY_AXES = {3: PICTURE, 4: VIDEO, 2: SOUND}
 
 
-def drawn_by(model: Mapping[str, Any]) -> Kind:
+def find_model_kind(model: Mapping[str, Any]) -> Kind:
     """What the model of the section `model` draws."""
     return next(kind for kind in KINDS if kind.field is None or kind.field in model["takes"])
 
 
-def written_as(output_format: str) -> Kind:
+def find_format_kind(output_format: str) -> Kind:
     """The kind that a format is of."""
     return next(kind for kind in KINDS if output_format in kind.formats)
 
 
-def kind_of(pixels: np.ndarray) -> Kind:
+def find_array_kind(pixels: np.ndarray) -> Kind:
     """What an array is."""
     return LAYERS if pixels.ndim == 4 and pixels.shape[-1] == 4 else _BY_AXES[pixels.ndim]

@@ -17,7 +17,7 @@ PSNR_CAP = 100.0
 SIGMA, WINDOW = 1.5, 11
 
 
-def compare(ours: np.ndarray, twin: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+def compare_outputs(ours: np.ndarray, twin: np.ndarray, names: Sequence[str]) -> dict[str, float]:
     """The measures among `names` of a pair of pictures, videos or sounds (arrays of `hydrarun.outputs.media.kinds`).
 
     Of layers the colours times alpha are compared, and alpha. `psnr`: dB over all frames together, at most `PSNR_CAP`.
@@ -31,17 +31,17 @@ def compare(ours: np.ndarray, twin: np.ndarray, names: Sequence[str]) -> dict[st
     return {name: MEASURES[name](pairs) for name in names if name in MEASURES}
 
 
-def accuracy(pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> float:
+def measure_accuracy(pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> float:
     """The share of the pictures (uint8 `[side, side, 3]`) that show all that their prompts say, from 0 to 1.
 
     Raises ValueError for a prompt outside the grammar of `hydrarun.outputs.quality.scenes`.
     """
-    from hydrarun.outputs.quality.scene_judge import judge_all
+    from hydrarun.outputs.quality.scene_judge import judge_pairs
 
-    return judge_all(zip(pictures, prompts, strict=True)).right
+    return judge_pairs(zip(pictures, prompts, strict=True)).right
 
 
-def summary(values: Sequence[float]) -> dict[str, float]:
+def summarize_values(values: Sequence[float]) -> dict[str, float]:
     """`mean`; `p95`: what 95 % of the values reach or exceed (linearly interpolated); `worst`: the smallest."""
     return {"mean": float(np.mean(values)), "p95": float(np.percentile(values, 5)), "worst": float(min(values))}
 
@@ -49,7 +49,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 Pairs = Sequence[tuple[np.ndarray, np.ndarray]]
 
 
-def _psnr(pairs: Pairs) -> float:
+def _measure_psnr(pairs: Pairs) -> float:
     from skimage.metrics import mean_squared_error  # scipy comes with it: only when something is measured
 
     # frame by frame: a whole video as wide numbers would not fit beside itself
@@ -57,7 +57,7 @@ def _psnr(pairs: Pairs) -> float:
     return min(PSNR_CAP, 10 * math.log10(255**2 / error)) if error else PSNR_CAP
 
 
-def _ssim(pairs: Pairs) -> float:
+def _measure_ssim(pairs: Pairs) -> float:
     from skimage.metrics import structural_similarity
 
     smallest = min(pairs[0][0].shape[:2])
@@ -72,16 +72,16 @@ def _ssim(pairs: Pairs) -> float:
     return float(np.mean([structural_similarity(*pair, **settings) for pair in pairs]))
 
 
-def _snr(pairs: Pairs) -> float:
+def _measure_snr(pairs: Pairs) -> float:
     ((ours, twin),) = pairs
     wide = twin.astype(np.float64)
     error, power = float(np.square(ours - wide).mean()), float(np.square(wide).mean())
     return min(PSNR_CAP, 10 * math.log10(power / error)) if error else PSNR_CAP
 
 
-MEASURES: dict[str, Callable[[Pairs], float]] = {"psnr": _psnr, "ssim": _ssim, "snr": _snr}
+MEASURES: dict[str, Callable[[Pairs], float]] = {"psnr": _measure_psnr, "ssim": _measure_ssim, "snr": _measure_snr}
 
 
-def summaries(each: Sequence[Mapping[str, float]], metrics: Sequence[str]) -> dict[str, Any]:
+def summarize_measures(each: Sequence[Mapping[str, float]], metrics: Sequence[str]) -> dict[str, Any]:
     """The measures of many pairs by their names: mean, p95 and worst."""
-    return {name: summary([pair[name] for pair in each]) for name in metrics if name in MEASURES}
+    return {name: summarize_values([pair[name] for pair in each]) for name in metrics if name in MEASURES}

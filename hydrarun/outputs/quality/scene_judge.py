@@ -22,8 +22,8 @@ from hydrarun.outputs.quality.scenes import (
     SIZES,
     Scene,
     SceneObject,
-    canonical_caption,
-    caption,
+    caption_scene,
+    normalize_caption,
     parse_caption,
     sample_scene,
 )
@@ -57,7 +57,7 @@ class ObjectVerdict:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SceneVerdict:
     """The judgement of one picture. `clean` is False when something stands where the caption has nothing."""
 
     background: bool
@@ -75,7 +75,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Accuracy:
+class SceneAccuracy:
     """Shares between 0 and 1: of pictures (`right` to `clean`), of objects (the others)."""
 
     pictures: int
@@ -90,28 +90,28 @@ class Accuracy:
     size: float
 
 
-def judge(image: NDArray[np.uint8], text: str) -> Verdict:
+def judge_picture(image: NDArray[np.uint8], text: str) -> SceneVerdict:
     """Judge a square picture, uint8 [side, side, 3] with side >= 64, against its caption.
 
     Raises ValueError for a caption outside the grammar of `hydrarun.outputs.quality.scenes`.
     """
     scene = parse_caption(text)
-    pixels = _working_copy(image)
-    border = _border_color(pixels)
-    background = _color_name(border) == scene.background or not scene.background_said
+    pixels = _make_working_copy(image)
+    border = _find_border_color(pixels)
+    background = _find_color_name(border) == scene.background or not scene.background_said
     distance = np.sqrt(((pixels - border) ** 2).sum(-1))
     taken = np.zeros(distance.shape, bool)
     objects = []
-    for obj, region in zip(scene.objects, _regions(scene, len(pixels)), strict=True):
-        mask = _object_mask(pixels, distance, border, region)
+    for obj, region in zip(scene.objects, _find_regions(scene, len(pixels)), strict=True):
+        mask = _find_object_mask(pixels, distance, border, region)
         taken |= mask
         objects.append(_judge_object(pixels, mask, obj, scene))
     # Edges of an object are blends and stick out a pixel beyond its half-way contour: they are no stray marks.
-    stray = (distance > 1.5 * _ROUGH_DISTANCE) & ~_dilate(_dilate(taken))
-    return Verdict(background, bool(stray.mean() < STRAY_AREA), tuple(objects))
+    stray = (distance > 1.5 * _ROUGH_DISTANCE) & ~_dilate_mask(_dilate_mask(taken))
+    return SceneVerdict(background, bool(stray.mean() < STRAY_AREA), tuple(objects))
 
 
-def _working_copy(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+def _make_working_copy(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.shape[0] != image.shape[1]:
         raise ValueError(f"expected a square uint8 [side, side, 3] picture, got {image.dtype} {list(image.shape)}")
     side = image.shape[0]
@@ -123,18 +123,18 @@ def _working_copy(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     return image.astype(np.float32)
 
 
-def _border_color(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+def _find_border_color(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
     """The median colour along the four edges, where objects seldom reach: [3]."""
     width = max(2, len(pixels) // 32)
     edges = (pixels[:width], pixels[-width:], pixels[:, :width], pixels[:, -width:])
     return np.median(np.concatenate([edge.reshape(-1, 3) for edge in edges]), axis=0)
 
 
-def _color_name(color: NDArray[np.float32]) -> str:
+def _find_color_name(color: NDArray[np.float32]) -> str:
     return _NAMES[int(((_PALETTE - color) ** 2).sum(-1).argmin())]
 
 
-def _regions(scene: Scene, side: int) -> list[tuple[slice, slice]]:
+def _find_regions(scene: Scene, side: int) -> list[tuple[slice, slice]]:
     """The rows and columns in which each object is looked for."""
     full = slice(0, side)
     halves = (slice(0, side // 2), slice(side // 2, side))
@@ -152,7 +152,7 @@ def _regions(scene: Scene, side: int) -> list[tuple[slice, slice]]:
     return [(halves[obj.y > 0.5], halves[obj.x > 0.5]) for obj in scene.objects]
 
 
-def _object_mask(
+def _find_object_mask(
     pixels: NDArray[np.float32],
     distance: NDArray[np.float32],
     border: NDArray[np.float32],
@@ -166,13 +166,13 @@ def _object_mask(
     # An edge pixel belongs to the object if it is more than half-way from the background to the object's colour.
     body = np.median(pixels[region][rough], axis=0)
     halfway = max(_ROUGH_DISTANCE, 0.5 * float(np.sqrt(((body - border) ** 2).sum())))
-    largest = _largest_component(distance[region] > halfway)
+    largest = _find_largest_component(distance[region] > halfway)
     if largest.sum() >= LEAST_OBJECT_AREA * mask.size:
         mask[region] = largest
     return mask
 
 
-def _dilate(mask: Mask) -> Mask:
+def _dilate_mask(mask: Mask) -> Mask:
     """Grow by one pixel up, down, left and right."""
     grown = mask.copy()
     grown[1:] |= mask[:-1]
@@ -182,7 +182,7 @@ def _dilate(mask: Mask) -> Mask:
     return grown
 
 
-def _largest_component(mask: Mask) -> Mask:
+def _find_largest_component(mask: Mask) -> Mask:
     """The connected part (by edges) with the most pixels."""
     remaining, best, best_area = mask.copy(), np.zeros_like(mask), 0
     while remaining.sum() > best_area:
@@ -191,7 +191,7 @@ def _largest_component(mask: Mask) -> Mask:
         area = 0
         while part.sum() > area:
             area = int(part.sum())
-            part = _dilate(part) & remaining
+            part = _dilate_mask(part) & remaining
         remaining &= ~part
         if area > best_area:
             best, best_area = part, area
@@ -214,7 +214,7 @@ def _judge_object(pixels: NDArray[np.float32], mask: Mask, obj: SceneObject, sce
     return ObjectVerdict(
         present=True,
         color=_has_color(pixels[mask], obj.color),
-        position=_in_place(center, obj, scene.layout),
+        position=_has_position(center, obj, scene.layout),
         shape=_has_shape(mask[top:bottom, left:right], obj.shape),
         size=_has_size(radius, obj, scene.layout),
     )
@@ -225,7 +225,7 @@ def _has_color(body: NDArray[np.float32], color: str) -> bool:
     return bool((nearest == _NAMES.index(color)).mean() >= _SAME_COLOR_SHARE)
 
 
-def _in_place(center: tuple[float, float], obj: SceneObject, layout: str) -> bool:
+def _has_position(center: tuple[float, float], obj: SceneObject, layout: str) -> bool:
     """Near the place the layout gives; along the axis that the caption leaves open, within the scenes' own range."""
     slack_x = JITTER if layout in ("one", "vertical", "column") else 0.0
     slack_y = JITTER if layout in ("horizontal", "row") else 0.0
@@ -236,19 +236,19 @@ def _in_place(center: tuple[float, float], obj: SceneObject, layout: str) -> boo
 
 def _has_shape(box: Mask, shape: str) -> bool:
     height, width = box.shape
-    overlaps = {name: _overlap(box, _ideal(name, width, height)) for name in OUTLINES}
+    overlaps = {name: _measure_overlap(box, _draw_ideal_shape(name, width, height)) for name in OUTLINES}
     extent = np.ptp(np.array(OUTLINES[shape]), axis=0)
     squeeze = (width / height) / (extent[0] / extent[1])
     in_proportion = 1 / SQUEEZE <= squeeze <= SQUEEZE
     return bool(in_proportion and max(overlaps, key=overlaps.__getitem__) == shape and overlaps[shape] >= SHAPE_OVERLAP)
 
 
-def _overlap(a: Mask, b: Mask) -> float:
+def _measure_overlap(a: Mask, b: Mask) -> float:
     return float((a & b).sum() / max(1, (a | b).sum()))
 
 
 @functools.lru_cache(maxsize=4096)
-def _ideal(shape: str, width: int, height: int) -> Mask:
+def _draw_ideal_shape(shape: str, width: int, height: int) -> Mask:
     """The shape filling a box: bool [height, width]."""
     scale = 8
     outline = np.array(OUTLINES[shape])
@@ -268,19 +268,19 @@ def _has_size(radius: float, obj: SceneObject, layout: str) -> bool:
     return min(SIZES, key=lambda word: abs(radius - SIZES[word])) == obj.size
 
 
-def held_out_prompts(count: int = 200, seed: int = 2025) -> list[str]:
+def sample_held_out_prompts(count: int = 200, seed: int = 2025) -> list[str]:
     """Captions for testing, always the same ones: never trained on in any wording, all different, background said."""
     rng = random.Random(seed)
     prompts: dict[str, str] = {}
     while len(prompts) < count:
         scene = sample_scene(rng, held_out=True)
         if scene.background_said:
-            text = caption(scene)
-            prompts.setdefault(canonical_caption(text), text)
+            text = caption_scene(scene)
+            prompts.setdefault(normalize_caption(text), text)
     return list(prompts.values())
 
 
-def summarize(verdicts: Iterable[Verdict]) -> Accuracy:
+def summarize_verdicts(verdicts: Iterable[SceneVerdict]) -> SceneAccuracy:
     """The accuracy over many judged pictures."""
     judged = list(verdicts)
     if not judged:
@@ -294,9 +294,9 @@ def summarize(verdicts: Iterable[Verdict]) -> Accuracy:
         name: float(np.mean([getattr(obj, name) for obj in objects]))
         for name in ("present", "color", "position", "shape", "size")
     }
-    return Accuracy(pictures=len(judged), **by_picture, **by_object)
+    return SceneAccuracy(pictures=len(judged), **by_picture, **by_object)
 
 
-def judge_all(pairs: Iterable[tuple[NDArray[np.uint8], str]]) -> Accuracy:
+def judge_pairs(pairs: Iterable[tuple[NDArray[np.uint8], str]]) -> SceneAccuracy:
     """The accuracy over (picture, caption) pairs."""
-    return summarize(judge(image, text) for image, text in pairs)
+    return summarize_verdicts(judge_picture(image, text) for image, text in pairs)

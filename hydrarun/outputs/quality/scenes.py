@@ -41,7 +41,7 @@ _TRIPLE_CENTRES = (24 / 128, 64 / 128, 104 / 128)
 JITTER = 16 / 128  # how far a scene may stand from the middle along its free axis; two latent cells
 
 
-def _outline(shape: str) -> list[tuple[float, float]]:
+def _outline_shape(shape: str) -> list[tuple[float, float]]:
     """Corner points of the shape of radius 1 around the origin, y pointing down."""
     if shape == "circle":
         angles = [2 * math.pi * k / 48 for k in range(48)]
@@ -54,7 +54,7 @@ def _outline(shape: str) -> list[tuple[float, float]]:
     return [(math.sin(k * math.pi / 5) * radii[k % 2], -math.cos(k * math.pi / 5) * radii[k % 2]) for k in range(10)]
 
 
-OUTLINES = {shape: _outline(shape) for shape in SHAPES}
+OUTLINES = {shape: _outline_shape(shape) for shape in SHAPES}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Scene:
 # ---------------------------------------------------------------- placement
 
 
-def _placed(obj: SceneObject, x: float, y: float) -> SceneObject:
+def _place_object(obj: SceneObject, x: float, y: float) -> SceneObject:
     return replace(obj, x=x, y=y, radius=SIZES[obj.size])
 
 
@@ -98,25 +98,25 @@ def place_objects(layout: str, objects: list[SceneObject], variant: str, shift: 
     (fraction of the side) moves the scene along the axis its caption leaves open, and is ignored where there is none.
     """
     if layout == "one":
-        return (_placed(objects[0], _MIDDLE + shift, _MIDDLE),)
+        return (_place_object(objects[0], _MIDDLE + shift, _MIDDLE),)
     if layout == "corner":
-        return (_placed(objects[0], *_corner(variant)),)
+        return (_place_object(objects[0], *_find_corner(variant)),)
     if layout == "vertical":
-        return tuple(_placed(o, _MIDDLE + shift, y) for o, y in zip(objects, (_NEAR, _FAR), strict=True))
+        return tuple(_place_object(o, _MIDDLE + shift, y) for o, y in zip(objects, (_NEAR, _FAR), strict=True))
     if layout == "horizontal":
-        return tuple(_placed(o, x, _MIDDLE + shift) for o, x in zip(objects, (_NEAR, _FAR), strict=True))
+        return tuple(_place_object(o, x, _MIDDLE + shift) for o, x in zip(objects, (_NEAR, _FAR), strict=True))
     if layout == "diagonal":
-        first_x, first_y = _corner(variant)
-        return (_placed(objects[0], first_x, first_y), _placed(objects[1], 1 - first_x, 1 - first_y))
+        first_x, first_y = _find_corner(variant)
+        return (_place_object(objects[0], first_x, first_y), _place_object(objects[1], 1 - first_x, 1 - first_y))
     centres = [(c, _MIDDLE + shift) if layout == "row" else (_MIDDLE + shift, c) for c in _TRIPLE_CENTRES]
     return tuple(replace(o, x=x, y=y, radius=TRIPLE_RADIUS) for o, (x, y) in zip(objects, centres, strict=True))
 
 
-def _corner(name: str) -> tuple[float, float]:
+def _find_corner(name: str) -> tuple[float, float]:
     return (_NEAR if "left" in name else _FAR, _NEAR if "top" in name else _FAR)
 
 
-def corner_name(obj: SceneObject) -> str:
+def name_corner(obj: SceneObject) -> str:
     """The words for the quarter an object stands in, such as "top left"."""
     return f"{'top' if obj.y < _MIDDLE else 'bottom'} {'left' if obj.x < _MIDDLE else 'right'}"
 
@@ -128,7 +128,7 @@ def sample_scene(rng: random.Random, held_out: bool | None = False) -> Scene:
     """Draw a scene. By default only captions of the training side come out; True gives held-out ones, None both."""
     while True:
         scene = _sample_any(rng)
-        if held_out is None or is_held_out(caption(scene)) == held_out:
+        if held_out is None or is_held_out(caption_scene(scene)) == held_out:
             return scene
 
 
@@ -149,7 +149,7 @@ def _sample_object(rng: random.Random, background: str, says_size: bool) -> Scen
     return SceneObject(rng.choice(SHAPES), color, size)
 
 
-def random_scene(rng: random.Random) -> Scene:
+def sample_loose_scene(rng: random.Random) -> Scene:
     """Up to five overlapping shapes anywhere: no caption describes it, it only widens what an auto-encoder sees."""
     background = rng.choice(list(COLORS))
     objects = [
@@ -167,35 +167,35 @@ def random_scene(rng: random.Random) -> Scene:
 # ---------------------------------------------------------------- captions
 
 
-def _with_article(words: str) -> str:
+def _add_article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def _phrase(obj: SceneObject) -> str:
-    return _with_article(" ".join(word for word in (obj.size, obj.color, obj.shape) if word))
+def _format_object(obj: SceneObject) -> str:
+    return _add_article(" ".join(word for word in (obj.size, obj.color, obj.shape) if word))
 
 
-def caption(scene: Scene) -> str:
+def caption_scene(scene: Scene) -> str:
     """The scene in words, such as "a large red circle above a small blue square on a yellow background"."""
-    phrases = [_phrase(obj) for obj in scene.objects]
+    phrases = [_format_object(obj) for obj in scene.objects]
     turned = scene.reversed_wording
     if scene.layout == "one":
         words = phrases[0] + (" in the center" if turned else "")
     elif scene.layout == "corner":
-        words = f"{phrases[0]} in the {corner_name(scene.objects[0])}"
+        words = f"{phrases[0]} in the {name_corner(scene.objects[0])}"
     elif scene.layout == "vertical":
         words = f"{phrases[1]} below {phrases[0]}" if turned else f"{phrases[0]} above {phrases[1]}"
     elif scene.layout == "horizontal":
         words = f"{phrases[1]} right of {phrases[0]}" if turned else f"{phrases[0]} left of {phrases[1]}"
     elif scene.layout == "diagonal":
-        places = [corner_name(obj) for obj in scene.objects]
+        places = [name_corner(obj) for obj in scene.objects]
         words = f"{phrases[0]} in the {places[0]} and {phrases[1]} in the {places[1]}"
     elif scene.layout in ("row", "column"):
         words = f"a {scene.layout} of {phrases[0]}, {phrases[1]} and {phrases[2]}"
     else:
         raise ValueError(f"a scene of layout {scene.layout!r} has no caption")
     if scene.background_said and scene.background:
-        words += f" on {_with_article(scene.background)} background"
+        words += f" on {_add_article(scene.background)} background"
     return words
 
 
@@ -231,11 +231,11 @@ def parse_caption(text: str) -> Scene:
     for layout, pattern in _COMPILED.items():
         match = pattern.fullmatch(body)
         if match:
-            return _scene_from_match(text, layout, match, background)
+            return _build_scene(text, layout, match, background)
     raise ValueError(f"caption {text!r}: arrangement not understood: {body!r}")
 
 
-def _scene_from_match(text: str, layout: str, match: re.Match[str], background: str | None) -> Scene:
+def _build_scene(text: str, layout: str, match: re.Match[str], background: str | None) -> Scene:
     groups = match.groupdict()
     objects = [_parse_object(groups[key]) for key in ("a", "b", "c") if groups.get(key)]
     layout = groups.get("layout") or layout
@@ -247,7 +247,7 @@ def _scene_from_match(text: str, layout: str, match: re.Match[str], background: 
     variant = groups.get("corner") or ""
     turned = bool(groups.get("turned")) or groups.get("relation") in ("below", "right of")
     if layout == "diagonal":
-        if tuple(1 - c for c in _corner(variant)) != _corner(groups["other"]):
+        if tuple(1 - c for c in _find_corner(variant)) != _find_corner(groups["other"]):
             raise ValueError(f"caption {text!r}: {variant!r} and {groups['other']!r} are not opposite corners")
         if variant.startswith("bottom"):
             objects, variant = objects[::-1], groups["other"]
@@ -261,9 +261,9 @@ def _parse_object(words: str) -> SceneObject:
     return SceneObject(shape, color, modifiers[0] if modifiers else "")
 
 
-def canonical_caption(text: str) -> str:
+def normalize_caption(text: str) -> str:
     """One wording for all captions of the same scene ("b below a" becomes "a above b")."""
-    return caption(replace(parse_caption(text), reversed_wording=False))
+    return caption_scene(replace(parse_caption(text), reversed_wording=False))
 
 
 def is_held_out(text: str) -> bool:
@@ -271,14 +271,14 @@ def is_held_out(text: str) -> bool:
 
     The split goes by the scene and not by the letters, so no paraphrase of a test caption is ever trained on.
     """
-    digest = hashlib.sha256(canonical_caption(text).encode()).digest()
+    digest = hashlib.sha256(normalize_caption(text).encode()).digest()
     return int.from_bytes(digest[:4], "big") % HELD_OUT_MODULUS == 0
 
 
 # ---------------------------------------------------------------- drawing
 
 
-def render(scene: Scene, size: int = 128) -> NDArray[np.uint8]:
+def render_scene(scene: Scene, size: int = 128) -> NDArray[np.uint8]:
     """Draw the scene, anti-aliased: uint8 [size, size, 3]."""
     if scene.background is None:
         raise ValueError("a scene whose background is not said cannot be drawn: set one")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def write(folder: Path, reference: str | None = None) -> Path:
+def write_report(folder: Path, reference: str | None = None) -> Path:
     """Write report.html and report.json about the runs in and below `folder`; returns the page's path.
 
     `reference`: the setting, by its label or a point of it, that the others are compared to; by default the first
@@ -14,7 +14,7 @@ def write(folder: Path, reference: str | None = None) -> Path:
     """
     from hydrarun.outputs.report import collect, layout
 
-    arranged = layout.arrange(collect.collect(folder), reference)
+    arranged = layout.arrange_grid(collect.collect_points(folder), reference)
     from hydrarun.outputs.report import page  # numpy and Pillow only now
 
-    return page.write(folder, arranged)
+    return page.write_page(folder, arranged)

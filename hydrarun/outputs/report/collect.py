@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from hydrarun.core.errors import UsageError
-from hydrarun.core.moved_names import current_names
+from hydrarun.core.moved_names import use_current_names
 
 FORMAT = 1  # of run.json, as this module reads it
 
@@ -57,24 +57,24 @@ class Point:
     @property
     def config(self) -> dict[str, Any]:
         """The configuration, or nothing."""
-        return at(self.record, "config", kind=dict) or {}
+        return get_value(self.record, "config", kind=dict) or {}
 
     def address(self, output: Output) -> str | None:
         """Where an output's file lies, relative to the report."""
         return output.path if self.name == "." or output.path is None else f"{self.name}/{output.path}"
 
 
-def collect(folder: Path) -> list[Point]:
+def collect_points(folder: Path) -> list[Point]:
     """The points in and below `folder`, by their numbers. Raises UsageError if there are none."""
     if not folder.is_dir():
         raise UsageError(f"report: {folder}: no such folder")
-    points = [point(folder, place) for place in places(folder)]
+    points = [read_point(folder, place) for place in find_run_folders(folder)]
     if not points:
         raise UsageError(f"report: {folder}: no run in it or below it (a folder with {RECORD} is one)")
-    return sorted(points, key=lambda found: natural(found.name))
+    return sorted(points, key=lambda found: natural_sort_key(found.name))
 
 
-def places(folder: Path) -> Iterator[Path]:
+def find_run_folders(folder: Path) -> Iterator[Path]:
     """Every run directory; what lies inside one is not looked at."""
     for place, folders, files in os.walk(folder):
         if RECORD in files or os.path.isfile(os.path.join(place, OVERRIDES)):
@@ -83,22 +83,22 @@ def places(folder: Path) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
+def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
     """A key that sorts 2 before 10."""
     parts = re.split(r"([0-9]+)", name)
     return [(0, int(part), "") if part.isascii() and part.isdigit() else (1, 0, part) for part in parts]
 
 
-def point(root: Path, folder: Path) -> Point:
+def read_point(root: Path, folder: Path) -> Point:
     """The point in `folder`, whatever is left of it."""
     record, error = read_record(folder / RECORD)
-    status = "complete" if at(record, "status", kind=str) == "complete" else "failed"
+    status = "complete" if get_value(record, "status", kind=str) == "complete" else "failed"
     if not record:
         status = "unfinished" if error == UNFINISHED else "damaged"
     elif status == "failed":
-        error = said(record.get("error")) or "failed, and run.json does not say why"
+        error = describe_error(record.get("error")) or "failed, and run.json does not say why"
     name = folder.relative_to(root).as_posix()
-    return Point(name, folder, status, error, read_overrides(folder / OVERRIDES), record, outputs(record))
+    return Point(name, folder, status, error, read_overrides(folder / OVERRIDES), record, list_outputs(record))
 
 
 def read_record(file: Path) -> tuple[dict[str, Any], str | None]:
@@ -106,7 +106,7 @@ def read_record(file: Path) -> tuple[dict[str, Any], str | None]:
     try:
         if file.stat().st_size > MAX_BYTES:
             return {}, f"{RECORD}: larger than {MAX_BYTES} bytes"
-        record = current_names(json.loads(file.read_text(encoding="utf-8")))
+        record = use_current_names(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}, UNFINISHED
     except OSError as error:
@@ -129,53 +129,53 @@ def read_overrides(file: Path) -> list[str] | None:
     return words if isinstance(words, list) and all(isinstance(word, str) for word in words) else None
 
 
-def outputs(record: dict[str, Any]) -> list[Output]:
+def list_outputs(record: dict[str, Any]) -> list[Output]:
     """What run.json lists, with the items that failed in their places."""
-    made = [_output(entry) for entry in at(record, "outputs", kind=list) or [] if isinstance(entry, dict)]
-    missed = [_output(entry) for entry in at(record, "failed", kind=list) or [] if isinstance(entry, dict)]
+    made = [_read_output(entry) for entry in get_value(record, "outputs", kind=list) or [] if isinstance(entry, dict)]
+    missed = [_read_output(entry) for entry in get_value(record, "failed", kind=list) or [] if isinstance(entry, dict)]
     return sorted([*made, *missed], key=lambda output: output.index)
 
 
-def _output(entry: dict[str, Any]) -> Output:
-    path = at(entry, "path", kind=str)
-    error = said(entry.get("error"))
+def _read_output(entry: dict[str, Any]) -> Output:
+    path = get_value(entry, "path", kind=str)
+    error = describe_error(entry.get("error"))
     if path is None:
         error = error or "not made"
     elif Path(path).name != path or path in ("", "..") or "\0" in path:
         path, error = None, f"{path!r} is not the name of a file beside {RECORD}"
-    quality = at(entry, "quality", kind=dict) or {}
-    numbers = {name: value for name in quality if (value := number(quality, name)) is not None}
+    quality = get_value(entry, "quality", kind=dict) or {}
+    numbers = {name: value for name in quality if (value := get_number(quality, name)) is not None}
     return Output(
-        at(entry, "index", kind=int) or 0,
-        at(entry, "prompt", kind=str) or "",
-        at(entry, "seed", kind=int),
+        get_value(entry, "index", kind=int) or 0,
+        get_value(entry, "prompt", kind=str) or "",
+        get_value(entry, "seed", kind=int),
         path,
         error,
-        at(entry, "frames", kind=int),
-        at(entry, "fps", kind=int),
-        at(entry, "sample_rate", kind=int),
+        get_value(entry, "frames", kind=int),
+        get_value(entry, "fps", kind=int),
+        get_value(entry, "sample_rate", kind=int),
         numbers or None,
     )
 
 
-def said(error: Any) -> str | None:
+def describe_error(error: Any) -> str | None:
     """An error of run.json in words: its message, with its type where that is a bug's."""
     if isinstance(error, str):
         return error
-    kind, message = at(error, "type", kind=str), at(error, "message", kind=str)
+    kind, message = get_value(error, "type", kind=str), get_value(error, "message", kind=str)
     if message is None:
         return kind
     return message if kind in (None, "RunError", "UsageError", "OutOfMemoryError") else f"{kind}: {message}"
 
 
-def at(content: Any, *keys: str, kind: type | tuple[type, ...]) -> Any:
+def get_value(content: Any, *keys: str, kind: type | tuple[type, ...]) -> Any:
     """What lies under `keys`, if it is there and of that kind; else None."""
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None
     return content if isinstance(content, kind) and not isinstance(content, bool) else None
 
 
-def number(content: Any, *keys: str) -> float | None:
+def get_number(content: Any, *keys: str) -> float | None:
     """The number under `keys`, or None; infinity and what no float can hold are none."""
-    value = at(content, *keys, kind=(int, float))
+    value = get_value(content, *keys, kind=(int, float))
     return value if value is not None and abs(value) < MOST else None

@@ -12,22 +12,22 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
-from hydrarun.core.quoting import PATHS_KEY, TEXT_KEYS, literal
+from hydrarun.core.quoting import PATHS_KEY, TEXT_KEYS, quote_overrides
 from hydrarun.outputs.provenance import redact_text
 from hydrarun.outputs.report.collect import RECORD, Point
 
 
-def command(point: Point) -> str | None:
+def format_command(point: Point) -> str | None:
     """A line for the shell: the point's overrides, or a replay of its run.json from the report's folder; or neither."""
     if point.overrides is not None:
-        return shlex.join(["hydrarun", *map(again, point.overrides)])
+        return shlex.join(["hydrarun", *map(requote_override, point.overrides)])
     if point.record:
         return shlex.join(["hydrarun", "replay", RECORD if point.name == "." else f"{point.name}/{RECORD}"])
     return None
 
 
 @cache
-def again(override: str) -> str:
+def requote_override(override: str) -> str:
     """The word that `hydrarun` reads as Hydra read this one: a text as it is where that is clear, else in quotes."""
     key = override.partition("=")[0]
     if key.lstrip("+") not in (*TEXT_KEYS, PATHS_KEY):
@@ -36,16 +36,16 @@ def again(override: str) -> str:
         content = OverridesParser.create().parse_override(override).value()
     except HydraException:
         return override
-    quoted = f"{key}={_quoted(content)}"
+    quoted = f"{key}={_quote_content(content)}"
     plain = f"{key}={unescape_interpolation(content)}" if isinstance(content, str) else quoted
-    word = plain if literal([plain]) == literal([quoted]) else quoted
+    word = plain if quote_overrides([plain]) == quote_overrides([quoted]) else quoted
     return redact_text(word) if key.lstrip("+") == PATHS_KEY else word
 
 
-def _quoted(content: Any) -> str:
+def _quote_content(content: Any) -> str:
     """In Hydra's grammar, without the escapes that keep OmegaConf from reading `${`."""
     if isinstance(content, Sequence) and not isinstance(content, str):
-        return "[" + ",".join(map(_quoted, content)) + "]"
+        return "[" + ",".join(map(_quote_content, content)) + "]"
     return "null" if content is None else QuotedString(unescape_interpolation(str(content)), Quote.double).with_quotes()
 
 

@@ -5,43 +5,43 @@ from __future__ import annotations
 from hydrarun.outputs.quality.metrics import PSNR_CAP
 
 
-def significant(value: float) -> str:
+def format_significant(value: float) -> str:
     """Three digits that say something: 0.0123, 4.56, 78.9, 1234."""
     return (
         f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}" if abs(value) >= 1e-3 or not value else f"{value:.1e}"
     )
 
 
-def milliseconds(seconds: float) -> str:
+def format_milliseconds(seconds: float) -> str:
     """Seconds in thousandths."""
-    return significant(seconds * 1000)
+    return format_significant(seconds * 1000)
 
 
-def gibibytes(count: float) -> str:
+def format_gibibytes(count: float) -> str:
     """Bytes in GiB."""
     return f"{count / 2**30:.2f}"
 
 
-def times(factor: float) -> str:
+def format_speedup(factor: float) -> str:
     """A speed-up."""
     return f"{factor:.2f}×"
 
 
-def decibels(psnr: float, unit: str = "") -> str:
+def format_decibels(psnr: float, unit: str = "") -> str:
     """A PSNR; `same` for identical pixels."""
     return "same" if psnr >= PSNR_CAP else f"{psnr:.1f}{unit}"
 
 
-def share(value: float) -> str:
+def format_ssim(value: float) -> str:
     """An SSIM."""
     return f"{value:.4f}"
 
 
-def percent(value: float) -> str:
+def format_percent(value: float) -> str:
     """A share of 1."""
     return f"{100 * value:.0f} %"
 
 
-def count(number: int, one: str) -> str:
+def format_count(number: int, one: str) -> str:
     """`1 point`, `2 points`."""
     return f"{number} {one}{'' if number == 1 else 's'}"

@@ -8,22 +8,30 @@ from html import escape
 from typing import Any
 from urllib.parse import quote
 
-from hydrarun.outputs.report import formatting as words
-from hydrarun.outputs.report.collect import Output, number
-from hydrarun.outputs.report.layout import Column, Layout, Row
-from hydrarun.outputs.report.thumbnails import Cell, Difference, Shown, difference_uri, most_rows
+from hydrarun.outputs.report import formatting
+from hydrarun.outputs.report.collect import Output, get_number
+from hydrarun.outputs.report.layout import GridColumn, GridLayout, GridRow
+from hydrarun.outputs.report.thumbnails import (
+    Cell,
+    CellMedia,
+    OutputDifference,
+    count_shown_rows,
+    encode_difference_uri,
+)
 
 Entry = dict[str, Any]
 
 
-def draw(layout: Layout, cells: Mapping[Cell, Shown | str], gain: int, entries: Sequence[Entry]) -> str:
+def draw_grid(layout: GridLayout, cells: Mapping[Cell, CellMedia | str], gain: int, entries: Sequence[Entry]) -> str:
     """The grid in HTML."""
     compared = {entry["reference"] for entry in entries if entry["reference"] != entry["name"]}
-    heads = "".join(head(column, [entries[point] for point in column.points], compared) for column in layout.columns)
+    heads = "".join(
+        draw_column_head(column, [entries[point] for point in column.points], compared) for column in layout.columns
+    )
     rows = []
-    for place, row in enumerate(layout.rows[: most_rows(layout)]):
+    for place, row in enumerate(layout.rows[: count_shown_rows(layout)]):
         drawn = [draw_cell(layout, cells, gain, entries, (place, column)) for column in range(len(layout.columns))]
-        name = f'<th scope="row">{row_name(layout, row)}</th>'
+        name = f'<th scope="row">{format_row_name(layout, row)}</th>'
         rows.append(f"<tr>{name}{''.join(drawn)}</tr>")
     kind = "grid single" if len(layout.columns) == 1 else "grid"
     return (
@@ -33,43 +41,45 @@ def draw(layout: Layout, cells: Mapping[Cell, Shown | str], gain: int, entries: 
     )
 
 
-def head(column: Column, entries: Sequence[Entry], compared: set[str | None]) -> str:
+def draw_column_head(column: GridColumn, entries: Sequence[Entry], compared: set[str | None]) -> str:
     """A setting and, on average over its points, what it costs and how near it comes; `compared`: the references."""
     reference = bool(compared & {entry["name"] for entry in entries})
     means = [
-        mean(entries, ("timings", "steady_denoise_s"), lambda value: f"{words.significant(value)} s"),
-        mean(entries, ("speedup", "steady"), words.times),
-        mean(entries, ("difference", "psnr", "mean"), lambda value: words.decibels(value, " dB")),
+        format_mean(
+            entries, ("timings", "steady_denoise_s"), lambda value: f"{formatting.format_significant(value)} s"
+        ),
+        format_mean(entries, ("speedup", "steady"), formatting.format_speedup),
+        format_mean(entries, ("difference", "psnr", "mean"), lambda value: formatting.format_decibels(value, " dB")),
     ]
     told = " · ".join(text for text in means if text)
     mark = '<span class="tag">reference</span>' if reference else ""
     return f'<th scope="col"><b>{escape(column.label)}</b>{mark}<small>{told}</small></th>'
 
 
-def mean(entries: Sequence[Entry], keys: tuple[str, ...], write: Any) -> str:
+def format_mean(entries: Sequence[Entry], keys: tuple[str, ...], write: Any) -> str:
     """The mean over the points that have this number, written; nothing where none has."""
-    values = [value for entry in entries if (value := number(entry, *keys)) is not None]
+    values = [value for entry in entries if (value := get_number(entry, *keys)) is not None]
     return write(sum(values) / len(values)) if values else ""
 
 
-def row_name(layout: Layout, row: Row) -> str:
+def format_row_name(layout: GridLayout, row: GridRow) -> str:
     """What sets this row apart."""
     parts = [f"<b>{escape(text)}</b>" for text in row.others]
     if row.seed is not None:
         parts.insert(0, f"<b>seed {escape(row.seed)}</b>")
-    if row.prompt and not common_prompt(layout):
+    if row.prompt and not find_common_prompt(layout):
         parts.append(f'<span class="prompt">{escape(row.prompt)}</span>')
     return "".join(parts)
 
 
-def common_prompt(layout: Layout) -> str | None:
+def find_common_prompt(layout: GridLayout) -> str | None:
     """The prompt, where all rows have one and the same."""
     prompts = {row.prompt for row in layout.rows}
     return prompts.pop() if len(prompts) == 1 else None
 
 
 def draw_cell(
-    layout: Layout, cells: Mapping[Cell, Shown | str], gain: int, entries: Sequence[Entry], place: Cell
+    layout: GridLayout, cells: Mapping[Cell, CellMedia | str], gain: int, entries: Sequence[Entry], place: Cell
 ) -> str:
     """One cell: a picture or video with its numbers, or what went wrong."""
     row, column = layout.rows[place[0]], place[1]
@@ -78,36 +88,36 @@ def draw_cell(
     number, output = row.cells[column]
     found, entry = cells.get(place), entries[number]
     if output is None:  # a complete point has nothing for this row where others draw more
-        return failed(entry["status"], entry["error"]) if entry["error"] else "<td></td>"
-    if not isinstance(found, Shown):
-        return failed("failed", output.error or found or "")
+        return draw_failed_cell(entry["status"], entry["error"]) if entry["error"] else "<td></td>"
+    if not isinstance(found, CellMedia):
+        return draw_failed_cell("failed", output.error or found or "")
     reference = layout.reference(row, column)
     compared = "" if reference in (None, column) else f' data-reference="cell-{place[0]}-{reference}"'
-    name = f"{layout.columns[column].label}, {title_of(row)}"
+    name = f"{layout.columns[column].label}, {format_row_title(row)}"
     file = layout.points[number].address(output) or ""
     if found.difference:
-        compared += f' data-difference="{away(found.difference)}"'
+        compared += f' data-difference="{format_difference(found.difference)}"'
     return (
         f'<td><figure id="cell-{place[0]}-{column}" data-name="{escape(name)}"{compared}'
         f' data-point="{escape(entry["name"])}" data-size="{found.size[0]}×{found.size[1]}">'
-        f"{media(found, file, name, gain)}"
-        f"<figcaption>{caption(entry, output, found)}</figcaption></figure></td>"
+        f"{draw_media(found, file, name, gain)}"
+        f"<figcaption>{draw_caption(entry, output, found)}</figcaption></figure></td>"
     )
 
 
-def title_of(row: Row) -> str:
+def format_row_title(row: GridRow) -> str:
     """What a row draws, in one line."""
     seed = [] if row.seed is None else [f"seed {row.seed}"]
     return ", ".join([*seed, *row.others])
 
 
-def media(found: Shown, file: str, name: str, gain: int) -> str:
+def draw_media(found: CellMedia, file: str, name: str, gain: int) -> str:
     """The picture, which links to its original; a video; and the difference, which the page shows when asked."""
-    still = f'<img class="picture" src="{found.image}" alt="{escape(name)}"{pixelated(found)}>'
+    still = f'<img class="picture" src="{found.image}" alt="{escape(name)}"{format_pixelated_class(found)}>'
     apart = ""
     if found.difference:
-        source, text = difference_uri(found.difference, gain), f"difference from the reference, {name}"
-        apart = f'<img class="difference" src="{source}" alt="{escape(text)}"{pixelated(found)}>'
+        source, text = encode_difference_uri(found.difference, gain), f"difference from the reference, {name}"
+        apart = f'<img class="difference" src="{source}" alt="{escape(text)}"{format_pixelated_class(found)}>'
     if found.sound is not None:
         link = f'<a href="{quote(os.fsencode(file))}" title="full view">{still}{apart}</a>'
         return f'{link}<audio controls preload="metadata" src="{found.sound}"></audio>'
@@ -117,35 +127,39 @@ def media(found: Shown, file: str, name: str, gain: int) -> str:
     return f'<video controls loop muted playsinline poster="{found.image}" src="{found.video}"></video>{link}'
 
 
-def pixelated(found: Shown) -> str:
+def format_pixelated_class(found: CellMedia) -> str:
     """Small pictures are enlarged with their pixels sharp in the full view."""
     return ' data-small=""' if max(found.size) <= 256 else ""
 
 
-def caption(entry: Entry, output: Output, found: Shown) -> str:
+def draw_caption(entry: Entry, output: Output, found: CellMedia) -> str:
     """Speed and quality, as far as they are known."""
-    speed = number(entry, "timings", "mean_step_s")
-    factor = number(entry, "speedup", "steady")
-    parts = [f"{words.milliseconds(speed)} ms/step" if speed else "", words.times(factor) if factor else ""]
-    return f"<span>{' · '.join(filter(None, parts))}</span><span>{nearness(output, found)}</span>"
+    speed = get_number(entry, "timings", "mean_step_s")
+    factor = get_number(entry, "speedup", "steady")
+    parts = [
+        f"{formatting.format_milliseconds(speed)} ms/step" if speed else "",
+        formatting.format_speedup(factor) if factor else "",
+    ]
+    return f"<span>{' · '.join(filter(None, parts))}</span><span>{format_nearness(output, found)}</span>"
 
 
-def nearness(output: Output, found: Shown) -> str:
+def format_nearness(output: Output, found: CellMedia) -> str:
     """PSNR and SSIM against the twin where they were measured, else against the reference."""
     measured: dict[str, Any] = output.quality or (vars(found.difference) if found.difference else {})
-    parts = [words.decibels(measured["psnr"], " dB")] if measured.get("psnr") is not None else []
-    parts += [f"SNR {words.decibels(measured['snr'], ' dB')}"] if measured.get("snr") is not None else []
-    parts += [f"SSIM {words.share(measured['ssim'])}"] if measured.get("ssim") is not None else []
+    parts = [formatting.format_decibels(measured["psnr"], " dB")] if measured.get("psnr") is not None else []
+    parts += [f"SNR {formatting.format_decibels(measured['snr'], ' dB')}"] if measured.get("snr") is not None else []
+    parts += [f"SSIM {formatting.format_ssim(measured['ssim'])}"] if measured.get("ssim") is not None else []
     return " · ".join(parts)
 
 
-def away(apart: Difference) -> str:
+def format_difference(apart: OutputDifference) -> str:
     """A difference in words."""
     if apart.largest == 0:
         return "no difference from the reference"
-    return f"from the reference: {words.decibels(apart.psnr, ' dB')}, largest {apart.largest} of {apart.levels}"
+    psnr = formatting.format_decibels(apart.psnr, " dB")
+    return f"from the reference: {psnr}, largest {apart.largest} of {apart.levels}"
 
 
-def failed(status: str, error: str) -> str:
+def draw_failed_cell(status: str, error: str) -> str:
     """A cell without a picture."""
     return f'<td><div class="failed"><b>{escape(status)}</b><p>{escape(error)}</p></div></td>'

@@ -9,14 +9,14 @@ from functools import cache
 from typing import Any
 
 from hydrarun.core import resources
-from hydrarun.core.errors import UsageError, nearest
+from hydrarun.core.errors import UsageError, suggest_name
 from hydrarun.outputs.report import axes
 from hydrarun.outputs.report.axes import Axis, Values
-from hydrarun.outputs.report.collect import Output, Point, at
+from hydrarun.outputs.report.collect import Output, Point, get_value
 
 
 @dataclass
-class Column:
+class GridColumn:
     """One setting: what its points have in common beside what they draw."""
 
     label: str
@@ -24,7 +24,7 @@ class Column:
 
 
 @dataclass
-class Row:
+class GridRow:
     """One thing drawn: prompt and seed, and the values of other axes that say what is drawn.
 
     `cells`: by column, the point and its output; None where a point has nothing for this row.
@@ -37,62 +37,62 @@ class Row:
 
 
 @dataclass
-class Layout:
+class GridLayout:
     """Points by their place in `points`; columns by theirs in `columns`."""
 
     points: list[Point]
     axes: list[Axis]
     values: list[Values]  # of each point
-    columns: list[Column]
-    rows: list[Row]
+    columns: list[GridColumn]
+    rows: list[GridRow]
     chosen: int | None  # the column that the user chose to compare with
 
     def column_of(self, point: int) -> int:
         """The column that a point is in."""
         return next(number for number, column in enumerate(self.columns) if point in column.points)
 
-    def reference(self, row: Row, column: int) -> int | None:
+    def reference(self, row: GridRow, column: int) -> int | None:
         """The column whose cell the one in `column` is compared to; itself where it is the reference.
 
         That of the user's choice, or the first without cache and quantization that this model drew.
         """
         if column not in row.cells:
             return None
-        model = model_of(self.points[row.cells[column][0]])
+        model = find_model_name(self.points[row.cells[column][0]])
         for number in range(len(self.columns)) if self.chosen is None else [self.chosen]:
             place, output = row.cells.get(number, (0, None))
-            if output is None or output.path is None or model_of(self.points[place]) != model:
+            if output is None or output.path is None or find_model_name(self.points[place]) != model:
                 continue
-            if self.chosen is not None or is_plain(self.points[place].config):
+            if self.chosen is not None or is_unaccelerated(self.points[place].config):
                 return number
         return None
 
 
-def arrange(points: list[Point], reference: str | None) -> Layout:
+def arrange_grid(points: list[Point], reference: str | None) -> GridLayout:
     """The grid of these points. Raises UsageError for a reference that is no column's label and no point's name."""
-    found, values = axes.find(points)
-    columns = columns_of(points, found, values)
-    layout = Layout(points, found, values, columns, [], chosen(points, columns, reference))
-    layout.rows = list(rows_of(layout))
+    found, values = axes.find_axes(points)
+    columns = build_columns(points, found, values)
+    layout = GridLayout(points, found, values, columns, [], find_chosen_column(points, columns, reference))
+    layout.rows = list(build_rows(layout))
     return layout
 
 
-def columns_of(points: Sequence[Point], found: Sequence[Axis], values: Sequence[Values]) -> list[Column]:
+def build_columns(points: Sequence[Point], found: Sequence[Axis], values: Sequence[Values]) -> list[GridColumn]:
     """The settings, in the order of their first points. Points alike in everything get columns of their own."""
     drawing = [axis for axis in found if not axis.drawn]
-    columns: dict[tuple[str, int], Column] = {}
+    columns: dict[tuple[str, int], GridColumn] = {}
     alike: Counter[tuple[str, ...]] = Counter()
     for number, chosen in enumerate(values):
         everything = tuple(chosen.values())
         again = alike[everything]
         alike[everything] += 1
-        name = axes.label(drawing, chosen) or model_of(points[number]) or "all"
-        column = Column(f"{name} #{again + 1}" if again else name)
+        name = axes.format_label(drawing, chosen) or find_model_name(points[number]) or "all"
+        column = GridColumn(f"{name} #{again + 1}" if again else name)
         columns.setdefault((name, again), column).points.append(number)
     return list(columns.values())
 
 
-def rows_of(layout: Layout) -> Iterable[Row]:
+def build_rows(layout: GridLayout) -> Iterable[GridRow]:
     """Rows in the order of what is drawn. A point without outputs stands in every row that it should have filled."""
     drawn = [axis for axis in layout.axes if axis.drawn]
     blocks: dict[tuple[str, ...], list[int]] = {}
@@ -100,17 +100,19 @@ def rows_of(layout: Layout) -> Iterable[Row]:
         blocks.setdefault(tuple(values[axis.key] for axis in drawn), []).append(number)
     for members in blocks.values():
         values = layout.values[members[0]]
-        others = [axes.word(axis, values[axis.key]) for axis in drawn if axis.key not in SHOWN]
-        yield from _block(layout, members, others, values)
+        others = [axes.format_axis_value(axis, values[axis.key]) for axis in drawn if axis.key not in SHOWN]
+        yield from _build_block_rows(layout, members, others, values)
 
 
 #: the keys of what a row says anyway
 SHOWN = ("sampling.prompt", "sampling.seed")
 
 
-def _block(layout: Layout, members: Sequence[int], others: list[str], values: Values) -> Iterable[Row]:
+def _build_block_rows(
+    layout: GridLayout, members: Sequence[int], others: list[str], values: Values
+) -> Iterable[GridRow]:
     """The rows of points that draw the same."""
-    rows: dict[tuple[str, int | None, int], Row] = {}
+    rows: dict[tuple[str, int | None, int], GridRow] = {}
     for member in members:
         column, seen = layout.column_of(member), Counter[tuple[str, int | None]]()
         for output in layout.points[member].outputs:
@@ -118,25 +120,25 @@ def _block(layout: Layout, members: Sequence[int], others: list[str], values: Va
             key = (*which, seen[which])
             seen[which] += 1
             seed = None if output.seed is None else str(output.seed)
-            row = rows.setdefault(key, Row(output.prompt, seed, others))
+            row = rows.setdefault(key, GridRow(output.prompt, seed, others))
             row.cells[column] = (member, output)
     if not rows:
-        sampling = at(layout.points[members[0]].config, "sampling", kind=dict) or {}
-        prompt, seed = (_told(values, sampling, name) for name in ("prompt", "seed"))
-        rows["", None, 0] = Row(prompt, seed, others)
+        sampling = get_value(layout.points[members[0]].config, "sampling", kind=dict) or {}
+        prompt, seed = (_find_sampling_value(values, sampling, name) for name in ("prompt", "seed"))
+        rows["", None, 0] = GridRow(prompt, seed, others)
     for row in rows.values():
         for member in members:
             row.cells.setdefault(layout.column_of(member), (member, None))
     return rows.values()
 
 
-def _told(values: Values, sampling: Mapping[str, Any], name: str) -> str | None:
+def _find_sampling_value(values: Values, sampling: Mapping[str, Any], name: str) -> str | None:
     """A field of `sampling` as it was asked for."""
     told = values.get(f"sampling.{name}")
-    return told if told is not None or sampling.get(name) is None else axes.shown(sampling[name])
+    return told if told is not None or sampling.get(name) is None else axes.format_value(sampling[name])
 
 
-def chosen(points: Sequence[Point], columns: Sequence[Column], name: str | None) -> int | None:
+def find_chosen_column(points: Sequence[Point], columns: Sequence[GridColumn], name: str | None) -> int | None:
     """The column that `--reference` names, by its label or a point in it."""
     if name is None:
         return None
@@ -145,22 +147,22 @@ def chosen(points: Sequence[Point], columns: Sequence[Column], name: str | None)
             return number
     labels = [column.label for column in columns]
     raise UsageError(
-        f"report: --reference {name}: no such setting and no such point.{nearest(name, labels)}"
+        f"report: --reference {name}: no such setting and no such point.{suggest_name(name, labels)}"
         f" Settings: {'; '.join(labels)}"
     )
 
 
-def is_plain(config: Mapping[str, Any]) -> bool:
+def is_unaccelerated(config: Mapping[str, Any]) -> bool:
     """Whether a configuration has neither cache nor quantization."""
-    return all(config.get(group) == none(group) for group in ("cache", "quantization"))
+    return all(config.get(group) == load_none_option(group) for group in ("cache", "quantization"))
 
 
 @cache
-def none(group: str) -> Any:
+def load_none_option(group: str) -> Any:
     """The node of the group's option `none`."""
-    return resources.options(group)["none"]
+    return resources.read_options(group)["none"]
 
 
-def model_of(point: Point) -> str | None:
+def find_model_name(point: Point) -> str | None:
     """The name of the model, if it is on record."""
-    return at(point.config, "model", "name", kind=str)
+    return get_value(point.config, "model", "name", kind=str)

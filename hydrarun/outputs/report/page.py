@@ -14,102 +14,102 @@ from typing import Any
 from hydrarun.core.errors import RunError
 from hydrarun.core.files import write_atomically
 from hydrarun.outputs.media.kinds import KINDS
-from hydrarun.outputs.report import data, grid, plot, table
-from hydrarun.outputs.report import formatting as words
-from hydrarun.outputs.report import thumbnails as pictures
-from hydrarun.outputs.report.collect import Point, at, number
-from hydrarun.outputs.report.layout import Layout
-from hydrarun.outputs.report.thumbnails import Cell, Shown
+from hydrarun.outputs.report import data, formatting, grid, plot, table, thumbnails
+from hydrarun.outputs.report.collect import Point, get_number, get_value
+from hydrarun.outputs.report.layout import GridLayout
+from hydrarun.outputs.report.thumbnails import Cell, CellMedia
 
 Entry = dict[str, Any]
 
 PAGE, DATA = "report.html", "report.json"
 
 
-def write(folder: Path, layout: Layout) -> Path:
+def write_page(folder: Path, layout: GridLayout) -> Path:
     """Write both files into `folder`; returns the page's path. Raises RunError where that is not possible."""
-    cells = pictures.show(layout)
-    gain = pictures.gain(cells.values())
-    report = data.build(folder, layout, cells, gain)
+    cells = thumbnails.build_cells(layout)
+    gain = thumbnails.choose_gain(cells.values())
+    report = data.build_report(folder, layout, cells, gain)
     try:
         write_atomically(
             folder / DATA, json.dumps(report, indent=2, ensure_ascii=False).encode(errors="replace") + b"\n"
         )
-        write_atomically(folder / PAGE, html(report, layout, cells).encode(errors="replace"))
+        write_atomically(folder / PAGE, build_html(report, layout, cells).encode(errors="replace"))
     except OSError as error:
         raise RunError(f"report: {folder}: cannot be written: {error.strerror}") from None
     return folder / PAGE
 
 
-def html(report: Entry, layout: Layout, cells: dict[Cell, Shown | str]) -> str:
+def build_html(report: Entry, layout: GridLayout, cells: dict[Cell, CellMedia | str]) -> str:
     """The whole page."""
-    style, script, page = (part(f"page.{kind}") for kind in ("css", "js", "html"))
+    style, script, page = (read_page_file(f"page.{kind}") for kind in ("css", "js", "html"))
     entries, axes, gain = report["points"], report["axes"], report["amplification"]
     return Template(page).substitute(
-        title=escape(title(layout)),
+        title=escape(format_title(layout)),
         style=style,
-        style_hash=digest(style),
+        style_hash=hash_for_csp(style),
         script=script,
-        script_hash=digest(script),
-        counts=counts(report),
-        facts="".join(facts(layout)),
-        prompt=prompt(layout),
-        switch=switch(cells, gain),
-        grid=grid.draw(layout, cells, gain, entries),
-        notes="".join(f"<li>{note}</li>" for note in notes(layout, cells, gain)),
+        script_hash=hash_for_csp(script),
+        counts=format_counts(report),
+        facts="".join(list_facts(layout)),
+        prompt=find_prompt(layout),
+        switch=draw_switch(cells, gain),
+        grid=grid.draw_grid(layout, cells, gain, entries),
+        notes="".join(f"<li>{note}</li>" for note in list_notes(layout, cells, gain)),
         plot=draw_plot(entries),
-        table=table.draw(axes, entries),
-        commands="\n".join(command(entry) for entry in entries),
+        table=table.draw_table(axes, entries),
+        commands="\n".join(draw_command(entry) for entry in entries),
         gain=gain,
     )
 
 
-def part(name: str) -> str:
+def read_page_file(name: str) -> str:
     """One of the files that the page is made of."""
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-def digest(text: str) -> str:
+def hash_for_csp(text: str) -> str:
     """What the page's own policy knows a script or a style by: no other is run."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def title(layout: Layout) -> str:
+def format_title(layout: GridLayout) -> str:
     """The models, and what is swept."""
-    models = distinct(layout.points, "config", "model", "name") or ["hydrarun"]
+    models = list_distinct(layout.points, "config", "model", "name") or ["hydrarun"]
     swept = " × ".join(axis.short for axis in layout.axes)
     return f"{', '.join(models)}: {swept}" if swept else ", ".join(models)
 
 
-def counts(report: Entry) -> str:
+def format_counts(report: Entry) -> str:
     """How many points there are, and how they ended."""
     told = [
         f'<span class="{"good" if status == "complete" else "bad"}">{number} {status}</span>'
         for status, number in report["counts"].items()
     ]
-    return " · ".join([words.count(len(report["points"]), "point"), *told])
+    return " · ".join([formatting.format_count(len(report["points"]), "point"), *told])
 
 
-def facts(layout: Layout) -> Iterator[str]:
+def list_facts(layout: GridLayout) -> Iterator[str]:
     """What was run and with what, as a list; values that are not the same for all points are all named."""
     for axis in layout.axes:
         values = "".join(f"<li>{escape(value)}</li>" for value in axis.values)
         yield f'<div class="axis"><dt>{escape(axis.key)}</dt><dd><ul>{values}</ul></dd></div>'
     points = layout.points
-    threads = [words.count(int(one), "torch thread") for one in distinct(points, "hardware", "torch_threads")]
-    machine = [found for name in ("gpu", "cpu") for found in distinct(points, "hardware", name)]
+    threads = [
+        formatting.format_count(int(one), "torch thread") for one in list_distinct(points, "hardware", "torch_threads")
+    ]
+    machine = [found for name in ("gpu", "cpu") for found in list_distinct(points, "hardware", name)]
     versions = [
         f"{name} {', '.join(found)}"
         for name in ("hydrarun", "torch", "diffusers", "cache-dit", "python")
-        if (found := distinct(points, "versions", name))
+        if (found := list_distinct(points, "versions", name))
     ]
-    dates = sorted({date[:16].replace("T", " ") for date in distinct(points, "created")})
+    dates = sorted({date[:16].replace("T", " ") for date in list_distinct(points, "created")})
     listed = {
-        "weights": distinct(points, "weights", "path"),
-        "size": sizes(points),
-        "steps": distinct(points, "config", "sampling", "num_inference_steps"),
-        "device": [*distinct(points, "device"), *machine, *threads],
-        "dtype": distinct(points, "dtype"),
+        "weights": list_distinct(points, "weights", "path"),
+        "size": format_sizes(points),
+        "steps": list_distinct(points, "config", "sampling", "num_inference_steps"),
+        "device": [*list_distinct(points, "device"), *machine, *threads],
+        "dtype": list_distinct(points, "dtype"),
         "versions": versions,
         "drawn, UTC": [" to ".join([dates[0], dates[-1]] if dates[1:] else dates)] if dates else [],
     }
@@ -118,35 +118,35 @@ def facts(layout: Layout) -> Iterator[str]:
             yield f"<div><dt>{name}</dt><dd>{escape(', '.join(told))}</dd></div>"
 
 
-def sizes(points: Sequence[Point]) -> list[str]:
+def format_sizes(points: Sequence[Point]) -> list[str]:
     """The sizes of all outputs, each once."""
     found = {}
     for point in points:
-        for output in at(point.record, "outputs", kind=list) or []:
-            width, height = (at(output, name, kind=int) for name in ("width", "height"))
-            counts = ((at(output, kind.parts, kind=int), kind.parts) for kind in KINDS if kind.parts)
+        for output in get_value(point.record, "outputs", kind=list) or []:
+            width, height = (get_value(output, name, kind=int) for name in ("width", "height"))
+            counts = ((get_value(output, kind.parts, kind=int), kind.parts) for kind in KINDS if kind.parts)
             parts = "".join(f", {count} {name}" for count, name in counts if count)
-            seconds = number(output, "duration_s")
+            seconds = get_number(output, "duration_s")
             found[f"{width}×{height}{parts}"] = width and height
             found[f"{seconds} s"] = seconds
     return [size for size, known in found.items() if known]
 
 
-def distinct(points: Sequence[Point], *keys: str) -> list[str]:
+def list_distinct(points: Sequence[Point], *keys: str) -> list[str]:
     """The texts and numbers under `keys`, each once."""
-    values = (at(point.record, *keys, kind=(str, int)) for point in points)
+    values = (get_value(point.record, *keys, kind=(str, int)) for point in points)
     return list(dict.fromkeys(str(value) for value in values if value is not None))
 
 
-def prompt(layout: Layout) -> str:
+def find_prompt(layout: GridLayout) -> str:
     """The prompt, where it is one for all."""
-    common = grid.common_prompt(layout)
+    common = grid.find_common_prompt(layout)
     return f'<p class="said">{escape(common)}</p>' if common else ""
 
 
-def switch(cells: dict[Cell, Shown | str], gain: int) -> str:
+def draw_switch(cells: dict[Cell, CellMedia | str], gain: int) -> str:
     """Pictures or differences, where there are some."""
-    if not any(isinstance(cell, Shown) and cell.difference for cell in cells.values()):
+    if not any(isinstance(cell, CellMedia) and cell.difference for cell in cells.values()):
         return ""
     options = (("pictures", "Pictures", " checked"), ("differences", f"Differences ×{gain}", ""))
     return (
@@ -159,9 +159,9 @@ def switch(cells: dict[Cell, Shown | str], gain: int) -> str:
     )
 
 
-def notes(layout: Layout, cells: dict[Cell, Shown | str], gain: int) -> Iterator[str]:
+def list_notes(layout: GridLayout, cells: dict[Cell, CellMedia | str], gain: int) -> Iterator[str]:
     """What a reader must know about the grid."""
-    shown = [cell for cell in cells.values() if isinstance(cell, Shown)]
+    shown = [cell for cell in cells.values() if isinstance(cell, CellMedia)]
     if any(cell.difference for cell in shown):
         yield (
             f"A difference is |a − b| of the pixels, ×{gain} for the eye, against the reference in the same row; of a"
@@ -178,24 +178,24 @@ def notes(layout: Layout, cells: dict[Cell, Shown | str], gain: int) -> Iterator
         )
     if any(cell.reduced for cell in shown):
         yield "Shown are small, compressed copies; numbers are of the files, to which the full view links."
-    if len(layout.rows) > pictures.most_rows(layout):
+    if len(layout.rows) > thumbnails.count_shown_rows(layout):
         yield (
-            f"The first {pictures.most_rows(layout)} of {len(layout.rows)} rows. The others are in report.json, without"
-            " differences."
+            f"The first {thumbnails.count_shown_rows(layout)} of {len(layout.rows)} rows."
+            " The others are in report.json, without differences."
         )
 
 
 def draw_plot(entries: Sequence[Entry]) -> str:
     """Speed against quality, and what both are; or why there is no plot."""
-    places = data.settings(entries)
+    places = data.average_settings(entries)
     if len(places) < 2:
         return (
             "<p>Needs at least two settings with times and a PSNR: a reference to compare with, or"
             " report.metrics=[psnr].</p>"
         )
-    by_twin = data.measured(entries)
+    by_twin = data.has_measured_quality(entries)
     against = "its uncached twin" if by_twin else "the reference in the same row, computed from the files"
-    drawn = plot.draw(list(marks(entries, by_twin)), data.floors(entries), "PSNR, dB ↑ nearer")
+    drawn = plot.draw_svg(list(build_marks(entries, by_twin)), data.average_noise_floors(entries), "PSNR, dB ↑ nearer")
     return (
         f"<figure>{drawn}<figcaption>Across: seconds of denoising for one output, the first step counted as a usual"
         f" one. Up: PSNR of the output against {against}. A mark is a setting, the mean of its points (small dots). The"
@@ -203,14 +203,14 @@ def draw_plot(entries: Sequence[Entry]) -> str:
     )
 
 
-def marks(entries: Sequence[Entry], by_twin: bool) -> Iterator[plot.Mark]:
+def build_marks(entries: Sequence[Entry], by_twin: bool) -> Iterator[plot.PlotMark]:
     """The settings of the plot, with their points."""
-    for label, middle in data.settings(entries).items():
-        own = [(one["name"], data.plot_point(one, by_twin)) for one in entries if one["setting"] == label]
-        yield plot.Mark(label, middle, [(name, where) for name, where in own if where])
+    for label, middle in data.average_settings(entries).items():
+        own = [(one["name"], data.find_plot_point(one, by_twin)) for one in entries if one["setting"] == label]
+        yield plot.PlotMark(label, middle, [(name, where) for name, where in own if where])
 
 
-def command(entry: Entry) -> str:
+def draw_command(entry: Entry) -> str:
     """A point and how to repeat it."""
     if entry["command"] is None:
         return ""

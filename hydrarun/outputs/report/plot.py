@@ -17,7 +17,7 @@ LINE, LETTER = 21, 10.5  # of labels, as high and as wide as they are on a phone
 
 
 @dataclass
-class Mark:
+class PlotMark:
     """A setting: its name, the mean of its points, and the points themselves with their names."""
 
     label: str
@@ -25,7 +25,7 @@ class Mark:
     points: list[tuple[str, Place]]
 
 
-def pareto(places: Sequence[Place]) -> list[bool]:
+def find_pareto_front(places: Sequence[Place]) -> list[bool]:
     """Whether no other place is as fast and as good, and better in one of them. Equal places are both first."""
 
     def beaten(place: Place) -> bool:
@@ -34,7 +34,7 @@ def pareto(places: Sequence[Place]) -> list[bool]:
     return [not beaten(place) for place in places]
 
 
-class Scales:
+class PlotScales:
     """From seconds and dB to SVG's pixels. What is identical, at PSNR_CAP, has a line of its own above the others."""
 
     def __init__(self, places: Sequence[Place], levels: Sequence[float]) -> None:
@@ -59,7 +59,7 @@ class Scales:
         return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - top) * part
 
 
-def ticks(low: float, high: float) -> list[float]:
+def choose_ticks(low: float, high: float) -> list[float]:
     """Three to eight round numbers between two."""
     step = 10 ** floor(log10((high - low) / 3))
     step *= next(times for times in (5, 2, 1) if (high - low) / (step * times) >= 3)
@@ -67,18 +67,18 @@ def ticks(low: float, high: float) -> list[float]:
     return [number * step for number in range(first, floor(high / step) + 1)]
 
 
-def draw(marks: Sequence[Mark], floors: Mapping[str, float], quality: str) -> str:
+def draw_svg(marks: Sequence[PlotMark], floors: Mapping[str, float], quality: str) -> str:
     """The SVG. `floors`: dB by the name of the noise floor; `quality`: what the vertical axis is."""
     points = [place for mark in marks for _, place in mark.points]
-    scales = Scales([mark.place for mark in marks] + points, list(floors.values()))
-    first = pareto([mark.place for mark in marks])
+    scales = PlotScales([mark.place for mark in marks] + points, list(floors.values()))
+    first = find_pareto_front([mark.place for mark in marks])
     body = [
-        *axes(scales, quality),
-        *noise_floors(scales, floors),
-        front(scales, [mark.place for mark, best in zip(marks, first, strict=True) if best]),
-        *(dot(scales, mark.label, *point) for mark in marks if len(mark.points) > 1 for point in mark.points),
-        *(sign(scales, mark, best) for mark, best in zip(marks, first, strict=True)),
-        *labels(scales, marks),
+        *draw_axes(scales, quality),
+        *draw_noise_floors(scales, floors),
+        draw_front(scales, [mark.place for mark, best in zip(marks, first, strict=True) if best]),
+        *(draw_dot(scales, mark.label, *point) for mark in marks if len(mark.points) > 1 for point in mark.points),
+        *(draw_mark(scales, mark, best) for mark, best in zip(marks, first, strict=True)),
+        *draw_labels(scales, marks),
     ]
     head = (
         f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="speed and quality of each setting">'
@@ -86,24 +86,24 @@ def draw(marks: Sequence[Mark], floors: Mapping[str, float], quality: str) -> st
     return "\n".join([head, *body, "</svg>"])
 
 
-def axes(scales: Scales, quality: str) -> list[str]:
+def draw_axes(scales: PlotScales, quality: str) -> list[str]:
     """Grid lines, their numbers, and what the axes are."""
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     lines = []
-    for psnr in ticks(scales.low, scales.high):
-        lines.append(rule(LEFT, scales.y(psnr), right, scales.y(psnr), "grid"))
-        lines.append(words(LEFT - 8, scales.y(psnr) + 5, f"{psnr:g}", "tick end"))
+    for psnr in choose_ticks(scales.low, scales.high):
+        lines.append(draw_line(LEFT, scales.y(psnr), right, scales.y(psnr), "grid"))
+        lines.append(draw_text(LEFT - 8, scales.y(psnr) + 5, f"{psnr:g}", "tick end"))
     if scales.identical:
-        lines += [rule(LEFT, TOP, right, TOP, "grid"), words(LEFT - 8, TOP + 5, "same", "tick end")]
-    for seconds in ticks(0, scales.right):
-        lines.append(words(scales.x(seconds), bottom + 20, f"{seconds:.4g}", "tick middle"))
-    lines.append(rule(LEFT, bottom, right, bottom, "axis"))
-    lines.append(words(right, HEIGHT - 8, "seconds of denoising per output, steady → slower", "name end"))
-    lines.append(words(6, 14, quality, "name"))
+        lines += [draw_line(LEFT, TOP, right, TOP, "grid"), draw_text(LEFT - 8, TOP + 5, "same", "tick end")]
+    for seconds in choose_ticks(0, scales.right):
+        lines.append(draw_text(scales.x(seconds), bottom + 20, f"{seconds:.4g}", "tick middle"))
+    lines.append(draw_line(LEFT, bottom, right, bottom, "axis"))
+    lines.append(draw_text(right, HEIGHT - 8, "seconds of denoising per output, steady → slower", "name end"))
+    lines.append(draw_text(6, 14, quality, "name"))
     return lines
 
 
-def noise_floors(scales: Scales, floors: Mapping[str, float]) -> list[str]:
+def draw_noise_floors(scales: PlotScales, floors: Mapping[str, float]) -> list[str]:
     """Dashed lines, those of one height together: what lies above one changes less than that does."""
     heights: dict[float, list[str]] = {}
     for name, psnr in floors.items():
@@ -112,33 +112,33 @@ def noise_floors(scales: Scales, floors: Mapping[str, float]) -> list[str]:
     for psnr, names in heights.items():
         y = scales.y(psnr)
         text = f"noise floor: {', '.join(names)}" + (" (identical)" if psnr == PSNR_CAP else f" {psnr:.1f} dB")
-        found += [rule(LEFT, y, WIDTH - RIGHT, y, "floor"), words(LEFT + 4, y + 17, text, "tick")]
+        found += [draw_line(LEFT, y, WIDTH - RIGHT, y, "floor"), draw_text(LEFT + 4, y + 17, text, "tick")]
     return found
 
 
-def front(scales: Scales, places: Sequence[Place]) -> str:
+def draw_front(scales: PlotScales, places: Sequence[Place]) -> str:
     """The line through what no other setting beats."""
     line = " ".join(f"{scales.x(x):.1f},{scales.y(y):.1f}" for x, y in sorted(places))
     return f'<polyline class="front" points="{line}"/>'
 
 
-def dot(scales: Scales, label: str, name: str, place: Place) -> str:
+def draw_dot(scales: PlotScales, label: str, name: str, place: Place) -> str:
     """One point of a setting that has several."""
     return f'<circle class="dot" cx="{scales.x(place[0]):.1f}" cy="{scales.y(place[1]):.1f}" r="3">' + (
-        f"<title>{escape(f'{label}, point {name}: {told(place)}')}</title></circle>"
+        f"<title>{escape(f'{label}, point {name}: {format_place(place)}')}</title></circle>"
     )
 
 
-def sign(scales: Scales, mark: Mark, best: bool) -> str:
+def draw_mark(scales: PlotScales, mark: PlotMark, best: bool) -> str:
     """The mark of a setting."""
     count = f" (mean of {len(mark.points)} points)" if len(mark.points) > 1 else ""
-    text = f"{mark.label}: {told(mark.place)}{count}{'; no other is faster and as good' if best else ''}"
+    text = f"{mark.label}: {format_place(mark.place)}{count}{'; no other is faster and as good' if best else ''}"
     x, y = scales.x(mark.place[0]), scales.y(mark.place[1])
     kind = "mark first" if best else "mark"
     return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="7"><title>{escape(text)}</title></circle>'
 
 
-def labels(scales: Scales, marks: Sequence[Mark]) -> list[str]:
+def draw_labels(scales: PlotScales, marks: Sequence[PlotMark]) -> list[str]:
     """The names beside the marks, on the side and in the line where they lie on nothing."""
     places = [(scales.x(mark.place[0]), scales.y(mark.place[1]) + 5) for mark in marks]
     taken = [(x - 9, x + 9, y) for x, y in places]
@@ -146,29 +146,29 @@ def labels(scales: Scales, marks: Sequence[Mark]) -> list[str]:
     for (x, y), mark in sorted(zip(places, marks, strict=True), key=lambda pair: pair[0][1]):
         wide = LETTER * len(mark.label)
         spots = [(start, y + LINE * line) for line in range(len(marks) + 1) for start in (x + 12, x - 12 - wide)]
-        free = (spot for spot in spots if LEFT < spot[0] < WIDTH - wide and not covers(taken, *spot, wide))
+        free = (spot for spot in spots if LEFT < spot[0] < WIDTH - wide and not covers_any(taken, *spot, wide))
         start, line = next(free, spots[0])
         taken.append((start, start + wide, line))
         left = start < x
-        found.append(words(x - 12 if left else x + 12, line, mark.label, "label end" if left else "label"))
+        found.append(draw_text(x - 12 if left else x + 12, line, mark.label, "label end" if left else "label"))
     return found
 
 
-def covers(taken: Sequence[tuple[float, float, float]], start: float, y: float, wide: float) -> bool:
+def covers_any(taken: Sequence[tuple[float, float, float]], start: float, y: float, wide: float) -> bool:
     """Whether a label would lie on something."""
     return any(abs(y - other) < LINE and start < end and start + wide > begin for begin, end, other in taken)
 
 
-def told(place: Place) -> str:
+def format_place(place: Place) -> str:
     """A place in words."""
     return f"{place[0]:.4g} s, " + ("identical" if place[1] >= PSNR_CAP else f"{place[1]:.1f} dB")
 
 
-def rule(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+def draw_line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     """A straight line."""
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def words(x: float, y: float, text: str, kind: str) -> str:
+def draw_text(x: float, y: float, text: str, kind: str) -> str:
     """A text."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'

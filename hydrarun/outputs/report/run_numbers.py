@@ -6,29 +6,29 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
-from hydrarun.outputs.report.collect import Point, at, number
+from hydrarun.outputs.report.collect import Point, get_number, get_value
 
 Numbers = dict[str, float | None]
 
 TIMINGS = ("load_s", "warmup_s", "compile_s", "encode_s", "denoise_s", "decode_s", "save_s", "total_s")
 
 
-def timings(point: Point) -> Numbers:
+def collect_timings(point: Point) -> Numbers:
     """Seconds: those of run.json; the first step, the median of the others; and denoising when it is steady."""
-    told = {name: number(point.record, "timings", name) for name in TIMINGS}
-    steps = numbers(at(point.record, "timings", "steps_s", kind=list))
+    told = {name: get_number(point.record, "timings", name) for name in TIMINGS}
+    steps = filter_numbers(get_value(point.record, "timings", "steps_s", kind=list))
     return {
         **told,
         "first_step_s": steps[0] if steps else None,
         "steady_step_s": median(steps[1:]) if steps[1:] else None,
-        **steady(point, steps),
+        **compute_steady_times(point, steps),
     }
 
 
-def steady(point: Point, steps: list[float]) -> Numbers:
+def compute_steady_times(point: Point, steps: list[float]) -> Numbers:
     """Seconds of all steps, the first one counted as a usual computed step (it pays for what happens once): for each
     output, and for each step."""
-    usual = numbers([number(part, "computed_step_s") for part in caches(point.record)])
+    usual = filter_numbers([get_number(part, "computed_step_s") for part in list_caches(point.record)])
     made = sum(output.path is not None for output in point.outputs)
     if point.status != "complete" or not (made and steps and usual):
         return {"steady_denoise_s": None, "mean_step_s": None}
@@ -36,7 +36,7 @@ def steady(point: Point, steps: list[float]) -> Numbers:
     return {"steady_denoise_s": whole / made, "mean_step_s": whole / len(steps)}
 
 
-def speedup(ours: Numbers, reference: Numbers) -> Numbers:
+def compute_speedup(ours: Numbers, reference: Numbers) -> Numbers:
     """How many times faster than the reference: the steady denoising, and all but loading, compiling and warming up."""
 
     def ratio(there: float | None, here: float | None) -> float | None:
@@ -44,33 +44,35 @@ def speedup(ours: Numbers, reference: Numbers) -> Numbers:
 
     return {
         "steady": ratio(reference["steady_denoise_s"], ours["steady_denoise_s"]),
-        "total": ratio(at_work(reference), at_work(ours)),
+        "total": ratio(compute_work_seconds(reference), compute_work_seconds(ours)),
     }
 
 
-def at_work(told: Numbers) -> float | None:
+def compute_work_seconds(told: Numbers) -> float | None:
     """Seconds from the prompt to the files."""
     total = told["total_s"]
     return None if total is None else total - sum(told[name] or 0.0 for name in ("load_s", "warmup_s", "compile_s"))
 
 
-def memory(point: Point) -> Numbers:
+def collect_memory(point: Point) -> Numbers:
     """Peaks in bytes."""
-    return {name: peak(point.record, name) for name in ("peak_host_bytes", "peak_device_bytes")}
+    return {name: find_peak(point.record, name) for name in ("peak_host_bytes", "peak_device_bytes")}
 
 
-def peak(record: dict[str, Any], name: str) -> float | None:
+def find_peak(record: dict[str, Any], name: str) -> float | None:
     """That of the run, or the highest of its batches."""
-    whole = number(record, "memory", name)
-    parts = numbers([number(batch, "memory", name) for batch in at(record, "batches", kind=list) or []])
+    whole = get_number(record, "memory", name)
+    parts = filter_numbers(
+        [get_number(batch, "memory", name) for batch in get_value(record, "batches", kind=list) or []]
+    )
     return max(parts, default=None) if whole is None else whole
 
 
-def work(point: Point) -> Numbers:
+def count_work(point: Point) -> Numbers:
     """Steps that were computed for a branch at least, and blocks that were run, each of all there were."""
-    parts = caches(point.record)
-    counts = [count for part in parts for count in steps(part)]
-    run, every = (numbers([number(part, "blocks", name) for part in parts]) for name in ("run", "all"))
+    parts = list_caches(point.record)
+    counts = [count for part in parts for count in count_steps(part)]
+    run, every = (filter_numbers([get_number(part, "blocks", name) for part in parts]) for name in ("run", "all"))
     return {
         "steps_computed": sum(computed for computed, _ in counts) if counts else None,
         "steps_all": sum(all_of_them for _, all_of_them in counts) if counts else None,
@@ -79,30 +81,30 @@ def work(point: Point) -> Numbers:
     }
 
 
-def steps(part: dict[str, Any]) -> Iterator[tuple[int, int]]:
+def count_steps(part: dict[str, Any]) -> Iterator[tuple[int, int]]:
     """For each expert: the steps that some branch computed, and all of them."""
-    for branches in (at(part, "steps", kind=dict) or {}).values():
+    for branches in (get_value(part, "steps", kind=dict) or {}).values():
         listed = list(branches.values()) if isinstance(branches, dict) else []
         computed, skipped = (
-            {step for branch in listed for step in at(branch, name, kind=list) or [] if isinstance(step, int)}
+            {step for branch in listed for step in get_value(branch, name, kind=list) or [] if isinstance(step, int)}
             for name in ("computed", "skipped")
         )
         if listed:
             yield len(computed), len(computed | skipped)
 
 
-def caches(record: dict[str, Any]) -> list[dict[str, Any]]:
+def list_caches(record: dict[str, Any]) -> list[dict[str, Any]]:
     """What each batch of the run says of its cache; of a run without batches what itself does."""
-    parts = [at(batch, "cache", kind=dict) for batch in at(record, "batches", kind=list) or []]
-    return [part for part in parts or [at(record, "cache", kind=dict)] if part]
+    parts = [get_value(batch, "cache", kind=dict) for batch in get_value(record, "batches", kind=list) or []]
+    return [part for part in parts or [get_value(record, "cache", kind=dict)] if part]
 
 
-def quality(point: Point) -> dict[str, Any]:
+def collect_quality(point: Point) -> dict[str, Any]:
     """`quality` of run.json without the folder of the twin; empty where nothing was measured."""
-    measured = at(point.record, "quality", kind=dict) or {}
+    measured = get_value(point.record, "quality", kind=dict) or {}
     return {name: value for name, value in measured.items() if name != "twin"}
 
 
-def numbers(values: list[Any] | None) -> list[float]:
+def filter_numbers(values: list[Any] | None) -> list[float]:
     """Those of a list that are numbers."""
-    return [value for value in values or [] if number({"": value}, "") is not None]
+    return [value for value in values or [] if get_number({"": value}, "") is not None]

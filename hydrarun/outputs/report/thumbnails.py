@@ -17,8 +17,8 @@ from hydrarun.core.errors import UsageError
 from hydrarun.outputs.media import kinds
 from hydrarun.outputs.media.alpha import make_comparable
 from hydrarun.outputs.media.read import read_output
-from hydrarun.outputs.quality.metrics import PSNR_CAP, WINDOW, compare
-from hydrarun.outputs.report.layout import Layout, Row
+from hydrarun.outputs.quality.metrics import PSNR_CAP, WINDOW, compare_outputs
+from hydrarun.outputs.report.layout import GridLayout, GridRow
 
 Reading = Callable[[Path], "np.ndarray | str"]
 
@@ -43,7 +43,7 @@ GAINS = (32, 16, 8, 4, 2, 1)
 
 
 @dataclass
-class Difference:
+class OutputDifference:
     """Between an output and the reference's, over all pixels and frames: `psnr` in dB, at most 100; `largest`, of
     `levels`: 255, or a sound's 65535.
 
@@ -60,7 +60,7 @@ class Difference:
 
 
 @dataclass
-class Shown:
+class CellMedia:
     """A cell. Data URIs: `image` of what stands for the output (`Kind.still`), `video` and `sound`. `size`: of the
     output, or of a sound's waveform, width and height."""
 
@@ -68,53 +68,55 @@ class Shown:
     size: tuple[int, int]
     reduced: bool  # whether what is embedded is less than the original
     video: str | None
-    difference: Difference | None
+    difference: OutputDifference | None
     sound: str | None = None
 
 
 Cell = tuple[int, int]  # row, column
 
 
-def most_rows(layout: Layout) -> int:
+def count_shown_rows(layout: GridLayout) -> int:
     """How many rows are shown."""
     return max(1, MOST_CELLS // len(layout.columns))
 
 
-def show(layout: Layout) -> dict[Cell, Shown | str]:
+def build_cells(layout: GridLayout) -> dict[Cell, CellMedia | str]:
     """Every cell that has an output; a text says why its file cannot be shown."""
-    rows = layout.rows[: most_rows(layout)]
+    rows = layout.rows[: count_shown_rows(layout)]
     side = SIDE if len(rows) * len(layout.columns) <= MANY else MANY_SIDE
-    reading = lru_cache(maxsize=2)(read)  # a reference, and what is compared to it: pixels may be large
+    reading = lru_cache(maxsize=2)(read_pixels)  # a reference, and what is compared to it: pixels may be large
     return {
         (number, column): found
         for number, row in enumerate(rows)
-        for column, found in show_row(layout, row, side, reading)
+        for column, found in build_row_cells(layout, row, side, reading)
     }
 
 
-def show_row(layout: Layout, row: Row, side: int, reading: Reading) -> Iterator[tuple[int, Shown | str]]:
+def build_row_cells(
+    layout: GridLayout, row: GridRow, side: int, reading: Reading
+) -> Iterator[tuple[int, CellMedia | str]]:
     """The cells of a row, by column."""
     for column in sorted(row.cells):
-        file = file_of(layout, row, column)
+        file = find_output_file(layout, row, column)
         if file is None:
             continue
         reference = layout.reference(row, column)
-        other = None if reference in (None, column) else file_of(layout, row, reference)
+        other = None if reference in (None, column) else find_output_file(layout, row, reference)
         ours, theirs = reading(file), reading(other) if other else ""
         if isinstance(ours, str):
             yield column, ours
         else:
-            apart = difference(ours, theirs, side) if not isinstance(theirs, str) else None
-            yield column, shown(file, ours, rate_of(row, column), apart, side)
+            apart = measure_difference(ours, theirs, side) if not isinstance(theirs, str) else None
+            yield column, build_cell_media(file, ours, find_output_rate(row, column), apart, side)
 
 
-def file_of(layout: Layout, row: Row, column: int) -> Path | None:
+def find_output_file(layout: GridLayout, row: GridRow, column: int) -> Path | None:
     """The file, or folder of frames, of a cell; None where there is no output."""
     point, output = row.cells[column]
     return layout.points[point].folder / output.path if output and output.path else None
 
 
-def rate_of(row: Row, column: int) -> int:
+def find_output_rate(row: GridRow, column: int) -> int:
     """Frames per second of a cell's video, or samples of its sound."""
     output = row.cells[column][1]
     if output and output.sample_rate:
@@ -123,7 +125,7 @@ def rate_of(row: Row, column: int) -> int:
     return rate if rate and 0 < rate < 1000 else 16
 
 
-def read(file: Path) -> np.ndarray | str:
+def read_pixels(file: Path) -> np.ndarray | str:
     """What a file holds (an array of `hydrarun.outputs.media.kinds`); or why there is nothing."""
     try:
         return read_output(file)[0]
@@ -133,79 +135,83 @@ def read(file: Path) -> np.ndarray | str:
         return error.strerror or "cannot be read"
 
 
-def difference(ours: np.ndarray, theirs: np.ndarray, side: int) -> Difference | None:
+def measure_difference(ours: np.ndarray, theirs: np.ndarray, side: int) -> OutputDifference | None:
     """How far apart two pictures or videos are; None where their sizes are not equal."""
     if ours.shape != theirs.shape:
         return None
     # frame by frame: a whole video as wide numbers would not fit beside itself
     each = (make_comparable(pixels).reshape(-1, *pixels.shape[-3:]) for pixels in (ours, theirs))
-    apart_by_frame = map(distance, zip(*each, strict=True))
+    apart_by_frame = map(compute_distance, zip(*each, strict=True))
     measured = [(int(apart.max()), float(np.square(apart, dtype=np.uint32).mean())) for apart in apart_by_frame]
     error = sum(mean for _, mean in measured) / len(measured)
-    psnr = min(PSNR_CAP, 10 * math.log10(kinds.kind_of(ours).levels ** 2 / error)) if error else PSNR_CAP
-    pixels = np.asarray(reduce(distance((middle(ours), middle(theirs))), side))
-    quick = kinds.kind_of(ours) in (kinds.PICTURE, kinds.LAYERS) and min(ours.shape[-3:-1]) >= WINDOW
-    ssim = compare(ours, theirs, ["ssim"])["ssim"] if quick else None
-    return Difference(psnr, ssim, max(most for most, _ in measured), pixels, kinds.kind_of(ours).levels)
+    psnr = min(PSNR_CAP, 10 * math.log10(kinds.find_array_kind(ours).levels ** 2 / error)) if error else PSNR_CAP
+    pixels = np.asarray(shrink_picture(compute_distance((pick_still(ours), pick_still(theirs))), side))
+    quick = kinds.find_array_kind(ours) in (kinds.PICTURE, kinds.LAYERS) and min(ours.shape[-3:-1]) >= WINDOW
+    ssim = compare_outputs(ours, theirs, ["ssim"])["ssim"] if quick else None
+    return OutputDifference(psnr, ssim, max(most for most, _ in measured), pixels, kinds.find_array_kind(ours).levels)
 
 
-def distance(pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+def compute_distance(pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """|a - b|, uint8 `[H, W, 3]`; of samples uint16, which holds any two's."""
     apart = np.maximum(*pair) - np.minimum(*pair)
     return apart if apart.dtype == np.uint8 else apart.view(np.uint16)
 
 
-def middle(pixels: np.ndarray) -> np.ndarray:
+def pick_still(pixels: np.ndarray) -> np.ndarray:
     """The picture itself, the middle frame of a video, all layers, or the waveform of a sound."""
-    return kinds.kind_of(pixels).still(pixels)
+    return kinds.find_array_kind(pixels).still(pixels)
 
 
-def shown(file: Path, pixels: np.ndarray, rate: int, apart: Difference | None, side: int) -> Shown:
+def build_cell_media(file: Path, pixels: np.ndarray, rate: int, apart: OutputDifference | None, side: int) -> CellMedia:
     """What is embedded of one output. `rate`: frames per second, or samples."""
-    still = middle(pixels)
-    small = reduce(still, side)
+    still = pick_still(pixels)
+    small = shrink_picture(still, side)
     whole_size = still.shape[1], still.shape[0]
-    size = (pixels.shape[-2], pixels.shape[-3]) if kinds.kind_of(pixels) is kinds.LAYERS else whole_size
-    if kinds.kind_of(pixels) in (kinds.PICTURE, kinds.LAYERS):
-        return Shown(picture_uri(small), size, small.size != whole_size or not is_small(small), None, apart)
-    if kinds.kind_of(pixels) is kinds.SOUND:
+    size = (pixels.shape[-2], pixels.shape[-3]) if kinds.find_array_kind(pixels) is kinds.LAYERS else whole_size
+    if kinds.find_array_kind(pixels) in (kinds.PICTURE, kinds.LAYERS):
+        return CellMedia(
+            encode_picture_uri(small), size, small.size != whole_size or not is_small_picture(small), None, apart
+        )
+    if kinds.find_array_kind(pixels) is kinds.SOUND:
         whole = file.stat().st_size <= SMALL_FILE
-        sound = uri("audio/wav", file.read_bytes()) if whole else sound_uri(pixels, rate)
-        return Shown(picture_uri(small), size, not whole, None, apart, sound)
+        sound = format_data_uri("audio/wav", file.read_bytes()) if whole else encode_sound_uri(pixels, rate)
+        return CellMedia(encode_picture_uri(small), size, not whole, None, apart, sound)
     if file.is_file() and file.stat().st_size <= SMALL_FILE and max(size) <= SIDE:
-        return Shown(picture_uri(small), size, False, uri("video/mp4", file.read_bytes()), apart)
-    return Shown(picture_uri(small), size, True, video_uri(pixels, rate), apart)
+        return CellMedia(encode_picture_uri(small), size, False, format_data_uri("video/mp4", file.read_bytes()), apart)
+    return CellMedia(encode_picture_uri(small), size, True, encode_video_uri(pixels, rate), apart)
 
 
-def reduce(pixels: np.ndarray, side: int) -> Image.Image:
+def shrink_picture(pixels: np.ndarray, side: int) -> Image.Image:
     """A picture, its longest side `side` pixels at most."""
     image = Image.fromarray(pixels)
     image.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=None)
     return image
 
 
-def picture_uri(image: Image.Image, quality: int = QUALITY) -> str:
+def encode_picture_uri(image: Image.Image, quality: int = QUALITY) -> str:
     """WebP, without loss where it is small."""
     data = io.BytesIO()
-    image.save(data, "WEBP", lossless=is_small(image), quality=quality, method=2)
-    return uri("image/webp", data.getvalue())
+    image.save(data, "WEBP", lossless=is_small_picture(image), quality=quality, method=2)
+    return format_data_uri("image/webp", data.getvalue())
 
 
-def is_small(image: Image.Image) -> bool:
+def is_small_picture(image: Image.Image) -> bool:
     """Whether it is kept without loss."""
     return image.width * image.height <= LOSSLESS
 
 
-def video_uri(pixels: np.ndarray, fps: int) -> str | None:
+def encode_video_uri(pixels: np.ndarray, fps: int) -> str | None:
     """A smaller MP4; None for a video of which none can be made, of one pixel a side."""
     from hydrarun.outputs.media import mp4
 
-    small = np.stack([np.asarray(reduce(frame, VIDEO_SIDE)) for frame in pixels])
+    small = np.stack([np.asarray(shrink_picture(frame, VIDEO_SIDE)) for frame in pixels])
     height, width = (side - side % 2 for side in small.shape[1:3])
-    return uri("video/mp4", mp4.encode_mp4(small[:, :height, :width], fps, {})) if height and width else None
+    return (
+        format_data_uri("video/mp4", mp4.encode_mp4(small[:, :height, :width], fps, {})) if height and width else None
+    )
 
 
-def sound_uri(samples: np.ndarray, rate: int) -> str:
+def encode_sound_uri(samples: np.ndarray, rate: int) -> str:
     """A smaller file, AAC in MP4."""
     import av
 
@@ -214,22 +220,22 @@ def sound_uri(samples: np.ndarray, rate: int) -> str:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         wav.write_samples(container, "aac", samples, rate)
-    return uri("audio/mp4", file.getvalue())
+    return format_data_uri("audio/mp4", file.getvalue())
 
 
-def gain(cells: Iterable[Shown | str]) -> int:
+def choose_gain(cells: Iterable[CellMedia | str]) -> int:
     """One amplification for all differences, so that they can be compared: the middle one of them is bright with it."""
-    apart = [cell.difference.pixels for cell in cells if isinstance(cell, Shown) and cell.difference]
+    apart = [cell.difference.pixels for cell in cells if isinstance(cell, CellMedia) and cell.difference]
     strong = [most for most in (float(np.percentile(pixels, 99)) for pixels in apart) if most]
     return next((times for times in GAINS if strong and times * float(np.median(strong)) <= 255), 1)
 
 
-def difference_uri(apart: Difference, times: int) -> str:
+def encode_difference_uri(apart: OutputDifference, times: int) -> str:
     """The difference as a picture, amplified."""
     bright = np.minimum(apart.pixels.astype(np.uint16) * times, 255).astype(np.uint8)
-    return picture_uri(Image.fromarray(bright), ROUGH)
+    return encode_picture_uri(Image.fromarray(bright), ROUGH)
 
 
-def uri(kind: str, data: bytes) -> str:
+def format_data_uri(kind: str, data: bytes) -> str:
     """Bytes as an address that holds them."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

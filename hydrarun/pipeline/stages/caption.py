@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from hydrarun.core.distributed import collectives as comm
-from hydrarun.core.quoting import printable
+from hydrarun.core.distributed import collectives
+from hydrarun.core.quoting import make_printable
 from hydrarun.models.transformer import POSITIVE
-from hydrarun.pipeline.stage import Parts
+from hydrarun.pipeline.stage import Components
 from hydrarun.pipeline.stages.encode import EncodePrompt
 from hydrarun.pipeline.state import State
 
@@ -28,15 +28,15 @@ class EncodePromptOrCaption(EncodePrompt):
         super().__init__(returns)
         self.english = english
 
-    def texts(self, state: State, parts: Parts) -> dict[str, Any]:
+    def texts(self, state: State, parts: Components) -> dict[str, Any]:
         if state.captioned:  # every rank writes it, whose prompts are blank or not: they lend each other weights
             state.caption = self.caption(state, parts)
-            said = printable(state.caption, len(state.caption))
+            said = make_printable(state.caption, len(state.caption))
             parts.progress.note(f"the prompt is blank; the input image's caption: {said}")
         found = super().texts(state, parts)
         return {**found, POSITIVE: [text if text.strip() else state.caption for text in state.prompts]}
 
-    def caption(self, state: State, parts: Parts) -> str:
+    def caption(self, state: State, parts: Components) -> str:
         """The same for the same image: where the checkpoint has words chosen by chance, chance is."""
         pipeline = parts.pipeline
         image = pipeline.image_processor.resize(state.input_images[0], state.height, state.width)
@@ -45,4 +45,4 @@ class EncodePromptOrCaption(EncodePrompt):
             torch.manual_seed(0)
             text = pipeline.get_image_caption(image, use_en_prompt=self.english, device=parts.device)
         # a last bit may turn a word, and ranks with unequal texts would not fit together
-        return comm.text_of_first(text, parts.device) if parts.mesh else text
+        return collectives.broadcast_text(text, parts.device) if parts.mesh else text

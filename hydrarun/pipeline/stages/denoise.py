@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from hydrarun.acceleration.cache.base import NoCache, Schedule
-from hydrarun.acceleration.offload.modulation_tables import rows_of_steps
+from hydrarun.acceleration.offload.modulation_tables import find_step_rows
 from hydrarun.acceleration.parallel.cfg import predict_branches
 from hydrarun.core.errors import RunError
 from hydrarun.core.timing import Timings
 from hydrarun.models.experts import LOW_NOISE, Experts
 from hydrarun.models.transformer import FEWER_BLOCKS, POSITIVE, Inputs, Step
-from hydrarun.pipeline.stage import Parts, Stage
+from hydrarun.pipeline.stage import Components, Stage
 from hydrarun.pipeline.state import State
 
 
@@ -46,14 +46,18 @@ class Denoise(Stage):
         self.passes = tuple(passes)
         self.needs = (*Denoise.needs, *self.passes)
 
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
-        shared = {name: for_all(getattr(state, name), len(state.latents)) for name in self.passes}
+    def __call__(self, state: State, parts: Components, timings: Timings) -> None:
+        shared = {name: expand_rows(getattr(state, name), len(state.latents)) for name in self.passes}
         conditioning = {branch: {**state.conditioning[branch], **shared} for branch in parts.guidance.branches(state)}
         scheduler = parts.pipeline.scheduler
-        steps, noise = schedule(state.timesteps, parts.experts), noise_of(scheduler, state)
-        rows = rows_of_steps(parts.tables, steps, state.timesteps, conditioning)
+        steps, noise = make_schedule(state.timesteps, parts.experts), make_noise_source(scheduler, state)
+        rows = find_step_rows(parts.tables, steps, state.timesteps, conditioning)
         parts.cache.start(Schedule(steps), list(conditioning), parts.mesh)
-        run = steps if parts.warmup is None else first_steps(steps, parts.warmup, partial(kind, state, parts))
+        run = (
+            steps
+            if parts.warmup is None
+            else select_first_steps(steps, parts.warmup, partial(find_step_kind, state, parts))
+        )
         with parts.progress.phase("denoising", total=len(run)) as advance:
             for step in run:
                 timestep = state.timesteps[step.index]
@@ -72,7 +76,7 @@ class Denoise(Stage):
     def predict(
         self,
         state: State,
-        parts: Parts,
+        parts: Components,
         conditioning: dict[str, dict[str, Any]],
         timestep: Tensor,
         step: Step,
@@ -93,35 +97,35 @@ class Denoise(Stage):
             return {branch: found[branch] for branch in branches}
 
         axis = parts.mesh["cfg"] if parts.mesh else None
-        predictions = predict_branches(branches_of(state, parts, step), predict, axis, latents)
-        return parts.guidance.combine(predictions, scale_of(state, parts, step))
+        predictions = predict_branches(find_branches(state, parts, step), predict, axis, latents)
+        return parts.guidance.combine(predictions, find_scale(state, parts, step))
 
 
-def scale_of(state: State, parts: Parts, step: Step) -> float:
+def find_scale(state: State, parts: Components, step: Step) -> float:
     """The scale of a step."""
     return parts.guidance.scale_for(state, step.expert == LOW_NOISE, done=1 - step.timestep / 1000)
 
 
-def branches_of(state: State, parts: Parts, step: Step) -> tuple[str, ...]:
+def find_branches(state: State, parts: Components, step: Step) -> tuple[str, ...]:
     """The predictions that a step is made of, by all ranks together."""
     branches = parts.guidance.branches_at(state, step.index)
     if parts.mesh and parts.mesh["cfg"]:
         return branches  # a rank that has the other branch would wait meanwhile, and may be needed to lend its weights
-    return parts.guidance.needed(branches, scale_of(state, parts, step))
+    return parts.guidance.needed(branches, find_scale(state, parts, step))
 
 
-def kind(state: State, parts: Parts, step: Step) -> tuple[str, tuple[str, ...]]:
+def find_step_kind(state: State, parts: Components, step: Step) -> tuple[str, tuple[str, ...]]:
     """The expert and the predictions of a step: those that have both in common do the same work."""
-    return step.expert, branches_of(state, parts, step)
+    return step.expert, find_branches(state, parts, step)
 
 
-def schedule(timesteps: Tensor, experts: Experts) -> tuple[Step, ...]:
+def make_schedule(timesteps: Tensor, experts: Experts) -> tuple[Step, ...]:
     """Each step with its place, value and expert."""
     values = timesteps.tolist()  # on the host once, not one by one inside the loop
     return tuple(Step(index, value, experts.name_at(value)) for index, value in enumerate(values))
 
 
-def noise_of(scheduler: Any, state: State) -> dict[str, Any]:
+def make_noise_source(scheduler: Any, state: State) -> dict[str, Any]:
     """What a scheduler that adds noise in its steps draws it from: the same each time that the loop is run.
 
     Its Brownian motion, if it has one, is drawn here on the CPU, and so the same on every device.
@@ -137,7 +141,7 @@ def noise_of(scheduler: Any, state: State) -> dict[str, Any]:
     return {"generator": [generator.clone_state() for generator in state.generators]}
 
 
-def first_steps(steps: Sequence[Step], count: int, kind: Callable[[Step], Any]) -> list[Step]:
+def select_first_steps(steps: Sequence[Step], count: int, kind: Callable[[Step], Any]) -> list[Step]:
     """The first `count` steps of each kind, or as many as it has."""
     before = Counter[Any]()
     chosen = []
@@ -148,6 +152,6 @@ def first_steps(steps: Sequence[Step], count: int, kind: Callable[[Step], Any]) 
     return chosen
 
 
-def for_all(value: Any, count: int) -> Any:
+def expand_rows(value: Any, count: int) -> Any:
     """One row of a tensor repeated for each item, without a copy; anything else as it is."""
     return value.expand(count, *value.shape[1:]) if isinstance(value, Tensor) else value

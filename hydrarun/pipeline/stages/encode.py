@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hydrarun.core.errors import UsageError
 from hydrarun.core.timing import Timings
 from hydrarun.models.transformer import NEGATIVE, POSITIVE
-from hydrarun.pipeline.stage import Parts, Stage
+from hydrarun.pipeline.stage import Components, Stage
 from hydrarun.pipeline.stages.images import fit_area
 from hydrarun.pipeline.state import State
 
@@ -34,7 +34,7 @@ class EncodePrompt(Stage):
         self.returns = tuple(returns)
         self.arguments = dict(arguments or {})
 
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+    def __call__(self, state: State, parts: Components, timings: Timings) -> None:
         texts = self.texts(state, parts)
         state.conditioning = {}
         for branch in parts.guidance.branches(state):
@@ -49,7 +49,7 @@ class EncodePrompt(Stage):
                 name: None if value is None else value.index_select(0, rows) for name, value in encoded.items()
             }
 
-    def unprompted(self, state: State, parts: Parts) -> dict[str, Any]:
+    def unprompted(self, state: State, parts: Components) -> dict[str, Any]:
         """What the transformer takes where there is no negative prompt."""
         guidance = parts.guidance
         if guidance.unprompted is None:
@@ -61,16 +61,16 @@ class EncodePrompt(Stage):
         positive = state.conditioning[POSITIVE]
         return {**positive, guidance.unprompted: torch.zeros_like(positive[guidance.unprompted])}
 
-    def texts(self, state: State, parts: Parts) -> dict[str, list[str] | None]:
+    def texts(self, state: State, parts: Components) -> dict[str, list[str] | None]:
         """`{branch: N texts}`; None: there are none."""
         return {POSITIVE: state.prompts, NEGATIVE: state.negative_prompts}
 
-    def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Any]:
+    def encode(self, prompts: list[str], state: State, parts: Components) -> dict[str, Any]:
         """What the transformer takes, one row per prompt."""
         limit = {} if state.max_sequence_length is None else {"max_sequence_length": state.max_sequence_length}
         return self.run(parts, prompt=prompts, **limit)
 
-    def run(self, parts: Parts, **arguments: Any) -> dict[str, Any]:
+    def run(self, parts: Components, **arguments: Any) -> dict[str, Any]:
         """`encode_prompt`'s results by the names that the transformer takes them under."""
         encoded = parts.pipeline.encode_prompt(device=parts.device, **self.arguments, **arguments)
         return {name: value for name, value in zip(self.returns, encoded, strict=True) if name is not None}
@@ -86,7 +86,7 @@ class EncodeRaggedPrompt(EncodePrompt):
     def __init__(self, arguments: Mapping[str, Any] | None = None) -> None:
         super().__init__(("encoder_hidden_states", None), arguments)
 
-    def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Any]:
+    def encode(self, prompts: list[str], state: State, parts: Components) -> dict[str, Any]:
         return pad_to_longest(super().encode(prompts, state, parts)["encoder_hidden_states"])
 
 
@@ -103,7 +103,7 @@ class EncodePromptWithImages(EncodePrompt):
         super().__init__(returns=("encoder_hidden_states", "encoder_hidden_states_mask"))
         self.image_area = image_area
 
-    def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Any]:
+    def encode(self, prompts: list[str], state: State, parts: Components) -> dict[str, Any]:
         refuse_placeholder(prompts, parts.pipeline.processor.image_token)
         resize = parts.pipeline.image_processor.resize
         images = [resize(image, *fit_area(image, self.image_area, 32)) for image in state.input_images]
@@ -138,6 +138,6 @@ class EmbedGuidance(Stage):
     gives = ("guidance",)
     phase = "encode"
 
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+    def __call__(self, state: State, parts: Components, timings: Timings) -> None:
         if state.guidance_scale is not None:
             state.guidance = torch.full([len(state.prompts)], state.guidance_scale, device=parts.device)

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hydrarun.acceleration.parallel.data import first_ranks
+from hydrarun.acceleration.parallel.data import broadcast_ids
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.core.timing import Timings
 from hydrarun.models.transformer import NEGATIVE
-from hydrarun.pipeline.stage import Parts, Stage
+from hydrarun.pipeline.stage import Components, Stage
 from hydrarun.pipeline.stages import images, timesteps
 from hydrarun.pipeline.stages.encode import EncodePrompt, pad_to_longest, refuse_placeholder
 from hydrarun.pipeline.state import State
@@ -35,14 +35,14 @@ class FitImages(Stage):
     def __init__(self, height: int, width: int) -> None:
         self.default = height, width
 
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
-        state.input_images = [fitted(image, parts) for image in state.input_images]
+    def __call__(self, state: State, parts: Components, timings: Timings) -> None:
+        state.input_images = [fit_image(image, parts) for image in state.input_images]
         sizes = [(image.height, image.width) for image in state.input_images]
         height, width = (*sizes, self.default)[0]
         state.height, state.width = state.height or height, state.width or width
 
 
-def fitted(image: Image.Image, parts: Parts) -> Image.Image:
+def fit_image(image: Image.Image, parts: Components) -> Image.Image:
     """The image at a size that stays. Raises `UsageError` for one that the prior model does not take."""
     side = 2 * parts.patch_size * parts.pipeline.vae_scale_factor  # pixels of a prior token
     try:
@@ -51,7 +51,7 @@ def fitted(image: Image.Image, parts: Parts) -> Image.Image:
         size = f"{image.width} x {image.height}"
         raise UsageError(f"input.images: the prior model does not take a picture of {size} pixels: {error}") from None
     resized = parts.pipeline.image_processor.resize(image, int(rows) * side, int(columns) * side)
-    return resized if resized.size == image.size else fitted(resized, parts)
+    return resized if resized.size == image.size else fit_image(resized, parts)
 
 
 class EncodePromptAndDrawPrior(EncodePrompt):
@@ -67,7 +67,7 @@ class EncodePromptAndDrawPrior(EncodePrompt):
     def __init__(self) -> None:
         super().__init__(["encoder_hidden_states", None], {"do_classifier_free_guidance": False})
 
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+    def __call__(self, state: State, parts: Components, timings: Timings) -> None:
         refuse_placeholder(state.prompts, parts.pipeline.processor.image_token)
         encoded = replace(state, negative_prompts=[""] * len(state.prompts))
         super().__call__(encoded, parts, timings)
@@ -77,17 +77,17 @@ class EncodePromptAndDrawPrior(EncodePrompt):
         with parts.progress.phase("drawing prior tokens", total=len(state.prompts)) as advance:
             drawn = []
             for prompt, seed in zip(state.prompts, state.seeds, strict=True):
-                drawn.append(draw_prior(prompt, seed, state, parts))
+                drawn.append(draw_prior_tokens(prompt, seed, state, parts))
                 advance()
-        state.prior_tokens = first_ranks(torch.cat([tokens for tokens, _ in drawn]), parts.mesh)
+        state.prior_tokens = broadcast_ids(torch.cat([tokens for tokens, _ in drawn]), parts.mesh)
         state.image_prior_tokens = drawn[0][1]  # the same for all
 
-    def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Any]:
+    def encode(self, prompts: list[str], state: State, parts: Components) -> dict[str, Any]:
         alone = [super(EncodePromptAndDrawPrior, self).encode([prompt], state, parts) for prompt in prompts]
         return pad_to_longest([one["encoder_hidden_states"][0] for one in alone])
 
 
-def draw_prior(prompt: str, seed: int, state: State, parts: Parts) -> tuple[Tensor, Tensor | None]:
+def draw_prior_tokens(prompt: str, seed: int, state: State, parts: Components) -> tuple[Tensor, Tensor | None]:
     """Ids of the picture's tokens `[1, S]`, and of those of all input images `[1, I]`; None: there are none.
 
     As the reference's `generate_prior_tokens`, whose way with images is not that of today's transformers. Raises
@@ -126,7 +126,7 @@ def draw_prior(prompt: str, seed: int, state: State, parts: Parts) -> tuple[Tens
 class EncodeFittedImages(images.EncodeImages):
     """Each input image as packed latents, at its own size; none is none."""
 
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+    def __call__(self, state: State, parts: Components, timings: Timings) -> None:
         state.image_grids = ()
         if state.input_images:
             super().__call__(state, parts, timings)
@@ -141,7 +141,7 @@ class PrepareTimesteps(timesteps.PrepareTimesteps):
     A scheduler that does not take both makes its own.
     """
 
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+    def __call__(self, state: State, parts: Components, timings: Timings) -> None:
         scheduler = parts.pipeline.scheduler
         if not {"timesteps", "sigmas", "mu"} <= inspect.signature(scheduler.set_timesteps).parameters.keys():
             super().__call__(state, parts, timings)

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from hydrarun.core.timing import Timings
-from hydrarun.models.layers.patchify import pack
-from hydrarun.pipeline.stage import Parts, Stage
+from hydrarun.models.layers.patchify import pack_latents
+from hydrarun.pipeline.stage import Components, Stage
 from hydrarun.pipeline.state import State
-from hydrarun.pipeline.vae import encode
+from hydrarun.pipeline.vae import encode_pixels
 
 
 class SizeFromImage(Stage):
@@ -40,7 +40,7 @@ class SizeFromImage(Stage):
         self.default = height, width
         self.rounding = rounding
 
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+    def __call__(self, state: State, parts: Components, timings: Timings) -> None:
         last = state.input_images[-1:]
         up = self.rounding == "up"
         area = self.area or (state.resolution or 0) ** 2
@@ -62,13 +62,13 @@ class EncodeImages(Stage):
     def __init__(self, area: int | None) -> None:
         self.area = area
 
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+    def __call__(self, state: State, parts: Components, timings: Timings) -> None:
         packed, grids = [], []
         for image in state.input_images:
             height, width = self.size(image, state)
             pixels = parts.pipeline.image_processor.preprocess(image, height, width).unsqueeze(2)
-            latents = encode(parts.pipeline, pixels).to(parts.dtype)
-            packed.append(pack(latents, parts.patch_size))
+            latents = encode_pixels(parts.pipeline, pixels).to(parts.dtype)
+            packed.append(pack_latents(latents, parts.patch_size))
             grids.append((1, latents.shape[3] // parts.patch_size, latents.shape[4] // parts.patch_size))
         state.image_latents = torch.cat(packed, dim=1)
         state.image_grids = tuple(grids)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from hydrarun.config.checks.checkpoint import vae_factors
+from hydrarun.config.checks.checkpoint import read_vae_factors
 from hydrarun.core.timing import Timings
-from hydrarun.models.layers.patchify import pack
+from hydrarun.models.layers.patchify import pack_latents
 from hydrarun.pipeline import vae
-from hydrarun.pipeline.stage import Parts, Stage
+from hydrarun.pipeline.stage import Components, Stage
 from hydrarun.pipeline.state import State
 
 
@@ -30,16 +30,16 @@ class PrepareLatents(Stage):
         self.packed = packed
         self.keep_float32 = keep_float32
 
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
-        per_frame, side = vae_factors(parts.pipeline.vae.config)
+    def __call__(self, state: State, parts: Components, timings: Timings) -> None:
+        per_frame, side = read_vae_factors(parts.pipeline.vae.config)
         assert side is not None
         frames = self.frames(state, per_frame or 1)
-        shape = (1, vae.channels(parts.pipeline), frames, state.height // side, state.width // side)
+        shape = (1, vae.count_latent_channels(parts.pipeline), frames, state.height // side, state.width // side)
         dtype = torch.float32 if self.keep_float32 else parts.dtype
-        state.generators = generators(state.seeds)
+        state.generators = make_generators(state.seeds)
         noise = [self.noise(shape, generator, dtype) for generator in state.generators]
         latents = torch.cat(noise).to(parts.device)
-        state.latents = pack(latents, parts.patch_size) if self.packed else latents
+        state.latents = pack_latents(latents, parts.patch_size) if self.packed else latents
         state.grid = (frames, shape[3] // parts.patch_size, shape[4] // parts.patch_size)
 
     def frames(self, state: State, per_frame: int) -> int:
@@ -51,6 +51,6 @@ class PrepareLatents(Stage):
         return torch.randn(shape, generator=generator, dtype=dtype)
 
 
-def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """One for each item, on the CPU."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from hydrarun.core.errors import UsageError
-from hydrarun.pipeline.stage import Parts
+from hydrarun.pipeline.stage import Components
 from hydrarun.pipeline.stages.encode import EncodePrompt, refuse_placeholder
 from hydrarun.pipeline.state import State
 
@@ -60,7 +60,7 @@ class EncodePromptWithImages(EncodePrompt):
     def __init__(self) -> None:
         super().__init__(returns=("encoder_hidden_states", None))
 
-    def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Any]:
+    def encode(self, prompts: list[str], state: State, parts: Components) -> dict[str, Any]:
         refuse_placeholder(prompts, parts.pipeline.image_token)
         resize = parts.pipeline.image_processor.resize
         drawn = resize(state.input_images[0], state.height, state.width)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from hydrarun.config.checks.checkpoint import longest
+from hydrarun.config.checks.checkpoint import max_sound_seconds
 from hydrarun.core.errors import RunError
 from hydrarun.core.timing import Timings
-from hydrarun.pipeline.stage import Parts, Stage
-from hydrarun.pipeline.stages.latents import generators
+from hydrarun.pipeline.stage import Components, Stage
+from hydrarun.pipeline.stages.latents import make_generators
 from hydrarun.pipeline.state import State
 
 # schedulers that add noise ask for it up to the ends of its interval, which rounding moves, and at 0, beyond them
@@ -31,9 +31,9 @@ class PrepareSoundLatents(Stage):
     gives = ("latents", "grid", "generators")
     phase = "encode"
 
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+    def __call__(self, state: State, parts: Components, timings: Timings) -> None:
         config: Any = parts.experts.config
-        state.generators = generators(state.seeds)
+        state.generators = make_generators(state.seeds)
         shape = (1, config["in_channels"], config["sample_size"])
         noise = torch.cat([torch.randn(shape, generator=one, dtype=parts.dtype) for one in state.generators])
         state.latents = noise.to(parts.device) * parts.pipeline.scheduler.init_noise_sigma
@@ -51,12 +51,12 @@ class DecodeSound(Stage):
     phase = "decode"
     uses = ("vae",)
 
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+    def __call__(self, state: State, parts: Components, timings: Timings) -> None:
         vae = parts.pipeline.vae
         sound = vae.decode(state.latents.to(vae.device, vae.dtype)).sample  # [N, channels, samples]
         if not sound.isfinite().all():
             raise RunError("the VAE decoded NaN or infinity: try vae.dtype=float32, or check the vae's weights")
-        first, stop = (int(second * vae.config.sampling_rate) for second in span(state, parts))
+        first, stop = (int(second * vae.config.sampling_rate) for second in find_sound_span(state, parts))
         kept = sound[:, :, first:stop].float()
         beyond = int((kept.abs() > 1).sum())
         if beyond:
@@ -65,9 +65,9 @@ class DecodeSound(Stage):
         state.frames = samples.transpose(1, 2).contiguous().cpu().numpy()
 
 
-def span(state: State, parts: Parts) -> tuple[float, float]:
+def find_sound_span(state: State, parts: Components) -> tuple[float, float]:
     """The seconds at which the sound starts and ends; by itself at the end of what the model makes."""
     end = state.audio_end_in_s
-    return state.audio_start_in_s or 0.0, longest(
+    return state.audio_start_in_s or 0.0, max_sound_seconds(
         parts.pipeline.vae.config, parts.experts.config
     ) if end is None else end

@@ -7,9 +7,9 @@ from typing import Any
 import diffusers
 import torch
 
-from hydrarun.pipeline.stage import Parts
+from hydrarun.pipeline.stage import Components
 from hydrarun.pipeline.stages.encode import EncodePrompt
-from hydrarun.pipeline.stages.sound import span
+from hydrarun.pipeline.stages.sound import find_sound_span
 from hydrarun.pipeline.state import State
 
 
@@ -41,9 +41,9 @@ class EncodePromptAndSeconds(EncodePrompt):
     def __init__(self) -> None:
         super().__init__(returns=(), arguments={"do_classifier_free_guidance": False})
 
-    def encode(self, prompts: list[str], state: State, parts: Parts) -> dict[str, Any]:
+    def encode(self, prompts: list[str], state: State, parts: Components) -> dict[str, Any]:
         text = parts.pipeline.encode_prompt(prompt=prompts, device=parts.device, **self.arguments)
-        seconds = parts.pipeline.encode_duration(*span(state, parts), parts.device, False, len(prompts))
+        seconds = parts.pipeline.encode_duration(*find_sound_span(state, parts), parts.device, False, len(prompts))
         return {
             "encoder_hidden_states": torch.cat([text, *seconds], dim=1),
             "global_hidden_states": torch.cat(seconds, dim=2),

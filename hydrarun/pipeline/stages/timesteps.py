@@ -11,7 +11,7 @@ import numpy as np
 
 from hydrarun.core.errors import UsageError
 from hydrarun.core.timing import Timings
-from hydrarun.pipeline.stage import Parts, Stage
+from hydrarun.pipeline.stage import Components, Stage
 from hydrarun.pipeline.state import State
 
 
@@ -38,7 +38,7 @@ class PrepareTimesteps(Stage):
         self.sigmas = sigmas
         self.shift = shift
 
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+    def __call__(self, state: State, parts: Components, timings: Timings) -> None:
         scheduler = parts.pipeline.scheduler
         accepted = inspect.signature(scheduler.set_timesteps).parameters
         own = self.sigmas == "scheduler" or (
@@ -66,10 +66,10 @@ class PrepareTimesteps(Stage):
     def mu(self, config: Any, grid: Sequence[int]) -> float:
         """How far the scheduler shifts latents of so many frames, rows and columns of tokens."""
         tokens = math.prod(grid)
-        return (tokens / grid[0] / 256) ** 0.5 if self.shift == "root" else shift(config, tokens)
+        return (tokens / grid[0] / 256) ** 0.5 if self.shift == "root" else compute_shift(config, tokens)
 
 
-def shift(config: Any, tokens: int) -> float:
+def compute_shift(config: Any, tokens: int) -> float:
     """Where `tokens` falls on the line through the scheduler's base and largest shift."""
     base, largest = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hydrarun.config.checks.checkpoint import check_fit
+from hydrarun.config.checks.checkpoint import check_request_fit
 from hydrarun.core.timing import Timings
-from hydrarun.pipeline.stage import Parts, Stage
+from hydrarun.pipeline.stage import Components, Stage
 from hydrarun.pipeline.state import State
 
 
@@ -14,6 +14,6 @@ class ValidateInput(Stage):
     needs = ("height", "width", "num_frames", "guidance_scale", "audio_start_in_s", "audio_end_in_s")
     phase = "encode"
 
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+    def __call__(self, state: State, parts: Components, timings: Timings) -> None:
         sampling = {name: getattr(state, name) for name in self.needs}
-        check_fit(sampling, parts.pipeline.vae.config, parts.experts.config, parts.patch_size)
+        check_request_fit(sampling, parts.pipeline.vae.config, parts.experts.config, parts.patch_size)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from hydrarun.core.timing import Timings
-from hydrarun.pipeline.stage import Parts, Stage
+from hydrarun.pipeline.stage import Components, Stage
 from hydrarun.pipeline.state import State
-from hydrarun.pipeline.vae import encode
+from hydrarun.pipeline.vae import encode_pixels
 
 
 class EncodeFirstFrame(Stage):
@@ -23,9 +23,9 @@ class EncodeFirstFrame(Stage):
     phase = "encode"
     uses = ("vae",)
 
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+    def __call__(self, state: State, parts: Components, timings: Timings) -> None:
         if state.input_images:
-            state.first_frame = encode(parts.pipeline, first_frame_pixels(state, parts))
+            state.first_frame = encode_pixels(parts.pipeline, make_first_frame(state, parts))
 
 
 class KeepFirstFrame(Stage):
@@ -35,7 +35,7 @@ class KeepFirstFrame(Stage):
     gives = ("latents",)
     phase = "denoise"
 
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
+    def __call__(self, state: State, parts: Components, timings: Timings) -> None:
         if state.first_frame is not None:
             first = state.first_frame.expand(len(state.latents), -1, -1, -1, -1)
             state.latents = torch.cat([first, state.latents[:, :, 1:]], dim=2)
@@ -53,16 +53,16 @@ class EncodeFirstFrameAsChannels(Stage):
     phase = "encode"
     uses = ("vae",)
 
-    def __call__(self, state: State, parts: Parts, timings: Timings) -> None:
-        first = first_frame_pixels(state, parts)
+    def __call__(self, state: State, parts: Components, timings: Timings) -> None:
+        first = make_first_frame(state, parts)
         grey = first.new_zeros(1, 3, (state.num_frames or 1) - 1, state.height, state.width)
-        latents = encode(parts.pipeline, torch.cat([first, grey], dim=2))
+        latents = encode_pixels(parts.pipeline, torch.cat([first, grey], dim=2))
         mask = latents.new_zeros(1, parts.pipeline.vae_scale_factor_temporal, *latents.shape[2:])
         mask[:, :, 0] = 1
         state.condition_latents = torch.cat([mask, latents], dim=1)
 
 
-def first_frame_pixels(state: State, parts: Parts) -> Tensor:
+def make_first_frame(state: State, parts: Components) -> Tensor:
     """The input image in the video's size, `[1, 3, 1, H, W]` from -1 to 1, float32."""
     pixels = parts.pipeline.video_processor.preprocess(state.input_images[0], height=state.height, width=state.width)
     return pixels.unsqueeze(2).to(parts.device, torch.float32)

@@ -164,7 +164,7 @@ def test_dbprune_that_always_prunes_runs_the_first_and_last_blocks(subject):
 def one_cache(monkeypatch):
     """A cache that serves all requests, where a runner makes a new one for each."""
     cache = instantiate(node(residual_diff_threshold=0.13, max_warmup_steps=2, taylorseer_order=1))
-    monkeypatch.setattr(Runner, "cache_of", lambda *_: cache)
+    monkeypatch.setattr(Runner, "get_cache", lambda *_: cache)
     return cache
 
 
@@ -206,7 +206,7 @@ def test_a_request_that_breaks_off_does_not_spoil_the_next(subject, one_cache):
 @pytest.mark.parametrize("prune", [False, True])
 def test_nothing_is_kept_after_a_request(subject, prune, monkeypatch):
     cache = instantiate(node(prune=prune, max_warmup_steps=1, taylorseer_order=1))
-    monkeypatch.setattr(Runner, "cache_of", lambda *_: cache)
+    monkeypatch.setattr(Runner, "get_cache", lambda *_: cache)
     kept = []
     end = cache.end
     monkeypatch.setattr(cache, "end", lambda: (kept.append(weakref.ref(cache.manager)), end()))

@@ -107,8 +107,7 @@ def test_the_library_is_quiet():
 
 
 def test_composing_such_an_option_does_not_import_the_library():
-    program = (
-        "import sys, hydrarun.config.compose as c; c.compose(['cache=dbcache']); print('cache_dit' in sys.modules)"
-    )
+    program = "import sys, hydrarun.config.compose as c; c.compose_config(['cache=dbcache']);"
+    program += " print('cache_dit' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hydrarun.config.checks.values import cfg_scale
-from hydrarun.core.distributed.degrees import shares, world_size
+from hydrarun.config.checks.values import find_cfg_scale
+from hydrarun.core.distributed.degrees import split_evenly, world_size
 from tests.helpers import dbcache, parallel_runs
 from tests.helpers.dbcache import node, record
 from tests.helpers.subjects import CONFIGS, LONG, SHORT
@@ -31,7 +31,7 @@ def unequal(subject) -> dict:
         "prompt": [SHORT, LONG],
         "negative_prompt": ["x", LONG],
         "seed": [3, 4],
-        cfg_scale(CONFIGS[subject.name])[0]: 3.0,
+        find_cfg_scale(CONFIGS[subject.name])[0]: 3.0,
         **subject.size(3, 5),
         "num_inference_steps": 12,
     }
@@ -50,7 +50,7 @@ def test_ranks_decide_as_one_process(subject, layout, prune, pool):
     data = chosen.get("data_degree", 1)
     for rank, (latents, found) in enumerate(results):
         share = rank // (ranks // data)
-        own = want[sum(shares(2, data)[:share]) :][: shares(2, data)[share]]
+        own = want[sum(split_evenly(2, data)[:share]) :][: split_evenly(2, data)[share]]
         assert np.abs(latents - own).max() <= 1e-4
         assert {key: found[key] for key in ("steps", "blocks")} == {key: alone[key] for key in ("steps", "blocks")}
         for expert, branches in found["statistics"].items():

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hydrarun.config.checks.values import cfg_scale
-from hydrarun.config.compose import compose
+from hydrarun.config.checks.values import find_cfg_scale
+from hydrarun.config.compose import compose_config
 from hydrarun.engine.runner import Runner
 from hydrarun.models.transformer import Step, Transformer
 from tests.helpers import tiny
@@ -19,7 +19,12 @@ STEPS = 6  # where there are two experts, both have some
 
 def request(subject, **fields):
     """A guided run."""
-    return {cfg_scale(CONFIGS[subject.name])[0]: 3.0, "negative_prompt": LONG, "num_inference_steps": STEPS, **fields}
+    return {
+        find_cfg_scale(CONFIGS[subject.name])[0]: 3.0,
+        "negative_prompt": LONG,
+        "num_inference_steps": STEPS,
+        **fields,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +49,7 @@ def firsts(subject) -> list[int]:
 def runs(monkeypatch) -> list[tuple[str, str, int]]:
     """`(expert, branch, step)` of every call of a transformer's blocks, noted where the blocks are run."""
     seen: list[tuple[str, str, int]] = []
-    begin, run, forward = Transformer.begin, Transformer.run, Transformer.forward
+    begin, run, forward = Transformer.begin_branch, Transformer.run_blocks, Transformer.forward
     now: list[Step] = []
 
     def noting_forward(self, inputs, step, cache):
@@ -62,8 +67,8 @@ def runs(monkeypatch) -> list[tuple[str, str, int]]:
         run(self, call, *blocks)
 
     monkeypatch.setattr(Transformer, "forward", noting_forward)
-    monkeypatch.setattr(Transformer, "begin", noting_begin)
-    monkeypatch.setattr(Transformer, "run", noting_run)
+    monkeypatch.setattr(Transformer, "begin_branch", noting_begin)
+    monkeypatch.setattr(Transformer, "run_blocks", noting_run)
     return seen
 
 
@@ -134,7 +139,7 @@ def test_gates_skip_more_as_the_threshold_rises(subject):
 
 def test_on_a_trained_model_a_line_is_nearer_than_the_last_residual():
     """Every second step of 24 skipped: the predictor wins back a part of what skipping costs."""
-    runner = Runner(compose(["device=cpu"]))
+    runner = Runner(compose_config(["device=cpu"]))
     want = tiny.draw(runner).latents
     reuse, line = (
         (tiny.draw(runner, cache=node("every_n", predictor)).latents - want).square().mean().item()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from hydrarun.acceleration.cache.step_cache import StepCache
-from hydrarun.config.checks.values import cfg_scale
-from hydrarun.core.distributed.degrees import shares, world_size
+from hydrarun.config.checks.values import find_cfg_scale
+from hydrarun.core.distributed.degrees import split_evenly, world_size
 from tests.helpers import parallel_runs
 from tests.helpers.caches import mask, node
 from tests.helpers.subjects import CONFIGS, LONG, SHORT
@@ -45,7 +45,7 @@ def request(subject) -> tuple[int, dict]:
         "prompt": [SHORT, LONG],
         "negative_prompt": ["x", LONG],
         "seed": [3, 4],
-        cfg_scale(config)[0]: 3.0,
+        find_cfg_scale(config)[0]: 3.0,
         **subject.size(3, 5),
         "num_inference_steps": 6,
     }
@@ -84,9 +84,9 @@ def test_ranks_decide_as_one_and_draw_the_same(subject, name, layout, pool, alon
     data = chosen.get("data_degree", 1)
     for rank, (latents, decided, _) in enumerate(results):
         share = rank // (ranks // data)
-        start = sum(shares(2, data)[:share])
+        start = sum(split_evenly(2, data)[:share])
         assert decided == record
-        assert np.abs(latents - want[start : start + shares(2, data)[share]]).max() <= LATENTS
+        assert np.abs(latents - want[start : start + split_evenly(2, data)[share]]).max() <= LATENTS
 
 
 @pytest.mark.parametrize("subject", ["qwen_image"], indirect=True)

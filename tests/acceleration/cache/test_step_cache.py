@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hydrarun.acceleration.cache.base import NoCache
-from hydrarun.acceleration.cache.gates import scm_steps
-from hydrarun.acceleration.cache.predictors import Reuse, Taylor, extrapolation
+from hydrarun.acceleration.cache.gates import choose_scm_steps
+from hydrarun.acceleration.cache.predictors import Reuse, Taylor, find_extrapolation
 from hydrarun.config.targets import instantiate
 from hydrarun.core.errors import UsageError
 from tests.helpers.caches import Toy, loop, mask, node, schedule
@@ -58,17 +58,17 @@ def test_and_not_where_it_does_not(order, degree):
 
 
 def test_extrapolation_weights():
-    assert extrapolation((3.0,), 1.0) == [1.0]
-    assert extrapolation((3.0, 2.0), 1.0) == [-1.0, 2.0]
-    assert extrapolation((3.0, 2.0, 1.0), 0.0) == [1.0, -3.0, 3.0]
+    assert find_extrapolation((3.0,), 1.0) == [1.0]
+    assert find_extrapolation((3.0, 2.0), 1.0) == [-1.0, 2.0]
+    assert find_extrapolation((3.0, 2.0, 1.0), 0.0) == [1.0, -3.0, 3.0]
 
 
 def test_a_timestep_that_comes_twice_counts_once():
     """Heun's: otherwise two points at one place would be divided by their distance, 0."""
     predictor = Taylor(order=1)
     for time, value in ((3.0, 1.0), (2.0, 5.0), (2.0, 4.0)):
-        predictor.learn(("transformer", "positive"), time, torch.tensor(value))
-    assert predictor.expect(("transformer", "positive"), 1.0) == 7.0
+        predictor.update(("transformer", "positive"), time, torch.tensor(value))
+    assert predictor.extrapolate(("transformer", "positive"), 1.0) == 7.0
 
 
 def test_an_order_that_is_none_is_refused():
@@ -143,7 +143,7 @@ def test_each_expert_computes_its_first_step():
 
 def test_the_densities_are_the_published_ones():
     """cache-dit's SCM: so many of 28 steps."""
-    assert {name: len(scm_steps(name, 28)) for name in ("slow", "medium", "fast", "ultra")} == {
+    assert {name: len(choose_scm_steps(name, 28)) for name in ("slow", "medium", "fast", "ultra")} == {
         "slow": 18,
         "medium": 15,
         "fast": 11,
@@ -254,7 +254,7 @@ def test_a_request_that_broke_off_leaves_nothing():
 
 def test_seconds_of_the_two_kinds_of_steps():
     _, _, cache = run(mask([0, 1, 4]), times=TIMES[:5])
-    results = cache.results([9.0, 7.0, 0.2, 0.4, 8.0])
+    results = cache.summarize([9.0, 7.0, 0.2, 0.4, 8.0])
     assert results["computed_step_s"] == 8.0
     assert results["skipped_step_s"] == pytest.approx(0.3)
     assert results["steps"] == cache.record()["steps"]
@@ -264,11 +264,11 @@ def test_no_cache_says_that_all_was_computed():
     cache = NoCache()
     loop(cache, {"transformer": Toy([1.0])}, schedule(TIMES), FACTORS)
     assert cache.record()["steps"]["transformer"]["negative"] == {"computed": list(range(10)), "skipped": []}
-    assert cache.results([1.0] * 10)["skipped_step_s"] is None
+    assert cache.summarize([1.0] * 10)["skipped_step_s"] is None
 
 
 def test_reuse_keeps_one_residual():
     predictor = Reuse()
     for time in (3.0, 2.0):
-        predictor.learn(("transformer", "positive"), time, torch.tensor(time))
+        predictor.update(("transformer", "positive"), time, torch.tensor(time))
     assert predictor.known["transformer", "positive"] == [(2.0, torch.tensor(2.0))]

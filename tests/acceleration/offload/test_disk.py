@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from hydrarun.acceleration.offload import layerwise as streaming
-from hydrarun.acceleration.offload.layerwise import around_blocks
+from hydrarun.acceleration.offload import layerwise
+from hydrarun.acceleration.offload.layerwise import gather_rest
 from hydrarun.acceleration.offload.strategies import DiskOffload
 from hydrarun.core.errors import RunError
-from hydrarun.models.weights import loader as loading
+from hydrarun.models.weights import loader
 from tests.helpers import tiny
 from tests.helpers.subjects import SORTS
 from tests.helpers.watched import draw, on_device, runner, size, steps, weights
@@ -29,7 +29,7 @@ class Reading:
     """Notes what `fill` reads, and how many bytes of that are alive at most."""
 
     def __init__(self) -> None:
-        self.fill = loading.fill
+        self.fill = loader.read_parameter
         self.names: list[str] = []
         self.alive: dict[int, int] = {}
         self.most = 0
@@ -48,8 +48,8 @@ def test_blocks_come_from_their_files(subject, monkeypatch):
     """On the CPU: the plain run's numbers; of the blocks' weights never more alive than two blocks'."""
     plain = runner(subject, "cpu")
     loaded, read = Reading(), Reading()
-    monkeypatch.setattr(loading, "fill", loaded)
-    monkeypatch.setattr(streaming, "fill", read)
+    monkeypatch.setattr(loader, "read_parameter", loaded)
+    monkeypatch.setattr(layerwise, "read_parameter", read)
     turned = runner(subject, "cpu", "disk")
     names = {name for name, _ in next(iter(plain.built.parts.experts)).named_parameters()}
     blocks = {name for name in names if name.startswith(next(iter(plain.built.parts.experts)).block_lists)}
@@ -75,7 +75,7 @@ def test_from_files_to_the_device_no_more_than_two_blocks_come(deep, fake):
         assert np.array_equal(got.frames, want.frames)
     everything = sum(on_device(plain).values())
     sizes = [size(block) for block in next(iter(plain.built.parts.experts)).all_blocks()]
-    around = sum(size(around_blocks(transformer, [])) for transformer in turned.built.parts.experts)
+    around = sum(size(gather_rest(transformer, [])) for transformer in turned.built.parts.experts)
     held = around + size(turned.built.parts.pipeline.vae) + DiskOffload().blocks_bytes(sizes)
     both = zip(steps(turned, fake, True)[1], steps(plain, fake, True)[1], strict=True)
     for (_, _, most), (_, _, plain_most) in both:
@@ -92,7 +92,7 @@ def test_what_is_being_read_is_gone_once_it_is_let_go(tiny_folder, monkeypatch):
         time.sleep(0.002)
         return reading(*given)
 
-    monkeypatch.setattr(streaming, "fill", slow)
+    monkeypatch.setattr(layerwise, "read_parameter", slow)
     turns = turned.built.parts.offload.waiting["transformer"]
     turns.hold(0)
     began.wait(10)
@@ -108,7 +108,7 @@ def test_a_file_that_breaks_meanwhile_is_named(tiny_folder, monkeypatch):
         raise RunError(f"{piece.source!r} cannot be read")
 
     with monkeypatch.context() as patched:
-        patched.setattr(loading, "read", broken)
+        patched.setattr(loader, "read_piece", broken)
         with pytest.raises(RunError, match="^'transformer_blocks.0.* cannot be read"):
             tiny.draw(turned)
     assert torch.equal(tiny.draw(turned).latents, tiny.draw(tiny.runner(tiny_folder)).latents)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from hydrarun.acceleration.offload import layerwise as streaming
-from hydrarun.acceleration.offload.layerwise import FromHost, Turns, around_blocks
-from hydrarun.acceleration.offload.packed_tensors import packed_bytes, parts
-from hydrarun.config.compose import compose
+from hydrarun.acceleration.offload import layerwise
+from hydrarun.acceleration.offload.layerwise import BlockPrefetcher, HostPrefetcher, gather_rest
+from hydrarun.acceleration.offload.packed_tensors import count_packed_bytes, find_plain_tensors
+from hydrarun.config.compose import compose_config
 from hydrarun.core.device import HOST
 from hydrarun.engine.runner import Runner
 from tests.helpers import parallel_runs, subjects, tiny
@@ -31,8 +31,8 @@ def expected(runner: Runner, expert: str) -> int:
     transformer, offload = runner.built.parts.experts[expert], runner.built.parts.offload
     blocks = [*transformer.all_blocks()]
     stay, turn = blocks[: offload.resident_blocks], blocks[offload.resident_blocks :]
-    sizes = [*map(size, stay), *(packed_bytes(weights(block)) for block in turn)]
-    return size(around_blocks(transformer, [])) + offload.blocks_bytes(sizes)
+    sizes = [*map(size, stay), *(count_packed_bytes(weights(block)) for block in turn)]
+    return size(gather_rest(transformer, [])) + offload.blocks_bytes(sizes)
 
 
 # --- from the host ---------------------------------------------------------------------------------------------------
@@ -79,12 +79,12 @@ class LateCopies:
         self.pending: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.started: list[tuple[int, int]] = []
 
-    def computed(self) -> int:
+    def record_compute(self) -> int:
         return next(self.moments)
 
     def start(self, source: torch.Tensor, target: torch.Tensor, after: int) -> int:
         target.fill_(255)  # NaN in every float
-        moment = self.computed()
+        moment = self.record_compute()
         self.pending[moment] = (source, target)
         self.started.append((target.data_ptr(), after))
         return moment
@@ -98,15 +98,15 @@ class LateCopies:
 @pytest.mark.parametrize("subject", ["qwen_image", TWO_EXPERTS], indirect=True)
 def test_what_computes_waits_for_its_copy_and_a_copy_for_what_computes(deep, fake, monkeypatch):
     copies: list[LateCopies] = []
-    monkeypatch.setattr(streaming, "Copies", lambda device: copies.append(LateCopies(device)) or copies[-1])
+    monkeypatch.setattr(layerwise, "CopyStream", lambda device: copies.append(LateCopies(device)) or copies[-1])
     turns: list[tuple[int, int, int]] = []  # of each: the buffer, copies that were started before its end, that end
-    note = FromHost.used
+    note = HostPrefetcher.used
 
-    def noting(self: FromHost, held: Any) -> None:
+    def noting(self: HostPrefetcher, held: Any) -> None:
         note(self, held)
         turns.append((held.bytes.data_ptr(), len(self.copies.started), held.used))
 
-    monkeypatch.setattr(FromHost, "used", noting)
+    monkeypatch.setattr(HostPrefetcher, "used", noting)
     got = draw(runner(deep, "fake", "layerwise")).latents
     assert torch.equal(got.cpu(), draw(runner(deep, "fake")).latents.cpu())
     for one in copies:
@@ -119,7 +119,7 @@ def test_what_computes_waits_for_its_copy_and_a_copy_for_what_computes(deep, fak
     assert len(copies) == 1 + (deep.name == TWO_EXPERTS)
 
 
-class Counted(Turns):
+class Counted(BlockPrefetcher):
     """Notes what is fetched and dropped."""
 
     def __init__(self, count: int, ahead: int) -> None:
@@ -174,7 +174,7 @@ def test_a_block_that_fails_has_its_weights_no_longer():
     assert turns.blocks[0].weight.eq(0).all()
 
 
-class FromHostLike(Turns):
+class FromHostLike(BlockPrefetcher):
     """One block, whose weights are ones for its turn."""
 
     def __init__(self) -> None:
@@ -192,7 +192,7 @@ class FromHostLike(Turns):
 def by_hand(runner: Runner, resident: int = 0) -> Runner:
     """Its blocks in turn, from the host to the host: what is refused for a user, and quick here."""
     for transformer in runner.built.parts.experts:
-        FromHost(transformer, HOST, resident, 1).come()
+        HostPrefetcher(transformer, HOST, resident, 1).onload()
     return runner
 
 
@@ -200,15 +200,18 @@ def by_hand(runner: Runner, resident: int = 0) -> Runner:
 @pytest.mark.parametrize("subject", ["flux_dev"], indirect=True)
 def test_quantized_blocks_are_copied_quantized(deep, option):
     asked = [*deep.overrides(), f"quantization={option}"]
-    plain = Runner(compose(asked))
+    plain = Runner(compose_config(asked))
     want = tiny.draw(plain).latents
-    before = [packed_bytes(weights(block)) for block in next(iter(plain.built.parts.experts)).all_blocks()]
+    before = [count_packed_bytes(weights(block)) for block in next(iter(plain.built.parts.experts)).all_blocks()]
     turned = by_hand(plain)
     assert torch.equal(tiny.draw(turned).latents, want)
     (transformer,) = turned.built.parts.experts
     first = next(transformer.all_blocks()).block
-    assert len({part.untyped_storage().data_ptr() for weight in weights(first) for part in parts(weight)}) == 1
-    assert packed_bytes(weights(first)) == before[0] < sum(w.numel() * 4 for w in weights(first))
+    assert (
+        len({part.untyped_storage().data_ptr() for weight in weights(first) for part in find_plain_tensors(weight)})
+        == 1
+    )
+    assert count_packed_bytes(weights(first)) == before[0] < sum(w.numel() * 4 for w in weights(first))
 
 
 @pytest.mark.parametrize("subject", ["qwen_image"], indirect=True)
@@ -220,7 +223,7 @@ def test_a_compiled_block_stays_one_graph_whatever_its_buffer(deep):
         return graph.forward
 
     torch._dynamo.reset()
-    turned = Runner(compose(deep.overrides()))
+    turned = Runner(compose_config(deep.overrides()))
     want = tiny.draw(turned, true_cfg_scale=1.0).latents
     for block in next(iter(turned.built.parts.experts)).all_blocks():
         block.compile(fullgraph=True, backend=backend, dynamic=False)
@@ -241,7 +244,7 @@ def test_caches_decide_as_without(deep):
         | ALIKE,
     )
     fields = {"true_cfg_scale": 3.0, "negative_prompt": LONG, "num_inference_steps": 6}
-    plain, disk = Runner(compose(deep.overrides())), Runner(compose([*deep.overrides(), "offload=disk"]))
+    plain, disk = Runner(compose_config(deep.overrides())), Runner(compose_config([*deep.overrides(), "offload=disk"]))
     wanted = []
     for cache in caches:
         latents = tiny.draw(plain, cache=cache, **fields).latents
@@ -255,7 +258,7 @@ def test_caches_decide_as_without(deep):
 
 def draw_in_turn(name: str, folder: Any, chosen: dict[str, int], fields: dict[str, Any]) -> list[np.ndarray]:
     """Latents of this rank's with blocks from the files, and from the host."""
-    composed = compose([*subjects.command(name, folder), "offload=disk"])
+    composed = compose_config([*subjects.command(name, folder), "offload=disk"])
     disk = Runner({**composed, "parallel": parallel_runs.degrees(**chosen)})
     host = by_hand(Runner(parallel_runs.config(name, folder, chosen)))
     return [tiny.draw(one, **fields).latents.numpy() for one in (disk, host)]

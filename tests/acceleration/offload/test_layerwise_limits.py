@@ -8,7 +8,7 @@ import pytest
 
 from hydrarun.acceleration.offload.strategies import DiskOffload, LayerwiseOffload, ModelOffload, NoOffload
 from hydrarun.config.checks.checkpoint import check_folder_fit
-from hydrarun.config.compose import compose_raw
+from hydrarun.config.compose import compose_unchecked
 from hydrarun.core.errors import UsageError
 
 
@@ -30,7 +30,7 @@ def test_blocks_that_would_all_be_there_are_refused_from_json_alone(tmp_path, re
     lists = {"num_layers": depth - 2, "num_single_layers": 2}
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(lists))
     asked = ["offload=layerwise", f"offload.resident_blocks={resident}", f"offload.prefetch_blocks={ahead}"]
-    config = compose_raw(["model=flux_dev", *asked])[0]
+    config = compose_unchecked(["model=flux_dev", *asked])[0]
     if fits:
         check_folder_fit(config, tmp_path)
         return

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hydrarun.acceleration.offload.modulation_tables import ModulationTables
-from hydrarun.config.checks.values import cfg_off, cfg_scale
-from hydrarun.config.compose import compose
+from hydrarun.config.checks.values import find_cfg_scale, get_unguided_scale
+from hydrarun.config.compose import compose_config
 from hydrarun.core.errors import RunError
 from hydrarun.engine.runner import Runner
 from hydrarun.models.flux import FluxTransformer
@@ -40,7 +40,7 @@ def tabled_runners():
 def tabled(subject, tabled_runners):
     """The subject with `offload=modulation`; its tables are those of whoever asked last."""
     if subject.name not in tabled_runners:
-        runner = Runner(compose([*subject.overrides(), "offload=modulation"]))
+        runner = Runner(compose_config([*subject.overrides(), "offload=modulation"]))
         runner.built.parts.pipeline.vae.encode = subject.runner.built.parts.pipeline.vae.encode
         tabled_runners[subject.name] = replace(subject, runner=runner)
     return tabled_runners[subject.name]
@@ -63,12 +63,12 @@ def rows(tabled) -> int:
 def asked(subject, **fields) -> dict:
     """Two prompts of unequal length, guided; small."""
     both = {"prompt": [SHORT, LONG], "negative_prompt": ["x", LONG], "seed": [3, 4], "num_inference_steps": STEPS}
-    return {**both, "size": (3, 4), cfg_scale(CONFIGS[subject.name])[0]: 3.0, **fields}
+    return {**both, "size": (3, 4), find_cfg_scale(CONFIGS[subject.name])[0]: 3.0, **fields}
 
 
 def unguided(subject) -> dict[str, float]:
     config = CONFIGS[subject.name]
-    return {cfg_scale(config)[0]: cfg_off(config)}
+    return {find_cfg_scale(config)[0]: get_unguided_scale(config)}
 
 
 def same(subject, tabled, **fields) -> None:
@@ -124,7 +124,7 @@ def test_caches_skip_the_same_steps_with_the_same_numbers(subject, tabled):
 @pytest.mark.parametrize("subject", ["flux_dev", "qwen_image_edit_plus"], indirect=True)
 def test_compiled_blocks_read_the_tables_of_each_request(subject):
     """As one graph each, which tables of another length, in another place, do not break."""
-    tabled = replace(subject, runner=Runner(compose([*subject.overrides(), "offload=modulation"])))
+    tabled = replace(subject, runner=Runner(compose_config([*subject.overrides(), "offload=modulation"])))
     tabled.runner.built.parts.pipeline.vae.encode = subject.runner.built.parts.pipeline.vae.encode
     for block in transformer(tabled).all_blocks():
         block.compile(fullgraph=True, backend="eager", dynamic=False)
@@ -167,7 +167,7 @@ def test_the_weights_are_nowhere(subject, tabled):
     waiting = [p for place in tables(tabled).places for p in place.modulation.parameters()]
     assert len(waiting) == len(gone)
     assert all(p.is_meta for p in waiting)
-    assert tables(tabled).sizes() == (table_bytes, weight_bytes)
+    assert tables(tabled).count_bytes() == (table_bytes, weight_bytes)
 
 
 #: of two guided prompts: rows for each step, and of all steps together
@@ -199,8 +199,8 @@ def test_what_is_conditioned_equally_shares_a_row(subject, tabled):
 @pytest.mark.parametrize("subject", ["qwen_image", "flux_dev"], indirect=True)
 def test_tables_are_made_when_timesteps_or_conditioning_change(subject, tabled, monkeypatch):
     made = []
-    make = ModulationTables.values
-    monkeypatch.setattr(ModulationTables, "values", lambda *given: made.append(1) or make(*given))
+    make = ModulationTables.compute_table
+    monkeypatch.setattr(ModulationTables, "compute_table", lambda *given: made.append(1) or make(*given))
     every = len(tables(tabled).places)
     for fields, new in (
         ({"num_inference_steps": 2}, every),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hydrarun.acceleration.offload.module_mover import WaitsOnDisk, WaitsOnHost
+from hydrarun.acceleration.offload.module_mover import DiskOffloaded, HostOffloaded
 
 MIB = 2**20
 
@@ -36,16 +36,16 @@ class Tied(nn.Module):
 def test_what_comes_to_the_device_leaves_as_it_was(fake):
     module = Tied()
     weight, scale = module.embed.weight, module.scale
-    moving = WaitsOnHost(module, torch.device("fake"))
+    moving = HostOffloaded(module, torch.device("fake"))
     for _ in range(2):
         before = fake.memory_allocated()
-        moving.come()
+        moving.onload()
         assert module.kinds == ["fake"] * 3
         assert module.head.weight is module.embed.weight
         assert fake.memory_allocated() - before == 4 * (8 * 4 + 2)  # a tied weight is there once
         assert torch.equal(module.embed.weight.cpu(), weight)
         assert isinstance(module.embed.weight, nn.Parameter)
-        moving.go()
+        moving.offload()
         assert fake.memory_allocated() == before
         assert module.embed.weight is module.head.weight is weight  # not a copy of the copy
         assert module.scale is scale
@@ -53,23 +53,23 @@ def test_what_comes_to_the_device_leaves_as_it_was(fake):
 
 def test_what_was_put_in_on_the_device_moves_too(fake):
     module = Tied()
-    moving = WaitsOnHost(module, torch.device("fake"))
-    moving.come()
+    moving = HostOffloaded(module, torch.device("fake"))
+    moving.onload()
     module.scale = torch.tensor([5.0, 7.0], device="fake")
-    moving.go()
+    moving.offload()
     assert module.kinds == ["cpu"] * 3
     assert module.scale.tolist() == [5.0, 7.0]
 
 
 def test_coming_twice_and_going_twice_is_once(fake):
     module = Tied()
-    moving = WaitsOnHost(module, torch.device("fake"))
-    moving.come()
+    moving = HostOffloaded(module, torch.device("fake"))
+    moving.onload()
     there = module.scale
-    moving.come()
+    moving.onload()
     assert module.scale is there
-    moving.go()
-    moving.go()
+    moving.offload()
+    moving.offload()
     assert module.kinds == ["cpu"] * 3
 
 
@@ -78,19 +78,19 @@ def test_only_a_gpu_wants_pinned_memory(fake, monkeypatch, device, pins):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
     module = Tied()
-    WaitsOnHost(module, torch.device(device))
+    HostOffloaded(module, torch.device(device))
     assert len(pinned) == pins  # a tied weight once
     assert module.head.weight is module.embed.weight
 
 
 def test_what_waits_on_disk_is_read_again():
     module, other = Tied(), Tied()
-    moving = WaitsOnDisk(module, lambda: other)
-    moving.come()
+    moving = DiskOffloaded(module, lambda: other)
+    moving.onload()
     assert module.embed.weight is not other.embed.weight  # it was there
-    moving.go()
+    moving.offload()
     assert module.kinds == ["meta"] * 3
-    moving.come()
+    moving.onload()
     assert module.embed.weight is module.head.weight is other.embed.weight
     assert module.scale is other.scale
 
@@ -99,7 +99,7 @@ def test_what_waits_on_disk_is_read_again():
 RESIDENT = """
 import os, torch
 from torch import nn
-from hydrarun.acceleration.offload.module_mover import WaitsOnDisk
+from hydrarun.acceleration.offload.module_mover import DiskOffloaded
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -107,11 +107,11 @@ def resident():
 def read():
     return nn.ParameterList([torch.ones(64 * 2**20 // 4)])
 
-moving = WaitsOnDisk(read(), read)
+moving = DiskOffloaded(read(), read)
 full = resident()
-moving.go()
+moving.offload()
 empty = resident()
-moving.come()
+moving.onload()
 print(full - empty, resident() - empty)
 """
 
@@ -132,12 +132,12 @@ def test_a_compiled_module_stays_compiled():
     torch._dynamo.reset()
     module = Tied()
     module.compile(fullgraph=True, backend=backend)
-    moving = WaitsOnDisk(module, Tied)
+    moving = DiskOffloaded(module, Tied)
     results = []
     with torch.inference_mode():
         for _ in range(3):
-            moving.come()
+            moving.onload()
             results.append(torch.equal(module(torch.eye(4)), module.embed.weight.T))
-            moving.go()
+            moving.offload()
     assert results == [True] * 3
     assert len(graphs) == 1

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hydrarun.acceleration.offload import layerwise as streaming
-from hydrarun.acceleration.offload.module_mover import put
-from hydrarun.acceleration.offload.packed_tensors import ALIGNMENT, Packed, packed_bytes
+from hydrarun.acceleration.offload import layerwise
+from hydrarun.acceleration.offload.module_mover import set_tensors
+from hydrarun.acceleration.offload.packed_tensors import ALIGNMENT, PackedTensors, count_packed_bytes
 from hydrarun.core.device import HOST
 
 TWO_EXPERTS = "wan22_t2v_a14b"
@@ -27,11 +27,11 @@ def test_weights_are_packed_as_they_are():
     module.register_buffer("third", torch.tensor(7))
     module.slice = nn.Parameter(numbers.view(6, 8)[:, 1:3], requires_grad=False)
     want = {name: (tensor.clone(), tensor.stride()) for name, tensor in module.state_dict().items()}
-    packed = streaming.pack(module, HOST)
-    assert packed.bytes.nbytes == 4 * ALIGNMENT == packed_bytes(packed.tensors)
+    packed = layerwise.pack_block(module, HOST)
+    assert packed.bytes.nbytes == 4 * ALIGNMENT == count_packed_bytes(packed.tensors)
     there = packed.bytes.clone()
     for weights_ in (packed.tensors, packed.into(there)):
-        put(module, weights_)
+        set_tensors(module, weights_)
         for name, tensor in module.state_dict().items():
             assert torch.equal(tensor, want[name][0])
             assert tensor.stride() == want[name][1] or name == "slice"
@@ -52,6 +52,6 @@ def test_memory_is_pinned_once_for_each_block(monkeypatch):
     monkeypatch.setattr(torch, "empty", noting)
     for device, count in (("cuda", 1), ("cpu", 0)):
         pinned.clear()
-        packed = Packed([torch.ones(3), torch.ones(200)], torch.device(device))
+        packed = PackedTensors([torch.ones(3), torch.ones(200)], torch.device(device))
         packed.into(empty(2048, dtype=torch.uint8))
         assert pinned == [(2 * ALIGNMENT + ALIGNMENT,)] * count

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from hydrarun.acceleration.offload.strategies import USES, ExpertOffload, ModelOffload, use_of
-from hydrarun.config.checks.compatibility import violations
-from hydrarun.config.compose import compose_raw
+from hydrarun.acceleration.offload.strategies import USES, ExpertOffload, ModelOffload, find_use
+from hydrarun.config.checks.compatibility import find_violations
+from hydrarun.config.compose import compose_unchecked
 from hydrarun.core.errors import UsageError
 from hydrarun.engine.runner import Runner
 from hydrarun.pipeline import components
-from hydrarun.pipeline.stage import Stage, check_chain
+from hydrarun.pipeline.stage import Stage, check_stages
 from tests.helpers import parallel_runs
 from tests.helpers.subjects import LONG, SHORT, SORTS
 from tests.helpers.watched import Measured, draw, measured, modules, on_device, runner, size, weights
@@ -111,7 +111,7 @@ def in_use(uses: tuple[str, ...], there: dict[str, int]) -> set[str]:
 def test_text_encoder_offload_lets_it_go_once_prompts_are_encoded(subject, fake, kept):
     want = plain(subject, fake, kept)[True]
     offloaded = warm(subject, "text_encoder")
-    encoders = {name for name in modules(offloaded) if use_of(name) == "text_encoder"}
+    encoders = {name for name in modules(offloaded) if find_use(name) == "text_encoder"}
     got = measured(offloaded, fake)
     assert np.array_equal(got.latents, want.latents)
     encoding = False
@@ -129,7 +129,7 @@ def test_on_the_cpu_the_text_encoder_is_let_go_of_and_read_again(subject, kept, 
     monkeypatch.setattr("hydrarun.engine.build.load_module", lambda *asked: read.append(asked[2]) or original(*asked))
     want = on_the_cpu(subject, kept)
     offloaded = runner(subject, "cpu", "text_encoder")
-    encoders = {name: module for name, module in modules(offloaded).items() if use_of(name) == "text_encoder"}
+    encoders = {name: module for name, module in modules(offloaded).items() if find_use(name) == "text_encoder"}
     for request in range(2):
         alive = [weakref.ref(tensor) for module in encoders.values() for tensor in weights(module)]
         got = draw(offloaded)
@@ -162,7 +162,7 @@ def test_an_expert_leaves_before_the_other_comes(fake):
     before = fake.memory_allocated()
     fake.reset_peak_memory_stats()
     for name in (*experts, *experts):
-        offload.ready(name)
+        offload.load_expert(name)
         assert [other for other in experts if experts[other].weight.device.type == "fake"] == [name]
     assert fake.max_memory_allocated() - before == size(experts["transformer"])
 
@@ -172,7 +172,9 @@ def test_a_run_records_the_devices_peak(subject, fake):
     drawn = runner(subject, "fake", "model")
     fake.reset_peak_memory_stats()
     draw(drawn)
-    assert drawn.memory()["peak_device_bytes"] == fake.max_memory_allocated() > size(modules(drawn)["transformer"])
+    assert (
+        drawn.measure_memory()["peak_device_bytes"] == fake.max_memory_allocated() > size(modules(drawn)["transformer"])
+    )
 
 
 @pytest.mark.parametrize("subject", ["flux_dev"], indirect=True)
@@ -196,7 +198,7 @@ def test_a_stage_names_what_it_uses():
     with pytest.raises(
         UsageError, match=r"Typo\): a stage can use text_encoder, transformer, vae, not 'text_encoders'\."
     ):
-        check_chain([Typo()])
+        check_stages([Typo()])
 
 
 def test_a_stage_that_uses_nothing_moves_nothing(fake):
@@ -204,17 +206,19 @@ def test_a_stage_that_uses_nothing_moves_nothing(fake):
     pair = {"vae": nn.Linear(2, 2), "text_encoder_2": nn.Linear(2, 2)}
     offload.attach(pair, torch.device("fake"), *UNREAD)
     for uses, want in [(("vae",), "vae"), ((), "vae"), (("text_encoder",), "text_encoder_2"), ((), "text_encoder_2")]:
-        offload.before(uses)
+        offload.prepare_stage(uses)
         assert [name for name, module in pair.items() if module.weight.device.type == "fake"] == [want]
 
 
 @pytest.mark.parametrize("option", ["expert", "model", "text_encoder", "layerwise", "disk"])
 def test_what_offload_does_not_go_with(option):
     asked = [f"model={TWO_EXPERTS}", "sampling.prompt=a", f"offload={option}"]
-    broken = {device: [*violations(compose_raw([*asked, f"device={device}"])[0])] for device in ("cpu", "cuda")}
+    broken = {
+        device: [*find_violations(compose_unchecked([*asked, f"device={device}"])[0])] for device in ("cpu", "cuda")
+    }
     assert len(broken["cpu"]) == (option not in ("text_encoder", "disk"))
     assert broken["cuda"] == []
-    (rule,) = violations(compose_raw([*asked, "parallel=hsdp2"])[0])
+    (rule,) = find_violations(compose_unchecked([*asked, "parallel=hsdp2"])[0])
     assert rule.sentence == "HSDP's shares of the weights stay where they are"
     for parallel in ("ulysses2", "cfg2", "vae2", "tp2"):
-        assert not [*violations(compose_raw([*asked, f"parallel={parallel}"])[0])]
+        assert not [*find_violations(compose_unchecked([*asked, f"parallel={parallel}"])[0])]

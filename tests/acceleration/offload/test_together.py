@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hydrarun.config.compose import compose
+from hydrarun.config.compose import compose_config
 from hydrarun.engine.runner import Runner
 from tests.helpers import tiny
 
@@ -14,7 +14,7 @@ QUANTIZED = ["quantization=int8_weight_only", "quantization.components=[transfor
 
 def latents(folder, model: str, *more: str) -> list[torch.Tensor]:
     """Of two requests in a row."""
-    runner = Runner(compose([*tiny.overrides(folder, model), "sampling.num_inference_steps=6", *more]))
+    runner = Runner(compose_config([*tiny.overrides(folder, model), "sampling.num_inference_steps=6", *more]))
     return [tiny.draw(runner).latents for _ in range(2)]
 
 

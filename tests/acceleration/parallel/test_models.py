@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hydrarun.core.distributed.degrees import shares, world_size
+from hydrarun.core.distributed.degrees import split_evenly, world_size
 from tests.helpers import parallel_runs
 from tests.helpers.matrix import request
 from tests.helpers.subjects import CONFIGS, SORTS, apart
@@ -57,8 +57,8 @@ def test_equals_one_process(subject, layout, pool, alone):
     data = chosen.get("data_degree", 1)
     for rank, (frames, latents, _) in enumerate(results):
         share = rank // (ranks // data)
-        start = sum(shares(2, data)[:share])
-        own = want[start : start + shares(2, data)[share]]
+        start = sum(split_evenly(2, data)[:share])
+        own = want[start : start + split_evenly(2, data)[share]]
         assert latents.shape == own.shape
         assert np.abs(latents - own).max() <= LATENTS
         assert apart(frames, pictures) <= 1

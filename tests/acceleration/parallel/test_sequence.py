@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hydrarun.core.distributed.degrees import shares
+from hydrarun.core.distributed.degrees import split_evenly
 from hydrarun.models.layers.attention import Attention
 from tests.helpers.ranks_work import attention_over_ranks, gathered
 
@@ -64,10 +64,12 @@ def test_bytes_are_those_of_the_formula(pool, layout):
     heads, image, text = 5, 35, 11
     ulysses, ring = LAYOUTS[layout]
     results = pool(ulysses * ring, attention_over_ranks, ulysses, ring, whole(heads, image, text), {})
-    parts = [a + b for a, b in zip(shares(text, ulysses * ring), shares(image, ulysses * ring), strict=True)]
+    parts = [
+        a + b for a, b in zip(split_evenly(text, ulysses * ring), split_evenly(image, ulysses * ring), strict=True)
+    ]
     for rank, (_, sent) in enumerate(results):
         place, column = divmod(rank, ulysses)
-        here, mine = shares(heads, ulysses)[column], parts[rank]
+        here, mine = split_evenly(heads, ulysses)[column], parts[rank]
         tokens = [sum(parts[p * ulysses : (p + 1) * ulysses]) for p in range(ring)]
         element = BATCH * CHANNELS * BYTES
         exchanged = (3 * mine * (heads - here) + (tokens[place] - mine) * here) * element

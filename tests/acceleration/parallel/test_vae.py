@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from hydrarun.acceleration.parallel.vae import split
-from hydrarun.core.distributed import collectives as comm
-from hydrarun.core.distributed.degrees import shares
+from hydrarun.acceleration.parallel.vae import shard_vae
+from hydrarun.core.distributed import collectives
+from hydrarun.core.distributed.degrees import split_evenly
 from hydrarun.core.distributed.mesh import Axis
 from hydrarun.core.errors import UsageError
 from tests.helpers import checkpoints
@@ -97,17 +97,17 @@ def largest_map(half: nn.Module) -> list[int]:
 def split_run(name: str, way: str, x: Tensor) -> tuple[Tensor, int, dict[str, int]]:
     """On a rank: the output, the rows of its largest map, the bytes it sent."""
     vae = VAES[name]()
-    split(vae, axis())
+    shard_vae(vae, axis())
     largest = largest_map(vae.decoder if way == "decode" else vae.encoder)
-    comm.sent.clear()
+    collectives.sent_bytes.clear()
     out = run(vae, way, x)
-    return out, largest[1], dict(comm.sent)
+    return out, largest[1], dict(collectives.sent_bytes)
 
 
 def refused(name: str, way: str, x: Tensor) -> str:
     """On a rank: the message."""
     vae = VAES[name]()
-    split(vae, axis())
+    shard_vae(vae, axis())
     with pytest.raises(UsageError) as error:
         run(vae, way, x)
     return str(error.value)
@@ -118,7 +118,7 @@ def refused_tiling() -> str:
     vae = VAES["kl"]()
     vae.enable_tiling()
     with pytest.raises(UsageError) as error:
-        split(vae, axis())
+        shard_vae(vae, axis())
     return str(error.value)
 
 
@@ -127,7 +127,7 @@ def expected_bytes(name: str, way: str, x: Tensor, ranks: int) -> list[Counter[s
     vae = VAES[name]()
     half = vae.decoder if way == "decode" else vae.encoder
     sent: list[Counter[str]] = [Counter() for _ in range(ranks)]
-    others, parts = ranks - 1, shares(x.shape[-2] // (FACTORS[name] if way == "encode" else 1), ranks)
+    others, parts = ranks - 1, split_evenly(x.shape[-2] // (FACTORS[name] if way == "encode" else 1), ranks)
     longest = max(parts) / sum(parts)
 
     def convolution(module: Any, args: Any) -> None:
@@ -171,7 +171,7 @@ def test_equals_unsplit(pool, name, ranks, rows, frames, batch, way):
         assert out.shape == wanted.shape
         assert (out - wanted).abs().max() <= TOLERANCE
         assert torch.equal(out, results[0][0])
-        assert map_rows * rows == largest[1] * shares(rows, ranks)[rank]
+        assert map_rows * rows == largest[1] * split_evenly(rows, ranks)[rank]
         assert sent == pytest.approx(expected[rank], rel=0.01)
 
 
@@ -195,7 +195,7 @@ def test_half_precision(pool):
 
 def split_in_bfloat16(x: Tensor) -> Tensor:
     vae = VAES["kl"]().bfloat16()
-    split(vae, axis())
+    shard_vae(vae, axis())
     return run(vae, "decode", x.bfloat16())
 
 
@@ -244,7 +244,7 @@ class Watch(TorchFunctionMode):
 def attention_tokens(x: Tensor) -> list[tuple[int, int]]:
     """On a rank."""
     vae = VAES["kl"]()
-    split(vae, axis())
+    shard_vae(vae, axis())
     with Watch() as watch:
         run(vae, "decode", x)
     return watch.tokens

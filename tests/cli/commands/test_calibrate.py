@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hydrarun.cli import main as cli
+from hydrarun.cli import main
 from hydrarun.cli.commands import calibrate
-from hydrarun.cli.commands.list import first_comment
-from hydrarun.cli.main import dispatch
-from hydrarun.config.compose import compose, compose_raw
-from hydrarun.config.prompts import texts
+from hydrarun.cli.commands.list import read_first_comment
+from hydrarun.cli.main import dispatch_verb
+from hydrarun.config.compose import compose_config, compose_unchecked
+from hydrarun.config.prompts import read_prompt_texts
 from hydrarun.core.errors import UsageError
 from hydrarun.core.progress import Progress
 from hydrarun.engine.calibration import mask as calibrate_mask
-from hydrarun.engine.calibration.mask import Twins
-from hydrarun.engine.calibration.trial import Draws
-from hydrarun.models.weights.safetensors import fingerprint
+from hydrarun.engine.calibration.mask import ReferenceRuns
+from hydrarun.engine.calibration.trial import TrialRunner
+from hydrarun.models.weights.safetensors import fingerprint_weights
 from tests.config.test_conf import uncommented
 from tests.helpers import tiny
 
@@ -48,13 +48,13 @@ def fitted(tiny_folder, prompts, tmp_path_factory) -> Path:
     """The directory of a fit at 6 steps."""
     folder = tmp_path_factory.mktemp("fitted")
     words = settings(tiny_folder, "sampling.num_inference_steps=6", "cache=teacache", f"input.prompts={prompts}")
-    assert cli.main(["calibrate", *words, f"hydra.run.dir={folder}"]) == 0
+    assert main.main(["calibrate", *words, f"hydra.run.dir={folder}"]) == 0
     return folder
 
 
 def complaint(*words: str) -> str:
     with pytest.raises(UsageError) as caught:
-        dispatch(["calibrate", *words])
+        dispatch_verb(["calibrate", *words])
     return str(caught.value)
 
 
@@ -68,13 +68,13 @@ def test_the_option_says_what_it_was_fitted_on(fitted, tiny_folder):
     assert fit == {
         "model": "qwen_image",
         "revision": None,
-        "weights": fingerprint(tiny_folder),
+        "weights": fingerprint_weights(tiny_folder),
         "scheduler": "FlowMatchEulerDiscreteScheduler",
         "num_inference_steps": [6, 6],
         "source": "hydrarun calibrate, 2 prompts, 20 pairs",
     }
     assert uncommented(file) == []
-    assert first_comment(file) == (
+    assert read_first_comment(file) == (
         "TeaCache with the coefficients of qwen_image at 6 steps, fitted by hydrarun calibrate"
     )
     assert "# warning: transformer, positive: 10 pairs; 100 or more" in file.read_text()
@@ -82,13 +82,13 @@ def test_the_option_says_what_it_was_fitted_on(fitted, tiny_folder):
 
 
 def drawn(capsys, *words: str) -> tuple[int, str]:
-    code = cli.main(list(words))
+    code = main.main(list(words))
     return code, capsys.readouterr().err.strip()
 
 
 def test_the_option_is_used_from_the_command_and_from_python(fitted, tiny_folder, tmp_path, capsys):
     words = [*tiny.overrides(tiny_folder), "sampling.num_inference_steps=6", "cache=teacache_qwen_image"]
-    config = compose([*words, f"hydra.searchpath=[file://{fitted}]"])
+    config = compose_config([*words, f"hydra.searchpath=[file://{fitted}]"])
     option = yaml.safe_load((fitted / "cache" / "teacache_qwen_image.yaml").read_text(encoding="utf-8"))
     assert config["cache"]["gate"]["fit"] == option["gate"]["fit"]
     assert config["cache"]["gate"]["_target_"].endswith(".TeaCache")
@@ -130,13 +130,13 @@ def test_it_is_refused_on_anything_else(fitted, tiny_folder, tmp_path, capsys, c
 
 def test_the_printed_line_draws(tiny_folder, prompts, tmp_path, capsys):
     words = settings(tiny_folder, "cache=teacache", "sampling.num_inference_steps=6", f"input.prompts={prompts}")
-    assert dispatch(["calibrate", *words, f"hydra.run.dir={tmp_path / 'a b'}"]) == 0
+    assert dispatch_verb(["calibrate", *words, f"hydra.run.dir={tmp_path / 'a b'}"]) == 0
     *_, file, line = capsys.readouterr().out.splitlines()
     assert file == str(tmp_path / "a b" / "cache" / "teacache_qwen_image.yaml")
     program, *argv = shlex.split(line)
     assert program == "hydrarun"
     assert "sampling.prompt=a cat" in argv
-    assert cli.main([*argv, f"hydra.run.dir={tmp_path / 'out'}"]) == 0
+    assert main.main([*argv, f"hydra.run.dir={tmp_path / 'out'}"]) == 0
     assert len(list((tmp_path / "out").glob("*.png"))) == 1
 
 
@@ -144,18 +144,18 @@ def test_the_printed_line_draws(tiny_folder, prompts, tmp_path, capsys):
 def test_two_experts_have_two_polynomials(subject, tmp_path, capsys):
     words = [word for word in subject.overrides() if "prompt=" not in word]
     words += ["sampling.num_inference_steps=9", "sampling.prompt=[a cat, two dogs]"]
-    assert dispatch(["calibrate", *words, "cache=teacache", f"hydra.run.dir={tmp_path}"]) == 0
+    assert dispatch_verb(["calibrate", *words, "cache=teacache", f"hydra.run.dir={tmp_path}"]) == 0
     out = capsys.readouterr().out
     assert all(f"  {expert}  " in out for expert in ("transformer", "transformer_2"))
-    config = compose([*words, f"hydra.searchpath=[file://{tmp_path}]", "cache=teacache_wan22_t2v_a14b"])
+    config = compose_config([*words, f"hydra.searchpath=[file://{tmp_path}]", "cache=teacache_wan22_t2v_a14b"])
     assert set(config["cache"]["gate"]["fit"]["coefficients"]) == {"transformer", "transformer_2"}
 
 
 def test_the_demo_models_fit_is_of_its_weights(demo_folder):
-    fit = compose(["cache=teacache"])["model"]["teacache"]
-    assert (fit["model"], fit["weights"]) == ("demo", fingerprint(demo_folder))
+    fit = compose_config(["cache=teacache"])["model"]["teacache"]
+    assert (fit["model"], fit["weights"]) == ("demo", fingerprint_weights(demo_folder))
     with pytest.raises(UsageError, match="other numbers of steps than 50"):
-        compose(["cache=teacache", "sampling.num_inference_steps=50"])
+        compose_config(["cache=teacache", "sampling.num_inference_steps=50"])
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def searched(tiny_folder, prompts, tmp_path_factory) -> Path:
     """The directory of a search for 4 of 7 steps."""
     folder = tmp_path_factory.mktemp("searched")
     words = settings(tiny_folder, *MASK, "cache/predictor=taylor", f"input.prompts={prompts}")
-    assert cli.main(["calibrate", *words, f"hydra.run.dir={folder}"]) == 0
+    assert main.main(["calibrate", *words, f"hydra.run.dir={folder}"]) == 0
     return folder
 
 
@@ -183,9 +183,9 @@ def scores(folder: Path) -> dict[tuple[int, ...], float]:
 
 
 def test_the_mask_is_the_best_of_all(searched, tiny_folder, prompts):
-    config, _ = compose_raw([*settings(tiny_folder, *MASK[:2]), "cache/predictor=taylor"])
-    job = calibrate.Job(config, config["cache"], texts(str(prompts)), searched, [], 0.57, 200)
-    twins = Twins(job, Draws(job.config, QUIET))
+    config, _ = compose_unchecked([*settings(tiny_folder, *MASK[:2]), "cache/predictor=taylor"])
+    job = calibrate.CalibrationJob(config, config["cache"], read_prompt_texts(str(prompts)), searched, [], 0.57, 200)
+    twins = ReferenceRuns(job, TrialRunner(job.config, QUIET))
     exact = {(0, *rest): twins.score((0, *rest)) for rest in itertools.combinations(range(1, 7), 3)}
     assert tuple(steps(searched)) == min(exact, key=exact.__getitem__)
     assert all(exact[mask] == score for mask, score in scores(searched).items())
@@ -194,15 +194,15 @@ def test_the_mask_is_the_best_of_all(searched, tiny_folder, prompts):
 def test_the_option_of_a_mask(searched, tiny_folder, tmp_path, capsys):
     file = searched / "cache" / "mask_qwen_image.yaml"
     assert uncommented(file) == []
-    assert first_comment(file).startswith(
+    assert read_first_comment(file).startswith(
         "4 of 7 steps of qwen_image (budget 0.57), searched by hydrarun calibrate on 2 prompts: latents' mean squared"
     )
     words = [*settings(tiny_folder, MASK[0]), "sampling.prompt=a cat", "cache=mask_qwen_image"]
-    cache = compose([*words, f"hydra.searchpath=[file://{searched}]"])["cache"]
+    cache = compose_config([*words, f"hydra.searchpath=[file://{searched}]"])["cache"]
     gate = {"steps": steps(searched), "density": None, "num_inference_steps": 7}
     assert cache["gate"] == {"_target_": "hydrarun.acceleration.cache.gates.Mask", **gate}
     assert cache["predictor"] == {"_target_": "hydrarun.acceleration.cache.predictors.Taylor", "order": 1}
-    other = compose([*words, f"hydra.searchpath=[file://{searched}]", "cache/predictor=reuse"])["cache"]
+    other = compose_config([*words, f"hydra.searchpath=[file://{searched}]", "cache/predictor=reuse"])["cache"]
     assert other["predictor"] == {"_target_": "hydrarun.acceleration.cache.predictors.Reuse"}
     run = [*words, f"hydra.run.dir={tmp_path}", "--config-dir", str(searched)]
     assert drawn(capsys, *run)[0] == 0
@@ -214,7 +214,7 @@ def test_a_recipe_carries_the_mask(searched, tiny_folder, tmp_path):
     recipe = {"defaults": [{"override /cache": "mask"}], "cache": {"gate": {"steps": steps(searched), "density": None}}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
     words = [*settings(tiny_folder, MASK[0]), "sampling.prompt=a cat", f"recipe={tmp_path / 'mine.yaml'}"]
-    assert compose(words)["cache"]["gate"]["steps"] == steps(searched)
+    assert compose_config(words)["cache"]["gate"]["steps"] == steps(searched)
 
 
 @pytest.mark.parametrize("kind", ["order", "own class"])
@@ -225,14 +225,14 @@ def test_a_predictor_is_written_with_what_differs(kind):
     else:
         predictor["_target_"] = "mine.Predictor"
         expected = ([], "predictor: {_target_: mine.Predictor, order: 2}")
-    defaults, lines = calibrate_mask.chosen(predictor)
+    defaults, lines = calibrate_mask.format_predictor(predictor)
     assert (defaults, lines[1]) == expected
 
 
 def count_scores(monkeypatch, die_after: int = 1000) -> list[tuple[int, ...]]:
     """The masks that are really evaluated; after so many the process is interrupted."""
     asked: list[tuple[int, ...]] = []
-    score = Twins.score
+    score = ReferenceRuns.score
 
     def counted(self, mask):
         if len(asked) == die_after:
@@ -240,7 +240,7 @@ def count_scores(monkeypatch, die_after: int = 1000) -> list[tuple[int, ...]]:
         asked.append(mask)
         return score(self, mask)
 
-    monkeypatch.setattr(Twins, "score", counted)
+    monkeypatch.setattr(ReferenceRuns, "score", counted)
     return asked
 
 
@@ -249,12 +249,12 @@ def test_a_search_that_was_killed_goes_on(searched, tiny_folder, prompts, tmp_pa
     words = ["calibrate", *words, f"hydra.run.dir={tmp_path}"]
     with monkeypatch.context() as patch:
         asked = count_scores(patch, die_after=5)
-        assert cli.main(words) == 130
+        assert main.main(words) == 130
     ledger = tmp_path / "scores.jsonl"
     ledger.write_bytes(ledger.read_bytes() + b'{"steps": [0, 1')  # as if it had been cut off while it was written
     with monkeypatch.context() as patch:
         rest = count_scores(patch)
-        assert cli.main(words) == 0
+        assert main.main(words) == 0
     assert [*asked, *rest] == list(scores(searched))
     assert len(asked) == 5
     assert scores(tmp_path) == scores(searched)
@@ -265,7 +265,7 @@ def test_a_search_that_was_killed_goes_on(searched, tiny_folder, prompts, tmp_pa
 
 def test_another_configuration_does_not_go_on(searched, tiny_folder, prompts, capsys):
     words = settings(tiny_folder, *MASK, f"input.prompts={prompts}", "sampling.seed=1", f"hydra.run.dir={searched}")
-    assert cli.main(["calibrate", *words]) == 2
+    assert main.main(["calibrate", *words]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.endswith(
         "scores.jsonl: its scores are of another configuration (predictor, sampling); choose another folder:"
@@ -276,7 +276,7 @@ def test_another_configuration_does_not_go_on(searched, tiny_folder, prompts, ca
 def test_no_more_masks_are_tried_than_allowed(tiny_folder, tmp_path, capsys):
     words = [*tiny.overrides(tiny_folder), *MASK, "cache.evaluations=3", f"hydra.run.dir={tmp_path}"]
     words = list({word.partition("=")[0]: word for word in words}.values())
-    assert dispatch(["calibrate", *words]) == 0
+    assert dispatch_verb(["calibrate", *words]) == 0
     assert len(scores(tmp_path)) == 3
     out = capsys.readouterr().out
     assert "3 masks of 4 of 7 steps tried on 1 prompt: cache.evaluations is reached" in out
@@ -286,11 +286,11 @@ def test_no_more_masks_are_tried_than_allowed(tiny_folder, tmp_path, capsys):
 @pytest.mark.parametrize("subject", ["wan22_t2v_a14b"], indirect=True)
 def test_the_first_step_of_each_expert_is_computed(subject, tmp_path):
     words = [*subject.overrides(), "cache=mask", "cache.evaluations=4", "sampling.num_inference_steps=6"]
-    assert dispatch(["calibrate", *words, "cache.budget=0.34", f"hydra.run.dir={tmp_path}"]) == 0
+    assert dispatch_verb(["calibrate", *words, "cache.budget=0.34", f"hydra.run.dir={tmp_path}"]) == 0
     (mask,) = scores(tmp_path)
     assert len(mask) == 2
     with pytest.raises(UsageError, match=r"cache.budget=0.2: 1 of 6 steps; the computed ones are at least 2 "):
-        dispatch(["calibrate", *words, "cache.budget=0.2", f"hydra.run.dir={tmp_path / 'other'}"])
+        dispatch_verb(["calibrate", *words, "cache.budget=0.2", f"hydra.run.dir={tmp_path / 'other'}"])
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -342,16 +342,16 @@ def test_a_file_without_prompts(tmp_path):
 
 
 def test_prompts_are_read_to_the_letter(prompts):
-    assert texts(str(prompts)) == ["a cat", "two dogs, “asleep” = 1"]
+    assert read_prompt_texts(str(prompts)) == ["a cat", "two dogs, “asleep” = 1"]
 
 
 def test_mistakes_are_found_before_torch_is_imported():
     code = """
 import sys
-from hydrarun.cli.main import dispatch
+from hydrarun.cli.main import dispatch_verb
 from hydrarun.core.errors import UsageError
 try:
-    dispatch(["calibrate", "cache=mask", "cache.budget=2"])
+    dispatch_verb(["calibrate", "cache=mask", "cache.budget=2"])
 except UsageError as error:
     print(error)
 print([name for name in ("torch", "diffusers") if name in sys.modules])
@@ -370,10 +370,10 @@ print([name for name in ("torch", "diffusers") if name in sys.modules])
 )
 def test_a_plain_run_knows_nothing_of_calibrations_settings(words, message):
     with pytest.raises(UsageError) as caught:
-        compose(words)
+        compose_config(words)
     assert message in str(caught.value)
 
 
 def test_help(capsys):
-    assert cli.main(["calibrate", "--help"]) == 0
+    assert main.main(["calibrate", "--help"]) == 0
     assert capsys.readouterr().out.startswith("usage: hydrarun calibrate cache=teacache input.prompts=FILE")

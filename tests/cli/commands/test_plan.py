@@ -9,13 +9,12 @@ import shutil
 import pytest
 import torch
 
-from hydrarun.cli import main as cli
-from hydrarun.config.compose import compose
+from hydrarun.cli import main
+from hydrarun.config.compose import compose_config
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.core.timing import Timings
-from hydrarun.engine.plan import out_of_memory as exhausted
-from hydrarun.engine.plan import planner as choose
-from hydrarun.engine.plan.devices import GIB, Device
+from hydrarun.engine.plan import out_of_memory, planner
+from hydrarun.engine.plan.devices import GIB, DeviceSpec
 from hydrarun.engine.plan.memory_model import PHASES
 from hydrarun.engine.runner import Runner
 from hydrarun.pipeline.request import make_state
@@ -26,7 +25,7 @@ from tests.helpers.subjects import command
 
 def said(capsys, *words: str) -> tuple[int, str]:
     """The exit code of a command line and what it printed."""
-    code = cli.main(["plan", *words])
+    code = main.main(["plan", *words])
     out, err = capsys.readouterr()
     return code, (out + err).strip()
 
@@ -113,8 +112,8 @@ def test_a_checkpoint_that_cannot_be_planned_is_named(capsys, demo_folder, tmp_p
 
 def test_a_run_takes_the_device_that_is_there():
     with pytest.raises(UsageError, match=r"^plan\.device \(command line\): a run takes the device that is there"):
-        compose(["plan.device=h100"])
-    assert compose(["plan=auto", "plan.device=h100"])["plan"] == {"auto": True, "device": "h100"}
+        compose_config(["plan.device=h100"])
+    assert compose_config(["plan=auto", "plan.device=h100"])["plan"] == {"auto": True, "device": "h100"}
 
 
 @pytest.fixture
@@ -122,8 +121,8 @@ def cramped(fake, tmp_path, request):
     """The command line of a run that takes a third more than the fake device has, and what it takes."""
     subject = request.getfixturevalue("subject")
     folder = midsize.saved(subject.name, subject.folder, tmp_path / "midsize")
-    config = asked(compose([*command(subject.name, folder), "dtype=float32", "device=auto"]), guided=True)
-    needed = choose.planned({**config, "device": "cuda"}, Device("fake", 2**40, "cuda"), 1).asked.peak
+    config = asked(compose_config([*command(subject.name, folder), "dtype=float32", "device=auto"]), guided=True)
+    needed = planner.plan_configuration({**config, "device": "cuda"}, DeviceSpec("fake", 2**40, "cuda"), 1).asked.peak
     gc.collect()
     fake.set_limit(fake.memory_allocated() + needed * 3 // 4)
     yield {**config, "device": "fake"}
@@ -133,14 +132,14 @@ def cramped(fake, tmp_path, request):
 @pytest.mark.parametrize("subject", ["qwen_image"], indirect=True)
 def test_auto_runs_what_fits_and_says_so(subject, cramped, fake):
     notes: list[str] = []
-    config = choose.fitted({**cramped, "plan": {"auto": True, "device": None}}, notes.append)
+    config = planner.fit_configuration({**cramped, "plan": {"auto": True, "device": None}}, notes.append)
     assert notes == ["plan=auto: it would not fit fake; run with offload=modulation"]
     assert config == {**cramped, "offload": config["offload"], "plan": {"auto": False, "device": None}}
     assert config["offload"]["_target_"].endswith("ModulationOffload")
     drawn = Runner(config)
     drawn.draw(make_state(config["sampling"]), Timings(drawn.built.parts.device))
-    assert choose.fitted(config, notes.append) is config
-    again = choose.fitted({**config, "plan": {"auto": True, "device": None}}, notes.append)
+    assert planner.fit_configuration(config, notes.append) is config
+    again = planner.fit_configuration({**config, "plan": {"auto": True, "device": None}}, notes.append)
     assert (again, notes[1:]) == (config, ["plan=auto: it fits fake as it is"])
 
 
@@ -156,7 +155,9 @@ def test_out_of_memory_says_where_what_was_expected_and_what_would_fit(subject, 
     fake.set_limit(2**40)
     drawn = Runner(cramped)
     fake.set_limit(fake.memory_allocated() + 2**16)
-    monkeypatch.setattr(exhausted, "ask", lambda config, device: {"phases": [PHASE], "suggestions": []})
+    monkeypatch.setattr(
+        out_of_memory, "run_plan_process", lambda config, device: {"phases": [PHASE], "suggestions": []}
+    )
     with pytest.raises(RunError, match=r"^out of memory in encode: fake has .*\nthe plan expects in encode: weights 1"):
         drawn.draw(make_state(cramped["sampling"]), Timings(drawn.built.parts.device))
 
@@ -168,7 +169,7 @@ def test_without_a_plan_the_message_still_comes(monkeypatch):
     def fails(*_):
         raise OSError
 
-    monkeypatch.setattr(exhausted, "ask", fails)
-    said = str(exhausted.out_of_memory({}, "decode", torch.device("cpu")))
+    monkeypatch.setattr(out_of_memory, "run_plan_process", fails)
+    said = str(out_of_memory.make_memory_error({}, "decode", torch.device("cpu")))
     assert said.startswith("out of memory in decode: cpu has ")
     assert said.endswith("no plan could be made of it. Try offload=model, or a smaller size")

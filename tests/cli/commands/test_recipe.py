@@ -15,20 +15,19 @@ import pytest
 import yaml
 from PIL import Image
 
-from hydrarun.cli import main as cli
-from hydrarun.cli.commands import list as listing
-from hydrarun.cli.commands.plan import with_prompt
-from hydrarun.cli.recipe import json_schema as editors
-from hydrarun.config.checks import compatibility as compat
-from hydrarun.config.compose import compose, compose_raw
-from hydrarun.config.recipes import search as source
-from hydrarun.config.recipes.yaml_loader import parse
+from hydrarun.cli import main
+from hydrarun.cli.commands import list
+from hydrarun.cli.commands.plan import fill_prompt
+from hydrarun.cli.recipe import json_schema
+from hydrarun.config.checks import compatibility
+from hydrarun.config.compose import compose_config, compose_unchecked
+from hydrarun.config.recipes import search
+from hydrarun.config.recipes.yaml_loader import parse_sections
 from hydrarun.core import resources
 from hydrarun.core.errors import UsageError
 from hydrarun.core.tables import format_plain
-from hydrarun.engine.plan import planner as choose
-from hydrarun.engine.plan import suggest
-from hydrarun.engine.plan.devices import published
+from hydrarun.engine.plan import planner, suggest
+from hydrarun.engine.plan.devices import read_devices
 
 
 @pytest.fixture
@@ -61,7 +60,7 @@ def terminal(monkeypatch, answer: str) -> None:
 
 
 def test_it_shows_what_it_will_do(sent, started, capsys):
-    assert cli.main(["recipe", "run", str(sent), "--yes", "hydra.run.dir=there"]) == 0
+    assert main.main(["recipe", "run", str(sent), "--yes", "hydra.run.dir=there"]) == 0
     shown = capsys.readouterr().err.splitlines()
     assert shown == [
         f"recipe {sent}/edit.yaml: A red cat.",
@@ -80,12 +79,12 @@ def test_it_shows_what_it_will_do(sent, started, capsys):
         "  status   unverified: it brings no evidence",
     ]
     assert started == [[f'recipe="{sent}/edit.yaml"', "hydra.run.dir=there"]]
-    assert compose(started[0][:1])["input"]["images"] == f"{sent}/in.png"
+    assert compose_config(started[0][:1])["input"]["images"] == f"{sent}/in.png"
 
 
 def test_the_evidence_is_shown_as_its_own_word(started, capsys):
-    file = source.file_of("demo/quick")
-    assert cli.main(["recipe", "run", str(file), "--yes"]) == 0
+    file = search.find_recipe_file("demo/quick")
+    assert main.main(["recipe", "run", str(file), "--yes"]) == 0
     status = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(r"  status   verified; on \S+ with .+, by its own word; took \S+ s and \S+ GiB on .+", status)
 
@@ -93,14 +92,14 @@ def test_the_evidence_is_shown_as_its_own_word(started, capsys):
 @pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("YES\n", 0), ("n\n", 1), ("\n", 1), ("", 1), ("ja\n", 1)])
 def test_it_asks_on_a_terminal(answer, code, sent, started, capsys, monkeypatch):
     terminal(monkeypatch, answer)
-    assert cli.main(["recipe", "run", str(sent / "edit.yaml")]) == code
+    assert main.main(["recipe", "run", str(sent / "edit.yaml")]) == code
     assert "run this? [y/N] " in capsys.readouterr().err
     assert len(started) == (code == 0)
 
 
 def test_without_a_terminal_it_says_how(sent, started, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
-    assert cli.main(["recipe", "run", str(sent)]) == 2
+    assert main.main(["recipe", "run", str(sent)]) == 2
     error = capsys.readouterr().err
     assert "draws    2 pictures" in error
     assert "add --yes to run it; there is no terminal to ask on" in error
@@ -108,7 +107,7 @@ def test_without_a_terminal_it_says_how(sent, started, capsys, monkeypatch):
 
 
 def test_the_command_line_wins_and_texts_are_texts(sent, started, capsys):
-    assert cli.main(["recipe", "run", str(sent), "sampling.prompt=a, b", "sampling.seed=3", "--yes"]) == 0
+    assert main.main(["recipe", "run", str(sent), "sampling.prompt=a, b", "sampling.seed=3", "--yes"]) == 0
     assert "draws    1 picture," in capsys.readouterr().err
     assert started[0][1:] == ['sampling.prompt="a, b"', "sampling.seed=3"]
 
@@ -125,7 +124,7 @@ def test_a_folder_must_hold_one_recipe(sent, started, capsys):
         (sent / "in.png", "in.png: not a file that ends in .yaml, nor a folder"),
         ("absent.yaml", "absent.yaml: not a file that ends in .yaml"),
     ):
-        assert cli.main(["recipe", "run", str(word), "--yes"]) == 2
+        assert main.main(["recipe", "run", str(word), "--yes"]) == 2
         assert said in capsys.readouterr().err
     assert not started
 
@@ -145,14 +144,14 @@ def test_a_folder_must_hold_one_recipe(sent, started, capsys):
     ],
 )
 def test_mistakes(words, said, capsys, started):
-    assert cli.main(words) == 2
+    assert main.main(words) == 2
     assert said in capsys.readouterr().err
 
 
 def test_usage(capsys):
-    assert cli.main(["recipe", "--help"]) == 0
+    assert main.main(["recipe", "--help"]) == 0
     assert "usage: hydrarun recipe list" in capsys.readouterr().out
-    assert cli.main(["recipe"]) == 2
+    assert main.main(["recipe"]) == 2
 
 
 @pytest.mark.parametrize("words", [["list"], ["schema"], ["run", "r.yaml"]])
@@ -171,15 +170,15 @@ def test_nothing_heavy_is_imported(words, tmp_path):
 
 
 def test_the_list(capsys):
-    assert cli.main(["recipe", "list", "--json"]) == 0
+    assert main.main(["recipe", "list", "--json"]) == 0
     entries = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
-    assert list(entries) == source.names()
+    assert list(entries) == search.list_recipe_names()
     assert entries["demo/quick"]["model"] == "demo"
     assert entries["demo/quick"]["status"] == "verified"
     assert entries["qwen_image/rtx4090"]["status"] == "unverified"
     assert entries["qwen_image/rtx4090"]["hardware"] is None
-    cli.main(["recipe", "list"])
-    assert capsys.readouterr().out == format_plain(listing.table("recipes")) + "\n"
+    main.main(["recipe", "list"])
+    assert capsys.readouterr().out == format_plain(list.make_table("recipes")) + "\n"
 
 
 @pytest.fixture
@@ -196,15 +195,15 @@ def collection(tmp_path) -> Iterator[Path]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     yield tmp_path
-    source.look_in([])
+    search.set_collections([])
 
 
 @pytest.mark.parametrize("scheme", ["file://", ""])
 def test_a_collection_brings_options_and_vetted_recipes(scheme, collection):
     where = f"hydra.searchpath=[{scheme}{collection}]"
-    config = compose([where, "recipe=team/fast"])
+    config = compose_config([where, "recipe=team/fast"])
     assert config["sampling"]["seed"] == 9
-    assert compose([where, "attention=ours"])["attention"] == {
+    assert compose_config([where, "attention=ours"])["attention"] == {
         "_target_": "hydrarun.models.layers.attention_backends.SDPA"
     }
     for recipe, said in (
@@ -213,23 +212,23 @@ def test_a_collection_brings_options_and_vetted_recipes(scheme, collection):
         ("demo/quick", "recipe=demo/quick: in several places"),
     ):
         with pytest.raises(UsageError, match=re.escape(said)):
-            compose([where, f"recipe={recipe}"])
+            compose_config([where, f"recipe={recipe}"])
     with pytest.raises(UsageError, match="no such recipe"):  # told once, it is not remembered
-        compose(["recipe=team/fast"])
+        compose_config(["recipe=team/fast"])
 
 
 def test_a_collection_is_listed(collection, capsys):
-    assert cli.main(["recipe", "list", f"hydra.searchpath=[file://{collection}]", "--json"]) == 0
+    assert main.main(["recipe", "list", f"hydra.searchpath=[file://{collection}]", "--json"]) == 0
     entries = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert entries["team/fast"]["description"] == "Ours."
     assert entries["team/evil"]["status"].startswith("refused: recipe team/evil: 'hydra' is not allowed")
-    assert cli.main(["recipe", "list", "--json"]) == 0
+    assert main.main(["recipe", "list", "--json"]) == 0
     assert "team/fast" not in capsys.readouterr().out
 
 
 def test_a_collections_recipe_runs(collection, tmp_path, capsys):
     words = [f"hydra.searchpath=[file://{collection}]", "recipe=team/fast", "--cfg", "job"]
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     assert yaml.safe_load(capsys.readouterr().out)["sampling"]["seed"] == 9
 
 
@@ -270,14 +269,14 @@ def faults(value: Any, schema: dict[str, Any], path: str = "") -> list[str]:
 
 
 def test_the_shipped_schema_is_current(capsys):
-    shipped = (resources.folder("recipes") / "schema.json").read_text(encoding="utf-8")
-    assert shipped == editors.schema_text(), "run `make golden` and look at the diff"
-    cli.main(["recipe", "schema"])
+    shipped = (resources.find_folder("recipes") / "schema.json").read_text(encoding="utf-8")
+    assert shipped == json_schema.format_schema(), "run `make golden` and look at the diff"
+    main.main(["recipe", "schema"])
     assert capsys.readouterr().out == shipped
 
 
 def test_the_schema_says_what_conf_says():
-    properties = editors.schema()["properties"]
+    properties = json_schema.make_schema()["properties"]
     assert properties["sampling"]["properties"]["seed"]["description"].startswith("whole number >= 0")
     assert properties["sampling"]["properties"]["height"]["type"] == ["integer", "null"]
     assert properties["parallel"]["properties"]["ulysses_degree"]["description"].startswith("tokens in parts")
@@ -301,37 +300,37 @@ def test_the_schema_says_what_conf_says():
     ],
 )
 def test_the_schema_finds_mistakes(content, fault):
-    assert fault in faults(content, editors.schema())
+    assert fault in faults(content, json_schema.make_schema())
 
 
-@pytest.mark.parametrize("name", source.names())
+@pytest.mark.parametrize("name", search.list_recipe_names())
 def test_a_shipped_recipe_suits_the_schema_and_names_it(name):
-    data = source.file_of(name).read_bytes()
+    data = search.find_recipe_file(name).read_bytes()
     assert data.startswith(b"# yaml-language-server: $schema=../schema.json\n")
-    assert faults(parse(data)[1], editors.schema()) == []
-    recipe = source.recipe(name)
+    assert faults(parse_sections(data)[1], json_schema.make_schema()) == []
+    recipe = search.load_recipe(name)
     assert recipe.about.description.endswith(".")
     assert recipe.status == ("verified" if name.startswith("demo/") else "unverified")
     if recipe.evidence:
-        assert source.file_of(name).with_name(recipe.evidence.measured.sample).is_file()
+        assert search.find_recipe_file(name).with_name(recipe.evidence.measured.sample).is_file()
         assert recipe.evidence.measured.quality["accuracy"]["outputs"] == 1
 
 
 def test_there_are_recipes_for_a_cpu_and_for_gpus():
-    models = [source.recipe(name).model for name in source.names()]
+    models = [search.load_recipe(name).model for name in search.list_recipe_names()]
     assert models.count("demo") >= 3
     assert {"qwen_image", "flux_dev", "flux_schnell", "wan22_t2v_a14b"} <= set(models)
 
 
 def plan_of(name: str) -> list[str]:
     """The overrides of the plan that the head of a GPU recipe shows."""
-    (line,) = re.findall(r"^# It fits: hydrarun plan (.*)$", source.file_of(name).read_text(), re.MULTILINE)
+    (line,) = re.findall(r"^# It fits: hydrarun plan (.*)$", search.find_recipe_file(name).read_text(), re.MULTILINE)
     return line.split()
 
 
 def on_gpus() -> list[str]:
     """The recipes for GPUs of models that can be planned before they are downloaded."""
-    composed = {name: compose_raw([f"recipe={name}"])[0]["model"] for name in source.names()}
+    composed = {name: compose_unchecked([f"recipe={name}"])[0]["model"] for name in search.list_recipe_names()}
     return [name for name, model in composed.items() if model["name"] != "demo" and "shapes" in model["facts"]]
 
 
@@ -340,9 +339,11 @@ def test_a_gpu_recipe_names_a_device_that_it_fits(name, monkeypatch):
     """Of each model the one that takes most of its device is planned here, the others when they are written."""
     overrides = plan_of(name)
     assert overrides[0] == f"recipe={name}"
-    config = with_prompt(compose_raw(overrides)[0])
-    compat.check(config)
-    assert config["plan"]["device"] in published()
+    config = fill_prompt(compose_unchecked(overrides)[0])
+    compatibility.check_compatibility(config)
+    assert config["plan"]["device"] in read_devices()
     if name.endswith(("square", "dbcache", "schnell/rtx4090", "h100")):
-        monkeypatch.setattr(suggest, "suggestions", lambda *_: [None] * 3)  # what else would fit takes most of the time
-        assert choose.make(config).fits
+        monkeypatch.setattr(
+            suggest, "find_suggestions", lambda *_: [None] * 3
+        )  # what else would fit takes most of the time
+        assert planner.make_plan(config).fits

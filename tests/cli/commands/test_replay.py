@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hydrarun.cli import main as cli
+from hydrarun.cli import main
 from hydrarun.cli.commands import replay
-from hydrarun.cli.main import dispatch
+from hydrarun.cli.main import dispatch_verb
 from hydrarun.core.errors import UsageError
 from hydrarun.engine.runs.single import run_single
-from hydrarun.outputs import reader as recorded
+from hydrarun.outputs import reader
 from hydrarun.outputs.media import png
-from hydrarun.outputs.writer import OutputWriter, pixels_sha256
+from hydrarun.outputs.writer import OutputWriter, hash_pixels
 from tests.helpers import tiny
 
 BATCH = ('sampling.prompt=["a red circle", "一只猫, ${sitting}"]', "sampling.seed=[7, 8]")
@@ -41,8 +41,8 @@ def second(finished, tmp_path) -> Path:
 
 
 def configured(config: dict, *overrides: str) -> dict:
-    facts = dict.fromkeys(recorded.FACTS)
-    return replay.configure(recorded.Recorded(config, facts, []), overrides)
+    facts = dict.fromkeys(reader.FACTS)
+    return replay.rebuild_config(reader.RecordedRun(config, facts, []), overrides)
 
 
 @pytest.fixture
@@ -60,20 +60,20 @@ def complaint(config: dict, *overrides: str) -> str:
 
 
 def test_a_picture_of_a_batch_is_reproduced_exactly_from_its_file_alone(second, tmp_path, capsys):
-    assert cli.main(["replay", str(second), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
+    assert main.main(["replay", str(second), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
     assert capsys.readouterr().out == "stranger.png: identical pixels\n"
     (again,) = (tmp_path / "again").glob("0001-*.png")
     assert np.array_equal(png.read_png(again)[0], png.read_png(second)[0])
 
 
 def test_run_json_replays_every_picture(finished, tmp_path, capsys):
-    assert dispatch(["replay", str(finished / "run.json"), f"hydra.run.dir={tmp_path}"]) == 0
+    assert dispatch_verb(["replay", str(finished / "run.json"), f"hydra.run.dir={tmp_path}"]) == 0
     assert capsys.readouterr().out.count("identical pixels") == 2
 
 
 def test_a_different_draw_is_measured_and_exits_with_1(second, tmp_path, capsys):
     arguments = [str(second), f"hydra.run.dir={tmp_path / 'again'}", "sampling.num_inference_steps=3"]
-    assert dispatch(["replay", *arguments]) == 1
+    assert dispatch_verb(["replay", *arguments]) == 1
     assert "stranger.png: different pixels, largest difference" in capsys.readouterr().out
 
 
@@ -82,7 +82,7 @@ def test_what_differs_is_said(second, tmp_path, capsys):
     record["versions"]["torch"] = "1.0\x1b[2J"
     record["hardware"]["cpu_cores"] = -1
     second.write_bytes(png.encode_png(pixels, {"hydrarun": json.dumps(record)}))
-    assert dispatch(["replay", str(second), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
+    assert dispatch_verb(["replay", str(second), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
     identical, *lines = capsys.readouterr().out.splitlines()
     assert "identical" in identical
     assert lines == [
@@ -96,7 +96,7 @@ def test_an_index_beyond_the_batch(second, tmp_path):
     record["batch"]["index"] = 2
     second.write_bytes(png.encode_png(pixels, {"hydrarun": json.dumps(record)}))
     with pytest.raises(UsageError, match=r"number 2 .* of a run that draws 2"):
-        dispatch(["replay", str(second), f"hydra.run.dir={tmp_path / 'again'}"])
+        dispatch_verb(["replay", str(second), f"hydra.run.dir={tmp_path / 'again'}"])
     assert not (tmp_path / "again").exists()
 
 
@@ -105,10 +105,10 @@ def test_a_bad_file_is_refused_before_torch_is_imported(tmp_path):
     path.write_bytes(b"GIF89a")
     code = f"""
 import sys
-from hydrarun.cli.main import dispatch
+from hydrarun.cli.main import dispatch_verb
 from hydrarun.core.errors import UsageError
 try:
-    dispatch(["replay", {str(path)!r}])
+    dispatch_verb(["replay", {str(path)!r}])
 except UsageError as error:
     print(error)
 print([name for name in ("torch", "diffusers", "transformers") if name in sys.modules])
@@ -121,32 +121,32 @@ print([name for name in ("torch", "diffusers", "transformers") if name in sys.mo
 
 
 def test_help(capsys):
-    assert dispatch(["replay", "--help"]) == 0
+    assert dispatch_verb(["replay", "--help"]) == 0
     assert "usage: hydrarun replay FILE" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv", [[], ["a.png", "b.png"], ["device=cpu"]])
 def test_exactly_one_file(argv):
     with pytest.raises(UsageError, match="one file"):
-        dispatch(["replay", *argv])
+        dispatch_verb(["replay", *argv])
 
 
 def test_flags_are_refused():
     with pytest.raises(UsageError, match="replay: --fast: no such flag; it takes none but --help"):
-        dispatch(["replay", "a.png", "--fast"])
+        dispatch_verb(["replay", "a.png", "--fast"])
 
 
 def test_a_file_with_an_equals_sign_in_its_name(tmp_path):
     path = tmp_path / "seed=7.png"
     path.touch()
-    assert replay.sort_words([str(path), "device=cpu"])[::2] == (path, ["device=cpu"])
+    assert replay.split_words([str(path), "device=cpu"])[::2] == (path, ["device=cpu"])
 
 
 def test_results_go_to_a_directory_of_their_own(tmp_path):
-    assert replay.sort_words(["a.png"])[1].match("outputs/*/*-replay")
-    assert replay.sort_words(["a.png", "hydra.run.dir=x"])[1] == Path("x")
+    assert replay.split_words(["a.png"])[1].match("outputs/*/*-replay")
+    assert replay.split_words(["a.png", "hydra.run.dir=x"])[1] == Path("x")
     with pytest.raises(UsageError, match="would be overwritten"):
-        replay.sort_words([str(tmp_path / "a.png"), f"hydra.run.dir={tmp_path}"])
+        replay.split_words([str(tmp_path / "a.png"), f"hydra.run.dir={tmp_path}"])
 
 
 # --- the configuration -----------------------------------------------------------------------------------------------
@@ -250,17 +250,17 @@ def test_home_comes_back(config, monkeypatch):
 def test_what_was_left_open_is_pinned_to_what_was_used(config):
     config.update(device="auto", dtype="bfloat16")
     used = {"weights": {"revision": "abc123"}, "device": "cuda", "dtype": "float32"}
-    found = recorded.Recorded(config, {**dict.fromkeys(recorded.FACTS), **used}, [])
-    pinned = replay.configure(found, [])
+    found = reader.RecordedRun(config, {**dict.fromkeys(reader.FACTS), **used}, [])
+    pinned = replay.rebuild_config(found, [])
     assert (pinned["model"]["revision"], pinned["device"], pinned["dtype"]) == ("abc123", "cuda", "bfloat16")
-    assert replay.configure(found, ["device=cpu"])["device"] == "cpu"
+    assert replay.rebuild_config(found, ["device=cpu"])["device"] == "cpu"
 
 
 def test_another_checkpoint_does_not_inherit_the_recorded_revision(config):
-    facts = {**dict.fromkeys(recorded.FACTS), "weights": {"revision": "abc123"}}
-    found = recorded.Recorded(config, facts, [])
-    assert replay.configure(found, ["model.path=/elsewhere"])["model"]["revision"] is None
-    chosen = replay.configure(found, ["model.path=owner/other", "model.revision=v2"])
+    facts = {**dict.fromkeys(reader.FACTS), "weights": {"revision": "abc123"}}
+    found = reader.RecordedRun(config, facts, [])
+    assert replay.rebuild_config(found, ["model.path=/elsewhere"])["model"]["revision"] is None
+    chosen = replay.rebuild_config(found, ["model.path=owner/other", "model.revision=v2"])
     assert chosen["model"]["revision"] == "v2"
 
 
@@ -288,12 +288,12 @@ def written(pixels: np.ndarray, folder: Path, kind: str, metadata: bool = False)
 
 
 def compared(pixels: np.ndarray | None, record: dict, folder: Path, digest: str = "?") -> bool:
-    return replay.compare(recorded.RecordedPicture("old.png", 0, digest, pixels), record, folder)
+    return replay.compare_picture(reader.RecordedPicture("old.png", 0, digest, pixels), record, folder)
 
 
 def test_equal_hashes_are_identical_even_without_the_old_pixels(drawn, tmp_path, capsys):
     pixels, record = drawn
-    assert compared(None, record, tmp_path, pixels_sha256(pixels))
+    assert compared(None, record, tmp_path, hash_pixels(pixels))
     assert capsys.readouterr().out == "old.png: identical pixels\n"
 
 
@@ -324,7 +324,7 @@ def test_a_file_of_an_older_version_lacks_what_that_did_not_know(finished, tmp_p
     (tmp_path / "run.json").write_text(json.dumps(record))
     for file in finished.glob("*.png"):
         shutil.copy(file, tmp_path)
-    assert cli.main(["replay", str(tmp_path / "run.json"), f"hydra.run.dir={tmp_path / 'again'}"]) in (0, 1)
+    assert main.main(["replay", str(tmp_path / "run.json"), f"hydra.run.dir={tmp_path / 'again'}"]) in (0, 1)
     assert capsys.readouterr().out.count(".png: ") == 2
     # without `channels_last` other kernels decode, which round as the processor has them: 1 of 255 at most
     for then, now in zip(sorted(finished.glob("*.png")), sorted((tmp_path / "again").glob("*.png")), strict=True):

@@ -8,7 +8,7 @@ import pytest
 
 from hydrarun.cli.commands import replay
 from hydrarun.core.errors import UsageError
-from hydrarun.outputs import reader as recorded
+from hydrarun.outputs import reader
 from hydrarun.outputs.media.read import read_output
 from tests.cli.commands.test_replay import written
 
@@ -23,8 +23,8 @@ def video() -> np.ndarray:
 
 def replayed(old: Path, new: np.ndarray, folder: Path, kind: str) -> bool:
     """Whether `old` is identical to `new`, drawn again and written as `kind`."""
-    (picture,) = recorded.load(old).pictures
-    return replay.compare(picture, written(new, folder, kind), folder)
+    (picture,) = reader.load_recorded_run(old).pictures
+    return replay.compare_picture(picture, written(new, folder, kind), folder)
 
 
 def path_of(pixels: np.ndarray, folder: Path, kind: str) -> Path:
@@ -68,7 +68,7 @@ def test_what_is_lost_in_lossy_files_is_no_distance(tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     record = written(pixels, folder, "mp4")
     decoded = read_output(folder / record["outputs"][0]["path"])[0]
-    assert not replay.compare(recorded.RecordedPicture("old.mp4", 0, "?", decoded, lossy=True), record, folder)
+    assert not replay.compare_picture(reader.RecordedPicture("old.mp4", 0, "?", decoded, lossy=True), record, folder)
     assert capsys.readouterr().out == (
         "old.mp4: different pixels, too little to be measured (as decoded from mp4, which is lossy)\n"
     )
@@ -93,7 +93,7 @@ def test_one_frame_is_compared_alone(video, tmp_path, capsys):
 
 
 def test_one_frame_is_not_compared_with_a_lossy_video(video, tmp_path):
-    found = recorded.load(path_of(video, tmp_path, "frames") / "frame-00001.png")
+    found = reader.load_recorded_run(path_of(video, tmp_path, "frames") / "frame-00001.png")
     replay.check_frames(found, "frames")
     with pytest.raises(UsageError, match="frame-00001.png: one frame of a video; .* output.format=frames, not mp4"):
         replay.check_frames(found, "mp4")
@@ -109,19 +109,19 @@ def test_a_video_is_not_overwritten_by_its_replay(tmp_path):
     folder = tmp_path / "0000-a-1-0123abcd"
     folder.mkdir()
     for file in (folder, folder / "frame-00000.png"):
-        assert replay.sort_words([str(file), f"hydra.run.dir={tmp_path / 'again'}"])[0] == file
+        assert replay.split_words([str(file), f"hydra.run.dir={tmp_path / 'again'}"])[0] == file
         with pytest.raises(UsageError, match=f"{file.name} itself is there and would be overwritten"):
-            replay.sort_words([str(file), f"hydra.run.dir={tmp_path}"])
+            replay.split_words([str(file), f"hydra.run.dir={tmp_path}"])
 
 
 def test_other_input_images_are_a_difference():
     then = {"path": "/data/a.png", "sha256": "ab", "width": 64, "height": 48}
     now = {**then, "path": "/elsewhere/a.png", "sha256": "cd"}
-    assert list(replay.differences({"inputs": [then, then]}, {"inputs": [then, now]})) == [
+    assert list(replay.list_differences({"inputs": [then, then]}, {"inputs": [then, now]})) == [
         "  inputs[1].path: /data/a.png then, /elsewhere/a.png now",
         "  inputs[1].sha256: ab then, cd now",
     ]
-    assert list(replay.differences({"inputs": None}, {"inputs": []})) == []
+    assert list(replay.list_differences({"inputs": None}, {"inputs": []})) == []
 
 
 def test_the_description_says_what_will_be_read_and_drawn():
@@ -131,7 +131,7 @@ def test_the_description_says_what_will_be_read_and_drawn():
         "output": {"format": "mp4", "fps": 16},
         "input": {"images": ["/data/a.png", "/data/b.png"]},
     }
-    assert list(replay.describe(config)) == [
+    assert list(replay.describe_config(config)) == [
         "replaying wan from owner/wan at abc: 832x480, 81 frames at 16 fps, 40 steps",
         "  input image /data/a.png",
         "  input image /data/b.png",
@@ -139,10 +139,10 @@ def test_the_description_says_what_will_be_read_and_drawn():
     config["sampling"].update(width=None)
     config["model"].update(takes=[])
     config.update(output={"format": "png", "fps": None}, input={"images": None})
-    assert list(replay.describe(config)) == [
+    assert list(replay.describe_config(config)) == [
         "replaying wan from owner/wan at abc: the size of the input image, 40 steps"
     ]
     config["sampling"].update(layers=3)
     config["model"].update(takes=["layers"])
-    (line,) = replay.describe(config)
+    (line,) = replay.describe_config(config)
     assert line == "replaying wan from owner/wan at abc: the size of the input image, 3 layers, 40 steps"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hydrarun.cli import main as cli
+from hydrarun.cli import main
 from hydrarun.engine.runner import Runner
 from tests.helpers import tiny
 from tests.helpers.subjects import IMAGE, pictures
@@ -17,7 +17,7 @@ from tests.helpers.subjects import IMAGE, pictures
 
 def run(subject, folder, *overrides: str) -> dict:
     """run.json of a command that must succeed."""
-    assert cli.main([*subject.overrides(), f"hydra.run.dir={folder}", *overrides]) == 0
+    assert main.main([*subject.overrides(), f"hydra.run.dir={folder}", *overrides]) == 0
     return json.loads((folder / "run.json").read_text())
 
 
@@ -32,7 +32,7 @@ def test_a_video_that_a_player_opens(subject, tmp_path, capsys):
         assert json.loads(container.metadata["comment"])["config"]["sampling"]["num_frames"] == 9
     assert shapes == [(64, 96, 3)] * 9
     assert (output["frames"], output["fps"]) == (9, 12)
-    assert cli.main(["replay", str(tmp_path / output["path"]), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
+    assert main.main(["replay", str(tmp_path / output["path"]), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
     assert "identical pixels" in capsys.readouterr().out
 
 
@@ -46,7 +46,7 @@ def test_frames_without_loss(subject, tmp_path, capsys):
     assert [file.name for file in files] == [f"frame-{number:05d}.png" for number in range(5)]
     for file, frame in zip(files, state.frames[0], strict=True):
         assert np.array_equal(np.asarray(Image.open(file)), frame)
-    assert cli.main(["replay", str(files[3]), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
+    assert main.main(["replay", str(files[3]), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
     assert "identical pixels" in capsys.readouterr().out
 
 
@@ -57,12 +57,12 @@ def test_a_replay_says_that_the_input_image_is_another(subject, tmp_path, capsys
     record = run(subject, tmp_path / "run", f"input.images={image}")
     file = str(tmp_path / "run" / record["outputs"][0]["path"])
     Image.new("RGB", (64, 64), (1, 2, 3)).save(image)  # another picture under the same name
-    assert cli.main(["replay", file, f"hydra.run.dir={tmp_path / 'again'}"]) == 1
+    assert main.main(["replay", file, f"hydra.run.dir={tmp_path / 'again'}"]) == 1
     assert record["inputs"][0]["sha256"] in capsys.readouterr().out
     elsewhere = tmp_path / "kept.png"
     pictures(1)[0].save(elsewhere)
     asked = ["replay", file, f"input.images=[{elsewhere}]", f"hydra.run.dir={tmp_path / 'third'}"]
-    assert cli.main(asked) == 0
+    assert main.main(asked) == 0
 
 
 @pytest.mark.parametrize("subject", ["qwen_image_edit_plus"], indirect=True)
@@ -124,10 +124,10 @@ def test_another_scheduler_by_target(subject):
     """Flow matching in place of the checkpoint's own, against diffusers with the same one put in."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
-    from hydrarun.config.compose import compose
+    from hydrarun.config.compose import compose_config
 
     node = "model.scheduler={_target_: diffusers.FlowMatchEulerDiscreteScheduler, shift: 5.0}"
-    state = tiny.draw(Runner(compose([*subject.overrides(), node])))
+    state = tiny.draw(Runner(compose_config([*subject.overrides(), node])))
     parts = {**subject.pipeline.components, "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0)}
     pipeline = WanPipeline(**parts)
     pipeline.set_progress_bar_config(disable=True)

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from hydrarun.cli import main as cli
-from hydrarun.cli.recipe import evidence, verify
-from hydrarun.cli.recipe import pixel_digest as pixels
-from hydrarun.config.compose import compose
-from hydrarun.config.recipes import file
-from hydrarun.config.recipes import search as source
+from hydrarun.cli import main
+from hydrarun.cli.recipe import evidence, pixel_digest, verify
+from hydrarun.config.compose import compose_config
+from hydrarun.config.recipes import file, search
 from hydrarun.config.recipes.metadata import CHANGED, FORMAT, Evidence
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.engine.ranks import launch
@@ -45,7 +43,7 @@ def runs(monkeypatch, tmp_path) -> Runs:
             raise error
         return draw(config, folder, **seen.more)
 
-    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(launch, "run_configuration", run)
     monkeypatch.setattr(verify, "check_weights", lambda config, old: None)
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text(HEAD)
@@ -53,11 +51,11 @@ def runs(monkeypatch, tmp_path) -> Runs:
 
 
 def recipe() -> file.Recipe:
-    return source.recipe("r.yaml")
+    return search.load_recipe("r.yaml")
 
 
 def verified(*words: str) -> int:
-    return cli.main(["recipe", "verify", "r.yaml", *words])
+    return main.main(["recipe", "verify", "r.yaml", *words])
 
 
 def test_one_without_evidence_is_run_twice_and_gets_it(runs, capsys):
@@ -73,7 +71,7 @@ def test_one_without_evidence_is_run_twice_and_gets_it(runs, capsys):
     assert "output 0: identical\n" in said.out
     assert said.out.endswith("r.yaml: verified\n")
     assert "draws    1 picture, 128x128, 3 steps" in said.err
-    assert compose(["recipe=r.yaml"]) == compose(["sampling.seed=4", "sampling.num_inference_steps=3"])
+    assert compose_config(["recipe=r.yaml"]) == compose_config(["sampling.seed=4", "sampling.num_inference_steps=3"])
 
 
 def test_with_evidence_it_is_run_once_and_the_evidence_stays(runs):
@@ -143,15 +141,19 @@ def test_what_is_not_the_recipes_fault_leaves_it_alone(error, runs):
 
 
 def test_a_recipe_that_was_changed_while_it_ran_is_left_alone(runs, monkeypatch, capsys):
-    run = launch.run
-    monkeypatch.setattr(launch, "run", lambda *job: Path("r.yaml").write_text("device: cpu\n") and run(*job))
+    run = launch.run_configuration
+    monkeypatch.setattr(
+        launch, "run_configuration", lambda *job: Path("r.yaml").write_text("device: cpu\n") and run(*job)
+    )
     assert verified() == 1
     assert "was changed while it ran" in capsys.readouterr().err
     assert Path("r.yaml").read_text() == "device: cpu\n"
 
 
 def test_what_cannot_be_written_is_printed(runs, monkeypatch, capsys):
-    monkeypatch.setattr(file, "write", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(
+        file, "write_evidence", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    )
     assert verified() == 0
     shown = capsys.readouterr().out
     assert "r.yaml: verified, but it cannot be written here (Permission denied). The evidence:" in shown
@@ -195,26 +197,26 @@ def test_quality_is_measured_again(runs):
     ],
 )  # fmt: skip
 def test_quality_may_differ_by_chance_and_not_more(old, new, found):
-    assert list(evidence.worse(old, new)) == found
+    assert list(evidence.list_quality_losses(old, new)) == found
 
 
 def test_other_weights_are_no_verification(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text("device: cpu\n")
-    config = compose(["recipe=r.yaml"])
-    measured = evidence.measured(draw(config, tmp_path / "run"), tmp_path / "run", None)
+    config = compose_config(["recipe=r.yaml"])
+    measured = evidence.measure_run(draw(config, tmp_path / "run"), tmp_path / "run", None)
     assert measured.weights.fingerprint == FINGERPRINT
     verify.check_weights(config, measured)
     other = replace(measured, weights=replace(measured.weights, fingerprint="f00"))
-    file.write(recipe(), Evidence(FORMAT, "unverified", "", other))
+    file.write_evidence(recipe(), Evidence(FORMAT, "unverified", "", other))
     assert verified() == 1
     assert f"their fingerprint is f00, that of these {FINGERPRINT}" in capsys.readouterr().err
     assert recipe().status == "unverified"
 
 
 def test_nothing_is_downloaded_for_a_device_that_is_not_here(monkeypatch, capsys):
-    monkeypatch.setattr(verify.hub, "resolve", lambda model: pytest.fail("it looked for weights"))
-    assert cli.main(["recipe", "verify", "flux_schnell/rtx4090"]) == 2
+    monkeypatch.setattr(verify.hub, "resolve_weights", lambda model: pytest.fail("it looked for weights"))
+    assert main.main(["recipe", "verify", "flux_schnell/rtx4090"]) == 2
     assert "device=cuda" in capsys.readouterr().err
 
 
@@ -238,13 +240,29 @@ def test_the_distance_of_fingerprints(runs):
     from tests.helpers.undrawn import noise
 
     picture = noise(1)
-    assert pixels.psnr(pixels.fingerprint(picture), pixels.fingerprint(picture)) == 100
-    assert 47 < pixels.psnr(pixels.fingerprint(picture), pixels.fingerprint(picture // 2 * 2)) < 53
+    assert (
+        pixel_digest.compare_fingerprints(
+            pixel_digest.compute_fingerprint(picture), pixel_digest.compute_fingerprint(picture)
+        )
+        == 100
+    )
+    assert (
+        47
+        < pixel_digest.compare_fingerprints(
+            pixel_digest.compute_fingerprint(picture), pixel_digest.compute_fingerprint(picture // 2 * 2)
+        )
+        < 53
+    )
     video = picture[None].repeat(5, 0)
-    assert pixels.fingerprint(video) != pixels.fingerprint(picture)
-    assert pixels.psnr(pixels.fingerprint(video), pixels.fingerprint(picture)) == 0
+    assert pixel_digest.compute_fingerprint(video) != pixel_digest.compute_fingerprint(picture)
+    assert (
+        pixel_digest.compare_fingerprints(
+            pixel_digest.compute_fingerprint(video), pixel_digest.compute_fingerprint(picture)
+        )
+        == 0
+    )
     for nonsense in ("", "?", "AAA", "é"):
-        assert pixels.psnr(nonsense, pixels.fingerprint(picture)) == 0
+        assert pixel_digest.compare_fingerprints(nonsense, pixel_digest.compute_fingerprint(picture)) == 0
 
 
 def test_a_run_exported_here_is_verified_in_a_fresh_copy(tmp_path, monkeypatch, capsys):
@@ -252,8 +270,8 @@ def test_a_run_exported_here_is_verified_in_a_fresh_copy(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evidence, "SLOW", 1000)  # how busy the machine is is another test's
     words = ["sampling.num_inference_steps=4", "sampling.prompt=a red circle, 1", "sampling.seed=7", "cache=every_n"]
-    assert cli.main([*words, "hydra.run.dir=run"]) == 0
-    assert cli.main(["recipe", "export", "run", "sent/r.yaml"]) == 0
+    assert main.main([*words, "hydra.run.dir=run"]) == 0
+    assert main.main(["recipe", "export", "run", "sent/r.yaml"]) == 0
     for name in ("hydrarun", "conf", "recipes", "weights"):
         shutil.copytree(ROOT / name, tmp_path / "clone" / name, ignore=shutil.ignore_patterns("__pycache__"))
     environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
@@ -263,4 +281,4 @@ def test_a_run_exported_here_is_verified_in_a_fresh_copy(tmp_path, monkeypatch, 
     done = subprocess.run(command, cwd=tmp_path / "clone", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "output 0: identical" in done.stdout
-    assert source.recipe("sent/r.yaml").status == "verified"
+    assert search.load_recipe("sent/r.yaml").status == "verified"

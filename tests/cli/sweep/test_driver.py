@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from hydrarun.cli import main as cli
+from hydrarun.cli import main
 from hydrarun.cli.sweep import dry_run, order, point
-from hydrarun.cli.sweep.objectives import values
+from hydrarun.cli.sweep.objectives import read_objectives
 from hydrarun.cli.sweep.space import read_sweep
 from hydrarun.config.checks import report
-from hydrarun.config.compose import compose
+from hydrarun.config.compose import compose_config
 from hydrarun.core.errors import RunError, UsageError
-from hydrarun.core.quoting import literal
+from hydrarun.core.quoting import quote_overrides
 from hydrarun.engine.ranks import launch, worker
-from hydrarun.outputs import failure_record as failures
+from hydrarun.outputs import failure_record
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def drawn(monkeypatch, tmp_path):
         (output_dir / "run.json").write_text(json.dumps(record))
         return record
 
-    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(launch, "run_configuration", run)
     monkeypatch.chdir(tmp_path)
     return seen
 
@@ -62,22 +62,22 @@ def record(folder: str) -> dict:
     ],
 )  # fmt: skip
 def test_what_is_built_varies_slowest(before, after):
-    assert order.ordered(before) == after
-    assert [*order.notes(before, before)] == []
+    assert order.order_overrides(before) == after
+    assert [*order.describe_reorder(before, before)] == []
 
 
 def test_all_that_is_built_from_is_slow_and_nothing_else():
-    assert {name for name in compose([]) if order.is_slow(f"{name}.x=1")} == {*worker.BUILT_FROM, "plan"}
+    assert {name for name in compose_config([]) if order.is_slow(f"{name}.x=1")} == {*worker.BUILT_FROM, "plan"}
     assert not order.is_slow("cache/predictor=taylor")
     assert not order.is_slow("models=1")
 
 
 def test_a_changed_order_is_said(drawn, capsys):
-    assert cli.main(["-m", "sampling.seed=1,2", "attention=sdpa,flex"]) == 0
+    assert main.main(["-m", "sampling.seed=1,2", "attention=sdpa,flex"]) == 0
     assert drawn == [1, 2, 1, 2]
     said = "order: attention varies slowest, so that what is loaded serves the points that follow\n"
     assert capsys.readouterr().err.startswith(f"{said}[0] attention=sdpa sampling.seed=1\n")
-    assert cli.main(["-m", "attention=sdpa", "sampling.seed=1"]) == 0
+    assert main.main(["-m", "attention=sdpa", "sampling.seed=1"]) == 0
     assert "order:" not in capsys.readouterr().err
 
 
@@ -89,9 +89,9 @@ SWEEPS = [
 
 @pytest.mark.parametrize("words", SWEEPS)
 def test_the_points_that_are_listed_are_those_that_run(words, drawn, capsys):
-    listed = read_sweep(literal(words), ["-m"]).points
+    listed = read_sweep(quote_overrides(words), ["-m"]).points
     assert len(listed) > 1
-    assert cli.main(["-m", *words]) == 0
+    assert main.main(["-m", *words]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
     assert lines == [f"[{number}] {' '.join(point)}" for number, point in enumerate(listed)]
 
@@ -101,18 +101,18 @@ def test_options_of_ones_own_are_listed_too(drawn, tmp_path, capsys):
     (tmp_path / "mine" / "sampling" / "small.yaml").write_text("height: 64\n")
     sweep = read_sweep(["sampling=small,default"], ["-m", "--config-dir", "mine"])
     assert [sweep.compose(point)[0]["sampling"]["height"] for point in sweep.points] == [64, 128]
-    assert cli.main(["-m", "sampling=small,default", "--config-dir=mine"]) == 0
+    assert main.main(["-m", "sampling=small,default", "--config-dir=mine"]) == 0
 
 
 def test_an_interval_is_no_list(drawn, capsys):
-    assert cli.main(["-m", "sampling.true_cfg_scale=interval(1,2)"]) == 2
+    assert main.main(["-m", "sampling.true_cfg_scale=interval(1,2)"]) == 2
     assert capsys.readouterr().err == "BasicSweeper does not support sweep type : INTERVAL_SWEEP\n"
     assert drawn == []
 
 
 def test_failed_points_are_recorded_and_named_and_the_sweep_goes_on(drawn, capsys):
     words = ["-m", "sampling.seed=7,8,9,-1,2", "sampling.height=64", "hydra.sweep.dir=here"]
-    assert cli.main(words) == 2
+    assert main.main(words) == 2
     assert drawn == [7, 8, 9, 2]
     below = "sampling.seed (command line): -1 is not a whole number from 0 to 2**63-1, or a list of such numbers."
     assert [record(f"here/{number}").get("error") for number in range(5)] == [
@@ -136,24 +136,24 @@ def test_failed_points_are_recorded_and_named_and_the_sweep_goes_on(drawn, capsy
 
 def test_fail_fast_ends_a_sweep_at_its_first_failure(drawn, capsys):
     words = ["-m", "sampling.seed=1,7,2", "hydra.sweep.dir=here"]
-    assert cli.main([*words, "--fail-fast"]) == 1
+    assert main.main([*words, "--fail-fast"]) == 1
     assert drawn == [1, 7]
     assert "1 of 3 points failed:\n  1 (sampling.seed=7): no weights\n" in capsys.readouterr().err
-    assert cli.main([*words, "--fail-fast", "hydra/launcher=none_of_ours"]) == 2
+    assert main.main([*words, "--fail-fast", "hydra/launcher=none_of_ours"]) == 2
 
 
 def test_a_sweep_of_a_file_of_prompts_goes_to_the_same_place_again(drawn, tmp_path):
     Path("prompts.txt").write_text("a cat\n")
     words = ["-m", "sampling.seed=1,2", "input.prompts=prompts.txt"]
-    assert [cli.main(words), cli.main(words)] == [0, 0]
-    assert cli.main([*words, "cache=none,every_n"]) == 0
+    assert [main.main(words), main.main(words)] == [0, 0]
+    assert main.main([*words, "cache=none,every_n"]) == 0
     assert sorted(len(list(place.glob("*/run.json"))) for place in Path("outputs").iterdir()) == [2, 4]
 
 
 def test_what_the_record_of_a_refused_point_holds(drawn, monkeypatch):
     monkeypatch.setenv("HOME", str(Path.cwd()))
     images = f"input.images={Path.cwd()}/none.png"
-    assert cli.main(["-m", images, "model=qwen_image_edit", "sampling.prompt=x", "hydra.sweep.dir=here"]) == 2
+    assert main.main(["-m", images, "model=qwen_image_edit", "sampling.prompt=x", "hydra.sweep.dir=here"]) == 2
     made = record("here/0")
     assert [*made] == ["format", "status", "error", "created", "config_hash", "outputs", "config"]
     assert (made["format"], made["status"], made["outputs"]) == (1, "failed", [])
@@ -164,15 +164,15 @@ def test_what_the_record_of_a_refused_point_holds(drawn, monkeypatch):
 def test_an_older_record_is_not_the_points(drawn, capsys):
     """Of a sweep into the same directory."""
     for seed, code in ((1, 0), (7, 1)):
-        assert cli.main(["-m", f"sampling.seed={seed}", "hydra.sweep.dir=here"]) == code
+        assert main.main(["-m", f"sampling.seed={seed}", "hydra.sweep.dir=here"]) == code
     assert record("here/0")["error"]["message"] == "no weights"
     assert "1 of 1 point failed:" in capsys.readouterr().err
     (Path("here") / "0").rename("here/1")
-    assert cli.main(["-m", "sampling.seed=1", "hydra.sweep.dir=here"]) == 0
+    assert main.main(["-m", "sampling.seed=1", "hydra.sweep.dir=here"]) == 0
     assert capsys.readouterr().err.startswith("[0] sampling.seed=1\nreport: ")
 
 
-CONFIG = compose([])
+CONFIG = compose_config([])
 BELOW = "sampling.height (command line): -8 is below 1."
 
 
@@ -180,7 +180,7 @@ def fails(folder: Path, error: Exception, own: dict | None = None) -> dict:
     """The record of a run that fails, having written its own or not."""
 
     def run() -> None:
-        with failures.recorded(CONFIG, folder):
+        with failure_record.record_failure(CONFIG, folder):
             if own:
                 (folder / "run.json").write_text(json.dumps(own))
             raise error
@@ -202,7 +202,7 @@ def test_a_runs_own_record_stays_with_the_error_that_came_first(tmp_path):
 
 def test_a_record_without_paths_that_are_none(tmp_path):
     config = {**CONFIG, "input": {**CONFIG["input"], "images": 3}}
-    with pytest.raises(UsageError), failures.recorded(config, tmp_path / "new"):
+    with pytest.raises(UsageError), failure_record.record_failure(config, tmp_path / "new"):
         raise UsageError("hf_abcdefghijk is no path")
     made = record(str(tmp_path / "new"))
     assert made["error"]["message"] == "[removed] is no path"
@@ -210,23 +210,23 @@ def test_a_record_without_paths_that_are_none(tmp_path):
 
 
 def test_points_that_leave_nothing_are_missed(drawn, monkeypatch, capsys):
-    monkeypatch.setattr(launch, "run", lambda config, output_dir: {})
-    assert cli.main(["-m", "sampling.seed=1,2", "hydra.sweep.dir=here"]) == 1
+    monkeypatch.setattr(launch, "run_configuration", lambda config, output_dir: {})
+    assert main.main(["-m", "sampling.seed=1,2", "hydra.sweep.dir=here"]) == 1
     folder = Path("here").absolute()
     text = f"2 of 2 points left no run.json in {folder}: do all machines share that folder?\n"
     assert capsys.readouterr().err.endswith(text)
 
 
 def test_ctrl_c_ends_a_sweep_and_failures_are_still_named(drawn, monkeypatch, capsys):
-    run = launch.run
+    run = launch.run_configuration
 
     def interrupted(config, output_dir):
         if config["sampling"]["seed"] == 1:
             raise KeyboardInterrupt
         return run(config, output_dir)
 
-    monkeypatch.setattr(launch, "run", interrupted)
-    assert cli.main(["-m", "sampling.seed=7,1,2"]) == 130
+    monkeypatch.setattr(launch, "run_configuration", interrupted)
+    assert main.main(["-m", "sampling.seed=7,1,2"]) == 130
     assert drawn == [7]
     assert "1 of 3 points failed:\n  0 (sampling.seed=7): no weights\nreport: " in (said := capsys.readouterr().err)
     assert said.endswith("report.html\ninterrupted\n")
@@ -234,7 +234,7 @@ def test_ctrl_c_ends_a_sweep_and_failures_are_still_named(drawn, monkeypatch, ca
 
 def test_a_folder_with_any_name(drawn, tmp_path):
     name = "a (1) = 'é"
-    assert cli.main(["-m", "sampling.seed=1,2", f"hydra.sweep.dir={name}"]) == 0
+    assert main.main(["-m", "sampling.seed=1,2", f"hydra.sweep.dir={name}"]) == 0
     assert sorted(path.name for path in (tmp_path / name).iterdir()) == [
         *("0", "1", "multirun.yaml", "report.html", "report.json")
     ]
@@ -242,7 +242,7 @@ def test_a_folder_with_any_name(drawn, tmp_path):
 
 def test_a_point_can_be_sent_elsewhere():
     """Launchers send it by its name, to a process that has not read the command line."""
-    assert pickle.loads(pickle.dumps(point.run)) is point.run
+    assert pickle.loads(pickle.dumps(point.run_point)) is point.run_point
 
 
 @pytest.mark.parametrize("option", ["launcher=ray", "launcher=submitit_slurm", "sweeper=optuna"])
@@ -251,7 +251,7 @@ def test_a_missing_extra_is_named(option, drawn, monkeypatch, capsys):
 
     kind, _, name = option.partition("=")
     monkeypatch.setitem(ConfigStore.instance().repo["hydra"], kind, {})
-    assert cli.main(["-m", f"hydra/{option}", "sampling.seed=1,2"]) == 2
+    assert main.main(["-m", f"hydra/{option}", "sampling.seed=1,2"]) == 2
     extra = {"ray": "ray", "submitit_slurm": "slurm", "optuna": "optuna"}[name]
     assert capsys.readouterr().err == f"hydra/{option}: is not installed: pip install 'hydrarun[{extra}]'\n"
 
@@ -266,9 +266,9 @@ RECORD["quality"]["snr"] = {"mean": 30.0}  # of sounds, which have none of the o
 
 def test_objectives_are_numbers_of_the_run():
     names = [*report.MEASURED, *report.METRICS]
-    assert values(RECORD, names) == [9.0, 6.0, 2.0, 11, 12, 40.0, 0.9, 30.0, 0.5]
-    assert values(RECORD, ["psnr"]) == 40.0
-    assert values({"timings": {"steps_s": [4.0]}}, ["steady_step_s"]) == 4.0
+    assert read_objectives(RECORD, names) == [9.0, 6.0, 2.0, 11, 12, 40.0, 0.9, 30.0, 0.5]
+    assert read_objectives(RECORD, ["psnr"]) == 40.0
+    assert read_objectives({"timings": {"steps_s": [4.0]}}, ["steady_step_s"]) == 4.0
 
 
 @pytest.mark.parametrize(
@@ -285,20 +285,20 @@ def test_objectives_are_numbers_of_the_run():
 )  # fmt: skip
 def test_objectives_that_cannot_be(words, text):
     with pytest.raises(UsageError) as raised:
-        compose(words)
+        compose_config(words)
     assert str(raised.value) == text
 
 
 def test_objectives_are_for_a_sweeper_that_reads_them(drawn, capsys):
-    assert cli.main(["-m", "report.objectives=[total_s]", "sampling.seed=1,2"]) == 2
+    assert main.main(["-m", "report.objectives=[total_s]", "sampling.seed=1,2"]) == 2
     assert capsys.readouterr().err.startswith("report.objectives: for a sweeper that searches: add ")
-    assert cli.main(["report.objectives=[total_s]"]) == 0  # a point of such a sweep, drawn again
+    assert main.main(["report.objectives=[total_s]"]) == 0  # a point of such a sweep, drawn again
     assert drawn == [0]
 
 
 def dry(capsys, *words: str) -> tuple[int, list[str]]:
     """The exit code and the lines of a dry run."""
-    code = cli.main([*words, "--dry-run"])
+    code = main.main([*words, "--dry-run"])
     return code, capsys.readouterr().out.splitlines()
 
 
@@ -325,7 +325,7 @@ def test_a_dry_run_of_one_run(drawn, capsys):
     assert code == 0
     assert lines[:2] == ["1 point, 1 load", "load 1: model=demo"]
     assert lines[2].startswith("   0  sampling.seed=3 sampling.height=64  fits: ")
-    assert cli.main(["sampling.seed=3,4", "--dry-run"]) == 2
+    assert main.main(["sampling.seed=3,4", "--dry-run"]) == 2
     assert "add -m to run them all" in capsys.readouterr().err
 
 
@@ -359,19 +359,19 @@ def test_too_large_is_said_with_what_would_fit(drawn, capsys):
 
 def test_equal_plans_are_made_once(drawn, capsys, monkeypatch):
     made = []
-    make = dry_run.make
-    monkeypatch.setattr(dry_run, "make", lambda *words: made.append(1) or make(*words))
+    make = dry_run.make_plan
+    monkeypatch.setattr(dry_run, "make_plan", lambda *words: made.append(1) or make(*words))
     code, _ = dry(capsys, "-m", "sampling.seed=1,2,3", "cache=none,first_block", "sampling.height=64")
     assert (code, len(made)) == (0, 2)
 
 
 @pytest.mark.parametrize("flag", ["--help", "--cfg", "--info"])
 def test_a_dry_run_goes_with_what_would_run(flag, drawn, capsys):
-    assert cli.main(["--dry-run", flag, *(["job"] if flag == "--cfg" else [])]) == 2
+    assert main.main(["--dry-run", flag, *(["job"] if flag == "--cfg" else [])]) == 2
     assert capsys.readouterr().err == f"--dry-run: shows what would run, which {flag} does not: leave one of them out\n"
 
 
 def test_no_file_is_needed_to_refuse_a_dry_run(capsys):
-    assert cli.main(["-m", "--dry-run", "modle=demo"]) == 2
+    assert main.main(["-m", "--dry-run", "modle=demo"]) == 2
     assert "Did you mean 'model'?" in capsys.readouterr().err
     assert os.environ["HYDRA_FULL_ERROR"] == "1"

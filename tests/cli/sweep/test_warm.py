@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hydrarun.cli import main as cli
+from hydrarun.cli import main
 from hydrarun.engine.runner import Runner
 from tests.helpers.paths import environment
 
@@ -35,7 +35,7 @@ def pictures(folder: Path) -> list[np.ndarray]:
 def alone(tmp_path_factory) -> list[np.ndarray]:
     """The two pictures of one process, in three steps."""
     folder = tmp_path_factory.mktemp("alone")
-    assert cli.main(["-m", *SMALL, SEEDS, "sampling.num_inference_steps=3", f"hydra.sweep.dir={folder}"]) == 0
+    assert main.main(["-m", *SMALL, SEEDS, "sampling.num_inference_steps=3", f"hydra.sweep.dir={folder}"]) == 0
     return pictures(folder)
 
 
@@ -44,7 +44,7 @@ def test_nine_points_load_once(monkeypatch, tmp_path):
     plain = Runner.__init__
     monkeypatch.setattr(Runner, "__init__", lambda self, *words: built.append(1) or plain(self, *words))
     words = ["model=demo", "cache=none,teacache,dbcache", "sampling.seed=1,2,3"]
-    assert cli.main(["-m", *SMALL, *words, f"hydra.sweep.dir={tmp_path}"]) == 0
+    assert main.main(["-m", *SMALL, *words, f"hydra.sweep.dir={tmp_path}"]) == 0
     assert len(built) == 1
     made = records(tmp_path)
     assert [one["status"] for one in made] == ["complete"] * 9

@@ -7,7 +7,12 @@ import sys
 
 import pytest
 
-from hydrarun.config.checks.checkpoint import check_fit, check_guidance_scale, check_layers, vae_factors
+from hydrarun.config.checks.checkpoint import (
+    check_guidance_scale,
+    check_request_fit,
+    check_skipped_layers,
+    read_vae_factors,
+)
 from hydrarun.core.errors import UsageError
 from tests.helpers import tiny
 
@@ -16,11 +21,11 @@ WAN_LIKE = {"temperal_downsample": [False, True, True]}
 
 def fit(vae: dict | None = None, transformer: dict | None = None, **sampling: object) -> None:
     given = {"height": 64, "width": 64, "num_frames": None, "guidance_scale": None, **sampling}
-    check_fit(given, vae or {}, transformer or {}, patch=2)
+    check_request_fit(given, vae or {}, transformer or {}, patch=2)
 
 
 def test_the_factors_are_the_pipelines_own(tiny_pipeline):
-    assert vae_factors(tiny_pipeline.vae.config) == (2, tiny_pipeline.vae_scale_factor)
+    assert read_vae_factors(tiny_pipeline.vae.config) == (2, tiny_pipeline.vae_scale_factor)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +39,7 @@ def test_the_factors_are_the_pipelines_own(tiny_pipeline):
     ids=["untold", "halvings", "told", "still pictures"],
 )
 def test_factors(config, factors):
-    assert vae_factors(config) == factors
+    assert read_vae_factors(config) == factors
 
 
 @pytest.mark.parametrize(
@@ -66,11 +71,11 @@ def test_more_places_than_the_checkpoint_has(key):
 
 
 def test_blocks_to_leave_out_that_are_not_there():
-    check_layers([0, 2], 3)
-    check_layers(None, 3)
-    check_layers([7], 0)
+    check_skipped_layers([0, 2], 3)
+    check_skipped_layers(None, 3)
+    check_skipped_layers([7], 0)
     with pytest.raises(UsageError, match=r"^model.guidance.layers=\[1, 3\]: .* no block 3; its 3 blocks are 0 to 2$"):
-        check_layers([1, 3], 3)
+        check_skipped_layers([1, 3], 3)
 
 
 def test_json_that_does_not_tell_refuses_nothing():

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from hydrarun.config.checks import compatibility as compat
-from hydrarun.config.compose import compose, compose_raw
+from hydrarun.config.checks import compatibility
+from hydrarun.config.compose import compose_config, compose_unchecked
 from hydrarun.core.errors import UsageError
 
 
 def test_a_model_with_one_transformer_has_no_expert_to_swap():
     with pytest.raises(UsageError, match=r"^offload: model flux_dev has one transformer.* Use offload=none\.$"):
-        compose(["model=flux_dev", "sampling.prompt=a", "offload=expert"])
+        compose_config(["model=flux_dev", "sampling.prompt=a", "offload=expert"])
 
 
 def test_on_the_cpu_there_is_nothing_to_offload_to():
     asked = ["model=wan22_t2v_a14b", "sampling.prompt=a", "offload=expert"]
-    assert compose(asked)["offload"]["_target_"].endswith("ExpertOffload")
+    assert compose_config(asked)["offload"]["_target_"].endswith("ExpertOffload")
     with pytest.raises(UsageError, match=r"^offload: on device=cpu .* Use offload=none\.$"):
-        compose([*asked, "device=cpu"])
+        compose_config([*asked, "device=cpu"])
 
 
 def test_all_violations_come_at_once():
-    config, _ = compose_raw(["offload=expert", "device=cpu"])
+    config, _ = compose_unchecked(["offload=expert", "device=cpu"])
     with pytest.raises(UsageError) as caught:
-        compat.check(config)
+        compatibility.check_compatibility(config)
     assert len(str(caught.value).splitlines()) == 2
 
 
@@ -82,20 +82,20 @@ BROKEN = {
 
 
 def test_every_rule_is_tried():
-    assert len(BROKEN) == len(compat.RULES)
+    assert len(BROKEN) == len(compatibility.RULES)
 
 
 @pytest.mark.parametrize("words", BROKEN)
 def test_each_rule_refuses_and_its_fix_fixes(words):
     overrides = BROKEN[words]
-    config, _ = compose_raw(overrides)
-    (rule,) = compat.violations(config)
+    config, _ = compose_unchecked(overrides)
+    (rule,) = compatibility.find_violations(config)
     assert words in rule.sentence
     fix = rule.fix.partition(", or ")[0]
     group = fix.partition("=")[0]
     kept = [override for override in overrides if not override.startswith(f"{group}.")]  # of the option that goes
-    mended, _ = compose_raw([*kept, fix])
-    assert not any(compat.violations(mended))
+    mended, _ = compose_unchecked([*kept, fix])
+    assert not any(compatibility.find_violations(mended))
 
 
 @pytest.mark.parametrize(
@@ -111,12 +111,12 @@ def test_each_rule_refuses_and_its_fix_fixes(words):
     ],
 )
 def test_what_goes_together(overrides):
-    assert not any(compat.violations(compose_raw(overrides)[0]))
+    assert not any(compatibility.find_violations(compose_unchecked(overrides)[0]))
 
 
 def test_embedded_guidance_alone_has_no_branches():
     with pytest.raises(UsageError, match=r"parallel.cfg_degree: .* one branch .*above 1\."):
-        compose(["model=flux_dev", "sampling.prompt=a", "parallel=cfg2"])
+        compose_config(["model=flux_dev", "sampling.prompt=a", "parallel=cfg2"])
 
 
 def test_a_device_that_turns_out_to_be_the_cpu_is_refused_before_weights(monkeypatch, tmp_path):
@@ -126,7 +126,7 @@ def test_a_device_that_turns_out_to_be_the_cpu_is_refused_before_weights(monkeyp
     from hydrarun.engine.runner import Runner
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    config, _ = compose_raw(["model=wan22_t2v_a14b", f"model.path={tmp_path}", "offload=expert"])
+    config, _ = compose_unchecked(["model=wan22_t2v_a14b", f"model.path={tmp_path}", "offload=expert"])
     with pytest.raises(UsageError, match=r"nothing to offload to\. Use offload=none"):
         Runner(config)
 
@@ -142,4 +142,4 @@ def test_a_device_that_turns_out_to_be_the_cpu_is_refused_before_weights(monkeyp
     ],
 )
 def test_rules_leave_wrong_types_to_those_who_take_the_values(words):
-    assert compat.lines(compose_raw(words)[0]) == []
+    assert compatibility.format_violations(compose_unchecked(words)[0]) == []

@@ -8,7 +8,7 @@ import yaml
 
 from hydrarun.config.checks import report
 from hydrarun.core import resources
-from hydrarun.outputs.quality import scene_judge as judge
+from hydrarun.outputs.quality import scene_judge
 
 SDPA = {"_target_": "hydrarun.models.layers.attention_backends.SDPA"}
 
@@ -20,7 +20,7 @@ def found(*, prompt="a red circle", size=(64, 64), judged="scenes", **changes) -
         "attention": SDPA,
         "report": {"metrics": [], "noise_floor": [], "objectives": [], "twins": "outputs/twins", **changes},
     }
-    return list(report.problems(config))
+    return list(report.find_problems(config))
 
 
 def test_what_is_right():
@@ -86,14 +86,14 @@ def test_mistakes(asked, key, sentence):
 
 
 def test_the_judge_needs_what_is_checked_here():
-    assert report.SMALLEST_SIDE == judge.SMALLEST_SIDE
+    assert report.SMALLEST_SIDE == scene_judge.SMALLEST_SIDE
 
 
 def test_options_are_those_of_conf():
-    attention = resources.options("attention")
+    attention = resources.read_options("attention")
     assert attention["sdpa"] == SDPA
     for name, node in attention.items():
-        file = resources.folder("conf") / "attention" / f"{name}.yaml"
+        file = resources.find_folder("conf") / "attention" / f"{name}.yaml"
         assert yaml.safe_load(file.read_text(encoding="utf-8")) == node
 
 

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 
-from hydrarun.config.checks.values import check_values, problems
+from hydrarun.config.checks.values import check_values, find_problems
 from hydrarun.core.errors import UsageError
 
 TARGET = {"_target_": "hydrarun.models.layers.attention_backends.SDPA"}
@@ -187,7 +187,7 @@ def test_good_values(values):
     ],
 )
 def test_one_bad_value_is_one_line_that_names_it(key, value, message):
-    found = list(problems(changed(**{key: value})))
+    found = list(find_problems(changed(**{key: value})))
     assert len(found) == 1, found
     assert message in found[0][1]
     assert found[0][0].startswith(key.replace("__", ".").split(".")[0])
@@ -208,7 +208,7 @@ def test_fields_must_fit_together(values, message):
 def test_a_missing_section_is_named():
     config = changed()
     del config["vae"]
-    assert list(problems(config)) == [("vae", "is missing.")]
+    assert list(find_problems(config)) == [("vae", "is missing.")]
 
 
 def test_all_violations_come_at_once_with_their_origin():

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hydrarun.cli import main as cli
-from hydrarun.config.compose import compose
-from hydrarun.config.recipes import catalogue, file
-from hydrarun.config.recipes import search as source
-from hydrarun.config.recipes.metadata import CHANGED, FORMAT, Evidence, digest
-from hydrarun.config.recipes.yaml_loader import dump, parse
+from hydrarun.cli import main
+from hydrarun.config.compose import compose_config
+from hydrarun.config.recipes import catalogue, file, search
+from hydrarun.config.recipes.metadata import CHANGED, FORMAT, Evidence, compute_digest
+from hydrarun.config.recipes.yaml_loader import dump_yaml, parse_sections
 from hydrarun.core.errors import UsageError
 
 EVIDENCE = f"format: {FORMAT}, status: verified, digest: ''"
@@ -96,7 +95,7 @@ def test_it_is_refused_in_one_line_that_says_why(name, folder, capsys):
     content, words = {**ELSEWHERE, **METADATA}[name]
     override = write(folder, content)
     for argv in ([override], ["recipe", "run", "received/r.yaml", "--yes"], ["recipe", "verify", "received/r.yaml"]):
-        assert cli.main(argv) == 2
+        assert main.main(argv) == 2
         error = capsys.readouterr().err
         assert words in error
         assert len(error.splitlines()) == 1
@@ -107,10 +106,10 @@ def test_it_is_refused_in_one_line_that_says_why(name, folder, capsys):
 def test_what_it_names_is_taken_from_its_own_folder(folder):
     """Not from the current one."""
     override = write(folder, "defaults: [override /model: qwen_image_edit]\ninput: {images: [./in.png]}\n")
-    given = compose([override, "sampling.prompt=x"])["input"]["images"]
+    given = compose_config([override, "sampling.prompt=x"])["input"]["images"]
     assert given == [str(folder / "in.png")]
     with pytest.raises(UsageError, match=f"input.images: {folder}/absent.png: no such file"):
-        compose(
+        compose_config(
             [
                 write(folder, "defaults: [override /model: qwen_image_edit]\ninput: {images: absent.png}\n"),
                 "sampling.prompt=x",
@@ -120,7 +119,9 @@ def test_what_it_names_is_taken_from_its_own_folder(folder):
 
 def test_weights_are_the_hubs_the_packages_or_a_folder_beside_it(folder, tiny_folder):
     for path in ("Qwen/Qwen-Image", "package:demo"):
-        assert compose([write(folder, f"model: {{path: {path!r}}}"), "sampling.height=64"])["model"]["path"] == path
+        assert (
+            compose_config([write(folder, f"model: {{path: {path!r}}}"), "sampling.height=64"])["model"]["path"] == path
+        )
     (folder / "mine").symlink_to("weights2")
     (folder / "weights2").mkdir()
     for file_ in tiny_folder.rglob("*.json"):
@@ -130,7 +131,7 @@ def test_weights_are_the_hubs_the_packages_or_a_folder_beside_it(folder, tiny_fo
     for path in ("weights2", "./weights2", "mine"):  # a link that stays inside
         size = "sampling: {prompt: x, width: 64, height: 64}"
         content = f"defaults: [override /model: qwen_image]\nmodel: {{path: {path}}}\n{size}"
-        assert Path(compose([write(folder, content)])["model"]["path"]).resolve() == folder / "weights2"
+        assert Path(compose_config([write(folder, content)])["model"]["path"]).resolve() == folder / "weights2"
 
 
 def test_a_folder_whose_name_looks_like_an_interpolation(tmp_path):
@@ -138,53 +139,53 @@ def test_a_folder_whose_name_looks_like_an_interpolation(tmp_path):
     own.mkdir()
     Image.new("RGB", (64, 64), "red").save(own / "in.png")
     (own / "r.yaml").write_text("defaults: [override /model: qwen_image_edit]\ninput: {images: in.png}\n")
-    assert source.read(own / "r.yaml", "r").content["input"]["images"] == str(own / "in.png").replace("$", "\\$")
+    assert search.read_recipe(own / "r.yaml", "r").content["input"]["images"] == str(own / "in.png").replace("$", "\\$")
 
 
 def test_neither_about_nor_evidence_reaches_the_configuration(folder):
     text = f"about: {{description: x}}\nsampling: {{seed: 4}}\nevidence: {{{EVIDENCE}}}\n"
-    assert compose([write(folder, text)]) == compose(["sampling.seed=4"])
+    assert compose_config([write(folder, text)]) == compose_config(["sampling.seed=4"])
 
 
 def test_a_status_counts_while_the_digest_fits(folder):
     """Slips show. Who forges the digest too is not kept from it: that is what one's own `verify` is for."""
     write(folder, "# mine\nsampling: {seed: 4}\n")
-    recipe = source.recipe("received/r.yaml")
+    recipe = search.load_recipe("received/r.yaml")
     assert recipe.status == "unverified"
-    file.write(recipe, Evidence(FORMAT, "verified", ""))
+    file.write_evidence(recipe, Evidence(FORMAT, "verified", ""))
     text = (folder / "r.yaml").read_text()
-    assert source.recipe("received/r.yaml").status == "verified"
+    assert search.load_recipe("received/r.yaml").status == "verified"
     for old, new in (
         ("seed: 4", "seed: 5"),
         ("status: verified", "status: broken"),
         ("seed: 4}", "seed: 4}\ndevice: cpu"),
     ):
         (folder / "r.yaml").write_text(text.replace(old, new))
-        assert source.recipe("received/r.yaml").status == CHANGED
+        assert search.load_recipe("received/r.yaml").status == CHANGED
     (folder / "r.yaml").write_text("about: {description: better words}\n" + text.replace("# mine", "# yours"))
-    assert source.recipe("received/r.yaml").status == "verified"
+    assert search.load_recipe("received/r.yaml").status == "verified"
 
 
 def test_what_a_stranger_wrote_cannot_rewrite_the_terminal(folder, capsys, monkeypatch):
     monkeypatch.setattr("hydrarun.cli.commands.run.run_overrides", lambda overrides, flags: 0)
     write(folder, 'about: {description: "a\\e[2Jb", author: "c\\rd"}\nsampling: {prompt: "e\\e[2Jf"}\n')
-    assert cli.main(["recipe", "run", "received/r.yaml", "--yes"]) == 0
+    assert main.main(["recipe", "run", "received/r.yaml", "--yes"]) == 0
     shown = capsys.readouterr().err
     assert "\x1b" not in shown
     assert "\r" not in shown
     assert "a?[2Jb" in shown
     write(folder, "about: {description: 'two\n\n  lines'}\n")
-    assert cli.main(["recipe", "run", "received/r.yaml", "--yes"]) == 0
+    assert main.main(["recipe", "run", "received/r.yaml", "--yes"]) == 0
     assert capsys.readouterr().err.splitlines()[0].endswith("r.yaml: two lines")
-    entry = catalogue.Entry("x", "unverified", description="a\x1b[2J")
+    entry = catalogue.CatalogueEntry("x", "unverified", description="a\x1b[2J")
     assert entry.cells()[1] == "a?[2J"
 
 
 def test_the_digest_is_of_all_but_about_and_itself():
     content = {"sampling": {"seed": 1}, "evidence": {"status": "verified", "digest": "x"}}
     same = {"about": {"description": "y"}, "evidence": {"digest": "z", "status": "verified"}, "sampling": {"seed": 1}}
-    assert digest(content) == digest(same)
-    assert digest(content) != digest(json.loads(json.dumps(content).replace("1", "2")))
+    assert compute_digest(content) == compute_digest(same)
+    assert compute_digest(content) != compute_digest(json.loads(json.dumps(content).replace("1", "2")))
 
 
 # --- rewriting -------------------------------------------------------------------------------------------------------
@@ -204,11 +205,14 @@ TEXTS = {
 @pytest.mark.parametrize("name", TEXTS)
 def test_all_but_the_evidence_is_left_byte_for_byte(name, tmp_path):
     text, before, after = TEXTS[name]
-    recipe = file.Recipe(tmp_path / "r.yaml", *parse(text.encode()), {}, None, None)
+    recipe = file.Recipe(tmp_path / "r.yaml", *parse_sections(text.encode()), {}, None, None)
     evidence = Evidence(FORMAT, "unverified", "")
-    assert file.with_evidence(recipe, evidence) == before + file.section_text(file.signed(recipe, evidence)) + after
+    assert (
+        file.replace_evidence(recipe, evidence)
+        == before + file.format_evidence(file.sign_evidence(recipe, evidence)) + after
+    )
 
 
 def test_texts_that_look_like_numbers_stay_texts(tmp_path):
     for text in ("1e3", "2020-01-01", "0x1F", "yes", "null", "1_000", "a: b", "ü\n b", "\x1b", "- x", "# y", ".5e3"):
-        assert parse(dump({"sampling": {"prompt": text}}).encode())[1] == {"sampling": {"prompt": text}}
+        assert parse_sections(dump_yaml({"sampling": {"prompt": text}}).encode())[1] == {"sampling": {"prompt": text}}

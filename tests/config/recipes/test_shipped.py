@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from hydrarun.config.compose import compose_raw
-from hydrarun.config.recipes import search as source
+from hydrarun.config.compose import compose_unchecked
+from hydrarun.config.recipes import search
 from hydrarun.engine.runner import Runner
 from tests.helpers import matrix, watched
 from tests.helpers.deeper import deeper_subject
@@ -22,7 +22,7 @@ from tests.helpers.matrix import Column
 #: what a recipe chooses, but for ranks, which are in tests/test_parallel_models.py, and caches, which skip other steps
 #: of other weights
 GROUPS = ("attention", "compile", "offload", "quantization")
-NAMES = [name for name in source.names() if not name.startswith("demo/")]
+NAMES = [name for name in search.list_recipe_names() if not name.startswith("demo/")]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def kept() -> dict[str, Any]:
 def chosen(name: str) -> dict[str, str]:
     """`{group: option}` of a recipe."""
     found = {"model": "demo"}
-    for entry in source.recipe(name).content.get("defaults", []):
+    for entry in search.load_recipe(name).content.get("defaults", []):
         if isinstance(entry, dict):
             found |= {group.removeprefix("override /"): option for group, option in entry.items()}
     return found
@@ -48,7 +48,7 @@ def test_a_recipe_draws_the_plain_pictures(subject, name, fake, kept, tmp_path_f
         deep = deeper_subject(subject, tmp_path_factory.mktemp("deep"))
         kept[subject.name] = deep, watched.draw(watched.runner(deep, "fake")).latents.cpu().numpy()
     deep, want = kept[subject.name]
-    config = compose_raw([f"recipe={name}"])[0]
+    config = compose_unchecked([f"recipe={name}"])[0]
     small = watched.smallest(deep.name, deep.folder)
     runner = Runner({**small, **{group: config[group] for group in GROUPS}, "device": "fake"})
     found = watched.draw(runner).latents.cpu().numpy()

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hydrarun.cli import main as cli
-from hydrarun.config.compose import compose, compose_raw
-from hydrarun.config.recipes import search as source
+from hydrarun.cli import main
+from hydrarun.config.compose import compose_config, compose_unchecked
+from hydrarun.config.recipes import search
 from hydrarun.core import resources
 from hydrarun.core.errors import UsageError
 from hydrarun.outputs.quality.scenes import parse_caption
@@ -106,7 +106,7 @@ def test_a_hostile_recipe_is_refused_in_one_line_and_nothing_happens(name, folde
     monkeypatch.setenv("PYTHONPATH", "before")
     override = write(folder, content)
     for argv in ([override], ["--cfg", "job", "--resolve", override], ["-m", override, "sampling.seed=1,2"]):
-        assert cli.main(argv) == 2
+        assert main.main(argv) == 2
         error = capsys.readouterr().err
         assert words in error
         assert error.startswith("recipe ./recipe.yaml: ")
@@ -121,24 +121,24 @@ def test_a_hostile_recipe_is_refused_in_one_line_and_nothing_happens(name, folde
 def test_a_name_cannot_leave_the_folder_of_recipes(name, folder):
     (folder / "evil.yaml").write_text("sampling: {seed: 5}")
     with pytest.raises(UsageError, match=r"no such recipe|not the name of an option"):
-        compose([f"recipe={name}"])
+        compose_config([f"recipe={name}"])
 
 
 @pytest.mark.parametrize("name", ["./absent.yaml", "/dev/null.yaml", "folder.yaml"])
 def test_a_path_must_be_a_file(name, folder):
     (folder / "folder.yaml").mkdir()
     with pytest.raises(UsageError, match="there is no such file"):
-        compose([f"recipe={name}"])
+        compose_config([f"recipe={name}"])
 
 
 def test_a_path_that_climbs_is_vetted_like_any_other(folder):
     """Hydra's own file source would follow it, unvetted, and find conf/../../anywhere."""
     (folder / "evil.yaml").write_text("hydra: {run: {dir: /elsewhere}}")
-    climb = os.path.relpath(folder / "evil.yaml", resources.folder("conf") / "recipe")
+    climb = os.path.relpath(folder / "evil.yaml", resources.find_folder("conf") / "recipe")
     with pytest.raises(UsageError, match=r"no such file|'hydra' is not allowed"):
-        compose([f"recipe={climb}"])
+        compose_config([f"recipe={climb}"])
     with pytest.raises(UsageError, match="'hydra' is not allowed"):
-        compose([f"recipe=../{folder.name}/evil.yaml"])
+        compose_config([f"recipe=../{folder.name}/evil.yaml"])
 
 
 def test_an_own_recipe_chooses_and_sets_and_the_command_line_wins(folder):
@@ -149,7 +149,7 @@ def test_an_own_recipe_chooses_and_sets_and_the_command_line_wins(folder):
         "sampling: {num_inference_steps: 5, true_cfg_scale: 2e0, seed: [1, 2], height: 64}\n"
         "device: cpu\n",
     )
-    config = compose([override, "sampling.height=96"])
+    config = compose_config([override, "sampling.height=96"])
     assert config["attention"]["_target_"].endswith("FlexAttention")
     sampling = config["sampling"]
     assert [sampling[key] for key in ("num_inference_steps", "true_cfg_scale", "seed", "height")] == [
@@ -159,8 +159,8 @@ def test_an_own_recipe_chooses_and_sets_and_the_command_line_wins(folder):
         96,
     ]
     assert config["device"] == "cpu"
-    assert compose([f"recipe={folder}/recipe.yaml"])["device"] == "cpu"
-    assert compose([override, "attention=sdpa"])["attention"]["_target_"].endswith("SDPA")
+    assert compose_config([f"recipe={folder}/recipe.yaml"])["device"] == "cpu"
+    assert compose_config([override, "attention=sdpa"])["attention"]["_target_"].endswith("SDPA")
 
 
 def test_a_recipe_chooses_a_cache_and_its_predictor(folder):
@@ -169,21 +169,21 @@ def test_a_recipe_chooses_a_cache_and_its_predictor(folder):
         "defaults: [override /cache: mask, override /cache/predictor: taylor, _self_]\n"
         "cache: {gate: {density: fast}, predictor: {order: 2}}\n",
     )
-    cache = compose([override])["cache"]
+    cache = compose_config([override])["cache"]
     assert cache["gate"]["density"] == "fast"
     assert cache["predictor"] == {"_target_": "hydrarun.acceleration.cache.predictors.Taylor", "order": 2}
 
 
 def test_prompts_in_a_recipe_are_text(folder):
     override = write(folder, "sampling:\n  prompt: ['a ${b} \\${c}', 'cost $5', 2020-01-01]\n  negative_prompt: '${'\n")
-    sampling = compose([override])["sampling"]
+    sampling = compose_config([override])["sampling"]
     assert sampling["prompt"] == ["a ${b} \\${c}", "cost $5", "2020-01-01"]
     assert sampling["negative_prompt"] == "${"
 
 
 @pytest.mark.parametrize("content", ["", "# only a comment\n", "{}", "sampling: {}"])
 def test_an_empty_recipe_changes_nothing(content, folder):
-    assert compose([write(folder, content)]) == compose([])
+    assert compose_config([write(folder, content)]) == compose_config([])
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_an_empty_recipe_changes_nothing(content, folder):
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_recipe_names_the_file_and_the_nearest_name(content, message, folder, capsys):
-    assert cli.main([write(folder, content)]) == 2
+    assert main.main([write(folder, content)]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
@@ -209,26 +209,30 @@ def test_a_mistake_in_a_recipe_names_the_file_and_the_nearest_name(content, mess
 def test_bytes_that_are_not_text(folder):
     (folder / "recipe.yaml").write_bytes(b"sampling: {seed: 1} # \xff\xfe")
     with pytest.raises(UsageError, match="not UTF-8"):
-        compose(["recipe=./recipe.yaml"])
+        compose_config(["recipe=./recipe.yaml"])
 
 
 def test_whose_weights_a_recipe_loads_is_told(folder):
     override = write(folder, "model: {path: someone/else}")
-    config, origin = compose_raw([override])
+    config, origin = compose_unchecked([override])
     assert origin.notes(config) == ["recipe ./recipe.yaml loads weights from someone/else"]
-    config, origin = compose_raw([override, "model.path=/mine"])
+    config, origin = compose_unchecked([override, "model.path=/mine"])
     assert origin.notes(config) == []
 
 
 def shipped() -> list[str]:
-    names = source.names()
+    names = search.list_recipe_names()
     assert len(names) >= 3
     return names
 
 
 @pytest.mark.parametrize("name", shipped())
 def test_the_command_in_a_shipped_recipes_head_composes(name, tmp_path, monkeypatch):
-    head = [line for line in source.file_of(name).read_text().splitlines() if line.startswith("#   python -m hydrarun")]
+    head = [
+        line
+        for line in search.find_recipe_file(name).read_text().splitlines()
+        if line.startswith("#   python -m hydrarun")
+    ]
     assert len(head) == 1
     words = shlex.split(head[0].removeprefix("#"))[3:]
     assert words[0] == f"recipe={name}"
@@ -236,12 +240,12 @@ def test_the_command_in_a_shipped_recipes_head_composes(name, tmp_path, monkeypa
     for word in words:
         if word.startswith("input.images="):  # the user's own
             Image.new("RGB", (64, 64)).save(word.partition("=")[2])
-    compose(words)
+    compose_config(words)
 
 
-@pytest.mark.parametrize("name", [name for name in source.names() if name.startswith("demo/")])
+@pytest.mark.parametrize("name", [name for name in search.list_recipe_names() if name.startswith("demo/")])
 def test_the_demo_model_understands_the_prompts_of_its_recipes(name):
-    prompts = compose([f"recipe={name}"])["sampling"]["prompt"]
+    prompts = compose_config([f"recipe={name}"])["sampling"]["prompt"]
     for prompt in prompts if isinstance(prompts, list) else [prompts]:
         parse_caption(prompt)
 
@@ -249,4 +253,4 @@ def test_the_demo_model_understands_the_prompts_of_its_recipes(name):
 def test_no_recipe_is_picked_up_from_the_current_folder(folder):
     (folder / "recipes" / "demo").mkdir(parents=True)
     (folder / "recipes" / "demo" / "quick.yaml").write_text("sampling: {seed: 99}")
-    assert compose(["recipe=demo/quick"])["sampling"]["seed"] == 0
+    assert compose_config(["recipe=demo/quick"])["sampling"]["seed"] == 0

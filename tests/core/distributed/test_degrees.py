@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hydrarun.core.distributed.degrees import problems, shares, world_size
+from hydrarun.core.distributed.degrees import find_degree_problems, split_evenly, world_size
 from tests.helpers.parallel_runs import degrees
 from tests.helpers.ranks_work import meshes_made_again
 
@@ -25,7 +25,7 @@ from tests.helpers.ranks_work import meshes_made_again
 )
 def test_world_size(chosen, ranks):
     assert world_size(degrees(**chosen)) == ranks
-    assert not list(problems(degrees(**chosen)))
+    assert not list(find_degree_problems(degrees(**chosen)))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_world_size(chosen, ranks):
     ],
 )
 def test_what_cannot_be(chosen, key, words):
-    (problem, *_) = problems(degrees(**chosen))
+    (problem, *_) = find_degree_problems(degrees(**chosen))
     assert problem[0] == key
     assert words in problem[1]
 
@@ -47,7 +47,7 @@ def test_what_cannot_be(chosen, key, words):
 def test_shares_differ_by_at_most_one():
     for length in range(12):
         for ranks in range(1, 6):
-            parts = shares(length, ranks)
+            parts = split_evenly(length, ranks)
             assert sum(parts) == length
             assert max(parts) - min(parts) <= 1
             assert parts == sorted(parts, reverse=True)

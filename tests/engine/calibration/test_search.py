@@ -9,11 +9,11 @@ import random
 import pytest
 
 from hydrarun.core.errors import UsageError
-from hydrarun.engine.calibration.scores import Scores
-from hydrarun.engine.calibration.search import moves, search, spread
+from hydrarun.engine.calibration.scores import ScoreLedger
+from hydrarun.engine.calibration.search import list_moves, search_steps, spread_steps
 
 FIRST = frozenset({0})
-STARTS = [spread(4, 7, FIRST, power) for power in (1.0, 2.0)]
+STARTS = [spread_steps(4, 7, FIRST, power) for power in (1.0, 2.0)]
 ALL = [(0, *rest) for rest in itertools.combinations(range(1, 7), 3)]
 
 
@@ -36,11 +36,11 @@ def rugged(seed: int):
     ],
 )
 def test_spreads(count, steps, fixed, power, found):
-    assert spread(count, steps, frozenset(fixed), power) == found
+    assert spread_steps(count, steps, frozenset(fixed), power) == found
 
 
 def test_a_move_changes_one_step_and_the_nearest_comes_first():
-    assert list(moves((0, 2, 3), 5, FIRST)) == [(0, 1, 3), (0, 2, 4), (0, 3, 4), (0, 1, 2)]
+    assert list(list_moves((0, 2, 3), 5, FIRST)) == [(0, 1, 3), (0, 2, 4), (0, 3, 4), (0, 1, 2)]
 
 
 def test_where_every_step_counts_for_itself_the_best_of_all_is_found():
@@ -49,7 +49,7 @@ def test_where_every_step_counts_for_itself_the_best_of_all_is_found():
     def score(mask):
         return -sum(worth[step] for step in mask)
 
-    found = search(score, STARTS, 7, FIRST, 200)
+    found = search_steps(score, STARTS, 7, FIRST, 200)
     assert found.best == min(ALL, key=score) == (0, 1, 3, 5)
     assert found.best_score == -18
 
@@ -57,10 +57,10 @@ def test_where_every_step_counts_for_itself_the_best_of_all_is_found():
 @pytest.mark.parametrize("seed", range(8))
 def test_no_move_is_better_than_what_is_found(seed):
     score = rugged(seed)
-    found = search(score, STARTS, 7, FIRST, 200)
+    found = search_steps(score, STARTS, 7, FIRST, 200)
     assert found.best_score == score(found.best) <= found.start_score == min(map(score, STARTS))
-    assert found.best_score <= min(score(other) for other in moves(found.best, 7, FIRST))
-    assert found == search(score, STARTS, 7, FIRST, 200)
+    assert found.best_score <= min(score(other) for other in list_moves(found.best, 7, FIRST))
+    assert found == search_steps(score, STARTS, 7, FIRST, 200)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
@@ -71,28 +71,28 @@ def test_no_more_masks_are_scored_than_allowed(limit):
         asked.append(mask)
         return rugged(0)(mask)
 
-    found = search(score, STARTS, 7, FIRST, limit)
+    found = search_steps(score, STARTS, 7, FIRST, limit)
     assert len(asked) == len(set(asked)) == found.count == limit
     assert found.best_score == min(map(rugged(0), asked))
 
 
 def test_a_ledger_is_continued(tmp_path):
     file = tmp_path / "deep" / "scores.jsonl"
-    ledger = Scores(file, {"model": "m", "size": (1, 2)})
+    ledger = ScoreLedger(file, {"model": "m", "size": (1, 2)})
     ledger.add((0, 2), 0.25)
     ledger.add((0, 1), 1e-7)
-    assert Scores(file, {"model": "m", "size": (1, 2)}).scores == {(0, 2): 0.25, (0, 1): 1e-7}
+    assert ScoreLedger(file, {"model": "m", "size": (1, 2)}).scores == {(0, 2): 0.25, (0, 1): 1e-7}
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3])
 def test_a_torn_last_line_is_dropped(tmp_path, kept):
     file = tmp_path / "scores.jsonl"
-    ledger = Scores(file, {"model": "m"})
+    ledger = ScoreLedger(file, {"model": "m"})
     for step in range(1, 4):
         ledger.add((0, step), step / 8)
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:kept]) + lines[kept][:-3])
-    again = Scores(file, {"model": "m"})
+    again = ScoreLedger(file, {"model": "m"})
     assert len(again.scores) == max(0, kept - 1)
     again.add((0, 6), 0.5)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -103,9 +103,9 @@ def test_a_torn_last_line_is_dropped(tmp_path, kept):
 
 def test_a_ledger_of_another_configuration_is_refused(tmp_path):
     file = tmp_path / "scores.jsonl"
-    Scores(file, {"model": "m", "steps": 4, "dtype": "float32"})
+    ScoreLedger(file, {"model": "m", "steps": 4, "dtype": "float32"})
     with pytest.raises(UsageError, match=r"scores.jsonl: its scores are of another configuration \(dtype, steps\)"):
-        Scores(file, {"model": "m", "steps": 5, "dtype": "bfloat16"})
+        ScoreLedger(file, {"model": "m", "steps": 5, "dtype": "bfloat16"})
 
 
 @pytest.mark.parametrize(("line", "number"), [("nonsense", 1), ("[1]", 1), ("{", 2), ('{"steps": [0]}', 2)])
@@ -113,4 +113,4 @@ def test_a_damaged_line_is_named(tmp_path, line, number):
     file = tmp_path / "scores.jsonl"
     file.write_text(("{}\n" if number == 2 else "") + line + "\n")
     with pytest.raises(UsageError, match=f"line {number} is damaged"):
-        Scores(file, {})
+        ScoreLedger(file, {})

@@ -11,14 +11,14 @@ import pytest
 
 from hydrarun.acceleration.cache.adaptive_gates import TeaCache
 from hydrarun.acceleration.cache.base import NoCache
-from hydrarun.acceleration.cache.recorder import Recording
-from hydrarun.config.compose import compose
+from hydrarun.acceleration.cache.recorder import RecordingCache
+from hydrarun.config.compose import compose_config
 from hydrarun.config.targets import instantiate
 from hydrarun.core.errors import UsageError
 from hydrarun.core.progress import Progress
-from hydrarun.engine.calibration import teacache as calibrate_teacache
-from hydrarun.engine.calibration.teacache import complaints, fit, plot, quality
-from hydrarun.engine.calibration.trial import Draws
+from hydrarun.engine.calibration import teacache
+from hydrarun.engine.calibration.teacache import fit_polynomials, list_warnings, measure_fit, plot_pairs
+from hydrarun.engine.calibration.trial import TrialRunner
 from tests.helpers import tiny
 
 CURVE = [2000.0, -300.0, 10.0, 1.5, 0.01]  # rises on the range below
@@ -32,7 +32,7 @@ def points(count: int = 120, low: float = 0.01, high: float = 0.15, polynomial=C
 
 
 def said(pairs) -> list[str]:
-    return list(complaints(pairs, fit(pairs)))
+    return list(list_warnings(pairs, fit_polynomials(pairs)))
 
 
 def test_a_known_polynomial_comes_back_for_each_expert_from_all_its_branches():
@@ -43,19 +43,19 @@ def test_a_known_polynomial_comes_back_for_each_expert_from_all_its_branches():
         ("transformer", "negative"): both[1::2],
         ("transformer_2", "positive"): points(polynomial=other),
     }
-    found = fit(pairs)
+    found = fit_polynomials(pairs)
     assert list(found) == ["transformer", "transformer_2"]
     assert np.allclose(found["transformer"], CURVE, rtol=1e-6)
     assert np.allclose(found["transformer_2"], other, atol=1e-6)
 
 
 def test_quality():
-    exact = quality(points(), CURVE)
+    exact = measure_fit(points(), CURVE)
     assert (exact.correlation, exact.r_squared) == (pytest.approx(1), pytest.approx(1))
-    shifted = quality(points(), [*CURVE[:-1], CURVE[-1] + 1])
+    shifted = measure_fit(points(), [*CURVE[:-1], CURVE[-1] + 1])
     assert shifted.correlation == pytest.approx(1)
     assert shifted.r_squared < -10
-    flat = quality([(0.1, 0.5), (0.2, 0.5)], CURVE)
+    flat = measure_fit([(0.1, 0.5), (0.2, 0.5)], CURVE)
     assert (flat.correlation, flat.r_squared) == (0, 0)
 
 
@@ -90,13 +90,13 @@ def test_a_polynomial_that_leaves_the_data():
 
 def test_the_plot_has_a_panel_for_each_expert_with_its_own_pairs(tmp_path):
     pairs = {("transformer", "positive"): points(120), ("transformer_2", "positive"): points(7)}
-    plot(tmp_path / "deep" / "plot.svg", pairs, fit(pairs))
+    plot_pairs(tmp_path / "deep" / "plot.svg", pairs, fit_polynomials(pairs))
     text = (tmp_path / "deep" / "plot.svg").read_text(encoding="utf-8")
     assert [text.count(f">{words}<") for words in ("transformer", "transformer_2")] == [1, 1]
     assert [text.count(f"positive, {count} pairs") for count in (120, 7)] == [1, 1]
 
 
-def by_hand(draws: Draws, prompt: str) -> dict:
+def by_hand(draws: TrialRunner, prompt: str) -> dict:
     """The same pairs from hooks on the first block and on the whole transformer."""
     seen = defaultdict(list)
     handles = []
@@ -125,8 +125,8 @@ def by_hand(draws: Draws, prompt: str) -> dict:
 
 @pytest.mark.parametrize("subject", ["wan22_t2v_a14b"], indirect=True)
 def test_what_is_recorded_is_what_hooks_see_of_each_branch_and_expert(subject):
-    draws = Draws(compose([*subject.overrides(), "sampling.num_inference_steps=9"]), QUIET)
-    recording = Recording()
+    draws = TrialRunner(compose_config([*subject.overrides(), "sampling.num_inference_steps=9"]), QUIET)
+    recording = RecordingCache()
     for prompt in ("a cat", "two dogs"):
         draws.denoise(draws.prepare(prompt), recording)
     expected = by_hand(draws, "a cat")
@@ -140,17 +140,17 @@ def test_what_is_recorded_is_what_hooks_see_of_each_branch_and_expert(subject):
 
 
 def test_the_signal_is_what_teacache_compares(tiny_folder):
-    draws = Draws(tiny.config(tiny_folder, "sampling.num_inference_steps=6"), QUIET)
-    recording = Recording()
+    draws = TrialRunner(tiny.config(tiny_folder, "sampling.num_inference_steps=6"), QUIET)
+    recording = RecordingCache()
     draws.denoise(draws.prepare("a cat"), recording)
     node = tiny.config(tiny_folder, "cache=teacache", "cache.gate.threshold=0")["cache"]
     cache, compared = instantiate(node, "cache"), defaultdict(list)
 
     class Spy(TeaCache):
-        def computes(self, step, changes):
+        def should_compute(self, step, changes):
             for branch, change in changes.items():
                 compared[step.expert, branch].append(change)
-            return super().computes(step, changes)
+            return super().should_compute(step, changes)
 
     cache.gate.__class__ = Spy
     draws.denoise(draws.prepare("a cat"), cache)
@@ -158,7 +158,7 @@ def test_the_signal_is_what_teacache_compares(tiny_folder):
 
 
 def test_too_few_steps_are_refused_after_the_first_prompt(tiny_folder):
-    draws = Draws(tiny.config(tiny_folder, "sampling.num_inference_steps=2", "sampling.true_cfg_scale=1"), QUIET)
+    draws = TrialRunner(tiny.config(tiny_folder, "sampling.num_inference_steps=2", "sampling.true_cfg_scale=1"), QUIET)
     drawn = []
     spied = SimpleNamespace(
         prepare=lambda prompt: drawn.append(prompt) or draws.prepare(prompt),
@@ -167,6 +167,6 @@ def test_too_few_steps_are_refused_after_the_first_prompt(tiny_folder):
         progress=QUIET,
     )
     with pytest.raises(UsageError, match="transformer gives 4 pairs of consecutive steps, and 5 are the least"):
-        calibrate_teacache.record(spied, list("abcd"))
+        teacache.record_changes(spied, list("abcd"))
     assert drawn == ["a"]
-    assert len(calibrate_teacache.record(spied, list("abcde"))["transformer", "positive"]) == 5
+    assert len(teacache.record_changes(spied, list("abcde"))["transformer", "positive"]) == 5

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from hydrarun.config.checks.compatibility import violations
-from hydrarun.config.checks.values import cfg_scale
-from hydrarun.config.compose import compose
-from hydrarun.core.resources import options
+from hydrarun.config.checks.compatibility import find_violations
+from hydrarun.config.checks.values import find_cfg_scale
+from hydrarun.config.compose import compose_config
+from hydrarun.core.resources import read_options
 from hydrarun.core.timing import Timings
-from hydrarun.engine.plan.devices import Device
+from hydrarun.engine.plan.devices import DeviceSpec
 from hydrarun.engine.plan.memory_model import PHASES
-from hydrarun.engine.plan.planner import planned
+from hydrarun.engine.plan.planner import plan_configuration
 from hydrarun.engine.runner import Runner
 from hydrarun.pipeline.request import make_state
 from hydrarun.pipeline.stage import Stage
@@ -28,7 +28,7 @@ from tests.helpers import midsize, subjects
 from tests.helpers.subjects import CONFIGS, LONG, SHORT, Subject
 
 SAME = 0.05
-FAKE = Device("fake", 2**40, "cuda", float16=1e12, link=1e9, host=1e9)
+FAKE = DeviceSpec("fake", 2**40, "cuda", float16=1e12, link=1e9, host=1e9)
 #: tried with every offload
 MODELS = ("demo", "qwen_image", "wan22_t2v_a14b")
 
@@ -53,13 +53,13 @@ def runner(subject: Subject, option: str, *more: str) -> Runner:
     """The smallest run of the subject on the fake device."""
     words = [word for word in subject.overrides() if word != "device=cpu"]
     sides = [f"sampling.{key}={value}" for key, value in subject.size(2, 2).items()]
-    return Runner({**compose([*words, *sides, f"offload={option}", *more]), "device": "fake"})
+    return Runner({**compose_config([*words, *sides, f"offload={option}", *more]), "device": "fake"})
 
 
 def asked(config: dict[str, Any], guided: bool) -> dict[str, Any]:
     """Two prompts of unequal length in two steps."""
     fields = {"prompt": [SHORT, LONG], "seed": [3, 4], "negative_prompt": "x", "num_inference_steps": 2}
-    fields[cfg_scale(config)[0]] = 3.0 if guided else 1.0
+    fields[find_cfg_scale(config)[0]] = 3.0 if guided else 1.0
     if "max_sequence_length" in config["model"]["takes"]:
         fields["max_sequence_length"] = 64
     return {**config, "sampling": {**config["sampling"], **fields}}
@@ -99,7 +99,9 @@ def measured(drawn: Runner, config: dict[str, Any], fake: Any, before: int) -> d
 def offloads(model: str) -> list[str]:
     """Those that go with the model on an accelerator."""
     config = {**CONFIGS[model], "device": "cuda"}
-    return [name for name, node in options("offload").items() if not any(violations({**config, "offload": node}))]
+    return [
+        name for name, node in read_options("offload").items() if not any(find_violations({**config, "offload": node}))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ def test_every_phase_takes_what_the_plan_expects(subject, option, fake, larger, 
     drawn = runner(chosen, option)
     for guided in (True, False):
         config = asked(drawn.config, guided)
-        made = planned({**config, "dtype": "float32"}, FAKE, 1)
+        made = plan_configuration({**config, "dtype": "float32"}, FAKE, 1)
         assert made.asked is not None
         want = {phase.name: phase.peak for phase in made.asked.phases}
         assert measured(drawn, config, fake, before) == pytest.approx(want, rel=SAME)
@@ -133,7 +135,7 @@ def test_it_does_with_other_numbers_too(subject, words, fake, larger, tmp_path_f
     before = fake.memory_allocated()
     drawn = runner(chosen, "none", *words)
     config = asked(drawn.config, guided=True)
-    made = planned(config, FAKE, 1)
+    made = plan_configuration(config, FAKE, 1)
     assert made.asked is not None
     want = {phase.name: phase.peak for phase in made.asked.phases}
     assert measured(drawn, config, fake, before) == pytest.approx(want, rel=SAME)

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from hydrarun.acceleration.offload.strategies import NoOffload
-from hydrarun.acceleration.quantization import stored_bytes
-from hydrarun.config.compose import compose, compose_raw
+from hydrarun.acceleration.quantization import count_stored_bytes
+from hydrarun.config.compose import compose_config, compose_unchecked
 from hydrarun.config.targets import load_class
 from hydrarun.engine.plan import configs
-from hydrarun.engine.plan.devices import published
-from hydrarun.engine.plan.estimate import rehearse, structure
-from hydrarun.engine.plan.memory_model import Setting
-from hydrarun.engine.plan.planner import planned
-from hydrarun.engine.plan.weights import here, of_transformer
+from hydrarun.engine.plan.devices import read_devices
+from hydrarun.engine.plan.estimate import build_meta_transformer, run_dry_forward
+from hydrarun.engine.plan.memory_model import WeightSettings
+from hydrarun.engine.plan.planner import plan_configuration
+from hydrarun.engine.plan.weights import count_active_bytes, measure_transformer
 from hydrarun.engine.runner import Runner
 from tests.engine.plan.test_memory_model import FAKE, SAME, asked, measured, runner
 from tests.helpers import parallel_runs
@@ -37,8 +37,8 @@ def test_the_shapes_have_as_many_parameters_as_is_published(name):
     """To the last digit that is published; what is kept in float32 counts double in bytes, and is very little."""
     facts = CONFIGS[name]["model"]["facts"]
     cls = load_class(CONFIGS[name]["model"]["transformer"], "model.transformer")
-    known = configs.known(facts["shapes"])
-    found = of_transformer("transformer", structure(cls, known, "transformer", torch.bfloat16, None))
+    known = configs.read_known_shapes(facts["shapes"])
+    found = measure_transformer("transformer", build_meta_transformer(cls, known, "transformer", torch.bfloat16, None))
     assert found.all.plain / 2 == pytest.approx(numbers(facts["parameters"]), abs=0.06e9)
     if "modulation" in facts:
         assert found.all.modulation / 2 == pytest.approx(numbers(facts["modulation"]), abs=0.06e9)
@@ -46,8 +46,10 @@ def test_the_shapes_have_as_many_parameters_as_is_published(name):
 
 def test_the_operations_of_a_forward_are_those_of_its_sizes():
     """Qwen-Image at 1024 x 1024: linear layers 2 x tokens x weights, attention 4 x tokens^2 x width in each block."""
-    config, _ = compose_raw(["model=qwen_image", "sampling.prompt=a", "sampling.height=1024", "sampling.width=1024"])
-    made = planned(config, published()["h100"], 1)
+    config, _ = compose_unchecked(
+        ["model=qwen_image", "sampling.prompt=a", "sampling.height=1024", "sampling.width=1024"]
+    )
+    made = plan_configuration(config, read_devices()["h100"], 1)
     assert made.asked is not None
     per_forward = made.asked.phases[1].flops / made.steps / 2
     tokens = 64 * 64 + 6  # a prompt of one letter and the end of the template
@@ -61,8 +63,8 @@ def test_the_operations_of_a_forward_are_those_of_its_sizes():
 
 def test_blocks_of_another_kind_count_as_many_as_they_are():
     """Stable Diffusion 3.5 Medium: in 13 of 24 blocks images attend twice, and in the last the text is only read."""
-    config, _ = compose_raw(["model=sd35_medium", "sampling.prompt=a"])
-    made = planned(config, published()["h100"], 1)
+    config, _ = compose_unchecked(["model=sd35_medium", "sampling.prompt=a"])
+    made = plan_configuration(config, read_devices()["h100"], 1)
     assert made.asked is not None
     image, text, dim = 64 * 64, 77 + 256, 1536
     linear = 2 * dim**2 * (image * (24 * 12 + 13 * 4) + text * (23 * 12 + 3))
@@ -73,7 +75,9 @@ def test_blocks_of_another_kind_count_as_many_as_they_are():
 def test_a_third_prediction_of_some_steps_counts():
     """Skip-layer guidance of Stable Diffusion 3.5 Medium in the steps 1 to 7 of 40, as if it ran all blocks."""
     plain, guided = (
-        planned(compose_raw(["model=sd35_medium", "sampling.prompt=a", *words])[0], published()["h100"], 1)
+        plan_configuration(
+            compose_unchecked(["model=sd35_medium", "sampling.prompt=a", *words])[0], read_devices()["h100"], 1
+        )
         for words in ([], ["model.guidance.layers=[7,8,9]"])
     )
     assert plain.asked is not None
@@ -87,7 +91,7 @@ def test_a_third_prediction_of_some_steps_counts():
 def test_ranks_send_what_the_plan_expects(subject, chosen, pool):
     config = {**asked(subject.runner.config, guided=True), "parallel": parallel_runs.degrees(**chosen)}
     _, _, sent = pool(2, parallel_runs.draw, subject.name, subject.folder, chosen, 0, config["sampling"])[0]
-    made = planned({**config, "dtype": "float32"}, FAKE, 2)
+    made = plan_configuration({**config, "dtype": "float32"}, FAKE, 2)
     assert made.asked is not None
     assert sum(phase.sent for phase in made.asked.phases) == sum(sent.values())
 
@@ -99,7 +103,7 @@ def test_what_a_cache_keeps_is_planned(subject, words, fake):
     before = fake.memory_allocated()
     drawn = runner(subject, "none", "sampling.num_inference_steps=8", *words)
     config = asked(drawn.config, guided=True) | {"sampling": drawn.config["sampling"]}
-    made = planned({**config, "dtype": "float32"}, FAKE, 1)
+    made = plan_configuration({**config, "dtype": "float32"}, FAKE, 1)
     assert made.asked is not None
     denoise = made.asked.phases[1]
     assert measured(drawn, config, fake, before)["denoise"] == pytest.approx(denoise.peak, rel=SAME)
@@ -117,23 +121,23 @@ def test_what_a_cache_keeps_is_planned(subject, words, fake):
 def test_quantized_weights_take_what_the_plan_expects(subject, option, components):
     """To the byte."""
     words = [*subject.overrides(), f"quantization={option}", f"quantization.components={components}"]
-    drawn = Runner(compose(words))
-    rehearsed = rehearse(drawn.config, configs.of_folder(subject.folder), torch.float32)
-    held = Setting.of(drawn.config).held(rehearsed)
+    drawn = Runner(compose_config(words))
+    rehearsed = run_dry_forward(drawn.config, configs.read_folder_configs(subject.folder), torch.float32)
+    held = WeightSettings.from_config(drawn.config).make_layout(rehearsed)
     built = drawn.built.parts
     modules = {name: value for name, value in built.pipeline.components.items() if isinstance(value, torch.nn.Module)}
     for name, module in (modules | built.experts.transformers).items():
-        stored = sum(stored_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
+        stored = sum(count_stored_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
         (component,) = (one for one in rehearsed.components if one.name == name)
-        assert here(component, held, NoOffload()) == stored, name
+        assert count_active_bytes(component, held, NoOffload()) == stored, name
 
 
 @pytest.mark.parametrize("subject", ["flux_dev", "wan22_t2v_a14b"], indirect=True)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_weights_take_what_the_plan_expects(subject, dtype):
     """To the byte, with what libraries and we keep in float32."""
-    drawn = Runner(compose([*subject.overrides(), f"dtype={dtype}"]))
-    rehearsed = rehearse(drawn.config, configs.of_folder(subject.folder), getattr(torch, dtype))
+    drawn = Runner(compose_config([*subject.overrides(), f"dtype={dtype}"]))
+    rehearsed = run_dry_forward(drawn.config, configs.read_folder_configs(subject.folder), getattr(torch, dtype))
     built = drawn.built.parts
     for name, module in (built.pipeline.components | built.experts.transformers).items():
         if isinstance(module, torch.nn.Module):
@@ -144,6 +148,6 @@ def test_narrow_weights_take_what_the_plan_expects(subject, dtype):
 
 def test_the_devices_that_are_named_are_those_that_are_known():
     page, option = (ROOT / "docs" / "plan.md").read_text(), (ROOT / "conf" / "plan" / "none.yaml").read_text()
-    for name in published():
+    for name in read_devices():
         assert re.search(rf"\b{name}\b", page)
         assert re.search(rf"\b{name}\b", option)

@@ -14,13 +14,12 @@ import pytest
 
 import hydrarun
 from hydrarun import __main__
-from hydrarun.cli import main as cli
+from hydrarun.cli import main
 from hydrarun.config import targets
-from hydrarun.config.compose import compose
+from hydrarun.config.compose import compose_config
 from hydrarun.core.distributed.rank import RankInfo, threads_per_rank
 from hydrarun.core.errors import UsageError
-from hydrarun.engine.ranks import launch, worker
-from hydrarun.engine.ranks import local_group as group
+from hydrarun.engine.ranks import launch, local_group, worker
 from tests.helpers.paths import environment
 
 TWO = ["parallel=ulysses2", "device=cpu"]
@@ -31,7 +30,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "
 def fake(monkeypatch, tmp_path):
     """The command's ranks have the stand-in; it runs in an empty folder; the user has allowed a class."""
     monkeypatch.setattr(targets, "_allowed_by_user", {"my.Own"})
-    monkeypatch.setattr(group, "WORKER", "tests.helpers.fake_rank")
+    monkeypatch.setattr(local_group, "WORKER", "tests.helpers.fake_rank")
     monkeypatch.chdir(tmp_path)
 
 
@@ -58,7 +57,7 @@ def records(folder: Path) -> list[dict]:
 def test_a_sweep_keeps_its_ranks_survives_a_failure_and_names_it_once(fake, tmp_path, capfd):
     prompts = '"fine","so so","1 ZeroDivisionError","well"'
     words = [*TWO, "-m", f"sampling.prompt=choice({prompts})", "sampling.seed=7", "hydra.sweep.dir=here"]
-    assert cli.main(words) == 1
+    assert main.main(words) == 1
     first, second, failed, last = records(tmp_path)
     assert (failed["status"], failed["error"]["type"]) == ("failed", "RunError")
     assert failed["error"]["message"].endswith("rank 1: ZeroDivisionError: the sky is green")
@@ -78,23 +77,23 @@ def test_a_sweep_keeps_its_ranks_survives_a_failure_and_names_it_once(fake, tmp_
 
 
 def test_another_build_gets_other_ranks(fake):
-    ranks = group.Ranks()
+    ranks = local_group.RanksExecutor()
     folder = {"output_dir": str(Path.cwd())}
-    config = compose(TWO)
-    first = ranks.do("run", config, folder)
-    second = ranks.do("run", {**config, "dtype": "bfloat16"}, folder)
+    config = compose_config(TWO)
+    first = ranks.run_job("run", config, folder)
+    second = ranks.run_job("run", {**config, "dtype": "bfloat16"}, folder)
     assert gone(first["pids"], 1)
     assert second["jobs"] == 1
     start = time.monotonic()
     with pytest.raises(UsageError) as raised:
-        ranks.do("run", {**config, "dtype": "bfloat16", "sampling": {"prompt": "1 UsageError"}}, folder)
+        ranks.run_job("run", {**config, "dtype": "bfloat16", "sampling": {"prompt": "1 UsageError"}}, folder)
     assert str(raised.value) == "the sky is green"
     assert gone(second["pids"], 1)
     assert time.monotonic() - start < 10
 
 
 def test_a_killed_rank_is_named(fake, capfd, tmp_path):
-    assert cli.main([*TWO, "sampling.prompt=1 SIGKILL", "hydra.run.dir=here"]) == 1
+    assert main.main([*TWO, "sampling.prompt=1 SIGKILL", "hydra.run.dir=here"]) == 1
     file = tmp_path / "here" / "pids.json"  # written right before
     pids = json.loads(file.read_text())
     assert time.time() - file.stat().st_mtime < 10
@@ -189,7 +188,7 @@ def test_the_wrong_number_of_ranks(monkeypatch, overrides, size, local, text):
     for name, value in {"RANK": 0, "WORLD_SIZE": size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": local}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UsageError) as raised:
-        launch.check_size(compose(overrides)["parallel"])
+        launch.check_rank_count(compose_config(overrides)["parallel"])
     assert text in str(raised.value)
 
 
@@ -210,7 +209,7 @@ def devices(monkeypatch):
 )
 def test_each_rank_has_its_device(devices, name, count, expected):
     devices(count)
-    assert worker.own_device(name, RankInfo(1, 2, 1, 2)) == expected
+    assert worker.choose_rank_device(name, RankInfo(1, 2, 1, 2)) == expected
 
 
 @pytest.mark.parametrize(
@@ -224,7 +223,7 @@ def test_each_rank_has_its_device(devices, name, count, expected):
 def test_too_few_devices_are_the_users_to_know(devices, name, count, text):
     devices(count)
     with pytest.raises(UsageError) as raised:
-        worker.own_device(name, RankInfo(0, 2, 0, 2))
+        worker.choose_rank_device(name, RankInfo(0, 2, 0, 2))
     assert str(raised.value).startswith(text)
 
 
@@ -239,8 +238,8 @@ def test_no_rank_imports_hydra():
 
 def test_several_ranks_get_the_configuration_and_the_directory(fake, monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr("hydrarun.engine.ranks.launch.Ranks.do", lambda self, *job: seen.append(job))
-    assert cli.main(["parallel=ulysses2", "sampling.seed=3", "hydra.run.dir=here"]) == 0
+    monkeypatch.setattr("hydrarun.engine.ranks.launch.RanksExecutor.run_job", lambda self, *job: seen.append(job))
+    assert main.main(["parallel=ulysses2", "sampling.seed=3", "hydra.run.dir=here"]) == 0
     [(action, config, arguments)] = seen
     assert (action, arguments) == ("run", {"output_dir": str(tmp_path / "here")})
     assert (config["sampling"]["seed"], config["parallel"]["ulysses_degree"]) == (3, 2)
@@ -260,9 +259,9 @@ def test_a_rank_of_torchrun_serves_and_reads_no_configuration(monkeypatch):
 
 
 def test_the_store_listens_to_this_machine_alone():
-    listener = group.socket.create_server(("127.0.0.1", 0))
+    listener = local_group.socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    store = group._host(listener, port)
+    store = local_group._make_store(listener, port)
     store.set("a", "1")
     table = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
     lines = [line.split() for line in table.splitlines()]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hydrarun.engine.ranks.worker import Session
+from hydrarun.engine.ranks.worker import RankSession
 from tests.helpers import tiny
 
 #: what allocators may keep, of a process that has built twice already
@@ -44,9 +44,9 @@ def test_twenty_builds_in_turns_leave_nothing(tiny_folder, unseen, tmp_path):
     """Weights in other numbers each time; caches that put themselves between the blocks are among what must go."""
     words = ["sampling.num_inference_steps=2", "cache=dbcache", "cache.max_warmup_steps=1"]
     configs = [tiny.config(tiny_folder, *words, *more) for more in (["vae.tiling=true"], ["dtype=bfloat16"])]
-    session, counts, sizes, loads = Session(None), [], [], []
+    session, counts, sizes, loads = RankSession(None), [], [], []
     for number in range(20):
-        record = session.do("run", configs[number % 2], {"output_dir": str(tmp_path / str(number))})
+        record = session.run_job("run", configs[number % 2], {"output_dir": str(tmp_path / str(number))})
         loads.append(record["timings"]["load_s"] > 0)
         counts.append(live())
         sizes.append(resident())
@@ -61,9 +61,9 @@ def test_twenty_builds_in_turns_leave_nothing(tiny_folder, unseen, tmp_path):
 def test_a_device_is_empty_after_each_build(fake, tiny_folder, other, tmp_path):
     words = ["sampling.num_inference_steps=2", "device=auto"]
     configs = [{**tiny.config(tiny_folder, *words, *more), "device": "fake"} for more in ([], [other])]
-    session, held, closed = Session(None), [], []
+    session, held, closed = RankSession(None), [], []
     for number in range(4):
-        session.do("run", configs[number % 2], {"output_dir": str(tmp_path / str(number))})
+        session.run_job("run", configs[number % 2], {"output_dir": str(tmp_path / str(number))})
         held.append(fake.memory_allocated())
         session.close()
         closed.append(fake.memory_allocated())

@@ -17,15 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-from hydrarun.cli import main as cli
+from hydrarun.cli import main
 from hydrarun.core.errors import RunError, UsageError
-from hydrarun.engine.ranks import launch
-from hydrarun.engine.ranks import local_group as group
+from hydrarun.engine.ranks import launch, local_group
 from hydrarun.engine.runs import batch, batch_worker
 from hydrarun.engine.runs.batch_ledger import BatchLedger
-from hydrarun.outputs import writer as outputs
+from hydrarun.outputs import writer
 from hydrarun.outputs.media import png
-from hydrarun.outputs.provenance import config_hash
+from hydrarun.outputs.provenance import hash_config
 from tests.helpers import ranks, tiny
 from tests.helpers.batch_runs import compose_lines, failing, prompts, read_record
 
@@ -36,7 +35,7 @@ BARE = "output.metadata=false"  # files of equal pixels are then equal: recipes 
 def let_go():
     """What a run keeps loaded stays for the next one of the same test."""
     yield
-    launch.close()
+    launch.close_executor()
 
 
 @pytest.fixture
@@ -55,24 +54,26 @@ def files(folder: Path) -> dict[str, str]:
 
 def test_pictures_are_those_of_single_runs_and_so_are_their_recipes(config, tiny_folder, tmp_path):
     rows = [{"prompt": "a cat", "seed": 4}, {"prompt": "two dogs, “asleep”", "seed": 5, "width": 32}]
-    made = launch.run(config(*rows), tmp_path / "many")
+    made = launch.run_configuration(config(*rows), tmp_path / "many")
     assert (made["status"], len(made["batches"]), made["failed"]) == ("complete", 2, [])
     assert [(output["index"], output["line"], output["batch"]) for output in made["outputs"]] == [(0, 1, 0), (1, 2, 1)]
     for output, row in zip(made["outputs"], rows, strict=True):
         words = [f"sampling.{key}={value}" for key, value in row.items()]
-        alone = launch.run(tiny.config(tiny_folder, *words, "sampling.num_images_per_prompt=1"), tmp_path / "one")
+        alone = launch.run_configuration(
+            tiny.config(tiny_folder, *words, "sampling.num_images_per_prompt=1"), tmp_path / "one"
+        )
         (single,) = alone["outputs"]
         assert output["pixels_sha256"] == single["pixels_sha256"]
         assert output["path"].rpartition("-")[2] == single["path"].rpartition("-")[2]
         recipe = png.read_png(tmp_path / "many" / output["path"])[1]
-        assert config_hash(recipe["config"]) == recipe["config_hash"]
+        assert hash_config(recipe["config"]) == recipe["config_hash"]
         assert output["path"].endswith(f"-{recipe['config_hash']}.png")
 
 
 def test_a_batch_equals_singles_and_names_do_not_know_of_it(config, tmp_path):
     rows = [*prompts("a", "bb", "ccc"), {"prompt": "d", "height": 32}]
-    singly = launch.run(config(*rows), tmp_path / "singly")
-    together = launch.run(config(*rows, words=("batch_size=2",)), tmp_path / "together")
+    singly = launch.run_configuration(config(*rows), tmp_path / "singly")
+    together = launch.run_configuration(config(*rows, words=("batch_size=2",)), tmp_path / "together")
     assert [one["outputs"] for one in together["batches"]] == [[0, 1], [2], [3]]
     for one, other in zip(singly["outputs"], together["outputs"], strict=True):
         assert one["path"] == other["path"]
@@ -81,7 +82,7 @@ def test_a_batch_equals_singles_and_names_do_not_know_of_it(config, tmp_path):
 
 
 def test_times_are_sums_and_steps_one_after_the_other(config, tmp_path):
-    made = launch.run(config(*prompts("a", "b", "c")), tmp_path)
+    made = launch.run_configuration(config(*prompts("a", "b", "c")), tmp_path)
     every = [one["timings"] for one in made["batches"]]
     total = made["timings"]
     assert total["steps_s"] == [step for one in every for step in one["steps_s"]]
@@ -95,7 +96,7 @@ def test_times_are_sums_and_steps_one_after_the_other(config, tmp_path):
 def test_quality_is_that_of_all_pictures(config, tmp_path):
     words = ("cache=every_n", "sampling.num_inference_steps=6", "report.metrics=[psnr,ssim]")
     words = (*words, "report.noise_floor=[repeat]", f"report.twins={tmp_path / 'twins'}")
-    made = launch.run(config(*prompts("a", "b", "c"), words=(*words, "batch_size=2")), tmp_path / "run")
+    made = launch.run_configuration(config(*prompts("a", "b", "c"), words=(*words, "batch_size=2")), tmp_path / "run")
     each = [output["quality"]["psnr"] for output in made["outputs"]]
     assert len(set(each)) == 3
     assert made["quality"]["psnr"]["mean"] == pytest.approx(np.mean(each))
@@ -106,10 +107,10 @@ def test_quality_is_that_of_all_pictures(config, tmp_path):
 
 def test_two_ranks_share_batches_of_which_the_last_is_too_small(config, tmp_path, monkeypatch):
     rows = prompts("a", "bb", "fails on rank 1", "ccc", "dddd")
-    singly = launch.run(config(*rows), tmp_path / "singly")
-    monkeypatch.setattr(group, "WORKER", "tests.helpers.stumbling_rank")
+    singly = launch.run_configuration(config(*rows), tmp_path / "singly")
+    monkeypatch.setattr(local_group, "WORKER", "tests.helpers.stumbling_rank")
     with pytest.raises(RunError, match="2 of 5 failed; the first: stumbled"):
-        launch.run(config(*rows, words=("parallel=data2",)), tmp_path / "shared")
+        launch.run_configuration(config(*rows, words=("parallel=data2",)), tmp_path / "shared")
     made = read_record(tmp_path / "shared")
     assert [one["outputs"] for one in made["batches"]] == [[0, 1], [4]]
     assert [one["index"] for one in made["failed"]] == [2, 3]
@@ -127,7 +128,7 @@ def test_a_failure_is_kept_the_others_go_on_and_the_same_command_tries_again(con
     rows = prompts("a", "bad", "c", "worse", "e")
     drawn = failing(monkeypatch, {"bad": [RunError("NaN")], "worse": [ZeroDivisionError("unforeseen")]})
     with pytest.raises(RunError, match="2 of 5 failed; the first: NaN\nThe same command again tries them"):
-        launch.run(config(*rows), tmp_path)
+        launch.run_configuration(config(*rows), tmp_path)
     assert drawn == ["a", "bad", "c", "worse", "e"]
     made = read_record(tmp_path)
     assert made["status"] == "failed"
@@ -139,20 +140,20 @@ def test_a_failure_is_kept_the_others_go_on_and_the_same_command_tries_again(con
     assert "Traceback" in capsys.readouterr().err  # of what nobody foresaw
 
     drawn.clear()
-    assert launch.run(config(*rows), tmp_path)["status"] == "complete"
+    assert launch.run_configuration(config(*rows), tmp_path)["status"] == "complete"
     assert drawn == ["bad", "worse"]
     assert "3 of 5 are there and verified, 2 to draw" in capsys.readouterr().err
 
 
 def test_a_picture_that_cannot_be_one_fails_alone(config, tmp_path, monkeypatch):
-    refuse = outputs._refuse_constant
+    refuse = writer._refuse_constant
 
     def black(pixels, prompt, seed):
         refuse(np.zeros_like(pixels) if prompt == "black" else pixels, prompt, seed)
 
-    monkeypatch.setattr(outputs, "_refuse_constant", black)
+    monkeypatch.setattr(writer, "_refuse_constant", black)
     with pytest.raises(RunError, match="1 of 3 failed"):
-        launch.run(config(*prompts("a", "black", "c"), words=("batch_size=3",)), tmp_path)
+        launch.run_configuration(config(*prompts("a", "black", "c"), words=("batch_size=3",)), tmp_path)
     made = read_record(tmp_path)
     assert [output["index"] for output in made["outputs"]] == [0, 2]
     assert made["failed"][0]["error"]["message"].startswith("the picture for seed 1 ('black') is all black")
@@ -160,14 +161,16 @@ def test_a_picture_that_cannot_be_one_fails_alone(config, tmp_path, monkeypatch)
 
 def test_retry_tries_again_after_the_others(config, tmp_path, monkeypatch):
     drawn = failing(monkeypatch, {"b": [RunError("once"), RunError("twice")]})
-    assert launch.run(config(*prompts("a", "b", "c"), words=("retry=2",)), tmp_path)["status"] == "complete"
+    assert (
+        launch.run_configuration(config(*prompts("a", "b", "c"), words=("retry=2",)), tmp_path)["status"] == "complete"
+    )
     assert drawn == ["a", "b", "c", "b", "b"]
 
 
 def test_fail_fast_ends_at_the_first_failure(config, tmp_path, monkeypatch):
     drawn = failing(monkeypatch, {"b": [RunError("once")]})
     with pytest.raises(RunError, match="2 of 3 failed; the first: once"):
-        launch.run(config(*prompts("a", "b", "c"), words=("fail_fast=true", "retry=3")), tmp_path)
+        launch.run_configuration(config(*prompts("a", "b", "c"), words=("fail_fast=true", "retry=3")), tmp_path)
     assert drawn == ["a", "b"]
     assert [one["error"] and one["error"]["message"] for one in read_record(tmp_path)["failed"]] == ["once", None]
 
@@ -175,17 +178,17 @@ def test_fail_fast_ends_at_the_first_failure(config, tmp_path, monkeypatch):
 def test_what_would_fail_for_every_picture_is_not_tried_with_each(config, tmp_path, monkeypatch):
     drawn = failing(monkeypatch, {"a": [UsageError("use another cache")]})
     with pytest.raises(UsageError, match="line 1 of input.prompts: use another cache"):
-        launch.run(config(*prompts("a", "b")), tmp_path)
+        launch.run_configuration(config(*prompts("a", "b")), tmp_path)
     assert drawn == ["a"]
     monkeypatch.setattr(batch_worker, "draw_batches", lambda *_: 1 / 0)  # as if weights were damaged: nothing was begun
     with pytest.raises(ZeroDivisionError):
-        launch.run(config(*prompts("a", "b")), tmp_path)
+        launch.run_configuration(config(*prompts("a", "b")), tmp_path)
 
 
 def test_ctrl_c_leaves_a_run_json_of_what_is_there(config, tmp_path, monkeypatch):
     failing(monkeypatch, {"b": [KeyboardInterrupt()]})
     with pytest.raises(KeyboardInterrupt):
-        launch.run(config(*prompts("a", "b", "c")), tmp_path)
+        launch.run_configuration(config(*prompts("a", "b", "c")), tmp_path)
     made = read_record(tmp_path)
     assert (made["status"], made["error"]["type"], len(made["outputs"])) == ("failed", "KeyboardInterrupt", 1)
 
@@ -195,10 +198,10 @@ def test_ctrl_c_leaves_a_run_json_of_what_is_there(config, tmp_path, monkeypatch
 
 def test_nothing_is_loaded_when_everything_is_there(config, tmp_path, monkeypatch):
     rows = prompts("a", "b")
-    first = launch.run(config(*rows), tmp_path)
-    launch.close()
-    monkeypatch.setattr(launch, "executor_for", lambda config: pytest.fail("a place to run in was asked for"))
-    again = launch.run(config(*rows), tmp_path)
+    first = launch.run_configuration(config(*rows), tmp_path)
+    launch.close_executor()
+    monkeypatch.setattr(launch, "find_executor", lambda config: pytest.fail("a place to run in was asked for"))
+    again = launch.run_configuration(config(*rows), tmp_path)
     assert {**again, "created": ""} == {**first, "created": ""}
 
 
@@ -206,13 +209,13 @@ def test_what_is_gone_or_changed_is_drawn_again_with_its_batch_and_the_same_byte
     config, tmp_path, monkeypatch, capsys
 ):
     rows, words = prompts("a", "b", "c", "d"), ("batch_size=2", BARE)
-    launch.run(config(*rows, words=words), tmp_path)
+    launch.run_configuration(config(*rows, words=words), tmp_path)
     whole = files(tmp_path)
     first, second, third, _ = sorted(whole)
     (tmp_path / first).unlink()
     (tmp_path / third).write_bytes((tmp_path / third).read_bytes()[:-1] + b"x")
     drawn, untouched = failing(monkeypatch, {}), (tmp_path / second).stat().st_mtime_ns
-    launch.run(config(*rows, words=words), tmp_path)
+    launch.run_configuration(config(*rows, words=words), tmp_path)
     assert drawn == ["a", "b", "c", "d"]
     assert files(tmp_path) == whole
     assert (tmp_path / second).stat().st_mtime_ns == untouched
@@ -223,22 +226,22 @@ def test_what_took_a_process_down_with_it_is_tried_last(config, tmp_path, monkey
     asked = config(*prompts("a", "b", "c"))
     BatchLedger(tmp_path, asked).add_row("drawing", [0])  # and nothing more was heard of it
     drawn = failing(monkeypatch, {})
-    launch.run(asked, tmp_path)
+    launch.run_configuration(asked, tmp_path)
     assert drawn == ["b", "c", "a"]
 
 
 def test_new_lines_are_drawn_and_old_ones_are_there(config, tmp_path, monkeypatch):
-    launch.run(config(*prompts("a", "b")), tmp_path)
+    launch.run_configuration(config(*prompts("a", "b")), tmp_path)
     drawn = failing(monkeypatch, {})
-    made = launch.run(config(*prompts("a", "b", "c"), words=("batch_size=1",)), tmp_path)
+    made = launch.run_configuration(config(*prompts("a", "b", "c"), words=("batch_size=1",)), tmp_path)
     assert drawn == ["c"]
     assert [output["index"] for output in made["outputs"]] == [0, 1, 2]
 
 
 def test_a_folder_of_other_settings_is_refused(config, tmp_path):
-    launch.run(config(*prompts("a")), tmp_path)
+    launch.run_configuration(config(*prompts("a")), tmp_path)
     with pytest.raises(UsageError, match=r"ledger.jsonl: its pictures are of another configuration .*hydra.run.dir"):
-        launch.run(config(*prompts("a"), words=("sampling.num_inference_steps=3",)), tmp_path)
+        launch.run_configuration(config(*prompts("a"), words=("sampling.num_inference_steps=3",)), tmp_path)
 
 
 def test_only_what_a_run_had_half_written_is_cleared_away(tmp_path):
@@ -265,15 +268,15 @@ def test_the_command_goes_to_the_same_place_again(tiny_folder, tmp_path, monkeyp
     (tmp_path / "my prompts.txt").write_text("a cat, sitting\n# no\na dog\n")
     plain = [word for word in tiny.overrides(tiny_folder) if not word.startswith("sampling.prompt=")]
     words = [*plain, "input.prompts=my prompts.txt"]
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     (place,) = (tmp_path / "outputs").iterdir()
     assert place.name.startswith("my prompts-")
     assert len(files(place)) == 2
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     assert "2 of 2 are there and verified, 0 to draw" in capsys.readouterr().err
-    assert cli.main([*words, "sampling.num_inference_steps=3", "--fail-fast"]) == 0  # another place
+    assert main.main([*words, "sampling.num_inference_steps=3", "--fail-fast"]) == 0  # another place
     assert len(list((tmp_path / "outputs").iterdir())) == 2
-    assert cli.main(["replay", str(place / "run.json"), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
+    assert main.main(["replay", str(place / "run.json"), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
     assert capsys.readouterr().out.count("identical pixels") == 2
 
 
@@ -286,7 +289,7 @@ def draw_quietly(config: dict[str, Any], folder: Path) -> None:
     """What a process that is killed does."""
     torch.set_num_threads(1)  # as here: sums are split by the number of threads
     with Path(os.devnull).open("w") as null, contextlib.redirect_stderr(null):
-        launch.run(config, folder)
+        launch.run_configuration(config, folder)
 
 
 def lines(file: Path) -> int:
@@ -296,7 +299,7 @@ def lines(file: Path) -> int:
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(config, tmp_path):
     rows = [{"prompt": f"{number} cats", "seed": number, "height": 16 + 16 * (number % 2)} for number in range(ITEMS)]
     asked = config(*rows, words=("batch_size=2", BARE, "sampling.num_inference_steps=2"))
-    launch.run(asked, tmp_path / "unbroken")
+    launch.run_configuration(asked, tmp_path / "unbroken")
     whole, folder = files(tmp_path / "unbroken"), tmp_path / "broken"
     context, moments = multiprocessing.get_context("forkserver"), random.Random(0)
     context.set_forkserver_preload(ranks.PRELOAD)

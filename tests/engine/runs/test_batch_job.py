@@ -20,7 +20,7 @@ from tests.helpers.batch_runs import compose_lines, failing, prompts, read_recor
 def let_go():
     """What a run keeps loaded stays for the next one of the same test."""
     yield
-    launch.close()
+    launch.close_executor()
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_the_ledger_is_read_once_for_each_job_and_every_row_once(config, tmp_pat
     rows = prompts("a", "bad", "c", "d")
     failing(monkeypatch, {"bad": [RunError("NaN")]})
     with pytest.raises(RunError, match="1 of 4 failed"):
-        launch.run(config(*rows), tmp_path)
+        launch.run_configuration(config(*rows), tmp_path)
     assert len(opened) == 2  # a job that ends with the failure, and one for the rest
     opened.clear()
     ledger = (tmp_path / "ledger.jsonl").read_bytes().splitlines()
@@ -58,7 +58,7 @@ def test_the_ledger_is_read_once_for_each_job_and_every_row_once(config, tmp_pat
 
     opened.clear()
     parsed.clear()
-    assert launch.run(config(*rows), tmp_path)["status"] == "complete"
+    assert launch.run_configuration(config(*rows), tmp_path)["status"] == "complete"
     assert len(opened) == 2  # what is there already, and what one job adds
     ledger = (tmp_path / "ledger.jsonl").read_bytes().splitlines()
     assert [line for line in parsed if line in ledger] == ledger
@@ -66,14 +66,14 @@ def test_the_ledger_is_read_once_for_each_job_and_every_row_once(config, tmp_pat
 
 def test_ranks_draw_the_items_that_the_driver_sends(config, tmp_path, monkeypatch):
     asked = config(*prompts("a", "b"), {"prompt": "c", "height": 32}, words=("batch_size=2",))
-    executor, jobs = launch.Local(), []
+    executor, jobs = launch.LocalExecutor(), []
 
     def do_job(job):
         with monkeypatch.context() as patched:
             for name in ("items", "together", "each", "expand"):
                 patched.setattr(batches, name, lambda *_, name=name: pytest.fail(f"a rank called {name}"))
             jobs.append(job)
-            executor.do("batches", asked, json.loads(json.dumps(job)))
+            executor.run_job("batches", asked, json.loads(json.dumps(job)))
 
     made = run_batches(asked, tmp_path, do_job)
     assert (made["status"], [one["outputs"] for one in made["batches"]]) == ("complete", [[0, 1], [2]])
@@ -89,22 +89,24 @@ def test_ranks_draw_the_items_that_the_driver_sends(config, tmp_path, monkeypatc
 
 
 def test_the_items_are_computed_once(config, tmp_path, monkeypatch):
-    compute, calls = batches.items, []
-    monkeypatch.setattr(batches, "items", lambda config: calls.append(config) or compute(config))
+    compute, calls = batches.list_items, []
+    monkeypatch.setattr(batches, "list_items", lambda config: calls.append(config) or compute(config))
     failing(monkeypatch, {"b": [RunError("once")]})
-    assert launch.run(config(*prompts("a", "b", "c"), words=("retry=1",)), tmp_path)["status"] == "complete"
+    assert (
+        launch.run_configuration(config(*prompts("a", "b", "c"), words=("retry=1",)), tmp_path)["status"] == "complete"
+    )
     assert len(calls) == 1
 
 
 def test_a_failure_that_ends_a_rank_of_torchrun_is_recorded(config, tmp_path):
-    launch.run(config(*prompts("a")), tmp_path)
+    launch.run_configuration(config(*prompts("a")), tmp_path)
     asked, arguments = config(*prompts("a", "b")), {"output_dir": str(tmp_path)}
 
     def do_job():
         BatchLedger(tmp_path, asked).record_failure([1], RunError("overflow"))
         raise RunError("rank 1 stumbled")
 
-    with pytest.raises(RunError, match="rank 1"), launch.kept("batches", asked, arguments):
+    with pytest.raises(RunError, match="rank 1"), launch.record_job_failure("batches", asked, arguments):
         do_job()
     made = read_record(tmp_path)
     assert (made["status"], made["error"]["message"], len(made["outputs"])) == ("failed", "rank 1 stumbled", 1)

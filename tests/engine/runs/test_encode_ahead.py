@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hydrarun.config.batches import BatchJob
-from hydrarun.config.compose import compose
+from hydrarun.config.compose import compose_config
 from hydrarun.core.progress import Progress
 from hydrarun.engine.runner import Runner
 from hydrarun.engine.runs import batch_worker
@@ -23,7 +23,7 @@ TEXTS = ("a", "bb", "ccc")
 def config(tiny_folder, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
     plain = [word for word in tiny.overrides(tiny_folder) if not word.startswith(("sampling.prompt=", "device="))]
-    return lambda *words: compose([*plain, f"input.prompts={tmp_path / 'prompts.jsonl'}", *words])
+    return lambda *words: compose_config([*plain, f"input.prompts={tmp_path / 'prompts.jsonl'}", *words])
 
 
 def drawn(config, folder, monkeypatch) -> tuple[list[np.ndarray], list[set[str]]]:
@@ -39,7 +39,7 @@ def drawn(config, folder, monkeypatch) -> tuple[list[np.ndarray], list[set[str]]
         came.append({name for name in come if not offload.waiting[name].here})
         change(go, come)
 
-    monkeypatch.setattr(offload, "change", watched)
+    monkeypatch.setattr(offload, "swap", watched)
     plan = BatchPlan(config, folder, Progress(quiet=True))
     plan.draw_all(lambda job: batch_worker.draw_batches(runner, config, BatchJob.from_json(job, config)))
     records = plan.ledger.select_rows("done")

@@ -8,7 +8,7 @@ import pytest
 
 from hydrarun.core.errors import UsageError
 from hydrarun.engine.runner import Runner
-from hydrarun.engine.runs import quality as measure
+from hydrarun.engine.runs import quality
 from hydrarun.models.layers.attention_backends import SDPA, FlexAttention
 from tests.helpers import tiny
 from tests.helpers.measured import BOTH, CACHED, config
@@ -27,7 +27,7 @@ class Halved(SDPA):
 def test_the_noise_floor_is_measured_against_the_twin(run, runner, monkeypatch):
     other = Halved()
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "backends", lambda config: {"repeat": None, "flex": other})
+        patch.setattr(quality, "make_backends", lambda config: {"repeat": None, "flex": other})
         record = run(*CACHED, BOTH, "report.noise_floor=[repeat,flex]")
     assert runner.drawn == ["StepCache", "NoCache", "NoCache", "NoCache"]
     floor = record["quality"]["noise_floor"]
@@ -50,7 +50,7 @@ def test_the_noise_floor_is_of_runs_without_a_cache(run):
 
 def test_the_attention_is_put_back_after_an_error(tiny_runner):
     other = Halved()
-    with suppress(ZeroDivisionError), measure.attending(tiny_runner, other):
+    with suppress(ZeroDivisionError), quality.use_attention(tiny_runner, other):
         tiny.draw(tiny_runner, num_inference_steps=2)
         raise ZeroDivisionError
     calls = other.calls
@@ -60,7 +60,7 @@ def test_the_attention_is_put_back_after_an_error(tiny_runner):
 
 
 def test_the_noise_floors_attention_is_that_of_its_name():
-    found = measure.backends({"report": {"noise_floor": ["repeat", "flex"]}})
+    found = quality.make_backends({"report": {"noise_floor": ["repeat", "flex"]}})
     assert found["repeat"] is None
     assert isinstance(found["flex"], FlexAttention)
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hydrarun.cli import main as cli
+from hydrarun.cli import main
 from hydrarun.cli.commands import replay
-from hydrarun.cli.main import dispatch
-from hydrarun.config.compose import compose
+from hydrarun.cli.main import dispatch_verb
+from hydrarun.config.compose import compose_config
 from hydrarun.core.errors import RunError
 from hydrarun.engine.runner import Runner
 from hydrarun.engine.runs.single import follow_single, run_single
-from hydrarun.outputs.quality.metrics import compare, summary
-from hydrarun.outputs.quality.scene_judge import judge
+from hydrarun.outputs.quality.metrics import compare_outputs, summarize_values
+from hydrarun.outputs.quality.scene_judge import judge_picture
 from tests.helpers.measured import BOTH, CACHED, config, read
 from tests.helpers.parallel_runs import degrees
 
@@ -28,11 +28,11 @@ def test_a_cached_run_is_compared_with_its_twin(run, runner, tmp_path):
     quality = record["quality"]
     pairs = list(zip(read(tmp_path / "run"), read(Path(quality["twin"])), strict=True))
     assert len(pairs) == 2
-    want = [compare(*pair, ["psnr", "ssim"]) for pair in pairs]
+    want = [compare_outputs(*pair, ["psnr", "ssim"]) for pair in pairs]
     assert [output["quality"] for output in record["outputs"]] == want
     assert all(10 < numbers["psnr"] < 100 and numbers["ssim"] < 1 for numbers in want)
     for name in ("psnr", "ssim"):
-        assert quality[name] == summary([numbers[name] for numbers in want])
+        assert quality[name] == summarize_values([numbers[name] for numbers in want])
     assert set(quality) == {"twin", "psnr", "ssim"}
 
 
@@ -70,7 +70,7 @@ def test_a_run_without_cache_is_its_own_twin_and_that_of_others(run, runner, tmp
     run(*CACHED, BOTH)
     assert runner.drawn == ["NoCache", "StepCache"]
     twin = Path(record["quality"]["twin"])
-    assert dispatch(["replay", str(twin / "run.json"), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
+    assert dispatch_verb(["replay", str(twin / "run.json"), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
     assert capsys.readouterr().out.count("identical pixels") == 2
 
 
@@ -148,10 +148,10 @@ def test_accuracy_of_outputs_and_twins_is_the_judges(tmp_path):
         "report.metrics=[accuracy]",
         f"report.twins={tmp_path / 'twins'}",
     ]
-    config = compose(asked)
+    config = compose_config(asked)
     record = run_single(Runner(config), config, tmp_path / "run")
     right = {
-        name: np.mean([judge(*pair).right for pair in zip(read(folder), prompts, strict=True)])
+        name: np.mean([judge_picture(*pair).right for pair in zip(read(folder), prompts, strict=True)])
         for name, folder in {"outputs": tmp_path / "run", "twins": Path(record["quality"]["twin"])}.items()
     }
     assert record["quality"]["accuracy"] == {**right, "count": 2}
@@ -185,7 +185,7 @@ def test_accuracy_of_outputs_and_twins_is_the_judges(tmp_path):
     ],
 )
 def test_mistakes_on_the_command_line(words, line, capsys):
-    assert cli.main(words) == 2
+    assert main.main(words) == 2
     error = capsys.readouterr().err
     assert error.startswith(line)
     assert len(error.splitlines()) == 1
@@ -193,16 +193,16 @@ def test_mistakes_on_the_command_line(words, line, capsys):
 
 def test_a_replay_measures_only_when_asked(run, runner, tmp_path):
     run(*CACHED, BOTH, "report.noise_floor=[repeat]")
-    file = replay.load(tmp_path / "run" / "run.json")
+    file = replay.load_recorded_run(tmp_path / "run" / "run.json")
     assert file.config["report"]["metrics"] == ["psnr", "ssim"]
-    assert replay.configure(file, [])["report"] == {
+    assert replay.rebuild_config(file, [])["report"] == {
         "metrics": [],
         "noise_floor": [],
         "objectives": [],
         "twins": "outputs/twins",
     }
     asked = ["report.metrics=[ssim]", "report.noise_floor=[repeat]", f"report.twins={tmp_path}"]
-    assert replay.configure(file, asked)["report"] == {
+    assert replay.rebuild_config(file, asked)["report"] == {
         "metrics": ["ssim"],
         "noise_floor": ["repeat"],
         "objectives": [],

@@ -12,7 +12,7 @@ import pytest
 from hydrarun.core.errors import OutOfMemoryError, RunError
 from hydrarun.engine.runner import Runner
 from hydrarun.engine.runs.single import follow_single, run_single
-from hydrarun.outputs.quality.metrics import compare
+from hydrarun.outputs.quality.metrics import compare_outputs
 from tests.helpers.measured import BOTH, CACHED, config, read
 from tests.helpers.parallel_runs import degrees
 
@@ -49,7 +49,7 @@ def test_it_is_drawn_with_the_weights_on_disk_and_kept(tiny_folder, tmp_path, bu
     for twin, drawn in zip(read(Path(quality["twin"])), read(tmp_path / "plain"), strict=True):
         assert np.array_equal(twin, drawn)
     pairs = zip(read(tmp_path / "run"), read(tmp_path / "plain"), strict=True)
-    each = [compare(*pair, ["psnr"])["psnr"] for pair in pairs]
+    each = [compare_outputs(*pair, ["psnr"])["psnr"] for pair in pairs]
     assert quality["psnr"]["mean"] == pytest.approx(np.mean(each))
     assert 20 < quality["psnr"]["mean"] < 100
     record = json.loads((Path(quality["twin"]) / "run.json").read_text())

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from hydrarun.core.errors import RunError
-from hydrarun.engine.runs import reference as twins
-from hydrarun.outputs import reader as recorded
-from hydrarun.outputs.provenance import config_hash
+from hydrarun.engine.runs import reference
+from hydrarun.outputs import reader
+from hydrarun.outputs.provenance import hash_config
 from hydrarun.outputs.writer import OutputWriter, Picture
 from tests.outputs.test_writer import CONFIG, FACTS, MEASURED, PIXELS, VIDEO
 
@@ -34,12 +34,14 @@ def facts(folder: Path) -> dict:
 def config(tmp_path) -> dict:
     """A configuration whose twin is kept."""
     config = configuration(tmp_path)
-    twins.keep(config, facts(tmp_path), PICTURES, MEASURED)
+    reference.save_reference(config, facts(tmp_path), PICTURES, MEASURED)
     return config
 
 
 def test_the_twin_is_the_same_without_cache_and_measuring_and_loss(tmp_path):
-    twin = twins.configuration(configuration(tmp_path, output={"metadata": False, "format": "png", "fps": None}))
+    twin = reference.make_reference_config(
+        configuration(tmp_path, output={"metadata": False, "format": "png", "fps": None})
+    )
     assert twin["cache"] == {"_target_": "hydrarun.acceleration.cache.base.NoCache"}
     assert twin["output"] == {"metadata": True, "format": "png", "fps": None}
     assert twin["report"] == {"metrics": [], "noise_floor": [], "objectives": [], "twins": "outputs/twins"}
@@ -48,45 +50,45 @@ def test_the_twin_is_the_same_without_cache_and_measuring_and_loss(tmp_path):
 
 
 def test_the_folder_is_named_by_the_twins_hash_whatever_the_cache_is_and_what_is_measured(config, tmp_path):
-    place = twins.folder(config)
-    assert place == tmp_path / "twins" / config_hash(twins.configuration(config))
-    assert twins.folder({**config, "cache": twins.no_cache()}) == place
-    assert twins.folder({**config, "report": {**config["report"], "metrics": []}}) == place
+    place = reference.find_reference_dir(config)
+    assert place == tmp_path / "twins" / hash_config(reference.make_reference_config(config))
+    assert reference.find_reference_dir({**config, "cache": reference.make_no_cache_node()}) == place
+    assert reference.find_reference_dir({**config, "report": {**config["report"], "metrics": []}}) == place
     other = {**config, "sampling": {**config["sampling"], "seed": 9}}
-    assert twins.folder(other).parent == place.parent
-    assert twins.folder(other) != place
+    assert reference.find_reference_dir(other).parent == place.parent
+    assert reference.find_reference_dir(other) != place
 
 
 def test_a_kept_twin_is_an_ordinary_run(config):
-    record = json.loads((twins.folder(config) / "run.json").read_text())
+    record = json.loads((reference.find_reference_dir(config) / "run.json").read_text())
     assert record["status"] == "complete"
-    assert record["config_hash"] == twins.folder(config).name
+    assert record["config_hash"] == reference.find_reference_dir(config).name
     assert {key: record[key] for key in MEASURED if key != "timings"} == {
         "memory": MEASURED["memory"],
         "cache": MEASURED["cache"],
     }
-    loaded = recorded.load(twins.folder(config) / "run.json")
+    loaded = reader.load_recorded_run(reference.find_reference_dir(config) / "run.json")
     for have, want in zip(loaded.pictures, PICTURES, strict=True):
         assert np.array_equal(have.pixels, want.pixels)
 
 
 def test_what_is_kept_comes_back_in_order_and_nothing_else_is_left(config, tmp_path):
-    found = twins.kept(config, facts(tmp_path))
+    found = reference.read_reference(config, facts(tmp_path))
     assert [np.array_equal(have, want.pixels) for have, want in zip(found, PICTURES, strict=True)] == [True, True]
-    assert os.listdir(tmp_path / "twins") == [twins.folder(config).name]
+    assert os.listdir(tmp_path / "twins") == [reference.find_reference_dir(config).name]
 
 
 def test_a_video_is_kept_as_frames_whatever_the_run_writes(tmp_path):
     output = {"metadata": False, "format": "mp4", "fps": 16}
     model = {**CONFIG["model"], "takes": ["num_frames"]}
     config = configuration(tmp_path, output=output, model=model)
-    twins.keep(config, facts(tmp_path), [Picture(VIDEO, "a red circle", " ", 7)], MEASURED)
-    (found,) = twins.kept(config, facts(tmp_path))
+    reference.save_reference(config, facts(tmp_path), [Picture(VIDEO, "a red circle", " ", 7)], MEASURED)
+    (found,) = reference.read_reference(config, facts(tmp_path))
     assert np.array_equal(found, VIDEO)
 
 
 def test_none_is_kept_yet(tmp_path):
-    assert twins.kept(configuration(tmp_path), facts(tmp_path)) is None
+    assert reference.read_reference(configuration(tmp_path), facts(tmp_path)) is None
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_one_that_was_made_otherwise_is_not_reused(config, tmp_path, key):
         now["hardware"]["torch_threads"] = 3
     else:
         now[key] = "another"
-    assert twins.kept(config, now) is None
+    assert reference.read_reference(config, now) is None
 
 
 def rewrite(file: Path, **changes) -> None:
@@ -132,29 +134,29 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_one_is_not_reused_and_replaced(config, tmp_path, name):
-    DAMAGE[name](twins.folder(config))
-    assert twins.kept(config, facts(tmp_path)) is None
-    twins.keep(config, facts(tmp_path), PICTURES, MEASURED)
-    assert len(twins.kept(config, facts(tmp_path))) == 2
-    assert os.listdir(tmp_path / "twins") == [twins.folder(config).name]
+    DAMAGE[name](reference.find_reference_dir(config))
+    assert reference.read_reference(config, facts(tmp_path)) is None
+    reference.save_reference(config, facts(tmp_path), PICTURES, MEASURED)
+    assert len(reference.read_reference(config, facts(tmp_path))) == 2
+    assert os.listdir(tmp_path / "twins") == [reference.find_reference_dir(config).name]
 
 
 def test_a_black_one_is_refused_and_leaves_the_older_one(config, tmp_path):
     black = Picture(np.zeros_like(PIXELS), "a red circle", " ", 7)
     with pytest.raises(RunError, match="^the uncached twin: the picture for seed 7 .* is all black"):
-        twins.keep(config, facts(tmp_path), [PICTURES[0], black], MEASURED)
-    assert len(twins.kept(config, facts(tmp_path))) == 2
-    assert os.listdir(tmp_path / "twins") == [twins.folder(config).name]
+        reference.save_reference(config, facts(tmp_path), [PICTURES[0], black], MEASURED)
+    assert len(reference.read_reference(config, facts(tmp_path))) == 2
+    assert os.listdir(tmp_path / "twins") == [reference.find_reference_dir(config).name]
 
 
 def test_a_folder_that_cannot_be_is_one_line(tmp_path):
     (tmp_path / "twins").write_text("a file")
     config = configuration(tmp_path)
     with pytest.raises(RunError) as caught:
-        twins.keep(config, facts(tmp_path), PICTURES, MEASURED)
+        reference.save_reference(config, facts(tmp_path), PICTURES, MEASURED)
     assert str(caught.value) == (
-        f"the uncached twin cannot be kept in {twins.folder(config)}: File exists; choose another folder: "
-        "report.twins=…"
+        f"the uncached twin cannot be kept in {reference.find_reference_dir(config)}: File exists;"
+        " choose another folder: report.twins=…"
     )
 
 
@@ -163,10 +165,10 @@ def test_two_runs_that_keep_the_same_twin_at_once_are_both_content(config, tmp_p
     replace = os.replace
 
     def raced(source, target):
-        if Path(target) == twins.folder(config):
+        if Path(target) == reference.find_reference_dir(config):
             replace(Path(source).parent / "old", target)
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", raced)
-    twins.keep(config, facts(tmp_path), PICTURES, MEASURED)
-    assert len(twins.kept(config, facts(tmp_path))) == 2
+    reference.save_reference(config, facts(tmp_path), PICTURES, MEASURED)
+    assert len(reference.read_reference(config, facts(tmp_path))) == 2

@@ -7,29 +7,29 @@ from torch.nn import functional as F
 
 from hydrarun.models.layers.linear import FeedForward, QKVLinear
 from hydrarun.models.layers.norm import AdaLayerNorm, Modulation, modulate
-from hydrarun.models.layers.rope import frequencies, grid_frequencies, rotate
+from hydrarun.models.layers.rope import apply_rope, make_frequencies, make_grid_frequencies
 
 
 def test_rotation_is_complex_multiplication():
     x = torch.randn(2, 7, 3, 8)
-    rope = frequencies(torch.arange(-3, 4), 8)
+    rope = make_frequencies(torch.arange(-3, 4), 8)
     angles = torch.outer(torch.arange(-3, 4).double(), 10000.0 ** (-torch.arange(0, 8, 2).double() / 8))
     turned = torch.view_as_complex(x.double().reshape(2, 7, 3, 4, 2)) * torch.polar(
         torch.ones(7, 1, 4).double(), angles[:, None]
     )
     want = torch.view_as_real(turned).flatten(-2).float()
-    assert (rotate(x, rope) - want).abs().max() < 1e-6
+    assert (apply_rope(x, rope) - want).abs().max() < 1e-6
 
 
 def test_compiled_rotation_is_the_same_rotation():
-    x, rope = torch.randn(2, 7, 3, 8), frequencies(torch.arange(-3, 4), 8)
-    compiled = torch.compile(rotate, fullgraph=True, backend="aot_eager")
-    assert (compiled(x, rope) - rotate(x, rope)).abs().max() < 1e-6
+    x, rope = torch.randn(2, 7, 3, 8), make_frequencies(torch.arange(-3, 4), 8)
+    compiled = torch.compile(apply_rope, fullgraph=True, backend="aot_eager")
+    assert (compiled(x, rope) - apply_rope(x, rope)).abs().max() < 1e-6
 
 
 def test_rotation_keeps_norms_and_dtype():
     x = torch.randn(1, 5, 2, 8, dtype=torch.bfloat16)
-    turned = rotate(x, frequencies(torch.arange(5), 8))
+    turned = apply_rope(x, make_frequencies(torch.arange(5), 8))
     assert turned.dtype == torch.bfloat16
     assert (turned.float().norm(dim=-1) - x.float().norm(dim=-1)).abs().max() < 0.03  # 8 bits of a norm near 3
 
@@ -93,8 +93,8 @@ def test_gated_feed_forward():
 
 
 def test_a_grid_joins_the_angles_of_its_axes():
-    axes = [frequencies(torch.arange(n), dim) for n, dim in ((2, 4), (3, 2), (5, 6))]
-    table = grid_frequencies(axes)
+    axes = [make_frequencies(torch.arange(n), dim) for n, dim in ((2, 4), (3, 2), (5, 6))]
+    table = make_grid_frequencies(axes)
     assert table.shape == (30, 6, 2)
     for frame, row, column in ((0, 0, 0), (1, 2, 4), (1, 0, 3)):
         want = torch.cat([axes[0][frame], axes[1][row], axes[2][column]])
@@ -113,10 +113,10 @@ def test_gated_feed_forward_is_its_formula():
 
 def test_rotation_by_positions_of_each_items_own():
     x = torch.randn(2, 3, 1, 8)
-    ropes = [frequencies(torch.arange(start, start + 3), 8) for start in (0, 5)]
-    have = rotate(x, torch.stack(ropes))
+    ropes = [make_frequencies(torch.arange(start, start + 3), 8) for start in (0, 5)]
+    have = apply_rope(x, torch.stack(ropes))
     for item, rope in enumerate(ropes):
-        assert (have[item] - rotate(x[item : item + 1], rope)[0]).abs().max() < 1e-6
+        assert (have[item] - apply_rope(x[item : item + 1], rope)[0]).abs().max() < 1e-6
 
 
 def test_modulation_of_another_width_without_activation():

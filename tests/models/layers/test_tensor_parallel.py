@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from hydrarun.core.distributed import collectives as comm
+from hydrarun.core.distributed import collectives
 from hydrarun.core.distributed.mesh import Axis
 from hydrarun.core.errors import UsageError
 from hydrarun.models.flux import FluxTransformer
-from hydrarun.models.layers.linear import RowLinear
+from hydrarun.models.layers.linear import RowParallelLinear
 from hydrarun.models.layers.norm import RMSNormAcrossHeads
-from hydrarun.models.layers.tensor_parallel import Run, shared_layers, split
+from hydrarun.models.layers.tensor_parallel import ShardSpec, find_sharded_layers, shard_layers
 from hydrarun.models.ovis_image import OvisImageTransformer
 from hydrarun.models.qwen_image import QwenImageTransformer
 from hydrarun.models.wan import WanTransformer
@@ -55,7 +55,7 @@ def on_meta(cls: type, arguments: dict[str, Any], axis: Axis | None = None) -> A
     with torch.device("meta"):
         transformer = cls(**arguments)
     if axis:
-        split(transformer, axis)
+        shard_layers(transformer, axis)
     return transformer
 
 
@@ -67,9 +67,9 @@ def world() -> Axis:
 def predict(cls: type, folder: Path) -> tuple[np.ndarray, dict[str, int]]:
     """On a rank: load its share and predict; what it sent."""
     transformer = load(cls, folder, world())
-    comm.sent.clear()
+    collectives.sent_bytes.clear()
     predicted = tiny.predict(transformer, *torch.load(folder / "call.pt"))
-    return predicted.numpy(), dict(comm.sent)
+    return predicted.numpy(), dict(collectives.sent_bytes)
 
 
 @pytest.fixture
@@ -154,12 +154,12 @@ def test_more_ranks_than_heads():
 
 def test_a_transformer_without_layers_to_share():
     with pytest.raises(UsageError, match="the weights of Linear can be shared out to 1 ranks at most"):
-        split(torch.nn.Linear(2, 2), Axis(None, 0, 2))
+        shard_layers(torch.nn.Linear(2, 2), Axis(None, 0, 2))
 
 
 @pytest.mark.parametrize("length", [5, 6, 7, 8])
 def test_shares_follow_one_another(length):
-    bounds = [Run(length, 16).share(Axis(None, rank, 3)) for rank in range(3)]
+    bounds = [ShardSpec(length, 16).share(Axis(None, rank, 3)) for rank in range(3)]
     assert [start for start, _ in bounds] == [0, *(stop for _, stop in bounds[:-1])]
     assert bounds[-1][1] == length * 16
     assert all(0 <= (stop - start) / 16 - length // 3 <= 1 for start, stop in bounds)
@@ -169,8 +169,8 @@ def test_shares_follow_one_another(length):
 def test_without_an_axis_the_layers_are_the_plain_ones(dtype):
     """Bit for bit."""
     x = torch.randn(2, 7, 3, 8, dtype=dtype)
-    norm, row = RMSNormAcrossHeads(3, 8).to(dtype), RowLinear(5, Run(3, 8)).to(dtype)
+    norm, row = RMSNormAcrossHeads(3, 8).to(dtype), RowParallelLinear(5, ShardSpec(3, 8)).to(dtype)
     torch.nn.init.normal_(norm.weight)
     assert torch.equal(norm(x).flatten(2), F.rms_norm(x.flatten(2), (24,), norm.weight, 1e-6))
     assert torch.equal(row(x.flatten(2)), F.linear(x.flatten(2), row.weight, row.bias))
-    assert len(list(shared_layers(torch.nn.ModuleList([norm, row, torch.nn.Linear(1, 1)])))) == 2
+    assert len(list(find_sharded_layers(torch.nn.ModuleList([norm, row, torch.nn.Linear(1, 1)])))) == 2

@@ -12,14 +12,14 @@ import pytest
 from rich.console import Console
 from rich.filesize import decimal
 
-from hydrarun.config.compose import compose
+from hydrarun.config.compose import compose_config
 from hydrarun.core.distributed.rank import RankInfo
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.core.progress import Progress
 from hydrarun.engine.ranks import worker
 from hydrarun.engine.runner import Runner
 from hydrarun.engine.runs.single import run_single
-from hydrarun.models.weights.checksums import verify
+from hydrarun.models.weights.checksums import verify_checksums
 from tests.helpers import tiny
 
 FILES = [f"{name}/{name}.safetensors" for name in ("text_encoder", "transformer", "vae")]
@@ -57,7 +57,7 @@ def snapshot(folder, tmp_path) -> Path:
 
 def refused(folder: Path, kind: type[Exception] = RunError) -> str:
     with pytest.raises(kind) as caught:
-        verify(folder, QUIET)
+        verify_checksums(folder, QUIET)
     return str(caught.value)
 
 
@@ -66,7 +66,7 @@ def test_what_is_recorded_passes(folder, snapshot):
     size = sum((folder / name).stat().st_size for name in FILES)
     for place in (folder, snapshot):
         text = io.StringIO()
-        verify(place, Progress(Console(file=text)))
+        verify_checksums(place, Progress(Console(file=text)))
         assert text.getvalue().splitlines()[-1].startswith(f"verifying weights: {decimal(size)} in ")
 
 
@@ -108,7 +108,7 @@ def test_no_record_at_all(folder):
         " verify=false"
     )
     subprocess.run(command, shell=True, check=True)
-    verify(folder, QUIET)
+    verify_checksums(folder, QUIET)
     assert len((folder / "SHA256SUMS").read_text().splitlines()) == len(FILES)
 
 
@@ -131,8 +131,8 @@ def test_a_line_that_cannot_be(folder, line, message):
 
 
 def test_the_shipped_weights_are_recorded(demo_folder, tmp_path):
-    verify(demo_folder, QUIET)
-    config = compose(["device=cpu", "sampling.num_inference_steps=2", "verify=true"])
+    verify_checksums(demo_folder, QUIET)
+    config = compose_config(["device=cpu", "sampling.num_inference_steps=2", "verify=true"])
     record = run_single(Runner(config), config, tmp_path)
     assert record["verified"] is True
     assert record["config"]["verify"] is True

@@ -18,12 +18,11 @@ from safetensors.torch import load_file, save_file
 from hydrarun.core.distributed.mesh import Axis
 from hydrarun.core.errors import RunError
 from hydrarun.core.progress import Progress
-from hydrarun.core.threads import Pool
+from hydrarun.core.threads import ThreadPool
 from hydrarun.models.qwen_image import QwenImageTransformer
-from hydrarun.models.weights import loader as loading
-from hydrarun.models.weights import tensor_reader as reading
-from hydrarun.models.weights.loader import source_names
-from hydrarun.models.weights.safetensors import Header, fingerprint
+from hydrarun.models.weights import loader, tensor_reader
+from hydrarun.models.weights.loader import find_source_names
+from hydrarun.models.weights.safetensors import Header, fingerprint_weights
 from tests.helpers import tiny
 from tests.helpers.subjects import FAMILIES
 
@@ -63,9 +62,9 @@ def test_every_value_is_in_its_place(saved):
     theirs = reference.state_dict()
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in reference.parameters())
     for name, parameter in ours.named_parameters():
-        sources = source_names(name, ours.weight_map)
+        sources = find_source_names(name, ours.weight_map)
         assert torch.equal(parameter, torch.cat([theirs[source] for source in sources])), name
-    assert source_names("blocks.1.text.qkv.bias", ours.weight_map) == (
+    assert find_source_names("blocks.1.text.qkv.bias", ours.weight_map) == (
         "transformer_blocks.1.attn.add_q_proj.bias",
         "transformer_blocks.1.attn.add_k_proj.bias",
         "transformer_blocks.1.attn.add_v_proj.bias",
@@ -106,13 +105,13 @@ def test_a_rank_of_two_has_its_heads_and_its_inner_width(saved, rank, heads, inn
 
 def test_a_rank_reads_its_part_only(saved, monkeypatch):
     """Of rows only its own; of columns whole rows, from the cache of files that ranks of one machine share."""
-    read, read_into = [], reading.read_into
+    read, read_into = [], tensor_reader.read_into_tensor
 
     def counting(file, offset, tensor):
         read.append(tensor.nbytes)
         read_into(file, offset, tensor)
 
-    monkeypatch.setattr(reading, "read_into", counting)
+    monkeypatch.setattr(tensor_reader, "read_into_tensor", counting)
     counts = {}
     for rank in (None, 0, 1):
         load(saved[1], axis=None if rank is None else Axis(None, rank, 2))
@@ -146,7 +145,7 @@ def test_a_rank_names_the_shape_of_the_whole_tensor(folder, layer, columns):
 def test_pieces_of_a_file_that_come_one_after_the_other_are_the_whole(saved, monkeypatch, dtype, axis):
     """Those that are not read to where they belong come by a few rows: other dtypes, shares of columns."""
     whole = dict(load(saved[1], dtype, axis=axis).named_parameters())
-    monkeypatch.setattr(reading, "CHUNK", 1000)
+    monkeypatch.setattr(tensor_reader, "CHUNK", 1000)
     for name, parameter in load(saved[1], dtype, axis=axis).named_parameters():
         assert torch.equal(parameter, whole[name]), name
 
@@ -154,7 +153,7 @@ def test_pieces_of_a_file_that_come_one_after_the_other_are_the_whole(saved, mon
 def test_large_weights_in_memory_of_their_own(saved, monkeypatch):
     """As other tensors are: their values, and contiguous."""
     plain = dict(load(saved[1]).named_parameters())
-    monkeypatch.setattr(reading, "LARGE", 1)
+    monkeypatch.setattr(tensor_reader, "LARGE", 1)
     for name, parameter in load(saved[1]).named_parameters():
         assert torch.equal(parameter, plain[name]), name
         assert parameter.is_contiguous()
@@ -174,11 +173,11 @@ def test_what_libraries_change_meanwhile_changes_nothing(saved):
     """Theirs build modules with another default dtype, and with parameters that go to the meta device."""
     plain = dict(load(saved[1], torch.bfloat16).named_parameters())
     go_on = threading.Event()
-    with Progress(quiet=True).reading("loading") as tally, Pool() as pool:
+    with Progress(quiet=True).reading("loading") as tally, ThreadPool() as pool:
         for _ in range(pool.threads):
             pool.start(go_on.wait)
         options = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "note": print}
-        ours = loading.load_transformer(QwenImageTransformer, saved[1], pool=pool, tally=tally, **options)
+        ours = loader.load_transformer(QwenImageTransformer, saved[1], pool=pool, tally=tally, **options)
         assert all(parameter.is_meta for parameter in ours.parameters())
         torch.set_default_dtype(torch.float16)
         try:
@@ -194,9 +193,9 @@ def test_what_libraries_change_meanwhile_changes_nothing(saved):
 
 def test_bytes_are_told(saved):
     """Those of the tensors, by threads, add up."""
-    with Progress(quiet=True).reading("loading") as tally, Pool() as pool:
+    with Progress(quiet=True).reading("loading") as tally, ThreadPool() as pool:
         options = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "note": print}
-        loading.load_transformer(QwenImageTransformer, saved[1], pool=pool, tally=tally, **options)
+        loader.load_transformer(QwenImageTransformer, saved[1], pool=pool, tally=tally, **options)
     assert tally.done == tally.expected == sum(parameter.nbytes for parameter in saved[0].parameters())
 
 
@@ -230,14 +229,14 @@ def test_a_header_that_does_not_fit(folder, change, message):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_file_that_becomes_shorter_while_it_is_read(folder, monkeypatch, dtype):
-    plan = loading.plan
+    plan = loader.plan_placements
 
     def cut(*arguments):
         placements = plan(*arguments)
         os.truncate(folder / FILE, 100_000)
         return placements
 
-    monkeypatch.setattr(loading, "plan", cut)
+    monkeypatch.setattr(loader, "plan_placements", cut)
     with pytest.raises(RunError, match=rf"{FILE}: '[\w.]+' cannot be read: the file has become shorter"):
         load(folder, dtype)
 
@@ -340,12 +339,12 @@ def test_config_that_is_missing_or_no_json(folder):
 
 
 def test_fingerprint_sees_names_shapes_values_and_settings(folder):
-    first = fingerprint(folder)
-    assert first == fingerprint(folder)
+    first = fingerprint_weights(folder)
+    assert first == fingerprint_weights(folder)
     assert len(first) == 16
     edit(folder, lambda tensors: tensors.update({"extra.weight": torch.zeros(2)}))
-    second = fingerprint(folder)
+    second = fingerprint_weights(folder)
     (folder / "config.json").write_text("{}")
-    third = fingerprint(folder)
+    third = fingerprint_weights(folder)
     edit(folder, lambda tensors: tensors.update({"extra.weight": torch.ones(2)}))  # other values, same header
-    assert len({first, second, third, fingerprint(folder)}) == 4
+    assert len({first, second, third, fingerprint_weights(folder)}) == 4

@@ -38,8 +38,8 @@ def test_layers_stand_side_by_side_over_a_checkerboard():
 def test_what_stands_for_an_output():
     video = LAYERS[..., :3]
     for pixels, want in ((video, video[1]), (video[0], video[0])):
-        assert np.array_equal(kinds.kind_of(pixels).still(pixels), want)
-    assert kinds.kind_of(LAYERS) is kinds.LAYERS
+        assert np.array_equal(kinds.find_array_kind(pixels).still(pixels), want)
+    assert kinds.find_array_kind(LAYERS) is kinds.LAYERS
     assert kinds.LAYERS.still(LAYERS).shape == (20, 36, 3)
 
 

@@ -125,7 +125,7 @@ def test_more_samples_than_are_read(tmp_path, monkeypatch):
 
 
 def test_silence_is_no_sound():
-    assert kinds.kind_of(SOUND) is kinds.SOUND
+    assert kinds.find_array_kind(SOUND) is kinds.SOUND
     assert kinds.SOUND.monotone(SOUND) is None
     flat = np.full((100, 2), [300, -5], np.int16)
     flat[3, 1] += 1  # what rounding may leave

@@ -6,24 +6,24 @@ import pytest
 
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.outputs.report import axes
-from hydrarun.outputs.report.collect import collect
-from hydrarun.outputs.report.layout import Layout, arrange
+from hydrarun.outputs.report.collect import collect_points
+from hydrarun.outputs.report.layout import GridLayout, arrange_grid
 from tests.helpers import fake_sweep
 from tests.helpers.fake_sweep import picture
 
 
-def laid_out(folder, reference=None) -> Layout:
-    return arrange(collect(folder), reference)
+def laid_out(folder, reference=None) -> GridLayout:
+    return arrange_grid(collect_points(folder), reference)
 
 
-def cells(layout: Layout) -> list[list[str | None]]:
+def cells(layout: GridLayout) -> list[list[str | None]]:
     """Names of the points in the grid."""
     names = [point.name for point in layout.points]
     columns = range(len(layout.columns))
     return [[names[row.cells[column][0]] if column in row.cells else None for column in columns] for row in layout.rows]
 
 
-def labels(layout: Layout) -> list[str]:
+def labels(layout: GridLayout) -> list[str]:
     return [column.label for column in layout.columns]
 
 
@@ -49,7 +49,7 @@ def test_settings_are_labelled_so_that_each_says_what_it_is(tmp_path):
         fake_sweep.add(tmp_path, str(number), words, [picture(0)])
     assert labels(laid_out(tmp_path)) == ["no cache, steps 8, tiling true", "every_n, steps 24, tiling false"]
     plain, slow = axes.Axis("cache", [], False, "cache"), axes.Axis("dtype", [], False, "dtype")
-    assert axes.label([plain, slow], {"cache": "none", "dtype": "auto"}) == "no cache, dtype auto"
+    assert axes.format_label([plain, slow], {"cache": "none", "dtype": "auto"}) == "no cache, dtype auto"
 
 
 def test_two_keys_that_end_alike_are_told_apart(tmp_path):

@@ -36,7 +36,7 @@ def page(tmp_path_factory):
     (video / "v.mp4").write_bytes(mp4.encode_mp4(VIDEO, 8, {}))
     wide = np.repeat(picture(1), 9, 1)
     fake_sweep.add(folder, "6", ["cache=first_block", "sampling.seed=1"], [wide], measured(0.04))
-    return report.write(folder)
+    return report.write_report(folder)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

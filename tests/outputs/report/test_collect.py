@@ -7,8 +7,8 @@ import json
 import pytest
 
 from hydrarun.core.errors import RunError, UsageError
-from hydrarun.outputs.report import run_numbers as numbers
-from hydrarun.outputs.report.collect import Output, collect
+from hydrarun.outputs.report import run_numbers
+from hydrarun.outputs.report.collect import Output, collect_points
 from tests.helpers import fake_sweep
 from tests.helpers.fake_sweep import measured, picture
 
@@ -21,8 +21,8 @@ def test_points_come_by_their_numbers(tmp_path):
     (tmp_path / "2" / "inner" / "run.json").write_text("{}")  # a run's own folder is its own
     (tmp_path / ".old").mkdir()
     (tmp_path / ".old" / "run.json").write_text("{}")
-    assert [point.name for point in collect(tmp_path)] == ["2", "9", "10", "more/a"]
-    assert [point.name for point in collect(tmp_path / "9")] == ["."]
+    assert [point.name for point in collect_points(tmp_path)] == ["2", "9", "10", "more/a"]
+    assert [point.name for point in collect_points(tmp_path / "9")] == ["."]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_what_became_of_a_point(tmp_path, content, status, error):
     folder = fake_sweep.hydra(tmp_path, "0", ["cache=none"])
     if content is not None:
         (folder / "run.json").write_text(content)
-    (point,) = collect(tmp_path)
+    (point,) = collect_points(tmp_path)
     assert (point.status, point.error, point.outputs) == (status, error, [])
     assert point.overrides == ["cache=none"]
 
@@ -60,18 +60,18 @@ def test_values_of_the_wrong_kind_are_as_good_as_missing(tmp_path):
     peaks = {"peak_host_bytes": "much", "peak_device_bytes": 10**400}
     wrong = {"timings": ["x"], "memory": peaks, "cache": {"steps": 7}, "quality": 1, "config": 4}
     fake_sweep.change(folder, **wrong)
-    (point,) = collect(tmp_path)
-    assert set(numbers.timings(point).values()) == {None}
-    assert set(numbers.memory(point).values()) == {None}
-    assert set(numbers.work(point).values()) == {None}
-    assert (numbers.quality(point), point.config) == ({}, {})
+    (point,) = collect_points(tmp_path)
+    assert set(run_numbers.collect_timings(point).values()) == {None}
+    assert set(run_numbers.collect_memory(point).values()) == {None}
+    assert set(run_numbers.count_work(point).values()) == {None}
+    assert (run_numbers.collect_quality(point), point.config) == ({}, {})
 
 
 def test_a_file_beside_the_run_is_named_and_no_other(tmp_path):
     folder = fake_sweep.add(tmp_path, "0", [], [picture(3)])
     for path in ("../0000.png", "/etc/passwd", "..", "", "a\0.mp4"):
         fake_sweep.change(folder, outputs=[{"index": 0, "prompt": "a", "seed": 3, "path": path}])
-        (output,) = collect(tmp_path)[0].outputs
+        (output,) = collect_points(tmp_path)[0].outputs
         assert output.path is None
         assert output.error == f"{path!r} is not the name of a file beside run.json"
 
@@ -85,7 +85,7 @@ def test_items_of_a_batch_that_failed_keep_their_places(tmp_path):
     outputs = json.loads((folder / "run.json").read_text())["outputs"]
     outputs[1]["index"] = 2
     fake_sweep.change(folder, outputs=outputs, failed=failed)
-    found = collect(tmp_path)[0].outputs
+    found = collect_points(tmp_path)[0].outputs
     assert [(output.index, output.seed, output.error) for output in found] == [
         (0, 4, None),
         (1, 9, "all black"),
@@ -97,22 +97,22 @@ def test_items_of_a_batch_that_failed_keep_their_places(tmp_path):
 
 def test_a_folder_without_runs_is_the_users_mistake(tmp_path):
     with pytest.raises(UsageError, match=f"^report: {tmp_path}: no run in it or below it"):
-        collect(tmp_path)
+        collect_points(tmp_path)
     with pytest.raises(UsageError, match="gone: no such folder$"):
-        collect(tmp_path / "gone")
+        collect_points(tmp_path / "gone")
 
 
 def test_numbers_are_those_of_the_record(tmp_path):
     fake_sweep.add(tmp_path, "0", [], [picture(0), picture(1)], measured(step=0.1, load=2.0, skipped=(1, 2)))
-    (point,) = collect(tmp_path)
-    told = numbers.timings(point)
+    (point,) = collect_points(tmp_path)
+    told = run_numbers.collect_timings(point)
     assert (told["load_s"], told["total_s"], told["first_step_s"], told["steady_step_s"]) == (2.0, 2.86, 0.5, 0.1)
     # three steps as they were, the first one as a computed one usually is, for two pictures and four steps
     assert told["steady_denoise_s"] == pytest.approx((0.3 + 0.2) / 2)
     assert told["mean_step_s"] == pytest.approx(0.5 / 4)
-    assert numbers.work(point) == {"steps_computed": 2, "steps_all": 4, "blocks_run": 12, "blocks_all": 24}
-    assert numbers.memory(point) == {"peak_host_bytes": 3 * 2**29, "peak_device_bytes": 0}
-    assert numbers.at_work(told) == pytest.approx(0.86)
+    assert run_numbers.count_work(point) == {"steps_computed": 2, "steps_all": 4, "blocks_run": 12, "blocks_all": 24}
+    assert run_numbers.collect_memory(point) == {"peak_host_bytes": 3 * 2**29, "peak_device_bytes": 0}
+    assert run_numbers.compute_work_seconds(told) == pytest.approx(0.86)
 
 
 def test_the_batches_of_a_run_count_together(tmp_path):
@@ -121,14 +121,18 @@ def test_the_batches_of_a_run_count_together(tmp_path):
     parts[1]["memory"]["peak_host_bytes"] = 5 * 2**30
     summed_up = {"blocks": {"run": 42, "all": 48}, "computed_step_s": 0.2, "skipped_step_s": None}
     fake_sweep.change(folder, batches=parts, cache=summed_up, memory=None)
-    (point,) = collect(tmp_path)
-    assert numbers.work(point) == {"steps_computed": 7, "steps_all": 8, "blocks_run": 42, "blocks_all": 48}
-    assert numbers.memory(point)["peak_host_bytes"] == 5 * 2**30
+    (point,) = collect_points(tmp_path)
+    assert run_numbers.count_work(point) == {"steps_computed": 7, "steps_all": 8, "blocks_run": 42, "blocks_all": 48}
+    assert run_numbers.collect_memory(point)["peak_host_bytes"] == 5 * 2**30
 
 
 def test_a_point_that_failed_early_has_no_numbers(tmp_path):
     folder = fake_sweep.add(tmp_path, "0", ["cache=none"], error=RunError("too large"))
     fake_sweep.change(folder, timings=None, memory=None, cache=None)
-    (point,) = collect(tmp_path)
+    (point,) = collect_points(tmp_path)
     assert (point.status, point.error) == ("failed", "too large")
-    assert {*numbers.timings(point).values(), *numbers.work(point).values(), *numbers.memory(point).values()} == {None}
+    assert {
+        *run_numbers.collect_timings(point).values(),
+        *run_numbers.count_work(point).values(),
+        *run_numbers.collect_memory(point).values(),
+    } == {None}

@@ -9,12 +9,11 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from hydrarun.cli import arguments
-from hydrarun.cli import main as cli
-from hydrarun.config.compose import compose_raw
-from hydrarun.core.quoting import escape_interpolation, literal
-from hydrarun.outputs.report import command_line as repeat
-from hydrarun.outputs.report.collect import collect
+from hydrarun.cli import arguments, main
+from hydrarun.config.compose import compose_unchecked
+from hydrarun.core.quoting import escape_interpolation, quote_overrides
+from hydrarun.outputs.report import command_line
+from hydrarun.outputs.report.collect import collect_points
 from tests.helpers import fake_sweep
 from tests.helpers.fake_sweep import picture
 
@@ -51,8 +50,8 @@ def swept(tmp_path, monkeypatch):
             seen[folder.name] = config
             (folder / "run.json").write_text('{"format": 1, "status": "complete", "outputs": []}')
 
-        monkeypatch.setattr("hydrarun.engine.ranks.launch.run", keep)
-        assert cli.main([*words, f"hydra.sweep.dir={tmp_path / 'sweep'}", "-m"]) == 0
+        monkeypatch.setattr("hydrarun.engine.ranks.launch.run_configuration", keep)
+        assert main.main([*words, f"hydra.sweep.dir={tmp_path / 'sweep'}", "-m"]) == 0
         return seen
 
     return do
@@ -62,13 +61,13 @@ def composed(command: str) -> dict:
     """The configuration that a shell's words ask for."""
     program, *words = shlex.split(command)
     assert program == "hydrarun"
-    line = arguments.parse(words)
+    line = arguments.parse_arguments(words)
     assert (line.verb, line.flags) == ("run", [])
-    return compose_raw(literal(line.words))[0]
+    return compose_unchecked(quote_overrides(line.words))[0]
 
 
 def commands(folder: Path) -> dict[str, str | None]:
-    return {point.name: repeat.command(point) for point in collect(folder)}
+    return {point.name: command_line.format_command(point) for point in collect_points(folder)}
 
 
 def test_prompts_come_back_from_a_sweep(swept, tmp_path):
@@ -84,7 +83,7 @@ def test_prompts_come_back_from_a_sweep(swept, tmp_path):
 def test_every_prompt_comes_back_from_its_record(text):
     recorded = f"sampling.prompt={QuotedString(escape_interpolation(text), Quote.double).with_quotes()}"
     assert parsed(recorded) == escape_interpolation(text)
-    (read_again,) = literal(shlex.split(shlex.join([repeat.again(recorded)])))
+    (read_again,) = quote_overrides(shlex.split(shlex.join([command_line.requote_override(recorded)])))
     assert parsed(read_again) == parsed(recorded)
 
 
@@ -94,7 +93,7 @@ def parsed(override: str) -> str:
 
 def test_plain_prompts_stay_readable():
     def command(*texts: str) -> str:
-        return shlex.join(repeat.again(word) for word in literal(list(texts)))
+        return shlex.join(command_line.requote_override(word) for word in quote_overrides(list(texts)))
 
     assert command("sampling.prompt=a cat, sitting") == "'sampling.prompt=a cat, sitting'"
     assert command("sampling.prompt=cost: ${x}") == "'sampling.prompt=cost: ${x}'"
@@ -104,14 +103,14 @@ def test_plain_prompts_stay_readable():
 
 def test_lists_and_images_come_back():
     words = ["model=qwen_image_edit_plus", "sampling.prompt=x", 'input.images=["/d/a, b.png", /d/${c}.png]']
-    config = compose_raw(literal(words))[0]
+    config = compose_unchecked(quote_overrides(words))[0]
     assert config["input"]["images"] == ["/d/a, b.png", "/d/${c}.png"]
-    assert composed(shlex.join(["hydrarun", *map(repeat.again, literal(words))])) == config
+    assert composed(shlex.join(["hydrarun", *map(command_line.requote_override, quote_overrides(words))])) == config
 
 
 def test_the_inverse_of_the_escape():
     for text in (*NASTY, "\\\\${a}\\${b}${c}"):
-        assert repeat.unescape_interpolation(escape_interpolation(text)) == text
+        assert command_line.unescape_interpolation(escape_interpolation(text)) == text
 
 
 def test_home_and_tokens_do_not_leave(tmp_path):

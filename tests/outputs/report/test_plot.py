@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from hydrarun.outputs.report.plot import HEIGHT, WIDTH, Mark, Scales, draw, pareto, ticks
+from hydrarun.outputs.report.plot import HEIGHT, WIDTH, PlotMark, PlotScales, choose_ticks, draw_svg, find_pareto_front
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -23,16 +23,16 @@ SVG = "{http://www.w3.org/2000/svg}"
     ],
 )
 def test_what_no_other_beats_is_on_the_front(places, first):
-    assert pareto(places) == first
+    assert find_pareto_front(places) == first
 
 
 def drawn(marks, floors=None) -> ElementTree.Element:
-    text = draw(marks, floors or {}, "PSNR")
+    text = draw_svg(marks, floors or {}, "PSNR")
     return ElementTree.fromstring(text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
 
 
-def mark(label: str, x: float, y: float, *points: tuple[str, tuple[float, float]]) -> Mark:
-    return Mark(label, (x, y), list(points) or [("0", (x, y))])
+def mark(label: str, x: float, y: float, *points: tuple[str, tuple[float, float]]) -> PlotMark:
+    return PlotMark(label, (x, y), list(points) or [("0", (x, y))])
 
 
 def test_marks_are_where_their_numbers_are():
@@ -53,11 +53,11 @@ def test_marks_are_where_their_numbers_are():
 
 
 def test_identical_pictures_have_a_line_above_all_others():
-    scales = Scales([(1.0, 100.0), (0.5, 52.0)], [])
+    scales = PlotScales([(1.0, 100.0), (0.5, 52.0)], [])
     assert scales.identical
     assert scales.y(100.0) < scales.y(scales.high) - 30
     assert scales.y(52.0) == pytest.approx((scales.y(scales.high) + scales.y(scales.low)) / 2)
-    assert not Scales([(1.0, 52.0)], []).identical
+    assert not PlotScales([(1.0, 52.0)], []).identical
     assert "same" in [text.text for text in drawn([mark("a", 1.0, 100.0)]).iter(f"{SVG}text")]
 
 
@@ -91,7 +91,7 @@ def test_labels_do_not_lie_on_each_other_nor_outside():
 
 
 def test_what_comes_from_outside_is_text():
-    text = draw([mark("<script>", 1.0, 30.0), mark("b", 2.0, 31.0)], {"<b>": 33.0}, "<i>")
+    text = draw_svg([mark("<script>", 1.0, 30.0), mark("b", 2.0, 31.0)], {"<b>": 33.0}, "<i>")
     assert "<script" not in text
     assert "<b>" not in text
     assert "<i>" not in text
@@ -99,7 +99,7 @@ def test_what_comes_from_outside_is_text():
 
 @pytest.mark.parametrize(("low", "high"), [(0, 0.0123), (0, 1), (17.0, 52.4), (28.1, 31.9), (0, 5000)])
 def test_ticks_are_few_and_round(low, high):
-    found = ticks(low, high)
+    found = choose_ticks(low, high)
     assert 3 <= len(found) <= 8
     assert low <= found[0]
     assert found[-1] <= high

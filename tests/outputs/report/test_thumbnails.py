@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from hydrarun.outputs.media import frames, mp4, png
-from hydrarun.outputs.quality.metrics import compare
-from hydrarun.outputs.report import thumbnails as pictures
-from hydrarun.outputs.report.collect import collect
-from hydrarun.outputs.report.layout import arrange
+from hydrarun.outputs.quality.metrics import compare_outputs
+from hydrarun.outputs.report import thumbnails
+from hydrarun.outputs.report.collect import collect_points
+from hydrarun.outputs.report.layout import arrange_grid
 from tests.helpers import fake_sweep
 from tests.helpers.fake_sweep import picture
 
@@ -24,7 +24,7 @@ VIDEO = np.stack([np.roll(picture(7), 4 * number, 1) for number in range(9)])
 
 
 def shown(folder):
-    return pictures.show(arrange(collect(folder), None))
+    return thumbnails.build_cells(arrange_grid(collect_points(folder), None))
 
 
 def content(uri: str, kind: str) -> bytes:
@@ -43,26 +43,26 @@ def film(uri: str) -> np.ndarray:
 
 
 def test_differences_are_numpys():
-    apart = pictures.difference(*NOISE, 512)
+    apart = thumbnails.measure_difference(*NOISE, 512)
     exact = np.abs(NOISE[0].astype(int) - NOISE[1])
     assert apart.largest == exact.max()
     assert apart.psnr == pytest.approx(10 * math.log10(255**2 / np.square(exact).mean()), abs=1e-9)
     assert np.array_equal(apart.pixels, exact)
-    assert apart.ssim == compare(*NOISE, ["ssim"])["ssim"]
+    assert apart.ssim == compare_outputs(*NOISE, ["ssim"])["ssim"]
 
 
 def test_differences_of_videos_are_over_all_frames():
     changed = VIDEO.copy()
     changed[0, 0, 0, 0] ^= 64  # not in the middle frame, which is shown
-    apart = pictures.difference(VIDEO, changed, 512)
+    apart = thumbnails.measure_difference(VIDEO, changed, 512)
     assert (apart.largest, apart.pixels.max(), apart.pixels.shape, apart.ssim) == (64, 0, (64, 64, 3), None)
     assert apart.psnr == pytest.approx(10 * math.log10(255**2 * VIDEO.size / 64**2))
 
 
 def test_identical_pictures_are_at_the_cap_and_other_sizes_are_not_compared():
-    same = pictures.difference(NOISE[0], NOISE[0].copy(), 512)
+    same = thumbnails.measure_difference(NOISE[0], NOISE[0].copy(), 512)
     assert (same.psnr, same.ssim, same.largest) == (100.0, 1.0, 0)
-    assert pictures.difference(NOISE[0], NOISE[0][:64], 512) is None
+    assert thumbnails.measure_difference(NOISE[0], NOISE[0][:64], 512) is None
 
 
 def test_the_grid_s_cells(tmp_path):
@@ -80,12 +80,12 @@ def test_one_amplification_makes_the_middle_difference_bright(tmp_path):
     cells = shown(fake_sweep.grid(tmp_path))
     strong = [float(np.percentile(cells[row, 1].difference.pixels, 99)) for row in (0, 1)]
     assert strong == [10, 3]
-    assert pictures.gain(cells.values()) == 32  # 6.5 * 32 = 208
-    bright = decoded(pictures.difference_uri(cells[0, 1].difference, 32))
+    assert thumbnails.choose_gain(cells.values()) == 32  # 6.5 * 32 = 208
+    bright = decoded(thumbnails.encode_difference_uri(cells[0, 1].difference, 32))
     assert (bright[:8, :8] == 255).all()  # 320, cut off
     assert (bright[8:] == 0).all()
-    assert decoded(pictures.difference_uri(cells[1, 1].difference, 32))[0, 0].tolist() == [96, 96, 96]
-    assert pictures.gain([]) == 1
+    assert decoded(thumbnails.encode_difference_uri(cells[1, 1].difference, 32))[0, 0].tolist() == [96, 96, 96]
+    assert thumbnails.choose_gain([]) == 1
 
 
 def test_large_pictures_are_reduced(tmp_path):
@@ -143,7 +143,7 @@ def test_a_file_that_is_gone_or_damaged_says_so_without_its_path(tmp_path):
 
 
 def test_very_many_rows_are_cut_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "MOST_CELLS", 2)
+    monkeypatch.setattr(thumbnails, "MOST_CELLS", 2)
     assert set(shown(fake_sweep.grid(tmp_path))) == {(0, 0), (0, 1)}
     assert png.read_png(next((tmp_path / "1").glob("*.png")))[0].shape == (64, 64, 3)
 

@@ -10,15 +10,15 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from hydrarun.core.errors import UsageError
 from hydrarun.pipeline.request import make_state
-from hydrarun.pipeline.stages.timesteps import PrepareTimesteps, shift
+from hydrarun.pipeline.stages.timesteps import PrepareTimesteps, compute_shift
 from tests.helpers import tiny
 
 
 def test_shift_is_a_line_through_the_schedulers_two_points():
     config = FlowMatchEulerDiscreteScheduler(**tiny.SCHEDULER).config
-    assert shift(config, 256) == pytest.approx(0.5)
-    assert shift(config, 8192) == pytest.approx(0.9)
-    assert shift(config, (256 + 8192) // 2) == pytest.approx(0.7)
+    assert compute_shift(config, 256) == pytest.approx(0.5)
+    assert compute_shift(config, 8192) == pytest.approx(0.9)
+    assert compute_shift(config, (256 + 8192) // 2) == pytest.approx(0.7)
 
 
 def test_a_schedulers_own_spacing_is_shifted_where_it_cannot_do_without(tiny_runner):
@@ -28,7 +28,7 @@ def test_a_schedulers_own_spacing_is_shifted_where_it_cannot_do_without(tiny_run
     state.grid = (1, 9, 7)
     parts = SimpleNamespace(pipeline=SimpleNamespace(scheduler=scheduler), device="cpu")
     PrepareTimesteps(sigmas="scheduler")(state, parts, None)
-    reference.set_timesteps(4, mu=shift(reference.config, 63))
+    reference.set_timesteps(4, mu=compute_shift(reference.config, 63))
     assert torch.equal(state.timesteps, reference.timesteps)
 
 
