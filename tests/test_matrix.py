@@ -1,6 +1,6 @@
-"""Every model with every acceleration against the plain run: each cell of the tables in docs/matrix.md.
+"""Compares every model with every acceleration with the plain run: each cell of the tables in docs/matrix.md.
 
-`pytest tests/test_matrix.py --write-matrix` (`make matrix`) writes the tables. How near a cell must be: `matrix.KINDS`.
+`pytest tests/test_matrix.py --write-matrix` (`make matrix`) writes the tables. `matrix.KINDS` has the tolerances.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def bench(pool, fake) -> matrix.Bench:
 
 @pytest.fixture(scope="module")
 def found() -> dict[tuple[str, Column], Found]:
-    """What the cells came to."""
+    """The results of the cells so far."""
     return {}
 
 
 @pytest.mark.parametrize("column", matrix.columns(), ids=str)
 @pytest.mark.parametrize("subject", MODELS, indirect=True)
 def test_a_cell(subject, column, bench, found):
-    """The plain run's numbers, or a refusal that names what goes instead."""
+    """A cell gives the numbers of the plain run within tolerance, or a refusal that names an alternative."""
     reason, condition = matrix.refusal(subject.name, column), matrix.condition(subject.name, column)
     if reason:
         with pytest.raises(UsageError) as refused:
@@ -47,15 +47,15 @@ def test_a_cell(subject, column, bench, found):
 
 def test_the_page_shows_what_was_found(found, request):
     if len(found) < len(MODELS) * len(matrix.columns()):
-        pytest.skip("the tables are of all cells, and not all were run, or not all as they must")
+        pytest.skip("the tables need all cells, and some were not run or failed")
     text = matrix.tables(found)
     if request.config.getoption("--write-matrix"):
         matrix.write_tables(text)
-    assert matrix.shape(matrix.read_tables()) == matrix.shape(text), "`make matrix` writes the tables anew"
+    assert matrix.shape(matrix.read_tables()) == matrix.shape(text), "`make matrix` updates the tables"
 
 
 def test_every_acceleration_is_a_column():
-    """Each group but what attention is computed with, whose kernels want a GPU; each way to spread work."""
+    """All groups have columns except `attention`, whose kernels need a GPU; so do all parallel methods."""
     groups = {folder.name for folder in resources.find_folder("conf").iterdir() if (folder / "none.yaml").exists()}
     assert groups - {"plan"} == {*matrix.GROUPS}
     degrees = {key for column in matrix.columns() if column.group == "parallel" for key in degrees_of(column)}
@@ -64,7 +64,7 @@ def test_every_acceleration_is_a_column():
 
 
 def test_what_hydrarun_lists_was_run_here(found, accelerations_table):
-    """A method that `hydrarun list accelerations` gives a model is a number here, under the same condition."""
+    """A method that `hydrarun list accelerations` lists for a model has a number here, under the same condition."""
     assert [row[0] for row in accelerations_table.rows] == MODELS
     rows = {row[0]: dict(zip(accelerations_table.header, row, strict=True)) for row in accelerations_table.rows}
     for (name, column), cell in found.items():
@@ -75,7 +75,7 @@ def test_what_hydrarun_lists_was_run_here(found, accelerations_table):
 
 
 def degrees_of(column: Column) -> set[str]:
-    """What is more than one."""
+    """Return the degrees above 1."""
     return {key for key, value in column.config("demo")["parallel"].items() if value > 1}
 
 
@@ -90,7 +90,7 @@ def test_a_refusal_is_in_words():
 
 @pytest.mark.parametrize("subject", ["demo"], indirect=True)
 def test_what_differs_is_seen(subject, bench):
-    """Skipped steps are a distance, and other words or a refusal another table; another distance is not."""
+    """Skipped steps give a distance. Other text or a refusal changes a table's shape, another distance does not."""
     assert bench.distance(subject, Column("cache", "every_n")) > 1e-3
     assert matrix.shape("| a | 3e-7 | 1.2 % | 0 (x > 1) |") == matrix.shape("| a | 0 | 14 % | 1e-08 (x > 1) |")
     assert matrix.shape("| – (1) |") != matrix.shape("| 0 |")
