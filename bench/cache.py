@@ -105,7 +105,7 @@ class Demo:
         return self.draws.decode(denoised)[0]
 
     def node(self, option: str) -> dict[str, Any]:
-        """Return the config of an option. Fits TeaCache's coefficients if the model's are for other numbers of steps."""
+        """Return an option's config. Fits TeaCache's coefficients if the model's are for other numbers of steps."""
         node = compose_unchecked([f"sampling.num_inference_steps={self.steps}", *option.split()])[0]["cache"]
         known = (node.get("gate", {}).get("fit") or {}).get("num_inference_steps")
         if known and not known[0] <= self.steps <= known[1]:

@@ -1,8 +1,8 @@
 """A model at its published size with random weights, and its denoising loops: diffusers', and ours with accelerations.
 
 No checkpoint is read. All rows share the weights (bench/shared_weights.py), the initial noise and the random text
-embeddings. The loop of diffusers is its own pipeline with embedded prompts; ours are the stages of a run between encoding
-and decoding.
+embeddings. The loop of diffusers is its own pipeline with embedded prompts. Ours are the stages of a run between
+encoding and decoding.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Row:
 
 
 class Bench:
-    """All rows of a case, built at their first use. `blocks` (of each list) and `heads`: None for the published number."""
+    """All rows of a case, built at first use. `blocks` (of each list) and `heads`: None for the published ones."""
 
     def __init__(
         self,

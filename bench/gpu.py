@@ -1,4 +1,4 @@
-"""Compares our denoising loop with diffusers' at full size, with random weights: the gain of each acceleration on a GPU.
+"""Compares our denoising loop with diffusers' at full size, with random weights: gains of each acceleration on a GPU.
 
     python bench/gpu.py                                              # Qwen-Image, 1024 x 1024, guidance, 50 steps
     python bench/gpu.py --model flux_dev --steps 20 --rounds 5       # or wan22_480p
@@ -53,7 +53,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
 
 
 def measure(bench: Bench, rows: Sequence[str], rounds: int, rate: float) -> tuple[Table, str]:
-    """Return the table and the text below it: the floor at `rate` operations per second, and reasons for missing rows."""
+    """Return the table and the text below it: the floor at `rate` operations per second, and why rows are missing."""
     work = bench.work()
     floor = work.flops / rate
     found, reasons = in_turns({name: partial(bench.draw, name) for name in rows}, rounds)

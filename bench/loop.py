@@ -4,9 +4,9 @@
     python bench/loop.py model=flux_dev model.path=FOLDER sampling.prompt="a cat"   # any model option
     python bench/loop.py --rows plain bfloat16                                     # some of the rows
 
-Rows: ours with the given options (`plain`), compiled, in bfloat16, quantized, offloaded; diffusers' plain and in bfloat16.
-Ratio and difference are to diffusers' loop in the same dtype. The time of a round is the median of its steps. Every row
-has its own weights; if memory is short, select rows.
+Rows: ours with the given options (`plain`), compiled, in bfloat16, quantized, offloaded; diffusers' plain and in
+bfloat16. Ratio and difference are to diffusers' loop in the same dtype. The time of a round is the median of its steps.
+Every row has its own weights; if memory is short, select rows.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Drawn(NamedTuple):
 
 
 def theirs(pipeline: Any, transformer: Any, given: Mapping[str, Any], device: torch.device) -> Drawn:
-    """Run diffusers' loop, synchronizing after each step as our loop does. `given`: arguments of the pipeline's call."""
+    """Run diffusers' loop, synchronizing after each step like ours. `given`: arguments of the pipeline's call."""
     moments: list[float] = []
 
     def note(*_: Any) -> None:
@@ -55,7 +55,7 @@ def theirs(pipeline: Any, transformer: Any, given: Mapping[str, Any], device: to
 
 
 def asked(pipeline: Any, state: State, **texts: Any) -> dict[str, Any]:
-    """Return a request as arguments of diffusers' call, with the same initial noise. Drops those that it does not take."""
+    """Return a request as arguments that diffusers' call accepts, with the same initial noise."""
     accepted = inspect.signature(pipeline.__call__).parameters
     given = {name: getattr(state, name) for name in PLAIN} | texts
     generators = [torch.Generator().manual_seed(seed) for seed in state.seeds]
@@ -66,7 +66,7 @@ def asked(pipeline: Any, state: State, **texts: Any) -> dict[str, Any]:
 def in_turns(
     loops: Mapping[str, Callable[[], Drawn]], rounds: int, say: Callable[[str], None] = print
 ) -> tuple[dict[str, list[Drawn]], dict[str, str]]:
-    """Run each loop once per round (A B A B), after a warm-up round. Return the results, and the errors of failed loops."""
+    """Run each loop once per round (A B A B), after a warm-up round. Return results, and errors of failed loops."""
     results: dict[str, list[Drawn]] = {}
     reasons: dict[str, str] = {}
     for name, loop in loops.items():

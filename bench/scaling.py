@@ -7,7 +7,7 @@
 Nothing is measured. Compute is the seconds per step of one device, divided by floating-point operations, which torch
 counts on a transformer without weights. Communication is the bytes of the formulas in hydrarun/acceleration/parallel,
 divided by the bandwidth per GPU: within a node if the group fits, otherwise between nodes. Latencies and the lower
-efficiency of small kernels are ignored, and only the ring's transfers overlap with compute, so real machines are slower.
+efficiency of small kernels are ignored, and only the ring's transfers overlap with compute. Real machines are slower.
 Published times are shown for comparison.
 """
 
@@ -87,7 +87,7 @@ class Layout:
 
 @cache
 def flops(case: Case) -> tuple[float, float]:
-    """Return the floating-point operations of one forward and attention's share, counted by torch on the meta device."""
+    """Return the floating-point operations of one forward and attention's share, counted on the meta device."""
     text_dim = 3584 if case.spread else 4096
     inputs: dict[str, Any] = {"encoder_hidden_states": torch.empty(1, case.text, text_dim, device="meta")}
     with torch.device("meta"):
