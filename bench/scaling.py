@@ -168,8 +168,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [case.name for case in CASES]
     parser.add_argument("--case", choices=names, nargs="+", default=names)
-    parser.add_argument("--step-seconds", type=float, help="measured on one device, both branches")
-    parser.add_argument("--fixed-seconds", type=float, default=0.0, help="of a run that no rank shares: encoding, VAE")
+    parser.add_argument("--step-seconds", type=float, help="seconds per step of one device, both branches")
+    parser.add_argument(
+        "--fixed-seconds", type=float, default=0.0, help="seconds that are not split across ranks: encoding, VAE"
+    )
     parser.add_argument("--node-gbs", type=float, default=200.0, help="GB/s that a GPU sends inside a node (NVLink)")
     parser.add_argument("--network-gbs", type=float, default=50.0, help="GB/s that a GPU sends to another node")
     arguments = parser.parse_args()
