@@ -6,6 +6,7 @@ The options in `conf/` fill them. The comment above each YAML field explains it,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -178,8 +179,9 @@ def fill_defaults(config: Any, section: type = Config) -> Any:
     return config
 
 
+@functools.cache
 def register_schema() -> None:
-    """Register the schema with Hydra under the name that `conf/config.yaml` lists first."""
+    """Register the schema with Hydra, once per process, under the name that `conf/config.yaml` lists first."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
