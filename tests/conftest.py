@@ -29,6 +29,13 @@ def pytest_addoption(parser) -> None:
     parser.addoption("--write-matrix", action="store_true", help="write docs/matrix.md from what was found")
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Send the tests of one model to one worker, which builds its checkpoint once, and other tests by their file."""
+    for item in items:
+        subject = item.callspec.params.get("subject") if hasattr(item, "callspec") else None
+        item.add_marker(pytest.mark.xdist_group(subject or item.nodeid.partition("::")[0]))
+
+
 @pytest.fixture(scope="session")
 def tiny_pipeline():
     """diffusers' own QwenImagePipeline with random weights, in float32 on the CPU: the reference."""

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+import yaml
 from PIL import Image
 
 from hydrarun.config.checks.checkpoint import find_size_multiple, read_vae_factors
@@ -37,11 +39,37 @@ class Configs(dict[str, dict[str, Any]]):
 
 CONFIGS = Configs()
 
-#: options that are another's but for checkpoint and defaults
-VARIANTS = {"qwen_image_2512", "wan21_t2v_1_3b", "flux_schnell", "sd35_large", "zimage_turbo"}
+#: keys of `model` that may differ between options that run the same code
+DATA = ("name", "path", "revision", "takes", "limits", "teacache", "facts")
+
+
+def structure(name: str) -> dict[str, Any]:
+    """The keys of a model option that decide which code runs."""
+    return {key: value for key, value in CONFIGS[name]["model"].items() if key not in DATA}
+
+
+def base(name: str) -> str | None:
+    """The option that this one inherits from and differs from in data alone, if there is one."""
+    node = yaml.safe_load((resources.find_folder("conf") / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
+    parent = (node.get("defaults") or [None])[0]
+    return parent if parent in MODELS and structure(parent) == structure(name) else None
+
+
+#: options that differ from another in data alone, with that other
+VARIANTS = {name: parent for name in MODELS if (parent := base(name))}
 
 #: the others
 FAMILIES = [name for name in MODELS if name not in VARIANTS]
+
+
+def with_variants(*values: Any) -> list[Any]:
+    """Parameters of a test, of which those of a variant run in `make test-all` alone."""
+    names = [value[0] if isinstance(value, tuple) else value for value in values]
+    full = pytest.mark.full
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=full if name in VARIANTS else ())
+        for name, value in zip(names, values, strict=True)
+    ]
 
 #: one of each sort of transformer, for what is the same code for all of them and takes long
 SORTS = ("qwen_image_edit_plus", "flux_dev", "wan22_t2v_a14b", "zimage", "stable_audio")
