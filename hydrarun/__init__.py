@@ -15,10 +15,10 @@ __all__ = ["RunError", "UsageError", "__version__", "load"]
 
 
 def load(*overrides: str) -> Runner | RemoteRunner:
-    """Compose, validate and build a run exactly as `python -m hydrarun OVERRIDES…` does, with its weights loaded.
+    """Compose, validate and build a run exactly as `python -m hydrarun OVERRIDES…` does, and load its weights.
 
-    With `parallel=…` the ranks are started for it, until its `close()`; under torchrun every rank calls this and
-    `generate` alike. Raises `hydrarun.UsageError` for what the command would refuse with exit code 2.
+    With `parallel=…` this starts the ranks, which run until `close()`. Under torchrun every rank must call `load` and
+    `generate`. Raises `hydrarun.UsageError` where the command would exit with code 2.
     """
     from hydrarun.config.compose import compose_config
     from hydrarun.engine.ranks import launch

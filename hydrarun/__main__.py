@@ -1,4 +1,4 @@
-"""`python -m hydrarun`, and the console script `hydrarun`."""
+"""Entry point of `python -m hydrarun` and of the console script `hydrarun`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from hydrarun.core.errors import UsageError
 
 
 def main() -> int:
-    """Run the command line, or serve rank 0 of torchrun, which does; returns the exit code."""
+    """Run the command line and return the exit code. Under torchrun, ranks above 0 serve rank 0 instead."""
     if is_rank() and rank_info().rank > 0:
         serve_torchrun(sys.argv[1:])
         return 0
-    from hydrarun.cli.main import main as run_command  # imports Hydra, which no other rank needs
+    from hydrarun.cli.main import main as run_command  # imports Hydra, which only rank 0 needs
 
     return run_command()
 
 
 def serve_torchrun(argv: list[str]) -> None:
-    """A rank above 0 of torchrun: it has the command line of rank 0, which says what is wrong with it."""
+    """Serve jobs as a torchrun rank above 0. It has rank 0's command line; rank 0 reports the mistakes in it."""
     from hydrarun.cli.arguments import parse_arguments
     from hydrarun.config import targets
     from hydrarun.engine.ranks.worker import open_torchrun_store, serve_rank

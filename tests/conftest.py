@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: tiny checkpoints, built once, and configurations composed as the command does."""
+"""Fixtures shared by all tests: tiny checkpoints that are built once, a fake device and a pool of ranks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.helpers import fakeacc, ranks, subjects, tiny
 
 torch.set_num_threads(1)  # these models are too small for more
 
-gc.collect()  # all the libraries: what is there already is not looked through again at each collection
+gc.collect()  # freezes the objects of all imported libraries, so that later collections skip them
 gc.freeze()
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--write-matrix", action="store_true", help="write docs/matrix.md from what was found")
+    parser.addoption("--write-matrix", action="store_true", help="write the results to docs/matrix.md")
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -38,13 +38,13 @@ def pytest_collection_modifyitems(items) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_pipeline():
-    """diffusers' own QwenImagePipeline with random weights, in float32 on the CPU: the reference."""
+    """The reference: diffusers' QwenImagePipeline with random weights, in float32 on the CPU."""
     return tiny.qwen_image()
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tiny_pipeline, tmp_path_factory) -> Path:
-    """The same, saved by diffusers. Do not change it; copy it."""
+    """The folder of `tiny_pipeline`, saved by diffusers. Do not change it; copy it."""
     folder = tmp_path_factory.mktemp("tiny") / "qwen_image"
     tiny_pipeline.save_pretrained(folder)
     return folder
@@ -52,7 +52,7 @@ def tiny_folder(tiny_pipeline, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_runner(tiny_folder):
-    """Our runner on the same checkpoint."""
+    """Our runner on the checkpoint in `tiny_folder`."""
     return tiny.runner(tiny_folder)
 
 
@@ -66,13 +66,13 @@ def demo_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def built_subjects() -> dict[str, subjects.Subject]:
-    """Those that some test has asked for."""
+    """The subjects that tests have requested so far."""
     return {}
 
 
 @pytest.fixture
 def subject(request, built_subjects, tmp_path_factory) -> subjects.Subject:
-    """A model option with its tiny checkpoint, by name: parametrise over `subjects.MODELS`."""
+    """A model option with its tiny checkpoint. Parametrize by name, over `subjects.MODELS`."""
     if request.param not in built_subjects:
         built_subjects[request.param] = subjects.build(request.param, tmp_path_factory.mktemp("subject"))
     return built_subjects[request.param]
@@ -80,11 +80,11 @@ def subject(request, built_subjects, tmp_path_factory) -> subjects.Subject:
 
 @pytest.fixture(scope="module")
 def fake():
-    """`torch.fake`, the module of a device that is the host's memory under another name, every byte of it counted."""
+    """`torch.fake`, the module of a fake device over host memory that counts every byte."""
     if fakeacc.compiler() is None:
         pytest.skip("the fake accelerator needs a C++ compiler, and there is no `c++` here (CXX names another)")
-    # so that what is there already is not looked through before each count of bytes; afterwards what the tests left
-    # behind can go
+    # freezes existing objects, so that the collection before each byte count skips them; the collection afterwards
+    # frees what the tests leave behind
     gc.collect()
     gc.freeze()
     yield fakeacc.load()
@@ -95,20 +95,20 @@ def fake():
 
 @pytest.fixture(scope="session")
 def accelerations_table() -> list.Table:
-    """What `hydrarun list accelerations` shows, which takes seconds."""
+    """The table of `hydrarun list accelerations`, which takes seconds to build."""
     return list.make_table("accelerations")
 
 
 @pytest.fixture
 def listed(accelerations_table, monkeypatch) -> None:
-    """`hydrarun list` shows that table."""
+    """Make `hydrarun list` use the prebuilt table and configurations."""
     monkeypatch.setattr(list, "_make_accelerations_table", lambda: accelerations_table)
     monkeypatch.setattr(list, "compose_models", lambda: [(name, subjects.CONFIGS[name]) for name in subjects.MODELS])
 
 
 @pytest.fixture(scope="session")
 def pool():
-    """Processes for what needs several ranks: `pool(size, function, *arguments)`."""
+    """Processes for tests with several ranks: `pool(size, function, *arguments)`."""
     started = ranks.Pool()
     yield started
     started.close()

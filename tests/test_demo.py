@@ -1,4 +1,4 @@
-"""The shipped model: small, readable by diffusers, drawing the same there, and drawing what it is told."""
+"""The shipped model: it is small, draws the same pictures in diffusers, and follows its prompts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_diffusers_loads_it_and_draws_the_same(runner, demo_folder):
 
 
 def test_it_is_an_ordinary_checkpoint_of_the_family(runner, demo_folder):
-    """The default is nothing but `model=qwen_image` on this folder with these settings."""
+    """The default model equals `model=qwen_image` on this folder with the same settings."""
     settings = {key: runner.config["sampling"][key] for key in ("prompt", "true_cfg_scale", "num_inference_steps")}
     config = tiny.config(demo_folder, "sampling.height=128", "sampling.width=128")
     (by_path,) = Runner(config).generate(**settings)
@@ -47,7 +47,7 @@ def test_it_is_an_ordinary_checkpoint_of_the_family(runner, demo_folder):
 
 @pytest.mark.parametrize("changes", [{}, {"true_cfg_scale": 1.0}])
 def test_it_draws_what_it_is_told(runner, changes):
-    """Every tenth of the 200 held-out prompts, at most one of them wrong (docs/demo-model.md: the figures on all)."""
+    """At most one of every tenth of the 200 held-out prompts is wrong (docs/demo-model.md has the results on all)."""
     prompts = sample_held_out_prompts()[::10]
     pictures = runner.generate(prompt=prompts, seed=list(range(20)), **changes)
     result = judge_pairs((picture.pixels, picture.prompt) for picture in pictures)
@@ -55,7 +55,7 @@ def test_it_draws_what_it_is_told(runner, changes):
 
 
 def test_another_prompt_is_judged_wrong(runner):
-    """The floor above can fail: the same pictures do not pass for other captions."""
+    """The test above can fail: the judge rejects the same pictures with other captions."""
     prompts = sample_held_out_prompts()[:8]
     pictures = runner.generate(prompt=prompts, seed=list(range(8)), num_inference_steps=8)
     shifted = [*prompts[1:], prompts[0]]
@@ -64,7 +64,7 @@ def test_another_prompt_is_judged_wrong(runner):
 
 @pytest.mark.parametrize(("name", "count"), [("demo/quick", 1), ("demo/grid", 6), ("demo/teacache", 4)])
 def test_shipped_recipes_run_and_draw_what_they_say(name, count, tmp_path):
-    """Every picture passes the judge: a recipe is what a newcomer runs first. And it is that of the evidence."""
+    """Every picture of a shipped recipe passes the judge and matches its evidence."""
     config = compose_config([f"recipe={name}", "device=cpu", "dtype=float32"])
     record = run_single(Runner(config), config, tmp_path)
     pictures = [(png.read_png(tmp_path / output["path"])[0], output["prompt"]) for output in record["outputs"]]

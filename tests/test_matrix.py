@@ -1,6 +1,6 @@
-"""Every model with every acceleration against the plain run: each cell of the tables in docs/matrix.md.
+"""Compares every model with every acceleration with the plain run: each cell of the tables in docs/matrix.md.
 
-`pytest tests/test_matrix.py --write-matrix` (`make matrix`) writes the tables. How near a cell must be: `matrix.KINDS`.
+`pytest tests/test_matrix.py --write-matrix` (`make matrix`) writes the tables. `matrix.KINDS` has the tolerances.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from hydrarun.core.errors import UsageError
 from tests.helpers import matrix
 from tests.helpers.matrix import Column, Found
 from tests.helpers.subjects import CONFIGS, MODELS, with_variants
-
 
 CELLS = [(name, column) for name in MODELS for column in matrix.columns()]
 REFUSED = [cell for cell in CELLS if matrix.refusal(*cell)]
@@ -61,7 +60,7 @@ def test_the_page_has_all_cells():
 
 
 def test_every_acceleration_is_a_column():
-    """Each group but what attention is computed with, whose kernels want a GPU; each way to spread work."""
+    """All groups have columns except `attention`, whose kernels need a GPU; so do all parallel methods."""
     groups = {folder.name for folder in resources.find_folder("conf").iterdir() if (folder / "none.yaml").exists()}
     assert groups - {"plan"} == {*matrix.GROUPS}
     degrees = {key for column in matrix.columns() if column.group == "parallel" for key in degrees_of(column)}
@@ -82,7 +81,7 @@ def test_what_hydrarun_lists_is_a_cell(accelerations_table):
 
 
 def degrees_of(column: Column) -> set[str]:
-    """What is more than one."""
+    """Return the degrees above 1."""
     return {key for key, value in column.config("demo")["parallel"].items() if value > 1}
 
 
@@ -97,7 +96,7 @@ def test_a_refusal_is_in_words():
 
 @pytest.mark.parametrize("subject", ["demo"], indirect=True)
 def test_what_differs_is_seen(subject, bench):
-    """Skipped steps are a distance, and other words or a refusal another table; another distance is not."""
+    """Skipped steps give a distance. Other text or a refusal changes a table's shape, another distance does not."""
     assert bench.distance(subject, Column("cache", "every_n")) > 1e-3
     assert matrix.shape("| a | 3e-7 | 1.2 % | 0 (x > 1) |") == matrix.shape("| a | 0 | 14 % | 1e-08 (x > 1) |")
     assert matrix.shape("| – (1) |") != matrix.shape("| 0 |")

@@ -1,4 +1,4 @@
-"""The house rule: only `conf/model`, `hydrarun/models` and a family's own file of stages know a model."""
+"""Project rules: only `conf/model`, `hydrarun/models` and the stages of a family name a model; files are short."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import hydrarun
 
 PACKAGE = Path(hydrarun.__file__).parent
 ROOT = PACKAGE.parent
-#: the contract is no family
+#: file names of the model families; the contract and the experts are not families
 OF_FAMILIES = {file.name for file in (PACKAGE / "models").glob("[a-z]*.py")} - {"transformer.py", "experts.py"}
-#: a file of a family's: its transformer, or its stages
+#: the files of the families: transformers and stages
 OWN = {PACKAGE / folder / name for folder in ("models", "pipeline/stages") for name in OF_FAMILIES}
 MODULES = sorted(file for file in PACKAGE.rglob("*.py") if file not in OWN)
-#: the families that are there: the modules' names, and the first word of the options'
+#: names of the families: the first word of each module name
 FAMILIES = {name.removesuffix(".py").split("_")[0] for name in OF_FAMILIES}
-# the demo model's judge is about the demo model
+# the judge of the demo model may name it
 MAY_NAME = {"scene_judge.py", "scenes.py"}
 
 
 def named(text: str) -> list[str]:
-    """Families that are named: as words, or as the start of CamelCase (`wanted` is none)."""
+    """Return the families named in a text: as words or as the start of CamelCase (`wanted` does not count)."""
     words = "|".join(sorted(FAMILIES))
     camel = "|".join(family.capitalize() for family in sorted(FAMILIES))
     return [match[0] for match in re.finditer(rf"(?<![A-Za-z])(?:{words})(?![a-z])|(?:{camel})(?![a-z])", text)]
 
 
 def code(file: Path) -> str:
-    """A module without its docstrings and comments, which may give a source."""
+    """Return the code of a module without docstrings and comments, which may cite a source."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)

@@ -1,4 +1,4 @@
-"""A built wheel, installed where the checkout cannot be seen, works from any folder."""
+"""A built wheel works from any folder when it is installed without access to the checkout."""
 
 import os
 import re
@@ -32,14 +32,14 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
-    """The bin folder of a virtual environment with the wheel in it; the dependencies are this environment's."""
+    """The bin folder of a virtual environment with the wheel; the dependencies come from this environment."""
     folder = tmp_path_factory.mktemp("clean") / "venv"
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*pip, "--disable-pip-version-check", wheel], check=True)
-    # only now: pip must not see a hydrarun that is installed here. A path file's own path files are not read, so an
-    # editable install of the checkout stays invisible.
+    # after the installation, so that pip does not see a hydrarun that is installed here. Nested .pth files are not
+    # read, so an editable install of the checkout stays invisible.
     (packages,) = folder.glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
     return folder / "bin"
@@ -47,7 +47,7 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(installed, tmp_path):
-    """Runs a command of the environment in an empty folder and returns what it printed."""
+    """Run a command of the environment in an empty folder and return its output."""
 
     def call(command: str, *arguments: str) -> str:
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

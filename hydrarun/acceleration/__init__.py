@@ -1,1 +1,1 @@
-"""What makes a run faster or smaller: caches, offload, parallelism, quantization, compilation."""
+"""Accelerations: caches, offload, parallelism, quantization, compilation."""

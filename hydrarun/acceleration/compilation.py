@@ -12,27 +12,27 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from hydrarun.core.errors import UsageError
 from hydrarun.models.transformer import Transformer
 
-GRAPHS = 256  # of a block, one per size
+GRAPHS = 256  # limit of graphs per block, one for each input size
 CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"  # torch's own variable
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
 class NoCompile:
-    """Run the blocks as they are."""
+    """Runs the blocks uncompiled."""
 
     name = "none"
 
     def apply(self, transformer: Transformer, alone: bool = True) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 class CompileBlocks:
     """Regional `torch.compile`: all blocks of a class share one compiled graph, so that compiling takes seconds.
 
-    `mode` and `dynamic` are torch.compile's. `cache_dir`: where compiled graphs are kept for later processes; null: the
+    `mode` and `dynamic` are torch.compile's. `cache_dir`: folder of compiled graphs for later processes; null: the
     folder that TORCHINDUCTOR_CACHE_DIR names, or else one in the user's cache. Raises `UsageError` for a folder that
-    cannot be made.
+    cannot be created.
     """
 
     name = "blocks"
@@ -43,9 +43,9 @@ class CompileBlocks:
         set_graph_cache(cache_dir)
 
     def apply(self, transformer: Transformer, alone: bool = True) -> None:
-        """Compile every block in place; a block that cannot be one graph raises at its first call.
+        """Compile every block in place. A block that cannot be one graph raises at its first call.
 
-        Where ranks work together (not `alone`), the graph breaks at what they send each other.
+        With several ranks (not `alone`) the graph breaks at every collective.
         """
         raise_graph_limit()
         for block in transformer.all_blocks():
@@ -53,15 +53,15 @@ class CompileBlocks:
 
 
 class CompileFull:
-    """`torch.compile` of a branch's whole way, from latents to prediction, as one graph.
+    """`torch.compile` of a branch's whole forward, from latents to prediction, as one graph.
 
-    A cache that looks between the blocks gets three: what comes before the blocks, the blocks, and what comes behind
-    them. Compiling takes about as many times longer than blocks alone as there are blocks. The arguments are those of
-    `CompileBlocks`; CUDA graphs are not among the modes, because they overwrite a branch's tokens with the next one's.
+    A cache that reads tokens between the blocks gets three graphs: before the blocks, the blocks, and after them.
+    Compile time grows with the number of blocks: N blocks take about N times as long as `CompileBlocks`. The arguments
+    are those of `CompileBlocks`, without the CUDA graph modes, which overwrite a branch's tokens with the next one's.
     """
 
     name = "full"
-    #: of `Transformer`
+    #: methods of `Transformer` that are compiled
     pieces = ("through", "enter", "run", "finish")
 
     def __init__(
@@ -75,7 +75,7 @@ class CompileFull:
         set_graph_cache(cache_dir)
 
     def apply(self, transformer: Transformer, alone: bool = True) -> None:
-        """Compile the forward's pieces in place; one that cannot be one graph raises at its first call."""
+        """Compile the forward's pieces in place. A piece that cannot be one graph raises at its first call."""
         raise_graph_limit()
         for name in self.pieces:
             piece = getattr(transformer, name)
@@ -83,13 +83,13 @@ class CompileFull:
 
 
 def raise_graph_limit() -> None:
-    """Each length of a prompt is a size of its own, and torch gives up after 8 of them."""
+    """Raise torch's limit of 8 graphs per function: every prompt length needs its own graph."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
 
 
 def set_graph_cache(cache_dir: str | None) -> None:
-    """Have torch keep what it compiles in `cache_dir`, for later processes too."""
-    # torch sets the variable itself once it is imported, to a temporary folder
+    """Make torch keep compiled graphs in `cache_dir`, also for later processes."""
+    # on import torch sets the variable itself, to a temporary folder
     if cache_dir is None and os.environ.get(CACHE_DIR, default_cache_dir()) != default_cache_dir():
         return
     users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "hydrarun", "compile")

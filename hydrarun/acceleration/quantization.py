@@ -1,9 +1,9 @@
-"""Weights in 8 bits, by torchao (https://github.com/pytorch/ao): the options of the `quantization` group.
+"""8-bit weights with torchao (https://github.com/pytorch/ao): the options of the `quantization` group.
 
-A weight is kept as 8-bit numbers with a scale for each row, which is an output. Activations stay as they are, or get 8
-bits too, with a scale for each token, found anew in every call. What is quantized: the linear layers in the blocks of
-the transformers, but for those that a model keeps (`Transformer.keep_unquantized`), and in the repeated layers of the
-text encoders. Embeddings, norms, biases and heads are not.
+A weight is stored as 8-bit numbers with one scale per row (output channel). Activations keep their dtype, or are
+quantized to 8 bits too, with one scale per token that every call computes. Quantized are the linear layers in the
+transformers' blocks, except those that a model excludes (`Transformer.keep_unquantized` and `keep_in_float32`), and
+those in the repeated layers of the text encoders. Embeddings, norms, biases and heads are not quantized.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hydrarun.models.transformer import Transformer
 
 TRANSFORMER, TEXT_ENCODER = COMPONENTS = ("transformer", "text_encoder")
 
-#: what the options are called, by their weights and activations
+#: option names, by the types of weights and activations
 NAMES = {
     ("int8", "none"): "int8_weight_only",
     ("float8", "none"): "fp8_weight_only",
@@ -32,41 +32,41 @@ NAMES = {
     ("float8", "float8"): "fp8",
 }
 
-#: bytes that go with each row: a scale in float32 and, of int8, a zero point
+#: extra bytes per row: a float32 scale and, for int8, a zero point
 ROW_BYTES = {"int8": 5, "float8": 4}
 
-#: kernels for 8-bit activations need sides of a weight that are multiples of this
+#: kernels for 8-bit activations need weight dimensions that are multiples of this
 MULTIPLE = 16
 
-#: the first NVIDIA GPUs that multiply float8 numbers
+#: compute capability of the first NVIDIA GPUs that multiply float8 numbers
 FLOAT8_CAPABILITY = (8, 9)
 
 
 class NoQuantization:
-    """Weights as they are loaded."""
+    """Keeps the weights as they are loaded."""
 
     name = "none"
-    #: whether `loaded` changes modules, which must not be while other threads build some
+    #: whether `loaded` changes modules; then no other thread may build modules at the same time
     changes = False
 
     def prepare(self, device: torch.device) -> None:
-        """Refuse, before weights are read, what cannot be computed on `device`. Raises `UsageError`."""
+        """Raise `UsageError`, before weights are read, for an option that cannot run on `device`."""
 
     def loaded(self, transformer: Transformer, name: str) -> None:
-        """The parameter `name` is in its place; called by any thread."""
+        """Handle the loaded parameter `name`. Any thread may call this."""
 
     def component(self, name: str, module: Any) -> None:
-        """The component `name` of a diffusers pipeline is loaded."""
+        """Handle the loaded component `name` of a diffusers pipeline."""
 
     def summary(self) -> str | None:
-        """What was done, for the user."""
+        """Return a note for the user; None: there is nothing to report."""
         return None
 
 
 class TorchAO(NoQuantization):
-    """8 bits for `weights`, and for `activations` unless they are `none`; of these `components`.
+    """Quantizes the `weights` of `components` to 8 bits, and the `activations` unless they are `none`.
 
-    Raises `UsageError` for what torchao does not have, or where it is not installed.
+    Raises `UsageError` for combinations that torchao does not support.
     """
 
     def __init__(
@@ -76,9 +76,13 @@ class TorchAO(NoQuantization):
         components: list[Literal["transformer", "text_encoder"]],
     ) -> None:
         if (weights, activations) not in NAMES:
-            raise UsageError(f"quantization.activations={activations}: with weights={weights}, none or {weights}")
+            raise UsageError(
+                f"quantization.activations={activations}: with weights={weights} it must be none or {weights}"
+            )
         if not components or len(set(components)) < len(components):
-            raise UsageError(f"quantization.components={components}: name {' or '.join(COMPONENTS)}, or both, once")
+            raise UsageError(
+                f"quantization.components={components}: list {' or '.join(COMPONENTS)}, or both, each once"
+            )
         self.name = NAMES[weights, activations]
         self.dynamic = activations != "none"
         self.components = components
@@ -88,18 +92,18 @@ class TorchAO(NoQuantization):
         self.layers = self.odd = self.bytes_before = self.bytes_after = 0
 
     def prepare(self, device: torch.device) -> None:
-        """Raises `UsageError` for a missing torchao, and for float8 activations where no kernel multiplies them."""
+        """Raise `UsageError` if torchao is missing, or for float8 activations on a device without float8 kernels."""
         if self.name == "fp8" and not supports_float8(device):
             raise UsageError(
                 "quantization=fp8 multiplies float8 numbers, which needs an NVIDIA GPU of compute capability 8.9 or"
-                f" more (Ada, Hopper, Blackwell), and device={device} is none. Use quantization=fp8_weight_only"
+                f" more (Ada, Hopper, Blackwell), and device={device} is not one. Use quantization=fp8_weight_only"
             )
         self.config = make_torchao_config(self.name, device)
-        # torch.compile says so of torchao's tensors; what it would save is compiling once more in the next process
+        # torch.compile warns about torchao's tensors; the only effect is that the next process compiles again
         warnings.filterwarnings("ignore", message=".* does not implement _.*_hash_for_caching")
 
     def loaded(self, transformer: Transformer, name: str) -> None:
-        """Quantize it, if it is such a weight: at no time are more of them there in full than there are threads."""
+        """Quantize the parameter's layer if it qualifies. Each thread holds at most one such weight unquantized."""
         layer = transformer.get_submodule(name.rpartition(".")[0])
         inside = name.split(".")[0] in transformer.block_lists
         if TRANSFORMER in self.components and inside and is_quantizable(name, layer, find_unquantized(transformer)):
@@ -107,7 +111,7 @@ class TorchAO(NoQuantization):
                 self.quantize(layer)
 
     def component(self, name: str, module: Any) -> None:
-        """Quantize it, layer by layer, if it is a text encoder."""
+        """Quantize the repeated layers of a text encoder, one linear layer at a time."""
         if TEXT_ENCODER in self.components and isinstance(module, nn.Module) and find_use(name) == TEXT_ENCODER:
             for part in find_repeated_layers(module):
                 for layer in part.modules():
@@ -115,7 +119,7 @@ class TorchAO(NoQuantization):
                         self.quantize(layer)
 
     def quantize(self, layer: nn.Linear) -> None:
-        """Replace the layer's weight, but for one with sides that 8-bit activations cannot be multiplied with."""
+        """Replace the layer's weight, unless the kernels for 8-bit activations do not support its dimensions."""
         from torchao.quantization import quantize_
 
         if self.dynamic and any(side % MULTIPLE for side in layer.weight.shape):
@@ -127,24 +131,27 @@ class TorchAO(NoQuantization):
         self.layers += 1
 
     def summary(self) -> str | None:
-        """Layers, bytes before and after, and what stayed as it was."""
+        """Return the numbers of layers and bytes before and after, and of layers that were left unquantized."""
         size = f"{self.bytes_before / 2**20:,.1f} MiB of weights are now {self.bytes_after / 2**20:,.1f}"
         odd = f"; {self.odd} layers stay as they are: their sides are no multiples of {MULTIPLE}" if self.odd else ""
         return f"quantization={self.name}: {self.layers} linear layers, {size}{odd}"
 
 
 def find_unquantized(transformer: Transformer) -> Collection[str]:
-    """Names of modules in the blocks that are left alone."""
+    """Return names of modules in the blocks that are not quantized."""
     return {*transformer.keep_unquantized, *transformer.keep_in_float32}
 
 
 def is_quantizable(name: str, owner: nn.Module, kept: Collection[str] = ()) -> bool:
-    """Whether a parameter of a block or layer, by its name and the module that it is of, gets 8 bits."""
+    """Return whether the parameter `name` of the module `owner` is quantized. `kept`: names of excluded modules."""
     return isinstance(owner, nn.Linear) and name.endswith(".weight") and not set(kept) & set(name.split("."))
 
 
 def make_torchao_config(name: str, device: torch.device) -> Any:
-    """torchao's configuration for an option. Its settings for torch.compile are for the whole process: left alone."""
+    """Return torchao's config for an option.
+
+    It leaves torch.compile's settings alone, because those hold for the whole process.
+    """
     try:
         from torchao import quantization as ao
         from torchao.utils import should_reduce_range
@@ -156,7 +163,7 @@ def make_torchao_config(name: str, device: torch.device) -> Any:
         return ao.Int8WeightOnlyConfig(set_inductor_config=False)
     if name == "fp8_weight_only":
         return ao.Float8WeightOnlyConfig(set_inductor_config=False)
-    if name == "int8":  # 7 bits on CPUs whose sums of products would overflow
+    if name == "int8":  # 7 bits on CPUs where the sums of products would overflow
         return ao.Int8DynamicActivationInt8WeightConfig(
             reduce_range=should_reduce_range(device), set_inductor_config=False
         )
@@ -164,12 +171,12 @@ def make_torchao_config(name: str, device: torch.device) -> Any:
 
 
 def supports_float8(device: torch.device) -> bool:
-    """Whether the device has such kernels."""
+    """Return whether the device has float8 kernels."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
 
 
 def count_stored_bytes(tensor: Tensor) -> int:
-    """Bytes that a tensor takes; of a quantized one those of its numbers and scales."""
+    """Return the bytes of a tensor; for a quantized tensor, those of its numbers and scales."""
     if not is_traceable_wrapper_subclass(tensor):
         return tensor.nbytes
     names, _ = tensor.__tensor_flatten__()

@@ -1,1 +1,1 @@
-"""The command line: verbs, arguments, recipes, sweeps."""
+"""The command line: verbs, arguments, recipes and sweeps."""

@@ -1,4 +1,4 @@
-"""The command line before Hydra reads it: the verb, its flags, and everything else, in any order."""
+"""Parses the command line before Hydra does: the verb, its flags and all other words, in any order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from hydrarun.core.errors import UsageError, suggest_name
 
 HELP = {"--help": False, "-h": False}
 
-# Hydra's flags and three of ours; True for those that take a value. Without --experimental-rerun: it reads a pickle.
+# Hydra's flags and three of our own; True if the flag takes a value. --experimental-rerun is left out because it reads
+# a pickle.
 RUN_FLAGS = {
     **HELP,
     **dict.fromkeys(("--dry-run", "--fail-fast", "--version"), False),
@@ -25,13 +26,13 @@ CONFIG_DIR = ("--config-dir", "-cd")
 
 
 class Verb(NamedTuple):
-    """What the command line can ask for."""
+    """A verb of the command line."""
 
-    #: the function that does it, in `hydrarun.cli.commands`: it takes `Arguments` and returns the exit code
+    #: `module.function` in `hydrarun.cli.commands`; the function takes `Arguments` and returns the exit code
     function: str
-    #: True for those that take a value
+    #: the accepted flags; True if the flag takes a value
     flags: Mapping[str, bool] = HELP
-    #: whether every word that is no flag must be `key=value` or `~key`
+    #: whether every word that is not a flag must be `key=value` or `~key`
     settings_only: bool = False
 
 
@@ -52,19 +53,19 @@ VERBS = {
 
 
 class Arguments(NamedTuple):
-    """A command line, sorted."""
+    """A parsed command line."""
 
     verb: str
     words: list[str]  # overrides, files, names
-    flags: list[str]  # with their values
-    targets: list[str]  # classes that the user allows by --allow-target
+    flags: list[str]  # followed by their values
+    targets: list[str]  # classes that the user allows with --allow-target
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Sort `[verb] words… flags…`. Raises UsageError for an unknown verb or flag, or a stray word.
+    """Split `[verb] words… flags…`. Raises UsageError for an unknown verb or flag, or a stray word.
 
-    Hydra 1.3 refuses overrides on both sides of a flag, and `--info` swallows an override that follows it: so flags go
-    last.
+    Flags are kept apart so that Hydra gets them last: Hydra 1.3 refuses overrides on both sides of a flag, and `--info`
+    consumes an override that follows it.
     """
     rest = list(argv)
     verb = _take_verb(rest)
@@ -96,7 +97,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 
 
 def _take_verb(rest: list[str]) -> str:
-    """Take the verb off the words; `run` where there is none."""
+    """Remove the verb from the words and return it; `run` if there is none."""
     if not (rest and re.fullmatch(r"[A-Za-z][\w-]*", rest[0])):
         return "run"
     verb = rest.pop(0)

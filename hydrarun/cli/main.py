@@ -1,4 +1,4 @@
-"""The command: finds the verb, does it, and turns what goes wrong into an exit code."""
+"""The command `hydrarun`: runs the verb and turns exceptions into exit codes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hydrarun.engine.ranks import launch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (sys.argv by default); returns the exit code.
+    """Run a command line (default: sys.argv) and return the exit code.
 
-    0 done; 1 the run failed (in a sweep: a point of it); 2 the user's mistake; 130 Ctrl-C. An exception that nobody
-    foresaw is printed with its traceback and counts as 1.
+    0: success; 1: the run, or a point of the sweep, failed; 2: the user's mistake; 130: Ctrl-C. An unexpected exception
+    is printed with its traceback and gives 1.
     """
-    # Hydra would print some exceptions itself and exit; with this set it raises them all.
+    # makes Hydra raise all exceptions; without it Hydra prints some of them and exits
     os.environ["HYDRA_FULL_ERROR"] = "1"
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def get_exit_code(action: Callable[[], int]) -> int:
-    """The code that `action` returns, or that of its exception, which is printed."""
+    """Run `action` and return its exit code; print an exception and return the code for it."""
     try:
         return action()
     except Exception as error:
@@ -41,7 +41,7 @@ def get_exit_code(action: Callable[[], int]) -> int:
 
 
 def dispatch_verb(argv: Sequence[str]) -> int:
-    """Do what the command line's verb says; its module is imported only now. Returns the exit code."""
+    """Import the module of the verb, run the verb and return its exit code."""
     line = parse_arguments(argv)
     for name in line.targets:
         targets.allow_target(name)

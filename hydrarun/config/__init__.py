@@ -1,1 +1,1 @@
-"""From overrides to one checked configuration, without torch."""
+"""Composes overrides into one checked configuration, without torch."""

@@ -1,7 +1,7 @@
-"""Many pictures: what each of them is, and which of them are drawn together.
+"""Batch runs: lists the pictures of a run and groups them into batches.
 
-A run is one of batches if it has `input.prompts` or `batch_size`. The driver computes the items and the batches once,
-and sends the ranks a `BatchJob` with those that they draw.
+A run is a batch run if it has `input.prompts` or `batch_size`. The driver computes items and batches once. It sends the
+ranks a `BatchJob` with the batches to draw.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class BatchItem:
-    """One picture or video of the run: its place in it, and the `sampling` and input images that draw it alone."""
+    """One picture or video of the run: its index, and the `sampling` and input images that draw it alone."""
 
     index: int
     sampling: dict[str, Any]
@@ -28,7 +28,7 @@ class BatchItem:
     line: int | None = None
 
     def to_json(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The item as JSON for `from_json`. Leaves out what equals the run's `config`, so that a job stays small."""
+        """Return the item as JSON for `from_json`. Leaves out values equal to the run's `config`, to keep it small."""
         sampling, images = config["sampling"], config["input"]["images"]
         own = {
             name: value
@@ -44,18 +44,18 @@ class BatchItem:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any], config: Mapping[str, Any]) -> BatchItem:
-        """The item that `to_json` wrote with the same `config`."""
+        """Return the item that `to_json` wrote with the same `config`."""
         images = row.get("images", config["input"]["images"])
         return cls(row["index"], {**config["sampling"], **row["sampling"]}, images, row.get("line"))
 
 
 def _json_differs(one: Any, other: Any) -> bool:
-    """Whether two values differ as JSON. Python says that 1 equals 1.0, but their files have different names."""
+    """Return whether two values differ as JSON. In Python 1 equals 1.0, but their output files have different names."""
     return json.dumps(one) != json.dumps(other)
 
 
 class PendingBatch(NamedTuple):
-    """A batch to draw: its number among the batches of the run, and the indices of its items that are not there yet."""
+    """A batch to draw: its number in the run, its items, and the indices of those that are not drawn yet."""
 
     number: int
     items: tuple[BatchItem, ...]
@@ -63,14 +63,14 @@ class PendingBatch(NamedTuple):
 
 
 class BatchJob(NamedTuple):
-    """What the driver sends the ranks: the batches to draw, in order, and how many batches the run has in all."""
+    """The job that the driver sends to the ranks: the batches to draw, in order, and the run's number of batches."""
 
     output_dir: Path
     batches: list[PendingBatch]
     total: int
 
     def to_json(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The job as JSON for `from_json`; `config`: that of the run, which the ranks have too."""
+        """Return the job as JSON for `from_json`. `config` is the run's configuration, which the ranks have too."""
         rows = [
             {
                 "number": batch.number,
@@ -83,7 +83,7 @@ class BatchJob(NamedTuple):
 
     @classmethod
     def from_json(cls, job: Mapping[str, Any], config: Mapping[str, Any]) -> BatchJob:
-        """The job that `to_json` wrote with the same `config`."""
+        """Return the job that `to_json` wrote with the same `config`."""
         pending = [
             PendingBatch(
                 row["number"], tuple(BatchItem.from_json(item, config) for item in row["items"]), tuple(row["missing"])
@@ -94,12 +94,12 @@ class BatchJob(NamedTuple):
 
 
 def is_batch_run(config: Mapping[str, Any]) -> bool:
-    """Whether the run is one of batches."""
+    """Return whether the run is a batch run."""
     return config["input"]["prompts"] is not None or config["batch_size"] is not None
 
 
 def resolve_prompts(config: Config) -> Config:
-    """The same with the lines of the file `input.prompts` in its place. Raises UsageError."""
+    """Return the configuration with the file `input.prompts` replaced by its lines. Raises UsageError."""
     given = config["input"]["prompts"]
     if not isinstance(given, str):
         return config
@@ -107,12 +107,12 @@ def resolve_prompts(config: Config) -> Config:
 
 
 def max_batch_size(config: Mapping[str, Any]) -> int:
-    """The most pictures of one batch; by itself the lines of a file are drawn one by one, or one by each rank."""
+    """Return the maximum pictures per batch. Without `batch_size` it is one per data-parallel rank."""
     return config["batch_size"] or config["parallel"]["data_degree"]
 
 
 def iterate_lines(config: Config) -> Iterator[tuple[Line | None, Config]]:
-    """Each line with the configuration of a run that draws it; of a run without a file that run itself."""
+    """Yield each line with the configuration that draws it; without a file, None with the run's own configuration."""
     lines = config["input"]["prompts"]
     if lines is None:
         yield None, config
@@ -121,14 +121,14 @@ def iterate_lines(config: Config) -> Iterator[tuple[Line | None, Config]]:
 
 
 def derive_line_config(config: Config, line: Line) -> Config:
-    """The configuration of a run that draws what one line says."""
+    """Return the configuration of a run that draws one line."""
     own = {name: value for name, value in line.items() if name not in (LINE, "images")}
     given = {"images": line.get("images", config["input"]["images"]), "prompts": None}
     return {**config, "sampling": {**config["sampling"], **own}, "input": given, "batch_size": max_batch_size(config)}
 
 
 def list_items(config: Config) -> list[BatchItem]:
-    """Every picture of the run, line after line, and of a line one after the other."""
+    """Return every picture of the run, in the order of the lines."""
     found: list[BatchItem] = []
     for line, one in iterate_lines(config):
         for prompt, negative, seed in expand_prompts(one["sampling"]):
@@ -139,10 +139,10 @@ def list_items(config: Config) -> list[BatchItem]:
 
 
 def expand_prompts(sampling: Mapping[str, Any]) -> list[tuple[str, str | None, int]]:
-    """Prompt, negative prompt and seed of each picture: prompt after prompt, and of each its pictures.
+    """Return prompt, negative prompt and seed of each picture, in the order of the prompts.
 
-    A whole number as seed: the k-th picture of every prompt gets `seed + k`. A list: one per picture. No
-    prompt (null) is an empty one.
+    With a whole number as seed, the k-th picture of every prompt gets `seed + k`. A list has one seed per picture.
+    A null prompt counts as an empty one.
     """
     texts, seeds = as_list(sampling["prompt"] or ""), sampling["seed"]
     negatives = sampling["negative_prompt"]
@@ -157,14 +157,14 @@ def expand_prompts(sampling: Mapping[str, Any]) -> list[tuple[str, str | None, i
 
 
 def as_list(value: str | list[str]) -> list[str]:
-    """A single text is a list of one."""
+    """Return a list unchanged, and a single text as a list of one."""
     return value if isinstance(value, list) else [value]
 
 
 def group_batches(found: Sequence[BatchItem], most: int) -> list[tuple[BatchItem, ...]]:
-    """Batches of at most `most` items that go together, by their first items' places.
+    """Group items into batches of at most `most`, in the order of their first items.
 
-    Items do if they differ in prompt, negative prompt and seed alone, and have a negative prompt all or none.
+    Items share a batch if they differ only in prompt, negative prompt and seed, and all or none have a negative prompt.
     """
     alike: dict[str, list[BatchItem]] = {}
     for item in found:
@@ -180,7 +180,7 @@ def _make_group_key(item: BatchItem) -> str:
 
 
 def derive_batch_config(config: Config, batch: Sequence[BatchItem]) -> Config:
-    """The configuration of a run that draws this batch and nothing else."""
+    """Return the configuration of a run that draws only this batch."""
     first = batch[0].sampling
     texts = {name: [item.sampling[name] for item in batch] for name in ("prompt", "negative_prompt", "seed")}
     if first["negative_prompt"] is None:

@@ -1,4 +1,4 @@
-"""From overrides to one plain, complete, checked configuration: for the command, the Python API, replay and tests."""
+"""Composes overrides into one plain, complete, checked configuration: for the command, the Python API and replay."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from hydrarun.core.resources import list_groups
 
 
 def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
-    """The resolved and validated configuration that `hydrarun OVERRIDES…` runs. Raises UsageError."""
+    """Return the resolved and validated configuration that `hydrarun OVERRIDES…` runs. Raises UsageError."""
     return check_composed(*compose_unchecked(quote_overrides(overrides)))
 
 
 def compose_unchecked(overrides: Sequence[str]) -> tuple[dict[str, Any], ConfigOrigin]:
-    """The resolved configuration of quoted overrides (`quoting.literal`), unchecked: what is missing is `???`."""
+    """Return the resolved, unchecked configuration of overrides from `quote_overrides`. Missing values are `???`."""
     _, composed = load_configuration(overrides)
     with translate_errors(overrides):
         return split_composed(composed, composed.hydra)
 
 
 def split_composed(composed: DictConfig, hydra_node: DictConfig) -> tuple[dict[str, Any], ConfigOrigin]:
-    """The run's own part of what Hydra composed, as plain data, and where its values come from."""
+    """Return the composed configuration without Hydra's node, as plain data, and the origin of its values."""
     config = to_plain_config(composed)
     overrides = tuple(OmegaConf.to_container(hydra_node.overrides.task))
     for override in overrides:
@@ -49,13 +49,13 @@ def split_composed(composed: DictConfig, hydra_node: DictConfig) -> tuple[dict[s
 
 
 def to_plain_config(composed: DictConfig) -> dict[str, Any]:
-    """The run's own part of what Hydra composed, resolved, as plain data; classes by their names of today."""
+    """Return the composed configuration without Hydra's node, resolved, as plain data, with current class names."""
     own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
     return use_current_names(OmegaConf.to_container(own, resolve=True))
 
 
 def check_composed(config: dict[str, Any], origin: ConfigOrigin) -> dict[str, Any]:
-    """The same configuration, with the lines of `input.prompts` in its place, if it can be run.
+    """Check a configuration; return it with the file `input.prompts` replaced by its lines.
 
     Raises UsageError that lists every violation.
     """
@@ -65,14 +65,14 @@ def check_composed(config: dict[str, Any], origin: ConfigOrigin) -> dict[str, An
     config = batches.resolve_prompts(config)
     check_configuration(config, origin)
     folder = find_local_folder(config["model"]["path"], config["model"]["revision"])
-    if folder is not None:  # a hub checkpoint is asked when it is here
+    if folder is not None:  # a hub checkpoint is checked after its download
         raise_mistakes(_find_line_refusals(config, lambda one: check_folder_fit(one, folder)))
     raise_mistakes(_find_line_refusals(config, _ImageReader()))
     return config
 
 
 def _find_line_refusals(config: dict[str, Any], test: Callable[[dict[str, Any]], None]) -> Iterator[str]:
-    """What `test` refuses, with the line of `input.prompts` that asks for it."""
+    """Yield the errors of `test`, with the line of `input.prompts` that causes each."""
     for line, one in batches.iterate_lines(config):
         try:
             test(one)
@@ -81,7 +81,7 @@ def _find_line_refusals(config: dict[str, Any], test: Callable[[dict[str, Any]],
 
 
 class _ImageReader:
-    """Reads the input images, each once."""
+    """Reads each input image once, to report unreadable files."""
 
     def __init__(self) -> None:
         self.read: set[str] = set()
@@ -89,7 +89,7 @@ class _ImageReader:
     def __call__(self, config: dict[str, Any]) -> None:
         for path in image_paths(config):
             if path not in self.read:
-                from hydrarun.outputs.media import images, kinds  # and Pillow only then
+                from hydrarun.outputs.media import images, kinds  # imports Pillow only here
 
                 images.read_image(path, kinds.find_model_kind(config["model"]).alpha)
                 self.read.add(path)
@@ -97,14 +97,14 @@ class _ImageReader:
 
 @dataclass(frozen=True)
 class ConfigOrigin:
-    """Where the values of a configuration come from."""
+    """The origin of a configuration's values."""
 
     overrides: tuple[str, ...]
     recipe: str
     model: str
 
     def __call__(self, key: str) -> str:
-        """Who set `key`: "command line", "recipe demo/quick", "model demo" or "default"."""
+        """Return what set `key`: "command line", "recipe demo/quick", "model demo" or "default"."""
         if self._on_command_line(key):
             return "command line"
         if _has_key(search.load_choices(self.recipe), key):
@@ -112,12 +112,12 @@ class ConfigOrigin:
         return f"model {self.model}" if key.startswith(("model", "sampling")) else "default"
 
     def print_notes(self, config: dict[str, Any]) -> None:
-        """Print the `notes`."""
+        """Print the `notes` to stderr."""
         for note in self.notes(config):
             print(note, file=sys.stderr)
 
     def notes(self, config: dict[str, Any]) -> list[str]:
-        """What the user should be told before the run: what a recipe loads, and what they set to no effect."""
+        """Return notes for the user before the run: weights that a recipe loads, and settings without effect."""
         notes = []
         if self("model.path") == f"recipe {self.recipe}":
             notes.append(f"recipe {self.recipe} loads weights from {config['model']['path']}")
@@ -125,7 +125,7 @@ class ConfigOrigin:
         chosen = config["sampling"]["negative_prompt"] is not None and not setter.startswith("model")
         if (
             chosen and scale is not None and scale <= get_unguided_scale(config)
-        ):  # no error: a sweep over the scale passes there
+        ):  # not an error: a sweep over the scale may include this value
             off = f"sampling.{name}={scale} turns guidance off"
             notes.append(f"sampling.negative_prompt ({setter}) is not used: {off}")
         return notes

@@ -1,4 +1,4 @@
-"""From `model.path` to a folder: a package's own weights, a local folder, or a repository of the Hugging Face hub."""
+"""Resolves `model.path` to a folder: shipped weights, a local folder, or a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from hydrarun.core.resources import find_folder
 
 PACKAGE = "package:"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-#: weights only from the components' folders: some repositories keep the same ones once more, as a single file
+#: files to download; weights only from component folders, because some repositories also store them as a single file
 FILES = ["*.json", "*/*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """Where the weights are, and the hub commit they belong to (None for a folder)."""
+    """The folder of the weights, and their hub commit (None for a local folder)."""
 
     folder: Path
     revision: str | None
 
 
 def find_local_folder(path: str, revision: str | None) -> Path | None:
-    """The folder that `path` names on this machine, or None when it is a hub id.
+    """Return the local folder that `path` names, or None if it is a hub id.
 
-    Raises `UsageError` when it is neither, or a folder with a revision, which only the hub has.
+    Raises `UsageError` if it is neither, or if a local folder is given with a revision.
     """
     found = find_named_folder(path)
     if found is not None and revision is not None:
@@ -36,7 +36,7 @@ def find_local_folder(path: str, revision: str | None) -> Path | None:
 
 
 def find_named_folder(path: str) -> Path | None:
-    """The same, whatever the revision."""
+    """Return the local folder that `path` names, or None if it is a hub id; ignores the revision."""
     if path.startswith(PACKAGE):
         name = path.removeprefix(PACKAGE)
         shipped = find_folder("weights")
@@ -66,7 +66,7 @@ def find_named_folder(path: str) -> Path | None:
 
 
 def find_cached_snapshot(repository: str, revision: str | None) -> Path | None:
-    """The folder of a repository in the hub's local cache, or None; nothing is downloaded."""
+    """Return the folder of a repository in the hub's local cache, or None. Downloads nothing."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repository, "model_index.json", revision=revision)
@@ -74,9 +74,9 @@ def find_cached_snapshot(repository: str, revision: str | None) -> Path | None:
 
 
 def resolve_weights(model: dict[str, Any]) -> WeightsSource:
-    """Find `model.path`, downloading it from the hub when it is an id and not in the cache.
+    """Return the folder of `model.path`. Downloads a hub id that is not in the cache.
 
-    Raises `UsageError` for a path that cannot be, `RunError` when the hub cannot give it.
+    Raises `UsageError` for an invalid path, `RunError` if the download fails.
     """
     path, revision = model["path"], model["revision"]
     found = find_local_folder(path, revision)
@@ -84,7 +84,7 @@ def resolve_weights(model: dict[str, Any]) -> WeightsSource:
 
 
 def download_snapshot(repository: str, revision: str | None) -> WeightsSource:
-    """The hub's snapshot, from the cache where it is complete (offline too)."""
+    """Return the hub's snapshot, downloading what the local cache lacks; a complete cache works offline too."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 

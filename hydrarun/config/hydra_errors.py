@@ -1,4 +1,4 @@
-"""Exceptions of Hydra and OmegaConf in one line: the key, where it came from, the nearest name, what is allowed."""
+"""Turns exceptions of Hydra and OmegaConf into one line: key, origin, nearest name and allowed values."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from hydrarun.config.type_check import describe_hint, format_value
 from hydrarun.core.errors import UsageError, find_closest, suggest_name
 from hydrarun.core.resources import list_groups
 
-# What Hydra raises as a plain ValueError for a mistake on the command line (any other ValueError is a bug).
+# Messages of plain ValueErrors that Hydra raises for mistakes on the command line (any other ValueError is a bug).
 COMMAND_LINE_MISTAKES = ("Only one of --run", "The --resolve flag", "Expecting one subcommand", "No completion plugin")
 
-#: options that an extra of this package brings
+#: options that an extra of this package installs
 EXTRAS = {
     "hydra/launcher/ray": "ray",
     "hydra/launcher/submitit_local": "slurm",
@@ -32,7 +32,7 @@ EXTRAS = {
 
 @contextmanager
 def translate_errors(overrides: Sequence[str]) -> Iterator[None]:
-    """Turn the exceptions of a composition of these overrides into a UsageError."""
+    """Turn exceptions raised while composing these overrides into a UsageError."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
@@ -46,7 +46,7 @@ def translate_errors(overrides: Sequence[str]) -> Iterator[None]:
 
 
 def explain_error(error: Exception, overrides: Sequence[str]) -> str:
-    """One line for the user."""
+    """Return the message for the user, one line."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _describe_unknown_option(error, overrides)
     if isinstance(error, OverrideParseException):
@@ -87,7 +87,7 @@ def _describe_non_option(overrides: Sequence[str]) -> str:
 
 
 def _describe_key_error(error: OmegaConfBaseException, place: str) -> str:
-    """What is wrong at one key: unknown, or of the wrong type."""
+    """Describe an error at one key: unknown, or of the wrong type."""
     full_key = error.full_key or _find_error_line(error, "full_key")
     where = f"{full_key} ({place})"
     fields = _list_allowed_fields(error)
@@ -102,7 +102,7 @@ def _describe_key_error(error: OmegaConfBaseException, place: str) -> str:
 
 
 def _list_allowed_fields(error: OmegaConfBaseException) -> dict[str, Any]:
-    """Names that are allowed beside the key, with their types."""
+    """Return the allowed names in the key's section, with their types."""
     kind = error.object_type
     if kind is Config:
         return {**typing.get_type_hints(Config), "recipe": str}
@@ -114,7 +114,7 @@ def _list_allowed_fields(error: OmegaConfBaseException) -> dict[str, Any]:
 
 
 def _suggest_field(name: str, fields: Mapping[str, Any]) -> str:
-    """The nearest field beside it, else in any section: `prompt` is `sampling.prompt`."""
+    """Suggest the nearest field in the same section, or else in any: `sampling.prompt` for `prompt`."""
     at_top = "sampling" in fields
     match = None if at_top else find_closest(name, fields)
     if match is None:
@@ -134,7 +134,7 @@ def _describe_wanted_type(hint: Any) -> str:
 
 
 def _describe_nested_group(text: str, overrides: Sequence[str]) -> str | None:
-    """A group inside another's options (cache/predictor), where Hydra's own words help little."""
+    """Describe errors of a group nested in another (cache/predictor), whose Hydra messages are unclear."""
     if "appears more than once in the final defaults list" in text:
         given = [override.partition("=") for override in overrides]
         lists = [(group, options) for group, _, options in given if group in list_groups() and options[:1] == "["]
@@ -146,24 +146,24 @@ def _describe_nested_group(text: str, overrides: Sequence[str]) -> str | None:
 
 
 def describe_option_list(group: str, options: str) -> str:
-    """What is said to a list of options."""
+    """Return the message for a list of options where one is allowed."""
     return f"{group}={options}: choose one option; to compare several: -m {group}={options.strip('[]')}"
 
 
 def _find_blamed_file(error: Exception) -> str | None:
-    """The file that Hydra blames: "recipe NAME", or the option's path in conf/."""
+    """Return the file that Hydra's message names: "recipe NAME", or the option's path in conf/."""
     match = re.match(r"In '(recipe/)?([^']*)'", str(error))
     return match and (f"recipe {match[2]}" if match[1] else f"conf/{match[2]}.yaml")
 
 
 def _find_error_line(error: Exception, name: str) -> str:
-    """`name: value` lines in the text of an OmegaConf error."""
+    """Return the value of the line `name: value` in the text of an OmegaConf error."""
     match = re.search(rf"^\s*{name}: (.*)$", str(error), re.MULTILINE)
     return match[1] if match else "configuration"
 
 
 def _describe_missing_sweep(text: str) -> str | None:
-    """Several values without -m."""
+    """Describe several values without -m; None for other errors."""
     match = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'(?: requires|$)", text, re.MULTILINE)
     if not match:
         return None

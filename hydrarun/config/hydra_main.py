@@ -1,4 +1,4 @@
-"""The way through Hydra: what it composes, the output directory it makes, and its own help, sweeps and completion."""
+"""Calls Hydra: composition, output directories, and its help, sweeps and shell completion."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ CONFIG = "config"
 def load_configuration(
     overrides: Sequence[str], flags: Sequence[str] = (), mode: RunMode = RunMode.RUN
 ) -> tuple[ConfigLoaderImpl, DictConfig]:
-    """What Hydra composes of quoted overrides (`core.quoting.literal`), with its own node `hydra`.
+    """Compose quoted overrides (`core.quoting.quote_overrides`) with Hydra, including its own node `hydra`.
 
-    `flags`: Hydra's, of which those count that say where options are. Raises UsageError.
+    Of Hydra's `flags`, uses those that set the config name and folders. Raises UsageError.
     """
     version.setbase("1.3")
     utils.setup_globals()
@@ -46,14 +46,14 @@ def load_configuration(
 
 
 def register_configs(overrides: Sequence[str]) -> None:
-    """Make the schema and the recipes known to Hydra, with those of the collections that the overrides name."""
+    """Register the schema and the recipes with Hydra, including recipes of collections that the overrides name."""
     schema.register_schema()
     search.register_recipe_source()
     search.set_collections(overrides)
 
 
 def build_search_path(flags: Sequence[str]) -> Any:
-    """Where Hydra looks for options."""
+    """Build Hydra's search path for options."""
     path = create_config_search_path(flag_value(flags, "--config-path", "-cp") or str(resources.find_folder("conf")))
     if folder := flag_value(flags, "--config-dir", "-cd"):
         if not Path(folder).is_dir():
@@ -63,7 +63,7 @@ def build_search_path(flags: Sequence[str]) -> Any:
 
 
 def run_job(task: Callable[[Path], Any], composed: DictConfig, loader: ConfigLoaderImpl) -> Any:
-    """Have Hydra make the output directory of a composed run and call `task` with it; returns what that returns.
+    """Create the output directory of a composed run with Hydra, and return the result of `task(directory)`.
 
     Raises what `task` raises, and UsageError for a directory that cannot be written.
     """
@@ -79,12 +79,12 @@ def run_job(task: Callable[[Path], Any], composed: DictConfig, loader: ConfigLoa
         )
     callbacks.on_run_end(config=composed, config_name=CONFIG, job_return=done)
     if done.status is utils.JobStatus.FAILED:
-        raise done._return_value  # its `return_value` would print a line of its own
+        raise done._return_value  # `return_value` would print an extra line
     return done.return_value
 
 
 def run_with_hydra(task: Callable[[DictConfig], Any], overrides: list[str], flags: list[str]) -> None:
-    """Have Hydra do what its flags say; of a sweep it calls `task` with each configuration, in that point's directory.
+    """Run Hydra with its flags. In a sweep it calls `task` with each configuration, in the directory of that point.
 
     Raises UsageError.
     """
@@ -95,20 +95,20 @@ def run_with_hydra(task: Callable[[DictConfig], Any], overrides: list[str], flag
 
 
 def set_run_mode(composed: DictConfig) -> None:
-    """Record that this is a single run, as Hydra itself does."""
+    """Set Hydra's mode to a single run, as Hydra itself does."""
     if composed.hydra.mode is None:
         OmegaConf.update(composed, "hydra.mode", RunMode.RUN)
         composed.hydra.overrides.hydra.append("hydra.mode=RUN")
 
 
 def set_run_folder(composed: DictConfig, folder: str) -> None:
-    """Write the run into `folder`, whatever the configuration says."""
+    """Set the output directory to `folder`, whatever the configuration contains."""
     OmegaConf.update(composed, "hydra.run.dir", folder.replace("${", "\\${"))
 
 
 @contextmanager
 def translate_write_errors() -> Iterator[None]:
-    """What cannot be written by Hydra is the user's to change; a run's own errors do not come this way."""
+    """Turn Hydra's OSError into a UsageError: the user can choose another folder. Errors of a run are not affected."""
     try:
         yield
     except OSError as error:
@@ -117,7 +117,7 @@ def translate_write_errors() -> Iterator[None]:
 
 @contextmanager
 def replace_argv(words: list[str]) -> Iterator[None]:
-    """Hydra reads sys.argv."""
+    """Replace the arguments in sys.argv, which Hydra reads."""
     before = sys.argv
     sys.argv = [before[0], *words]
     try:

@@ -1,4 +1,4 @@
-"""What stands in an option's file, without composing a configuration: fast enough for all of them."""
+"""Reads option files without composing a configuration, which is fast enough for all options."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 
 
 def load_option(config: dict[str, Any], group: str, file: Path) -> Any:
-    """What is in an option's file, with the values that it takes from elsewhere in the configuration."""
+    """Return the content of an option's file, with its interpolations resolved from `config`."""
     node = read_option(file)
-    if "${" not in str(node):  # resolving takes long, for all models and options together
+    if "${" not in str(node):  # resolving is slow for all models and options together
         return node
     whole = OmegaConf.create({"model": config["model"], group: node})
     return OmegaConf.to_container(whole, resolve=True)[group]
@@ -21,7 +21,7 @@ def load_option(config: dict[str, Any], group: str, file: Path) -> Any:
 
 @cache
 def read_option(file: Path) -> Any:
-    """What is in an option's file and in those of its group that it begins with."""
+    """Return the content of an option's file, merged with the files of its group in its defaults list."""
     node = yaml.safe_load(file.read_text(encoding="utf-8"))
     others = [name for name in node.pop("defaults", []) if isinstance(name, str) and name != "_self_"]
     bases = [yaml.safe_load(file.with_stem(name).read_text(encoding="utf-8")) for name in others]

@@ -1,7 +1,7 @@
-"""`input.prompts`: a file of what to draw, as text (a prompt in each line), CSV (columns) or JSON lines (objects).
+"""Reads `input.prompts`: a file of prompts as text (one prompt per line), CSV (columns) or JSON lines (objects).
 
-A line of CSV or JSON may set any field of `sampling` for itself, and `images`, its own input images. Paths of images
-are relative to the folder of the file, so that both can be moved together.
+A line of CSV or JSON may set any field of `sampling`, and `images`, its own input images. Image paths are relative to
+the folder of the file, so that both can be moved together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hydrarun.config.schema import Sampling
 from hydrarun.config.type_check import describe_hint, format_value, matches_hint
 from hydrarun.core.errors import UsageError, raise_mistakes, suggest_name
 
-#: the fields of a line, and what each holds; where `sampling` takes lists too, a line has one value
+#: the fields of a line and their types; a line has one value where `sampling` also takes lists
 FIELDS: dict[str, Any] = {
     **typing.get_type_hints(Sampling),
     "prompt": str,
@@ -27,10 +27,10 @@ FIELDS: dict[str, Any] = {
     "images": str | list[str] | None,
 }
 
-#: of one line, beside the fields: where it stands in the file, from 1
+#: an additional key of each line: its line number in the file, from 1
 LINE = "line"
 
-#: between the paths in a cell of CSV
+#: separates paths in a CSV cell
 SEPARATOR = ";"
 
 Line = dict[str, Any]
@@ -38,7 +38,7 @@ Numbered = Iterator[tuple[int, Any]]
 
 
 def read_prompts(name: str) -> list[Line]:
-    """The lines of a file: their fields, and `line`. Raises UsageError that names every bad line."""
+    """Read the lines of a file: their fields, and `line`. Raises UsageError that lists every bad line."""
     path = Path(name).expanduser()
     reader = READERS.get(path.suffix.lower())
     if reader is None:
@@ -57,7 +57,7 @@ def read_prompts(name: str) -> list[Line]:
 
 
 def read_prompt_texts(name: str) -> list[str]:
-    """The prompts of a file, where nothing else is asked for. Raises UsageError."""
+    """Read the prompts of a file whose lines set nothing else. Raises UsageError for other fields."""
     lines = read_prompts(name)
     for line in lines:
         if more := sorted(line.keys() - {LINE, "prompt"}):
@@ -66,7 +66,7 @@ def read_prompt_texts(name: str) -> list[str]:
 
 
 def find_line_problems(fields: Any) -> Iterator[str]:
-    """What is wrong with the fields of one line by themselves."""
+    """Yield what is wrong with the fields of one line."""
     if not isinstance(fields, dict):
         yield f'not an object of fields, such as {{"prompt": "a red circle"}}: {format_value(fields)}'
         return
@@ -75,12 +75,12 @@ def find_line_problems(fields: Any) -> Iterator[str]:
             yield describe_unknown_field(name)
         elif not matches_hint(value, FIELDS[name]):
             yield f"{name}: {format_value(value)} is not {describe_hint(FIELDS[name])}"
-    if not fields.get("prompt") and "images" not in fields:  # some models need nothing else
+    if not fields.get("prompt") and "images" not in fields:  # some models need only images
         yield "no prompt"
 
 
 def describe_unknown_field(name: str) -> str:
-    """What to say of a field that there is not."""
+    """Return the message for an unknown field."""
     return f"{name}: unknown field.{suggest_name(name, FIELDS)} Known: {', '.join(FIELDS)}"
 
 
@@ -95,19 +95,19 @@ def _read_text(name: str, path: Path) -> str:
 
 
 def _iterate_lines(text: str) -> Numbered:
-    """Lines that hold something; only line breaks end one."""
+    """Yield the number and stripped text of each line that is not blank. Splits at newlines only."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, line.strip()
 
 
 def _parse_plain_text(text: str, name: str) -> Numbered:
-    """A prompt in each line; those that start with `#` are none."""
+    """Read one prompt per line. Lines that start with `#` are comments."""
     return ((number, {"prompt": line}) for number, line in _iterate_lines(text) if not line.startswith("#"))
 
 
 def _parse_csv(text: str, name: str) -> Numbered:
-    """A first line with the fields' names; an empty cell sets nothing."""
+    """Read CSV: the first line names the fields, and an empty cell leaves its field unset."""
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     number = 1
@@ -132,7 +132,7 @@ def _check_header(names: list[str], where: str) -> list[str]:
 
 
 def _parse_cell(name: str, cell: str) -> Any:
-    """The value of a cell; what is no number where one belongs stays text, and is refused as such."""
+    """Convert a cell to its field's type. Text that is not a number stays text, and the type check refuses it."""
     hint = FIELDS[name]
     if matches_hint("", hint):
         return [path.strip() for path in cell.split(SEPARATOR)] if name == "images" else cell
@@ -146,7 +146,7 @@ def _parse_cell(name: str, cell: str) -> Any:
 
 
 def _parse_json_lines(text: str, name: str) -> Numbered:
-    """An object in each line."""
+    """Read one JSON object per line."""
     for number, line in _iterate_lines(text):
         try:
             yield number, json.loads(line, object_pairs_hook=_refuse_repeated_keys)
@@ -156,7 +156,7 @@ def _parse_json_lines(text: str, name: str) -> Numbered:
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are all different: of two the last would win silently."""
+    """Build a dict from JSON pairs. Raises ValueError for a repeated key, of which the last would win silently."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -165,7 +165,7 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _resolve_image_paths(fields: Line, folder: Path) -> Line:
-    """The same with a prompt, empty if there is none, and the paths of images relative to here."""
+    """Return the fields with `prompt`, empty if unset, and with image paths relative to the current folder."""
     fields = {"prompt": "", **fields}
     images = fields.get("images")
     if not images:
@@ -177,7 +177,7 @@ def _resolve_image_paths(fields: Line, folder: Path) -> Line:
 READERS = {".txt": _parse_plain_text, ".csv": _parse_csv, ".jsonl": _parse_json_lines}
 
 HINTS = {
-    ".txt": ": one per line, and lines that start with # are none",
-    ".csv": ": the first line names the columns, prompt,seed,… and each other line is one",
+    ".txt": ": one per line; lines that start with # are comments",
+    ".csv": ": the first line names the columns, prompt,seed,… and each other line holds a prompt",
     ".jsonl": ': an object in each line, {"prompt": "a red circle"}',
 }

@@ -1,6 +1,6 @@
-"""The fixed sections of a configuration as dataclasses: they refuse unknown keys and wrong types.
+"""The fixed sections of a configuration as dataclasses, which refuse unknown keys and wrong types.
 
-The options in `conf/` fill them; the comment above each YAML field says what it is, its unit and range.
+The options in `conf/` fill them. The comment above each YAML field explains it, with its unit and range.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-MISSING: Any = "???"  # as OmegaConf writes it: ranks read this module, and they import neither Hydra nor OmegaConf
+MISSING: Any = "???"  # OmegaConf's marker, written out: ranks import this module, but neither Hydra nor OmegaConf
 
 
-#: sections whose keys the chosen class decides: they are set without Hydra's `+`, and checked where the class is known
+#: sections whose keys depend on the chosen class: set without Hydra's `+`, and checked once the class is known
 OPEN = ("scheduler",)
 
 
 @dataclass
 class Model:
-    """Which checkpoint, and the parts (`_target_` nodes) that turn it into a pipeline."""
+    """The checkpoint, and the parts (`_target_` nodes) of its pipeline."""
 
     name: str = MISSING
     task: str = MISSING
@@ -29,7 +29,7 @@ class Model:
     transformer: dict[str, Any] = MISSING
     patch_size: int = 2
     experts: int = 1
-    scheduler: Any = None  # a node or null; as files of version 0.1.0 have it: now the group `scheduler`
+    scheduler: Any = None  # a node or null, read from files of version 0.1.0; replaced by the group `scheduler`
     guidance: dict[str, Any] = MISSING
     stages: list[dict[str, Any]] = MISSING
     takes: list[str] = MISSING
@@ -42,7 +42,7 @@ class Model:
 
 @dataclass
 class TeaCacheFit:
-    """TeaCache's polynomials, highest power first, by expert, and what they were fitted on; null: was not told."""
+    """TeaCache's polynomials by expert, highest power first, and the conditions of the fit; null: unknown."""
 
     model: str = MISSING
     coefficients: dict[str, list[float]] = MISSING
@@ -55,7 +55,7 @@ class TeaCacheFit:
 
 @dataclass
 class Sampling:
-    """What to draw. Names and meanings are diffusers'; null where a model does not take a field."""
+    """What to draw. Names and meanings are those of diffusers. Fields that a model does not take are null."""
 
     prompt: Any = MISSING
     negative_prompt: Any = None
@@ -77,7 +77,7 @@ class Sampling:
 
 @dataclass
 class Input:
-    """What is given beside the prompt."""
+    """Input images, and the file of prompts."""
 
     images: Any = None
     prompts: Any = None
@@ -85,7 +85,7 @@ class Input:
 
 @dataclass
 class Parallel:
-    """Ranks for each method; their product, or what HSDP or the VAE ask for, is the number of ranks."""
+    """Ranks per parallel method. `core.distributed.degrees.world_size` gives the total number of ranks."""
 
     data_degree: int = 1
     cfg_degree: int = 1
@@ -98,7 +98,7 @@ class Parallel:
 
 @dataclass
 class Vae:
-    """How the VAE decodes."""
+    """Settings of the VAE."""
 
     dtype: Optional[str] = None  # noqa: UP045
     slicing: bool = False
@@ -108,7 +108,7 @@ class Vae:
 
 @dataclass
 class Output:
-    """What files are written, and what is written beside the pixels."""
+    """Format of the output files, and whether they contain metadata."""
 
     format: str = "png"
     fps: Optional[int] = None  # noqa: UP045
@@ -117,7 +117,7 @@ class Output:
 
 @dataclass
 class Report:
-    """What is measured beside drawing."""
+    """Quality measures, noise floor, and objectives of a search."""
 
     metrics: list[str] = field(default_factory=list)
     noise_floor: list[str] = field(default_factory=list)
@@ -127,7 +127,7 @@ class Report:
 
 @dataclass
 class Plan:
-    """Whether settings are chosen so that a run fits, and into what."""
+    """Whether to choose settings that fit, and the device to plan for."""
 
     auto: bool = False
     device: Optional[str] = None  # noqa: UP045
@@ -137,8 +137,8 @@ class Plan:
 class Config:
     """The whole configuration.
 
-    `cache`, `attention`, `compile`, `quantization`, `offload` are `_target_` nodes, checked against their callee;
-    `scheduler` is one that may lack the `_target_`, which is then the checkpoint's.
+    `cache`, `attention`, `compile`, `quantization` and `offload` are `_target_` nodes, checked against the signature of
+    their class. `scheduler` may lack `_target_`: then the class is the checkpoint's.
     """
 
     model: Model = field(default_factory=Model)
@@ -165,7 +165,7 @@ class Config:
 
 
 def fill_defaults(config: Any, section: type = Config) -> Any:
-    """A configuration that an older version wrote, with the defaults of the fields that it did not know."""
+    """Fill a configuration that an older version wrote with the defaults of newer fields, in place; return it."""
     if not isinstance(config, dict):
         return config
     hints = typing.get_type_hints(section)
@@ -179,7 +179,7 @@ def fill_defaults(config: Any, section: type = Config) -> Any:
 
 
 def register_schema() -> None:
-    """Make the schema known to Hydra under the name that `conf/config.yaml` lists first."""
+    """Register the schema with Hydra under the name that `conf/config.yaml` lists first."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 

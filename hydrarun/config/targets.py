@@ -1,9 +1,9 @@
-"""What a configuration may build: an allow-list of exact classes, and the building itself.
+"""The allow-list of classes that a configuration may build, and their instantiation.
 
-A `_target_` is code chosen by data, and recipes and pictures carry data from strangers. So every target must be one
-that stands in the package's own `conf/` (exact names, no prefixes: a prefix such as `torch.` admits `torch.load`), or a
-class that the user allowed by `--allow-target`. Options of the user's own and of collections do not widen the list.
-Hydra 1.3 has only a block-list, which is no boundary; its `instantiate` is not used here.
+A `_target_` is code chosen by data, and recipes and pictures contain data from strangers. So every target must be named
+in the package's own `conf/` or allowed by the user with `--allow-target`. Names match exactly: a prefix `torch.`
+would allow `torch.load`. Options of the user or of collections do not extend the list. Hydra 1.3 has only a block-list,
+which is not a security boundary, so its `instantiate` is not used here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TARGET = "_target_"
 # Arguments that make an allowed class run code from a checkpoint's repository.
 FORBIDDEN_ARGUMENTS = frozenset({"trust_remote_code", "custom_pipeline", "custom_revision"})
 
-#: a line of YAML that names a class, alone or in braces; comments don't
+#: a line of YAML that names a class, alone or in braces; does not match in comments
 SHIPPED = re.compile(r"[^#]*\b_target_: *([\w.]+)")
 
 _allowed_by_user: set[str] = set()
@@ -33,35 +33,35 @@ _allowed_by_user: set[str] = set()
 
 @cache
 def list_shipped_targets() -> frozenset[str]:
-    """Every `_target_` that stands in the package's own `conf/`, read as text: composing all options takes seconds."""
+    """Return every `_target_` in the package's own `conf/`, read as text: composing all options would take seconds."""
     files = resources.find_folder("conf").rglob("*.yaml")
     lines = (line for file in files for line in file.read_text(encoding="utf-8").splitlines())
     return frozenset(match[1] for line in lines if (match := SHIPPED.match(line)))
 
 
 def list_user_allowed() -> list[str]:
-    """The classes that the user allowed, for ranks that are to allow them too."""
+    """Return the classes that the user allowed, to allow them on the ranks too."""
     return sorted(_allowed_by_user)
 
 
 def allow_target(name: str) -> None:
-    """Let the class with this dotted name be built too. Only the user's own command line or code may call this."""
+    """Allow the class with this dotted name. Only the user's own command line or code may call this."""
     if not all(part.isidentifier() for part in name.split(".")) or "." not in name:
         raise UsageError(f"--allow-target {name}: not the dotted name of a class, such as my.module.Class.")
     _allowed_by_user.add(name)
 
 
 def check_targets(config: Mapping[str, Any], origin: Callable[[str], str] | None = None) -> None:
-    """Refuse every target that is not allowed, and every other `_key_`, in a plain resolved configuration.
+    """Refuse every target that is not allowed, and every other key with a leading underscore, in a resolved config.
 
-    Imports nothing. `origin` tells where a key's value came from. Raises UsageError with one line for each violation.
+    Imports nothing. `origin` returns where a key's value came from. Raises UsageError with one line per violation.
     """
     if problems := list(_find_problems(config, "")):
         raise UsageError("\n".join(f"{key}{f' ({origin(key)})' if origin else ''}: {text}" for key, text in problems))
 
 
 def load_class(node: Mapping[str, Any], where: str = "") -> type:
-    """The class that `node["_target_"]` names, imported and verified to be that very class; not called.
+    """Import the class that `node["_target_"]` names, and verify that it is exactly that class. Does not call it.
 
     `where` is the node's key path, for messages. Raises UsageError.
     """
@@ -74,7 +74,7 @@ def load_class(node: Mapping[str, Any], where: str = "") -> type:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         if name in list_shipped_targets() and module.startswith("hydrarun."):
-            raise  # our own module does not load: a bug, not a mistake of the user
+            raise  # our own module fails to import: a bug, not a user error
         raise UsageError(f"{where}: cannot load {name}: {error}") from error
     package = module.partition(".")[0]
     if not isinstance(found, type) or found.__name__ != attribute or found.__module__.partition(".")[0] != package:
@@ -83,7 +83,7 @@ def load_class(node: Mapping[str, Any], where: str = "") -> type:
 
 
 def instantiate(node: Mapping[str, Any], where: str = "", /, **extra: Any) -> Any:
-    """Build the class that `node` names from the node's other keys and `extra`, what the caller adds to them.
+    """Build the class that `node` names, from the node's other keys and the caller's `extra` arguments.
 
     `where` is the node's key path, for messages. Nested nodes are passed as they are. Raises UsageError.
     """
@@ -94,10 +94,10 @@ def instantiate(node: Mapping[str, Any], where: str = "", /, **extra: Any) -> An
 
 
 def check_arguments(cls: type, given: Mapping[str, Any], where: str, extra: Collection[str] = ()) -> None:
-    """Whether `cls` can be called with what was `given` at the key path `where`, beside the `extra` arguments.
+    """Check that `cls` can be called with the arguments `given` at the key path `where` plus the `extra` ones.
 
-    The callee's signature is the schema: unknown and missing arguments and simple types (bool, int, float, str, None,
-    Literal and unions of them). Raises UsageError.
+    The signature of `cls` is the schema. Checks for unknown and missing arguments, and simple types (bool, int, float,
+    str, None, Literal and unions of them). Raises UsageError.
     """
     parameters = {name: p for name, p in inspect.signature(cls).parameters.items() if name != "self"}
     named = {name for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
@@ -114,13 +114,13 @@ def check_arguments(cls: type, given: Mapping[str, Any], where: str, extra: Coll
         raise UsageError(f"{where}: {cls.__name__} needs {', '.join(missing)}; set {where}.{missing[0]}=…")
     hints = _get_argument_hints(cls)
     for key, value in given.items():
-        unset = value is None and key in parameters and parameters[key].default is None  # whatever its annotation says
+        unset = value is None and key in parameters and parameters[key].default is None  # whatever the annotation
         if key in hints and not unset and not matches_hint(value, hints[key]):
             raise UsageError(f"{where}.{key}: {format_value(value)} is not {describe_hint(hints[key])}.")
 
 
 def _find_problems(node: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Key paths, and what is wrong there."""
+    """Yield a key path and a sentence for each violation."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             here = f"{path}.{key}" if path else str(key)
@@ -147,5 +147,5 @@ def _check_target_name(name: Any, path: str) -> Iterator[tuple[str, str]]:
 def _get_argument_hints(cls: type) -> dict[str, Any]:
     try:
         return typing.get_type_hints(cls.__init__)  # type: ignore[misc]
-    except NameError:  # annotations that exist for the type checker only: nothing to compare with
+    except NameError:  # annotations imported for the type checker only cannot be resolved
         return {}

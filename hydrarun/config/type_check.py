@@ -1,4 +1,4 @@
-"""Does a plain YAML value suit a type annotation? For dataclass fields and the arguments of `_target_` nodes."""
+"""Checks plain YAML values against type annotations: dataclass fields and the arguments of `_target_` nodes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def matches_hint(value: Any, hint: Any) -> bool:
-    """Whether `value` suits `hint`; True for annotations that YAML cannot express. A bool is not a number."""
+    """Return whether `value` matches `hint`; True for annotations that YAML cannot express. A bool is not a number."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return any(matches_hint(value, option) for option in typing.get_args(hint))
@@ -30,7 +30,7 @@ def matches_hint(value: Any, hint: Any) -> bool:
 
 
 def describe_hint(hint: Any) -> str:
-    """The annotation in a user's words: "true or false", "a whole number or null", "one of a, b"."""
+    """Describe an annotation for a user: "true or false", "a whole number or null", "one of a, b"."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe_hint(option) for option in typing.get_args(hint))
@@ -50,5 +50,5 @@ def describe_hint(hint: Any) -> str:
 
 
 def format_value(value: Any) -> str:
-    """A value as one writes it in YAML or on the command line: true, null, 'text'."""
+    """Format a value as in YAML or on the command line: true, null, 'text'."""
     return {True: "true", False: "false", None: "null"}[value] if isinstance(value, (bool, type(None))) else repr(value)

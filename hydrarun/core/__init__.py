@@ -1,1 +1,1 @@
-"""What every room may use: errors, devices, progress, timing, text, tables, ranks."""
+"""Utilities that every other package may use: errors, devices, progress, timing, text, tables, ranks."""

@@ -1,4 +1,4 @@
-"""The device that a run computes on, whatever its kind: torch has the same functions in a module of each."""
+"""The device that a run computes on. torch has a module with the same functions for each kind of device."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from hydrarun.core.progress import Progress
 
 
 def count_devices(device: torch.device) -> int:
-    """How many devices of this kind torch sees."""
+    """Return the number of devices of this kind that torch sees."""
     return torch.get_device_module(device).device_count()
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until all that was launched is done."""
+    """Wait until all launched work is done."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)
 
 
 def read_peak_bytes(device: torch.device) -> int:
-    """The most that this process held on the device since `forget_peak`; 0 for the CPU, which is the host."""
+    """Return this process's peak device memory since `reset_peak_bytes`; 0 for the CPU, which is the host."""
     return 0 if device.type == "cpu" else torch.get_device_module(device).max_memory_allocated(device)
 
 
 def reset_peak_bytes(device: torch.device) -> None:
-    """From here on count anew what is the most."""
+    """Reset the peak that `read_peak_bytes` returns."""
     if device.type != "cpu":
         torch.get_device_module(device).reset_peak_memory_stats(device)
 
 
 def read_total_bytes(device: torch.device) -> int:
-    """The memory of the device; of the CPU the host's."""
+    """Return the total memory of the device; for the CPU, of the host."""
     if device.type == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return torch.get_device_module(device).mem_get_info(device)[1]
 
 
 def empty_cache(device: torch.device) -> None:
-    """Give back what torch holds and nothing uses, so that large weights find room in one piece."""
+    """Release memory that torch caches but does not use, so that large weights find a contiguous piece."""
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
 
 
 class CopyStream:
-    """Copies to the device that are made while it computes, in a stream of their own.
+    """Copies tensors to the device on a separate stream, while the device computes.
 
-    A moment is a point in what was launched (an event). Devices other than CUDA have no streams here: a copy is made at
-    once, and every moment is None.
+    Copies and computation wait for each other by CUDA events. Other devices have no streams here: a copy is made at
+    once, and every event is None.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -61,12 +61,12 @@ class CopyStream:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def record_compute(self) -> Any:
-        """The moment when all that was launched so far is computed."""
+        """Return an event that marks the end of all computation launched so far."""
         return None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
 
     @contextmanager
     def copy_after(self, after: Any) -> Iterator[None]:
-        """What is copied inside is so once the moment `after` has come, while the device computes."""
+        """Make the copies inside after the event `after`, while the device computes."""
         if self.stream is None:
             yield
             return
@@ -75,17 +75,17 @@ class CopyStream:
             yield
 
     def record_copy(self) -> Any:
-        """The moment when all copies that were started beside are done."""
+        """Return an event that marks the end of all copies launched so far."""
         return None if self.stream is None else self.stream.record_event()
 
     def copy(self, source: Tensor, target: Tensor, after: Any) -> Any:
-        """Copy beside; returns the moment when that is done."""
+        """Copy after the event `after`, while the device computes; return the event that marks the end of the copy."""
         with self.copy_after(after):
             target.copy_(source, non_blocking=True)
         return self.record_copy()
 
     def wait(self, moment: Any) -> None:
-        """Have all that is launched from here on wait for the moment."""
+        """Make all computation launched from now on wait for the event."""
         if moment is not None:
             torch.cuda.current_stream(self.device).wait_event(moment)
 
@@ -96,7 +96,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(name: str, progress: Progress) -> torch.device:
-    """`auto` is CUDA where there is one; says what was chosen. Raises `UsageError` for a device that is not there."""
+    """Return the device. `auto`: CUDA if available, else CPU, with a note. Raises `UsageError` for a missing device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         progress.note(f"device={name} (auto)")
@@ -109,7 +109,7 @@ def choose_device(name: str, progress: Progress) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device, progress: Progress) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA and float32 on the CPU; says what was chosen."""
+    """Return the dtype. `auto`: bfloat16 on CUDA, else float32, with a note."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
         progress.note(f"dtype={name} (auto)")

@@ -1,4 +1,4 @@
-"""The two errors a user may see without a traceback, and the nearest name to a mistyped one."""
+"""Errors that users see without a traceback, and suggestions for mistyped names."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class RunError(Exception):
     """A run failed for a reason the user can act on (corrupt weights, NaN pictures…). Printed as is; exit code 1."""
 
 
-#: mistakes that are listed at once; the others are counted
+#: the most mistakes that one error lists; the others are counted
 LISTED = 20
 
 
 class OutOfMemoryError(RunError):
-    """A device had no memory left."""
+    """A device ran out of memory."""
 
 
 def raise_mistakes(mistakes: Iterable[str]) -> None:
-    """Raise UsageError if there are any: a line for each different one of the first, and how many more there are."""
+    """Raise UsageError if there are any mistakes: a line for each distinct one up to `LISTED`, then a count."""
     different = list(dict.fromkeys(mistakes))
     if different:
         more = [f"… and {len(different) - LISTED} more"] if len(different) > LISTED else []
@@ -33,7 +33,7 @@ def raise_mistakes(mistakes: Iterable[str]) -> None:
 
 
 def find_closest(name: str, names: Iterable[str]) -> str | None:
-    """The most similar of `names`, whole or by one of its words (`steps`: `num_inference_steps`), or None."""
+    """Return the most similar of `names`, as a whole or by one word (`steps`: `num_inference_steps`), or None."""
 
     def likeness(candidate: str) -> tuple[float, float]:
         whole, *words = (_match_ratio(name, word) for word in (candidate, *candidate.split("_")))
@@ -48,20 +48,20 @@ def _match_ratio(one: str, other: str) -> float:
 
 
 def suggest_name(name: str, names: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the most similar of `names`, or "" if none is similar."""
+    """Return ` Did you mean 'x'?` for the most similar of `names`, or "" if none is similar."""
     match = find_closest(name, names)
     return f" Did you mean '{match}'?" if match else ""
 
 
 def require_at_least(key: str, value: int, least: int) -> int:
-    """The same value. Raises `UsageError`, which names the `key`, if it is less."""
+    """Return `value`. Raises `UsageError` naming the `key` if it is below `least`."""
     if value < least:
         raise UsageError(f"{key}: {value} is below {least}")
     return value
 
 
 def report_error(error: Exception) -> int:
-    """Print an exception, with its traceback if nobody foresaw it; returns its exit code."""
+    """Print an exception, with its traceback if it is unexpected, and return its exit code."""
     if not isinstance(error, (UsageError, RunError)):
         traceback.print_exception(error)
         return 1

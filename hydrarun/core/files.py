@@ -1,4 +1,4 @@
-"""Writing a file so that whatever carries its final name is whole."""
+"""Atomic file writes: a file under its final name is always complete."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_flushed(path: Path, data: bytes) -> None:
-    """Write `path` and return when the disk has it."""
+    """Write `path` and flush it to disk before returning."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()

@@ -1,4 +1,4 @@
-"""Reading flags of a command line."""
+"""Reads the flags of a command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def flag_value(flags: Sequence[str], *names: str) -> str | None:
-    """The value of the flag that has one of these names, as `--name value` or `--name=value`; None without it."""
+    """Return the value of the flag with one of these names, as `--name value` or `--name=value`, or None."""
     for place, flag in enumerate(flags):
         name, equals, value = flag.partition("=")
         if name in names:

@@ -1,4 +1,4 @@
-"""The files that a configuration names as inputs."""
+"""The input files that a configuration names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from typing import Any
 
 
 def image_paths(config: Mapping[str, Any]) -> list[str]:
-    """`input.images` as a list."""
+    """Return `input.images` as a list."""
     images = config["input"]["images"]
     return [images] if isinstance(images, str) else list(images or [])

@@ -1,4 +1,4 @@
-"""Classes move, files of users don't: dotted names that older versions wrote, and those of today."""
+"""Maps dotted class names that older versions wrote into users' files to the current names, and back."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ TARGET = "_target_"
 
 @cache
 def read_moved_names() -> dict[str, str]:
-    """`{old dotted name: today's}`. The table stands in `models/`, since it names models."""
+    """Return `{old dotted name: current name}`. The table is in `models/` because it names models."""
     return yaml.safe_load((PACKAGE / "models" / "moved_names.yaml").read_text(encoding="utf-8"))
 
 
 def use_current_names(config: Any) -> Any:
-    """A copy of a configuration in which every `_target_` that has moved has its name of today."""
+    """Return a copy of a configuration in which every moved `_target_` has its current name."""
     return _rename_targets(config, read_moved_names())
 
 
 def use_original_names(config: Any) -> Any:
-    """A copy in which every `_target_` has the first name it ever had, for what must stay the same over versions."""
+    """Return a copy in which every `_target_` has its original name, for values that no version may change."""
     return _rename_targets(config, {new: old for old, new in read_moved_names().items()})
 
 

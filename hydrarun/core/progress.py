@@ -1,4 +1,4 @@
-"""What a user sees while a run goes on: bars on a terminal, plain lines in a log, and a closing table.
+"""What a user sees during a run: bars on a terminal, plain lines in a log, and a closing table.
 
 Everything goes to stderr, so that stdout stays free for results.
 """
@@ -37,7 +37,7 @@ TIMINGS = {
     "decode_s": "decode",
     "save_s": "save",
     "total_s": "total",
-    "quality_s": "measure quality (beside)",
+    "quality_s": "measure quality (not in total)",
 }
 
 #: name, digits, unit
@@ -49,30 +49,30 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class ByteCounter:
-    """Bytes that are to be read, those that have been, and since when; told by any thread."""
+    """Counts the bytes to read and the bytes read, and the seconds since it was made. Thread-safe."""
 
     def __init__(self, show: Callable[[ByteCounter], None]) -> None:
-        """`show` is called with the tally after each change, by one thread at a time."""
+        """`show` is called with this counter after each change, by one thread at a time."""
         self.show = show
         self.lock = threading.Lock()
         self.start = time.perf_counter()
         self.expected = self.done = 0
 
     def expect(self, count: int) -> None:
-        """So many more are to be read."""
+        """Add `count` to the bytes to read."""
         with self.lock:
             self.expected += count
             self.show(self)
 
     def add(self, count: int) -> None:
-        """So many more have been read."""
+        """Add `count` to the bytes read."""
         with self.lock:
             self.done += count
             self.show(self)
 
     @property
     def seconds(self) -> float:
-        """Since it was made."""
+        """Seconds since the counter was made."""
         return time.perf_counter() - self.start
 
     def __str__(self) -> str:
@@ -82,21 +82,21 @@ class ByteCounter:
 
 
 class Progress:
-    """Tells the user where a run is. One phase at a time."""
+    """Shows the user how far a run is. One phase at a time."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False):
-        """`console`: where to write instead of stderr; `quiet`: say nothing (the Python API)."""
+        """`console`: where to write instead of stderr; `quiet`: print nothing (the Python API)."""
         self.console = console or Console(stderr=True, quiet=quiet)
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-        """Show the phase `name` while the block runs; call what it yields once per finished step of `total`."""
+        """Show the phase `name` while the block runs; yields a function to call after each of `total` steps."""
         with (self._bar if self.console.is_terminal else self._lines)(name, total) as advance:
             yield advance
 
     @contextmanager
     def reading(self, name: str) -> Iterator[ByteCounter]:
-        """Show the phase `name`, which reads files, while the block runs; it yields what to tell the bytes to."""
+        """Show the phase `name`, which reads files, while the block runs; yields the `ByteCounter` to update."""
         with (self._reading_bar if self.console.is_terminal else self._reading_lines)(name) as tally:
             yield tally
 
@@ -105,9 +105,9 @@ class Progress:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def table(self, record: dict[str, Any], folder: Path = Path()) -> None:
-        """The closing table of a run: stage timings, steps, memory, quality, and the files, which lie in `folder`.
+        """Print the closing table of a run: stage timings, steps, memory, quality, and the files in `folder`.
 
-        `record`: what run.json holds (docs/outputs.md).
+        `record`: the content of run.json (docs/outputs.md).
         """
         table = Table.grid(padding=(0, 2))
         table.add_column()
@@ -174,7 +174,7 @@ def _summary_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if timings.get("read_bytes"):
         yield "weights read", f"{decimal(timings['read_bytes'])}, {decimal(int(timings['read_bytes_per_s']))}/s"
     steps = timings.get("steps_s") or []
-    # without a warm-up the first step pays for it: the two figures are never mixed
+    # without a warm-up the first step includes its cost: the two figures are never mixed
     if steps:
         yield "first step", f"{steps[0] * 1000:.1f} ms"
     if len(steps) > 1:
@@ -190,7 +190,7 @@ def _summary_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _cache_rows(block: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a cache saved; nothing of a run that has none."""
+    """Yield the rows of a cache's savings; none if every block ran."""
     if block and block["blocks"]["run"] < block["blocks"]["all"]:
         yield "blocks run", "{run} of {all}".format(**block["blocks"])
         kinds = (("computed", block["computed_step_s"]), ("skipped", block["skipped_step_s"]))

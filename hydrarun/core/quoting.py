@@ -1,17 +1,16 @@
 """Free text on the command line: quoted, so that Hydra's grammar does not read it as lists, sweeps or numbers.
 
-`sampling.prompt=` and `sampling.negative_prompt=` take what follows the `=` as text, whatever it holds, except
+`sampling.prompt=` and `sampling.negative_prompt=` take everything after the `=` as text, except
 
-- `choice("a, b","c")`: a sweep over texts (the only sweep there is for these two keys),
+- `choice("a, b","c")`: a sweep over texts (the only sweep for these two keys),
 - `[a, b]` and `["a, b","c"]`: a list of texts, if it is one in Hydra's grammar (`[red] cat` is not, so it is text),
-- `"a, b"` or `'a, b'`: one quoted string in Hydra's grammar, the habit of Hydra's users: the quotes go,
-- `null` for the negative prompt: none.
+- `"a, b"` or `'a, b'`: one quoted string in Hydra's grammar, as Hydra's users write it; the quotes are removed,
+- `null` for the negative prompt: no negative prompt.
 
-`input.images=` takes one path to the letter, or `[a.png, b c.png]`: paths to the letter between commas, where a path
-that holds a comma stands in quotes. Either becomes a list of paths. `null` is none, `choice("a.png",["b.png","c.png"])`
-a sweep.
+`input.images=` takes one literal path, or `[a.png, b c.png]`: literal paths between commas; a path that contains a
+comma needs quotes. Both become a list of paths. `null` means no images; `choice("a.png",["b.png","c.png"])` is a sweep.
 
-For any other key, a value that Hydra's grammar cannot read (`model.path=/a (b)`) is text too.
+For any other key, a value that Hydra's grammar cannot read (`model.path=/a (b)`) is also text.
 """
 
 from __future__ import annotations
@@ -29,22 +28,22 @@ from hydrarun.core.errors import UsageError
 TEXT_KEYS = ("sampling.prompt", "sampling.negative_prompt")
 PATHS_KEY = "input.images"
 
-# one path of a list, after the start or a comma: a quoted string and nothing else, or all up to the next comma
+# one path of a list, after the start or a comma: a lone quoted string, or everything up to the next comma
 LISTED = re.compile(r"""(?:^|,)(\s*(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')\s*(?=,|\Z)|[^,]*)""")
 
 
 def quote_overrides(overrides: Sequence[str]) -> list[str]:
-    """The overrides, quoted where needed so that Hydra hands free text through unchanged. Raises UsageError."""
+    """Quote the overrides where needed so that Hydra passes free text through unchanged. Raises UsageError."""
     return [_quote_override(override) for override in overrides]
 
 
 def escape_interpolation(text: str) -> str:
-    """Text in which OmegaConf finds no interpolation: it gives back `text` itself when it resolves the result."""
+    """Escape `text` so that OmegaConf finds no interpolation in it and resolves the result to `text` itself."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def make_printable(text: str, most: int = 300) -> str:
-    """At most `most` characters, without control characters, by which a stranger's text could rewrite the terminal."""
+    """Return at most `most` characters, control characters as `?`: foreign text could rewrite the terminal."""
     return "".join(character if character.isprintable() else "?" for character in text[:most])
 
 
@@ -93,7 +92,7 @@ def _quote_paths(key: str, value: str) -> str:
 
 
 def _unquote_text(text: str) -> str:
-    """What a quoted string of Hydra's grammar holds; any other text is itself."""
+    """Return the content of a quoted string of Hydra's grammar, and any other text unchanged."""
     parsed = _parse_override(f"key={text}") if text.startswith(("'", '"')) else None
     return text if parsed is None or parsed.is_sweep_override() else parsed.value()
 
@@ -103,7 +102,7 @@ def _is_choice(value: str) -> bool:
 
 
 def _read_choices(key: str, value: str) -> list[Any]:
-    """The arguments of `choice(…)`, for a plain list of values: Hydra forgets their quotes between parsing and runs."""
+    """Return the arguments of `choice(…)`, to be quoted again: Hydra drops their quotes between parsing and runs."""
     parsed = _parse_override(f"key={value}")
     if parsed is None or not parsed.is_choice_sweep():
         raise UsageError(f'{key}: cannot read {value}: write each text in quotes, {key}=choice("…","…").')
@@ -111,7 +110,7 @@ def _read_choices(key: str, value: str) -> list[Any]:
 
 
 def _format_item(key: str, item: Any) -> str:
-    """One parsed element in Hydra's grammar again: text in quotes, a list of texts in brackets, null."""
+    """Format one parsed element in Hydra's grammar: text in quotes, a list of texts in brackets, or null."""
     if isinstance(item, QuotedString):
         item = item.text
     if isinstance(item, list):

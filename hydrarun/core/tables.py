@@ -16,7 +16,7 @@ class Table(NamedTuple):
 
 
 def print_tables(tables: Sequence[Table]) -> None:
-    """Print them for a terminal, or plainly for pipes and logs."""
+    """Print the tables, formatted for a terminal or plain for pipes and logs."""
     if sys.stdout.isatty():
         _print_rich(tables)
     else:
@@ -24,14 +24,14 @@ def print_tables(tables: Sequence[Table]) -> None:
 
 
 def format_markdown(table: Table) -> str:
-    """The table in Markdown, with a heading."""
+    """Return the table in Markdown, with a heading."""
     lines = [table.header, tuple("---" for _ in table.header), *table.rows]
     body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
     return "\n".join([f"### {table.title}", "", *body])
 
 
 def format_plain(table: Table) -> str:
-    """The table in aligned columns, for pipes and logs."""
+    """Return the table in aligned columns, for pipes and logs."""
     lines = [table.header, *table.rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(table.header))]
     body = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
@@ -42,7 +42,7 @@ def _print_rich(tables: Sequence[Table]) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    console = Console(markup=False, emoji=False)  # brackets in a recipe's description are none
+    console = Console(markup=False, emoji=False)  # brackets in a recipe's description are no markup
     for table in tables:
         shown = RichTable(title=f"\n{table.title}", title_justify="left", title_style="bold", box=None, pad_edge=False)
         for column in table.header:

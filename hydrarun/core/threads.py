@@ -1,4 +1,4 @@
-"""Threads that work beside the caller."""
+"""A thread pool that works while the caller does."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 from hydrarun.core.distributed.rank import rank_info, threads_per_rank
 
-#: one alone reads gigabytes in a second, and each has memory of its own
+#: a single thread reads gigabytes per second, and each thread needs memory of its own
 MAX_THREADS = 8
 
 
 class ThreadPool:
-    """Jobs in threads: as many as this process has cores among the ranks of its machine.
+    """Runs jobs in at most `MAX_THREADS` threads, one per core that this rank has on its machine.
 
-    Leaving the block waits for the jobs and raises the first one's error, in the order in which they were given; after
-    an error, in a job or in the block, what has not begun is left undone.
+    Leaving the block waits for the jobs and raises the error of the first failed job, in the order of submission. After
+    an error, in a job or in the block, jobs that have not started are cancelled.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class ThreadPool:
         self.jobs: list[Future[Any]] = []
 
     def start(self, job: Callable[..., Any], *arguments: Any) -> None:
-        """Do `job(*arguments)` in a thread as soon as one is free."""
+        """Run `job(*arguments)` in a thread as soon as one is free."""
         self.jobs.append(self.executor.submit(job, *arguments))
 
     def __enter__(self) -> ThreadPool:

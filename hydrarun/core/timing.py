@@ -1,4 +1,4 @@
-"""Wall-clock times that count the device's work, not only its launch."""
+"""Wall-clock times that include the device's work, not only its launch."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from hydrarun.core.device import synchronize
 
 @dataclass
 class Timings:
-    """Seconds by phase, and of each denoising step; compiling and a warm-up, which are in none of them, apart.
+    """Seconds per phase and per denoising step. Compilation and warm-up are counted separately.
 
-    On a GPU every reading waits until its work is done.
+    On a GPU every reading waits until the launched work is done.
     """
 
     device: torch.device
     phases: dict[str, float] = field(default_factory=dict)
     steps: list[float] = field(default_factory=list)
-    #: the phase that runs, or that was left by an exception
+    #: the current phase, or the phase that an exception ended
     running: str = ""
     compile: float = 0.0
     warmup: float = 0.0
 
     def now(self) -> float:
-        """Seconds without those of compiling, after everything that was launched has finished."""
+        """Return the time in seconds, minus compilation, after all launched work has finished."""
         synchronize(self.device)
         return time.perf_counter() - self.compile
 
     @contextmanager
     def watch_compiler(self) -> Iterator[None]:
-        """Count what torch.compile takes inside: by the wall clock, and graphs within graphs once."""
+        """Add the wall-clock time that torch.compile takes inside to `compile`; nested graphs count once."""
         started = 0.0
 
         def start(*_: object) -> None:
@@ -50,13 +50,13 @@ class Timings:
         try:
             yield
         finally:
-            with suppress(ValueError):  # a reset of the compiler lets go of them too
+            with suppress(ValueError):  # a reset of the compiler removes them too
                 callback_handler.remove_start_callback(start)
                 callback_handler.remove_end_callback(end)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time inside to the phase `name`."""
+        """Add the duration of the block to the phase `name`."""
         start = self.now()
         self.running = name
         try:

@@ -1,1 +1,1 @@
-"""A loaded model and what is done with it."""
+"""Loads and runs models, plans and measures runs, and calibrates caches."""

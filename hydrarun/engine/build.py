@@ -1,4 +1,4 @@
-"""Assembly: from a configuration to loaded parts, in one readable order."""
+"""Assembly: builds loaded components from a configuration, in one readable order."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ class LoadedPipeline:
     source: WeightsSource
     attention: AttentionBackend
     quantization: NoQuantization
-    #: of the configuration's own node
+    #: the cache of the configuration's own node
     cache: Cache
-    #: of weights, by this process, and the seconds that it took
+    #: bytes of weights that this process read, and the seconds that it took
     read_bytes: int
     read_s: float
 
 
 def build_pipeline(config: dict[str, Any], progress: Progress, device_name: str) -> LoadedPipeline:
-    """Everything that can be refused is refused before the first weight is read."""
+    """Build a pipeline. Refuses everything that can be refused before it reads the first weight."""
     model = config["model"]
     device = choose_device(device_name, progress)
     reset_peak_bytes(device)
@@ -72,7 +72,7 @@ def build_pipeline(config: dict[str, Any], progress: Progress, device_name: str)
         quantization.prepare(device)
     offload = instantiate(config["offload"], "offload")
     tabled = isinstance(offload, ModulationOffload)
-    if offload.needs_device and device.type == "cpu":  # device=auto may have become it
+    if offload.needs_device and device.type == "cpu":  # device=auto may have chosen it
         raise UsageError(
             "offload: on the CPU the host is the device: there is nothing to offload to. Use offload=none."
         )
@@ -83,7 +83,7 @@ def build_pipeline(config: dict[str, Any], progress: Progress, device_name: str)
     check_folder(source.folder)
     with quiet_libraries():
         scheduler = make_scheduler(config, read_scheduler(source.folder))
-    if config["verify"] and rank_info().local_rank == 0:  # one rank of each machine; where it fails, all end
+    if config["verify"] and rank_info().local_rank == 0:  # one rank of each machine; if it fails, all end
         verify_checksums(source.folder, progress)
     cache = make_cache(config["cache"], source.folder)
 
@@ -109,7 +109,7 @@ def build_pipeline(config: dict[str, Any], progress: Progress, device_name: str)
             }
 
         transformers = {} if quantization.changes else fill_transformers()
-        pipeline = load_pipeline(  # meanwhile
+        pipeline = load_pipeline(  # while the transformers are read
             pipeline_class,
             source.folder,
             place=place,
@@ -154,9 +154,9 @@ def build_pipeline(config: dict[str, Any], progress: Progress, device_name: str)
 
 
 def make_cache(node: dict[str, Any], folder: Path) -> Cache:
-    """The cache of a `cache` node, for the weights in `folder`.
+    """Build the cache of a `cache` node, for the weights in `folder`.
 
-    Raises `UsageError` for arguments that cannot be, and for TeaCache coefficients that were fitted on other weights.
+    Raises `UsageError` for invalid arguments, and for TeaCache coefficients that were fitted on other weights.
     """
     fit = (node.get("gate") or {}).get("fit") or {}
     if fit.get("weights") and fit["weights"] != fingerprint_weights(folder):
@@ -168,7 +168,7 @@ def make_cache(node: dict[str, Any], folder: Path) -> Cache:
 
 
 def shard(transformer: Transformer, mesh: Mesh) -> None:
-    """Spread a loaded transformer's tokens and weights over the ranks."""
+    """Shard a loaded transformer's tokens and weights across the ranks."""
     if mesh["ulysses"] or mesh["ring"]:
         transformer.shard_tokens(SequenceParallel(mesh["ulysses"], mesh["ring"]))
     if mesh.degrees["hsdp_degree"] > 1:
@@ -176,9 +176,9 @@ def shard(transformer: Transformer, mesh: Mesh) -> None:
 
 
 def make_backends(config: Mapping[str, Any]) -> dict[str, AttentionBackend | None]:
-    """The attention of each entry of `report.noise_floor`; None is the run's own.
+    """Build the attention backend of each entry of `report.noise_floor`; None is the run's own.
 
-    Raises UsageError for one that this machine lacks.
+    Raises UsageError for a backend that this machine lacks.
     """
     nodes = {
         name: None if name == REPEAT else read_options("attention")[name] for name in config["report"]["noise_floor"]

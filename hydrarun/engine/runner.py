@@ -1,4 +1,4 @@
-"""A run: build once, then draw. The command and the Python API both come through here."""
+"""The runner: builds once, then draws. The command and the Python API both use it."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class Runner:
     """A model with its weights loaded, built from a composed configuration (`hydrarun.config.compose`)."""
 
     def __init__(self, config: dict[str, Any], progress: Progress | None = None, device: str | None = None) -> None:
-        """`device`: the one that this rank computes on, where `config` names it for all ranks.
+        """`device`: this rank's own device, where `config` names one for all ranks.
 
-        Raises `UsageError` for what the user must change, `RunError` for weights that cannot be used.
+        Raises `UsageError` for settings that the user must change, `RunError` for weights that cannot be used.
         """
         self.config = config
         name = device or config["device"]
         self.progress = progress or Progress(quiet=True)
         start = time.perf_counter()
-        make_backends(config)  # refuses what this machine lacks before weights are read
+        make_backends(config)  # refuses a backend that this machine lacks before weights are read
         try:
             self.built = build_pipeline(config, self.progress, name)
         except torch.OutOfMemoryError as error:
@@ -51,7 +51,7 @@ class Runner:
         self.read_bytes = self.built.read_bytes
 
     def generate(self, **sampling: Any) -> list[Picture]:
-        """Draw with the loaded model; keywords are fields of `sampling` and replace the configuration's.
+        """Draw with the loaded model; keywords are fields of `sampling` and override the configuration's.
 
         `images=` replaces `input.images`.
         """
@@ -68,7 +68,7 @@ class Runner:
         return make_pictures(self.draw(state, Timings(self.built.parts.device), changed["cache"]))
 
     def read_images(self, config: dict[str, Any]) -> list[InputImage]:
-        """The input images; says what was changed in reading one."""
+        """Read the input images. Notes what was changed while reading one."""
         alpha = kinds.find_model_kind(config["model"]).alpha
         read = [images.read_image(path, alpha) for path in image_paths(config)]
         for image in read:
@@ -77,11 +77,11 @@ class Runner:
         return read
 
     def prepare_state(self, config: dict[str, Any], given: list[InputImage]) -> State:
-        """The batch that `config` asks for."""
+        """Return the initial state of the batch that `config` asks for."""
         return make_state(config["sampling"], [image.image for image in given])
 
     def warm_up(self, config: dict[str, Any], given: list[InputImage], timings: Timings) -> None:
-        """Draw what the run of `config` will, for `warmup` steps of each transformer, and throw it away.
+        """Draw the run of `config` for `warmup` steps of each transformer, and discard the result.
 
         Adds its duration to `timings`. Restores the random generators, so the run itself is unchanged.
         """
@@ -101,16 +101,16 @@ class Runner:
         timings.warmup, timings.compile = own.now() - start, own.compile
 
     def draw(self, state: State, timings: Timings, cache: dict[str, Any] | None = None) -> State:
-        """Run the stages, on this rank's share of the items; the state then has the frames of all of them.
+        """Run the stages on this rank's share of the items, and return a state with the frames of all items.
 
-        `cache`: the node of the cache; None: that of the configuration which the runner was built from.
+        `cache`: the node of the cache; None: that of the runner's own configuration.
         """
         own = self.local_shard(state)
         self.run_stages(self.built.stages, state, own, timings, cache)
         return self.gather(state, own)
 
     def local_shard(self, state: State) -> State:
-        """This rank's share of a request."""
+        """Return this rank's share of a request."""
         axis = self.data_axis()
         return state.select(find_own_indices(len(state.prompts), axis)) if axis else state
 
@@ -132,12 +132,12 @@ class Runner:
             raise make_memory_error(asked, timings.running, parts.device) from error
 
     def get_cache(self, node: dict[str, Any]) -> Cache:
-        """The cache of a node: the one that was built with the model, if it is that one's. A request starts it anew."""
+        """Return the cache of a node: the one built with the model if the nodes are equal. Each request restarts it."""
         built = self.built
         return built.cache if node == self.config["cache"] else make_cache(node, built.source.folder)
 
     def gather(self, state: State, own: State) -> State:
-        """The request `state` with what was drawn of it on every rank; `own`: this rank's share, drawn."""
+        """Return the request `state` with the frames of every rank. `own`: this rank's share, drawn."""
         axis = self.data_axis()
         if not axis:
             return own
@@ -146,42 +146,42 @@ class Runner:
         return whole
 
     def data_axis(self) -> Axis | None:
-        """This rank's place among those that share the pictures."""
+        """Return this rank's data-parallel axis; None if pictures are not split across ranks."""
         mesh = self.built.parts.mesh
         return mesh["data"] if mesh else None
 
     def redraw(
         self, config: dict[str, Any], given: list[InputImage], cache: dict[str, Any]
     ) -> tuple[list[Picture], dict[str, Any]]:
-        """Draw the run of `config` once more with the cache of this node: what came of it, and `results`."""
+        """Draw the run of `config` again with the cache of this node. Returns the pictures and the `results`."""
         start = time.perf_counter()
         timings = Timings(self.built.parts.device)
         state = self.draw(self.prepare_state(config, given), timings, cache)
         return make_pictures(state), self.collect_results(timings, start)
 
     def reset_stats(self) -> None:
-        """Begin another run with what is loaded: nothing is read for it, and peaks of memory are its own."""
+        """Reset load time, bytes read and peak device memory, for another run with the loaded model."""
         self.load_s, self.read_bytes = 0.0, 0
         reset_peak_bytes(self.built.parts.device)
 
     def close(self) -> None:
-        """Let the model and its memory go; nothing can be drawn any more."""
+        """Free the model and its memory. Nothing can be drawn afterwards."""
         del self.built
 
     def summarize_timings(self, timings: Timings, start: float) -> dict[str, Any]:
-        """Seconds so far; `total_s` is loading and everything since `start`."""
+        """Return the seconds so far. `total_s` is loading and everything since `start`."""
         phases = {f"{name}_s": timings.phases.get(name, 0.0) for name in ("encode", "denoise", "decode")}
         total = self.load_s + time.perf_counter() - start
         beside = {**self.summarize_reads(), "warmup_s": timings.warmup, "compile_s": timings.compile}
         return {"load_s": self.load_s, **beside, **phases, "steps_s": timings.steps, "total_s": total}
 
     def summarize_reads(self) -> dict[str, float | None]:
-        """What was read of weights for this run, in bytes."""
+        """Return the bytes of weights that were read for this run, and their rate."""
         rate = self.read_bytes / self.built.read_s if self.read_bytes else None
         return {"read_bytes": self.read_bytes, "read_bytes_per_s": rate}
 
     def collect_results(self, timings: Timings, start: float) -> dict[str, Any]:
-        """What was measured so far, by its keys in run.json."""
+        """Return the measurements so far, by their keys in run.json."""
         return {
             "timings": self.summarize_timings(timings, start),
             "memory": self.measure_memory(),
@@ -189,14 +189,14 @@ class Runner:
         }
 
     def measure_memory(self) -> dict[str, int]:
-        """Peak bytes of this process in this run, on the host and on its device (0 for the CPU, which is the host)."""
+        """Return this run's peak bytes on the host and on the device (0 for the CPU, which is the host)."""
         return {
             "peak_host_bytes": measure_peak_host_bytes(),
             "peak_device_bytes": read_peak_bytes(self.built.parts.device),
         }
 
     def collect_facts(self) -> dict[str, Any]:
-        """What the run really uses, beside its configuration."""
+        """Return what the run really uses, in addition to its configuration."""
         built = self.built
         return {
             "weights": {
@@ -218,12 +218,12 @@ class Runner:
 
 
 def find_sample_rate(config: Any) -> dict[str, int]:
-    """Of the sounds that the VAE of this config makes, in Hz; nothing of a VAE of pictures."""
+    """Return the sample rate in Hz of an audio VAE; empty for other VAEs."""
     return {"sample_rate": config["sampling_rate"]} if "sampling_rate" in config else {}
 
 
 def make_pictures(state: State) -> list[Picture]:
-    """The items of a finished batch."""
+    """Return the items of a finished batch."""
     negatives: Sequence[str | None] = state.negative_prompts or [None] * len(state.prompts)
     still = state.num_frames is None and state.layers is None and state.frames.ndim == 5
     captions = [None if prompt.strip() else state.caption for prompt in state.prompts]

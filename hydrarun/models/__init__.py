@@ -1,1 +1,1 @@
-"""The contract (`transformer.py`), and one file for each family of models that keeps it."""
+"""The `Transformer` contract (`transformer.py`) and one file per model family that implements it."""

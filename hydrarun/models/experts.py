@@ -1,4 +1,4 @@
-"""The transformers of a pipeline: one, or two experts of which each predicts its part of the noise levels."""
+"""The transformers of a pipeline: one, or two experts that each predict a range of noise levels."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ NAMES = HIGH_NOISE, LOW_NOISE = "transformer", "transformer_2"
 
 
 class Experts:
-    """Transformers by their checkpoint's names, and which one a step calls.
+    """Transformers by their names in the checkpoint, and the choice of one for each step.
 
-    `boundary` is the timestep (the scheduler's own value) from which on the first one predicts; below it the second
-    does (Wan 2.2). None: there is one.
+    `boundary` is a timestep (the scheduler's value): at or above it the first expert predicts, below it the second
+    (Wan 2.2). None: there is one transformer.
     """
 
     def __init__(self, transformers: Mapping[str, Transformer], boundary: float | None = None) -> None:
@@ -29,15 +29,15 @@ class Experts:
 
     @property
     def config(self) -> Mapping[str, object]:
-        """The first one's config.json: what they share."""
+        """Config of the first transformer, used for both experts."""
         return self.transformers[HIGH_NOISE].config
 
     def name_at(self, timestep: float) -> str:
-        """Whose step it is."""
+        """Return the name of the expert that predicts at `timestep`."""
         return HIGH_NOISE if self.boundary is None or timestep >= self.boundary else LOW_NOISE
 
 
 def find_boundary(pipeline: Any) -> float | None:
-    """The timestep at which the experts change places, or None where the checkpoint has one transformer."""
+    """Return the timestep that separates the experts, or None for a checkpoint with one transformer."""
     ratio = pipeline.config.get("boundary_ratio")
     return None if ratio is None else ratio * pipeline.scheduler.config.num_train_timesteps

@@ -1,6 +1,6 @@
-"""FLUX.1 (https://github.com/black-forest-labs/flux): 19 dual-stream blocks, then 38 with the same weights for both.
+"""FLUX.1 (https://github.com/black-forest-labs/flux): 19 dual-stream blocks, then 38 single-stream blocks.
 
-And what it shares with its relatives, which differ in what they are conditioned on and in where tokens stand.
+Includes the code that related models share, which differ in their conditioning and in their token positions.
 Reference: diffusers' `FluxTransformer2DModel`, whose checkpoints it loads.
 """
 
@@ -34,7 +34,7 @@ Grid = tuple[int, int, int]
 
 
 class SingleStreamBlock(nn.Module):
-    """The same weights for text and image; attention and feed-forward side by side, into one projection."""
+    """Shared weights for text and image. Attention and feed-forward run in parallel into one projection."""
 
     def __init__(self, dim: int, heads: int, head_dim: int, gated: bool = False) -> None:
         super().__init__()
@@ -47,12 +47,12 @@ class SingleStreamBlock(nn.Module):
         self.attention = Attention()
 
     def modulated(self, tokens: Tokens) -> Tensor:
-        """The image tokens as the attention's projection sees them, `[B, S, D]`."""
+        """Return the image tokens as the attention projection sees them, `[B, S, D]`."""
         shift, scale, _ = self.modulation(tokens.temb)
         return modulate(tokens.hidden_states, shift, scale)
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """`[B, S, D]` and `[B, T, D]` to the same."""
+        """Map `[B, S, D]` and `[B, T, D]` to the same shapes."""
         lengths = [encoder_hidden_states.shape[1], hidden_states.shape[1]]
         joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         shift, scale, gate = self.modulation(tokens.temb)
@@ -68,7 +68,7 @@ class SingleStreamBlock(nn.Module):
 
 
 def map_single_stream_weights() -> dict[str, str | tuple[str, ...]]:
-    """The weight map of `single_blocks.*`."""
+    """Return the weight map of `single_blocks.*`."""
     theirs = "single_transformer_blocks.*"
     return {
         "single_blocks.*.modulation.linear": f"{theirs}.norm.linear",
@@ -82,11 +82,11 @@ def map_single_stream_weights() -> dict[str, str | tuple[str, ...]]:
 
 @dataclass(eq=False, repr=False)
 class StreamsTransformer(Transformer):
-    """Dual-stream blocks, then single-stream ones; conditioned on timestep and text.
+    """Dual-stream blocks, then single-stream blocks, conditioned on timestep and text.
 
-    The fields are the checkpoint's transformer/config.json. A relative declares those that it adds, and those whose
-    published value is another. It has a `time_embed`, or a `make_temb` of its own for what else it is conditioned on.
-    The images to edit are more latent tokens, behind those that are predicted.
+    The fields are the checkpoint's transformer/config.json. A subclass declares the fields that it adds and those whose
+    published value differs. It has a `time_embed`, or overrides `make_temb` if it has more conditioning. Images to edit
+    are extra latent tokens, after the predicted ones.
     """
 
     patch_size: int = 1
@@ -109,9 +109,9 @@ class StreamsTransformer(Transformer):
     }
     #: whether the feed-forwards are gated
     gated: ClassVar[bool] = False
-    #: whether rows and columns of text tokens are their number in the text; else 0
+    #: whether a text token's row and column are its index in the text; otherwise 0
     text_is_counted: ClassVar[bool] = True
-    #: whether pictures begin where the text ends, in rows, columns and number; else all at 0
+    #: whether pictures start after the text, in rows, columns and number; otherwise at 0
     pictures_follow_text: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -142,10 +142,10 @@ class StreamsTransformer(Transformer):
         image_grids: tuple[Grid, ...] = (),
         **others: Any,
     ) -> Tokens:
-        """Packed latents `[B, S, C]`, timesteps `[B]` in 0-1000, text `[B, T, E]`, and what `make_temb` takes.
+        """Embed packed latents `[B, S, C]`, timesteps `[B]` in 0-1000, text `[B, T, E]`, and `make_temb`'s inputs.
 
         `grid` counts the latent tokens: frames, rows, columns. `image_latents` `[B, I, C]` are the packed images to
-        edit, one after the other, and `image_grids` their grids.
+        edit, concatenated, and `image_grids` their grids.
         """
         temb = self.make_temb(timestep, hidden_states.dtype, **others)
         if image_latents is not None:
@@ -173,35 +173,35 @@ class StreamsTransformer(Transformer):
         return {"rope": rope, "encoder_rope": text_rope}
 
     def make_temb(self, *times: Any, **_: Any) -> Tensor:
-        """Timesteps `[B]` and the latents' dtype to `[B, 1, D]`."""
+        """Map timesteps `[B]` and the latents' dtype to `[B, 1, D]`."""
         return self.time_embed(*times)
 
     def head(self, tokens: Tokens) -> Tensor:
-        """`[B, S, D]` to the velocity `[B, S, C]` of the tokens of `grid`, which come first."""
+        """Map `[B, S, D]` to the velocity `[B, S, C]` of the tokens of `grid`, which come first."""
         predicted = tokens.hidden_states[:, : math.prod(tokens.grid)]
         return self.proj_out(self.norm_out(predicted, tokens.temb))
 
 
 class TimeEmbedding(TimestepEmbedding):
-    """Timesteps `[B]` in 0-1000 to `[B, 1, D]`: all that some relatives are conditioned on beside the text."""
+    """Embeds timesteps `[B]` in 0-1000 as `[B, 1, D]`, for models conditioned on timestep and text alone."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(in_channels=256, time_embed_dim=dim)
         self.project = Timesteps(num_channels=256, flip_sin_to_cos=True, downscale_freq_shift=0)
 
     def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
-        """In `dtype`."""
+        """Return the embedding, in `dtype`."""
         return super().forward(self.project(round_timestep(timestep, dtype)).to(dtype)).unsqueeze(1)
 
 
 def round_timestep(timestep: Tensor, dtype: torch.dtype) -> Tensor:
-    """It divides by 1000 and multiplies again, in the latents' `dtype`: in bfloat16 that rounding shows."""
+    """Round as the reference does, by dividing and multiplying by 1000 in the latents' `dtype`; matters in bfloat16."""
     return timestep.to(dtype) / 1000 * 1000
 
 
 @dataclass(eq=False, repr=False)
 class FluxTransformer(StreamsTransformer):
-    """Conditioned on a summary of the prompt too, and distilled ones on the guidance scale."""
+    """Also conditioned on the pooled prompt embedding and, if guidance-distilled, on the guidance scale."""
 
     pooled_projection_dim: int = 768
     guidance_embeds: bool = False
@@ -224,7 +224,7 @@ class FluxTransformer(StreamsTransformer):
         guidance: Tensor | None,
         **_: Any,
     ) -> Tensor:
-        """Timesteps `[B]`, the prompts' summaries `[B, P]` and the scale `[B]` to `[B, 1, D]`.
+        """Map timesteps `[B]`, pooled prompt embeddings `[B, P]` and the scale `[B]` to `[B, 1, D]`.
 
         The scale is an input of guidance-distilled checkpoints; None for others.
         """
@@ -243,10 +243,10 @@ def make_rope_tables(
     pictures_follow_text: bool,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Rotations of the latent tokens `[S, d / 2, 2]` of all pictures and of the text tokens `[T, d / 2, 2]`.
+    """Return rotary tables of all pictures' latent tokens `[S, d / 2, 2]` and of the text tokens `[T, d / 2, 2]`.
 
-    A token stands at a number, a row and a column: pictures at theirs, counted from the corner, text at number 0 and
-    on the diagonal or in the corner; see `StreamsTransformer`.
+    A token's position is a number, a row and a column. A picture's rows and columns count from its corner. Text has
+    number 0 and lies on the diagonal or at 0; see `StreamsTransformer`.
     """
 
     def angles(places: Sequence[Tensor]) -> list[Tensor]:

@@ -1,8 +1,8 @@
-"""GLM-Image (https://huggingface.co/zai-org/GLM-Image): an autoregressive model draws a picture of tokens first.
+"""GLM-Image (https://huggingface.co/zai-org/GLM-Image): diffusion after an autoregressive prior model.
 
-One of its tokens stands for 32 x 32 pixels; the diffusion transformer draws the picture that they lay out. Input images
-are a prefix: each passes through the blocks once, by itself and without noise, and the picture attends to the keys and
-values that it left there. Reference: diffusers' `GlmImagePipeline` and `GlmImageTransformer2DModel`.
+The prior model draws one token per 32 x 32 pixels; the diffusion transformer draws the picture from these tokens. Input
+images are a prefix: each passes through the blocks once, separately and without noise, and the picture attends to the
+resulting keys and values. Reference: diffusers' `GlmImagePipeline` and `GlmImageTransformer2DModel`.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from hydrarun.models.layers.tensor_parallel import ShardSpec
 from hydrarun.models.layers.tokens import Grid, Tokens
 from hydrarun.models.transformer import NEGATIVE, Arguments, Inputs, Transformer
 
-EPS = 1e-5  # of all norms
+EPS = 1e-5  # epsilon of all norms
 
 
 @dataclass
 class GlmImageTokens(Tokens):
-    """Tokens, and what stands before them."""
+    """Tokens with an optional prefix of input images."""
 
-    prefix: Sequence[Prefix] | None = None  # of each block; None: there is none
-    kept: list[Prefix] | None = None  # where each block puts what is to be a prefix; None: nothing is
+    prefix: Sequence[Prefix] | None = None  # one per block; None: no prefix
+    kept: list[Prefix] | None = None  # each block appends its keys and values to it, as a prefix; None: not kept
 
 
 class GlmImageBlock(nn.Module):
-    """Text and image tokens through the same weights, but for shifts, scales and gates. `index`: the block's place."""
+    """Shared weights for text and image tokens, except shifts, scales and gates. `index`: the block's index."""
 
     def __init__(self, index: int, dim: int, heads: int, head_dim: int, time_embed_dim: int) -> None:
         super().__init__()
@@ -52,14 +52,14 @@ class GlmImageBlock(nn.Module):
         self.attention = Attention()
 
     def modulated(self, tokens: Tokens) -> Tensor:
-        """The image tokens as the attention's projection sees them, `[B, S, D]`."""
+        """Return the image tokens as the attention projection sees them, `[B, S, D]`."""
         shift, _, scale, *_ = self.modulation(tokens.temb[:, :1])
         return modulate(tokens.hidden_states, shift, scale, EPS)
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor | None, tokens: GlmImageTokens
     ) -> tuple[Tensor, Tensor | None]:
-        """`[B, S, D]` and `[B, T, D]` to the same; without text, None."""
+        """Map `[B, S, D]` and `[B, T, D]` to the same shapes; the text may be None."""
         parts = self.modulation(tokens.temb[:, :1])
         image_parts, text_parts = parts[::2], parts[1::2]
         image = self.project(hidden_states, image_parts, tokens.rope)
@@ -79,14 +79,14 @@ class GlmImageBlock(nn.Module):
     def project(
         self, hidden_states: Tensor, parts: Sequence[Tensor], rope: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`[B, S, D]` to query, key and value `[B, S, H, d]`, normed and, where there is a `rope`, rotated."""
+        """Map `[B, S, D]` to query, key, value `[B, S, H, d]`. Norm query and key; rotate them by `rope`, if any."""
         shift, scale, *_ = parts
         query, key, value = self.qkv(modulate(hidden_states, shift, scale, EPS))
         query, key = (F.layer_norm(x, x.shape[-1:], eps=EPS) for x in (query, key))
         return (query, key, value) if rope is None else (rotate_halves(query, rope), rotate_halves(key, rope), value)
 
     def finish(self, hidden_states: Tensor, attended: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        """Add the attention's and the feed-forward's output to `[B, S, D]`."""
+        """Add the outputs of attention and feed-forward to `[B, S, D]`."""
         _, _, gate_attention, shift, scale, gate_feed_forward = parts
         hidden_states = torch.addcmul(hidden_states, gate_attention, self.out(attended))
         update = self.feed_forward(modulate(hidden_states, shift, scale, EPS))
@@ -94,7 +94,7 @@ class GlmImageBlock(nn.Module):
 
 
 class TimeAndSizeEmbedding(nn.Module):
-    """Timesteps and the picture's height and width, whole and uncropped."""
+    """Embeds timesteps and the picture's height and width, with the crop corner at 0."""
 
     def __init__(self, dim: int, condition_dim: int) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class TimeAndSizeEmbedding(nn.Module):
         self.condition_embedder = PixArtAlphaTextProjection(4 * condition_dim, dim, act_fn="silu")
 
     def forward(self, timestep: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """`[B]` to `[B, D]`, before the SiLU that a `Modulation` begins with."""
+        """Map `[B]` to `[B, D]`, before the SiLU that `Modulation` applies."""
         corner_and_size = torch.tensor([0, 0, *size], device=timestep.device)
         condition = self.condition_embedder(self.condition_proj(corner_and_size).view(1, -1).to(dtype))
         return self.timestep_embedder(self.time_proj(timestep).to(dtype)) + condition
@@ -152,7 +152,7 @@ class GlmImageTransformer(Transformer):
         )
         self.norm_out = AdaLayerNorm(dim, time_embed_dim, EPS)
         self.proj_out = nn.Linear(dim, patch_size * patch_size * out_channels)
-        #: what input images left in the blocks, for as long as the latents live that it was made of
+        #: `{latents of input images: their prefix}`; an entry is dropped with its latents
         self.prefixes = WeakTensorKeyDictionary()
 
     def embed(
@@ -167,10 +167,9 @@ class GlmImageTransformer(Transformer):
         prior_tokens: Tensor,
         **sizes: Any,
     ) -> GlmImageTokens:
-        """Latents `[B, C, 1, h, w]`, timesteps `[B]` in 1-1000, quoted text `[B, T, E]` and its mask `[B, T]`.
+        """Embed latents `[B, C, 1, h, w]`, timesteps `[B]` in 1-1000, quoted text `[B, T, E]` and its mask `[B, T]`.
 
-        `told` `[B]` is 1 where the branch is told of the `prior_tokens` `[B, S]`, and 0 where it is not. `sizes`: as in
-        `make_temb`.
+        `told` `[B]` is 1 if the branch uses the `prior_tokens` `[B, S]`, otherwise 0. `sizes`: as in `make_temb`.
         """
         image = self.project(pack_latents(hidden_states, self.patch_size), prior_tokens, told)
         text = self.glyph_projector(encoder_hidden_states)
@@ -178,7 +177,7 @@ class GlmImageTransformer(Transformer):
         return GlmImageTokens(image, text, encoder_hidden_states_mask, temb=temb, grid=grid)
 
     def project(self, packed: Tensor, prior_tokens: Tensor, told: Tensor | None = None) -> Tensor:
-        """Packed latents `[B, S, C]` and the ids of their prior tokens `[B, S]` to `[B, S, D]`. `told`: None is 1."""
+        """Map packed latents `[B, S, C]` and their prior token ids `[B, S]` to `[B, S, D]`. `told`: None means 1."""
         prior = self.prior_token_embedding(prior_tokens)
         if told is not None:
             prior = prior * told[:, None, None].to(prior.dtype)
@@ -198,17 +197,18 @@ class GlmImageTransformer(Transformer):
         image_grids: tuple[Grid, ...] = (),
         **_: Any,
     ) -> Tensor:
-        """Timesteps `[B]` to `[B, K, D]`: the picture's, then that of each input image, which has no noise."""
-        pixels = height // grid[1]  # of a token's side
+        """Map timesteps `[B]` to `[B, K, D]`: the picture's, then one for each input image, which has no noise."""
+        pixels = height // grid[1]  # per side of a token
         at_rest = torch.zeros_like(timestep)
         each = [(timestep - 1, (height, width))]
         each += [(at_rest, (rows * pixels, columns * pixels)) for _, rows, columns in image_grids]
         return torch.stack([self.time_condition_embed(*one, dtype) for one in each], dim=1)
 
     def select_branch(self, inputs: Inputs, branch: str) -> Arguments:
-        """With the prefix, where there are input images; the negative branch is not told of them.
+        """Add the prefix of the input images, if any, except for the negative branch.
 
-        It makes the prefix too, if it comes first: where weights are shared, ranks run blocks equally often.
+        The negative branch still computes a missing prefix: with sharded weights, all ranks must run the blocks equally
+        often.
         """
         latents, timestep, given, positions, rows = super().select_branch(inputs, branch)
         if given["image_latents"] is not None:
@@ -219,7 +219,7 @@ class GlmImageTransformer(Transformer):
         return latents, timestep, given, positions, rows
 
     def make_prefix(self, timestep: Tensor, given: Mapping[str, Any], rows: Tensor | None) -> list[Prefix]:
-        """What the input images leave in each block, one behind the other."""
+        """Return each block's keys and values of the input images, concatenated."""
         latents, prior = given["image_latents"][:1], given["image_prior_tokens"][:1]
         temb = self.make_temb(timestep, latents.dtype, **given) if rows is None else rows
         lengths = [rows * columns for _, rows, columns in given["image_grids"]]
@@ -230,21 +230,21 @@ class GlmImageTransformer(Transformer):
             call = self.shard(replace(tokens, **self.positions(packed, grid=grid)))
             self.run_blocks(call)
             kept.append(call.tokens.kept)
-        blocks = zip(*kept, strict=True)  # of each, what every image left
+        blocks = zip(*kept, strict=True)  # per block, the keys and values of every image
         return [(torch.cat([key for key, _ in one], 1), torch.cat([value for _, value in one], 1)) for one in blocks]
 
     def kept_bytes(self) -> int:
         return sum(kept.nbytes for prefix in self.prefixes.values() for block in prefix for kept in block)
 
     def head(self, tokens: Tokens) -> Tensor:
-        """`[B, S, D]` to the velocity `[B, C, 1, h, w]`, in float32 as the reference goes on with it."""
+        """Map `[B, S, D]` to the velocity `[B, C, 1, h, w]`, in float32 like the rest of the reference's step."""
         predicted = self.proj_out(self.norm_out(tokens.hidden_states, tokens.temb[:, :1]))
         return unpack_latents(predicted, tokens.grid, self.patch_size).float()
 
 
 @lru_cache(maxsize=16)
 def make_rope_table(grid: Grid, head_dim: int, device: torch.device) -> Tensor:
-    """Rotations `[S, d / 2, 2]` of a picture's tokens: half of the pairs by row, half by column."""
+    """Return the rotary table `[S, d / 2, 2]` of a picture's tokens: half of the pairs by row, half by column."""
     _, rows, columns = grid
     axes = [torch.zeros(1, 0, 2), *(make_frequencies(torch.arange(side), head_dim // 2) for side in (rows, columns))]
     return make_grid_frequencies(axes).to(device)

@@ -1,6 +1,6 @@
-"""LongCat-Image (https://arxiv.org/abs/2512.07584): FLUX.1's blocks, 10 and 20 of them.
+"""LongCat-Image (https://arxiv.org/abs/2512.07584): FLUX.1's blocks, 10 dual-stream and 20 single-stream.
 
-In the edit model the input image is more latent tokens, and the text encoder sees it too.
+In the edit model the input image is extra latent tokens and also an input of the text encoder.
 Reference: diffusers' `LongCatImageTransformer2DModel`, whose checkpoints it loads.
 """
 
@@ -15,7 +15,7 @@ from hydrarun.models.flux import StreamsTransformer, TimeEmbedding
 
 @dataclass(eq=False, repr=False)
 class LongCatImageTransformer(StreamsTransformer):
-    """Pictures stand behind the text, in rows and columns too."""
+    """Places pictures after the text, in rows and columns too."""
 
     joint_attention_dim: int = 3584
 

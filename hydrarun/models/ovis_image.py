@@ -1,5 +1,6 @@
-"""Ovis-Image (https://github.com/AIDC-AI/Ovis-Image): FLUX.1's blocks, 6 and 27 of them, with gated feed-forwards.
+"""Ovis-Image (https://github.com/AIDC-AI/Ovis-Image): FLUX.1's blocks with gated feed-forwards.
 
+There are 6 dual-stream and 27 single-stream blocks.
 Reference: diffusers' `OvisImageTransformer2DModel`, whose checkpoints it loads.
 """
 
@@ -17,7 +18,7 @@ from hydrarun.models.layers.tokens import Tokens
 
 @dataclass(eq=False, repr=False)
 class OvisImageTransformer(StreamsTransformer):
-    """Gated feed-forwards; the text is normalised before it is embedded."""
+    """Has gated feed-forwards and normalises the text before embedding it."""
 
     out_channels: int | None = 64
     num_layers: int = 6

@@ -1,7 +1,7 @@
 """Qwen-Image (https://arxiv.org/abs/2508.02324): 60 dual-stream blocks with joint attention over text and image.
 
-Its edit models have the same blocks; the images to edit are more latent tokens, each picture a frame of its own. So has
-the one that takes a picture apart: the picture as a whole and its layers are frames, and the given one is before them.
+The edit models have the same blocks; images to edit are extra latent tokens, each picture a frame of its own. In
+the layered model, the whole picture and its layers are frames from 0, and the input picture is frame -1.
 Reference: diffusers' `QwenImageTransformer2DModel`, whose checkpoints it loads.
 """
 
@@ -29,7 +29,7 @@ Grid = tuple[int, int, int]
 class QwenImageTransformer(Transformer):
     """Arguments are the checkpoint's transformer/config.json.
 
-    Raises `UsageError` for the switches of members of the family that this class does not run.
+    Raises `UsageError` for switches of model variants that this class does not support.
     """
 
     block_lists = ("blocks",)
@@ -63,7 +63,7 @@ class QwenImageTransformer(Transformer):
         self.layered = use_layer3d_rope
         self.time_proj = Timesteps(num_channels=256, flip_sin_to_cos=True, downscale_freq_shift=0, scale=1000)
         self.time_embed = TimestepEmbedding(in_channels=256, time_embed_dim=dim)
-        # diffusers' pipeline knows the first of the two alone
+        # diffusers' pipeline only uses index 0 of the two
         self.kind_embed = nn.Embedding(2, dim) if use_additional_t_cond else None
         self.txt_norm = nn.RMSNorm(joint_attention_dim, eps=1e-6)
         self.img_in = nn.Linear(in_channels, dim)
@@ -85,10 +85,10 @@ class QwenImageTransformer(Transformer):
         image_latents: Tensor | None = None,
         image_grids: tuple[Grid, ...] = (),
     ) -> Tokens:
-        """Packed latents `[B, S, C]`, timesteps `[B]` in 0-1000, text `[B, T, E]` with its mask `[B, T]`.
+        """Embed packed latents `[B, S, C]`, timesteps `[B]` in 0-1000, text `[B, T, E]` with its mask `[B, T]`.
 
         `grid` counts the latent tokens: frames, rows, columns. `image_latents` `[B, I, C]` are the packed images to
-        edit, one after the other, and `image_grids` their grids.
+        edit, concatenated, and `image_grids` their grids.
         """
         temb = self.make_temb(timestep, hidden_states.dtype, image_latents=image_latents)
         if image_latents is not None:
@@ -118,34 +118,34 @@ class QwenImageTransformer(Transformer):
     def make_temb(
         self, timestep: Tensor, dtype: torch.dtype, *, image_latents: Tensor | None = None, **_: Any
     ) -> Tensor:
-        """Timesteps `[B]` to `[B, 1, D]`, or `[B, 2, D]` where the images to edit are without noise."""
+        """Map timesteps `[B]` to `[B, 1, D]`, or to `[B, 2, D]` if images to edit have the timestep 0."""
         times = timestep[:, None]
         if self.zero_cond_t and image_latents is not None:
             times = torch.cat([times, torch.zeros_like(times)], dim=1)
-        # the reference divides by 1000 and multiplies again, in the latents' dtype: in bfloat16 that rounding shows
+        # the reference divides by 1000 and multiplies again in the latents' dtype; the rounding matters in bfloat16
         fraction = times.to(dtype) / 1000
         temb = self.time_embed(self.time_proj(fraction.flatten()).to(dtype)).unflatten(0, times.shape)
         return temb if self.kind_embed is None else temb + self.kind_embed.weight[0].to(dtype)
 
     def head(self, tokens: Tokens) -> Tensor:
-        """`[B, S, D]` to the velocity `[B, S, C]` of the tokens of `grid`, which come first."""
+        """Map `[B, S, D]` to the velocity `[B, S, C]` of the tokens of `grid`, which come first."""
         predicted = tokens.hidden_states[:, : math.prod(tokens.grid)]
         return self.proj_out(self.norm_out(predicted, tokens.temb[:, :1]))
 
 
 def refuse_switches(**switches: bool) -> None:
-    """Name the switches that are on."""
+    """Raise `UsageError` that names the switches that are on."""
     on = [name for name, value in switches.items() if value]
     if on:
         raise UsageError(
-            f"transformer/config.json sets {', '.join(on)}: a member of the Qwen-Image family that this model option"
-            " does not run (guidance-distilled checkpoints need their own)"
+            f"transformer/config.json sets {', '.join(on)}: this variant of Qwen-Image is not supported (it is"
+            " guidance-distilled)"
         )
 
 
 @lru_cache(maxsize=16)
 def make_time_index(grid: Grid, image_grids: tuple[Grid, ...], device: torch.device) -> Tensor:
-    """0 for each token that is predicted, then 1 for each token of the images to edit, `[S]`."""
+    """Return each token's timestep index `[S]`: 0 for predicted tokens, then 1 for tokens of the images to edit."""
     lengths = torch.tensor([math.prod(grid), sum(map(math.prod, image_grids))])
     return torch.repeat_interleave(torch.arange(2), lengths).to(device)
 
@@ -154,11 +154,11 @@ def make_time_index(grid: Grid, image_grids: tuple[Grid, ...], device: torch.dev
 def make_rope_tables(
     grids: tuple[Grid, ...], text_length: int, axes_dims: tuple[int, ...], device: torch.device, layered: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Rotations of the latent tokens `[S, d / 2, 2]` of all pictures and of the text tokens `[T, d / 2, 2]`.
+    """Return rotary tables of all pictures' latent tokens `[S, d / 2, 2]` and of the text tokens `[T, d / 2, 2]`.
 
-    Rows and columns are counted from the picture's centre, so that sizes share positions, and pictures are numbered as
-    frames; text follows on the diagonal after the largest half (the paper's MSRoPE). `layered`: behind the frames too,
-    of which pictures after the first are number -1.
+    Rows and columns count from the picture's centre, so that sizes share positions. Pictures are numbered as frames.
+    Text follows on the diagonal after the largest half side (the paper's MSRoPE). `layered`: pictures after the first
+    have number -1, and text starts after the frames too.
     """
     pictures = []
     for number, (frames, height, width) in enumerate(grids):

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3.5 (https://arxiv.org/abs/2403.03206): dual-stream blocks; in Medium's first, images attend twice.
+"""Stable Diffusion 3.5 (https://arxiv.org/abs/2403.03206): dual-stream blocks. In Medium's first, images attend twice.
 
 Reference: diffusers' `SD3Transformer2DModel`, whose checkpoints it loads.
 """
@@ -23,7 +23,7 @@ from hydrarun.models.transformer import Transformer
 
 
 class SelfAttention(nn.Module):
-    """Attention of the image's tokens among themselves."""
+    """Self-attention over the image tokens."""
 
     def __init__(self, dim: int, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -34,14 +34,14 @@ class SelfAttention(nn.Module):
         self.attention = Attention()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[B, S, D]` to `[B, S, D]`."""
+        """Map `[B, S, D]` to `[B, S, D]`."""
         query, key, value = self.qkv(hidden_states)
         (attended,) = self.attention({"hidden_states": (self.norm_q(query), self.norm_k(key), value)})
         return self.out(attended)
 
 
 class DualAttentionStream(TokenStream):
-    """Image tokens that attend to each other alone, beside the joint attention."""
+    """Image tokens with a second attention, over image tokens only, next to the joint attention."""
 
     parts = 9
 
@@ -50,22 +50,22 @@ class DualAttentionStream(TokenStream):
         self.second = SelfAttention(dim, heads, head_dim)
 
     def finish(self, hidden_states: Tensor, attended: Tensor, gates: Sequence[Tensor]) -> Tensor:
-        """Add the output of both attentions and of the feed-forward to `[B, S, D]`."""
+        """Add the outputs of both attentions and of the feed-forward to `[B, S, D]`."""
         *gates, shift, scale, gate = gates
         update = self.second(modulate(hidden_states, shift, scale))
         return super().finish(torch.addcmul(hidden_states, gate, update), attended, gates)
 
 
 class LastTextStream(ContextStream):
-    """The text in the last block."""
+    """The text stream of the last block."""
 
     def project(self, hidden_states: Tensor, rope: Tensor | None, shift: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        """As elsewhere, but here the weights hold the scale first."""
+        """Project as the base class does, but with the scale before the shift in the weights."""
         return super().project(hidden_states, rope, shift=scale, scale=shift)
 
 
 class PatchEmbedding(nn.Module):
-    """Latents to tokens that know their places, by a table of `side * side` places."""
+    """Embeds latents as tokens and adds position embeddings from a `side * side` table."""
 
     def __init__(self, channels: int, dim: int, patch_size: int, side: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class PatchEmbedding(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, side * side, dim))
 
     def forward(self, latents: Tensor) -> Tensor:
-        """`[B, C, h, w]` to `[B, rows, columns, D]`: the places are those in the middle of the table."""
+        """Map `[B, C, h, w]` to `[B, rows, columns, D]`, with positions from the middle of the table."""
         image = self.proj(latents).permute(0, 2, 3, 1)
         rows, columns = image.shape[1:3]
         top, left = (self.side - rows) // 2, (self.side - columns) // 2
@@ -85,8 +85,9 @@ class PatchEmbedding(nn.Module):
 class SD3Transformer(Transformer):
     """Arguments are the checkpoint's transformer/config.json.
 
-    `dual_attention_layers` are the blocks in which image tokens attend twice. `sample_size` made the table of places,
-    which the checkpoint holds. Raises `UsageError` for Stable Diffusion 3, which does not norm queries and keys.
+    `dual_attention_layers` are the blocks in which image tokens attend twice. `sample_size` is not used: it determined
+    the position table, which is in the checkpoint. Raises `UsageError` for Stable Diffusion 3, which does not norm
+    queries and keys.
     """
 
     block_lists = ("blocks",)
@@ -120,7 +121,7 @@ class SD3Transformer(Transformer):
         super().__init__()
         if qk_norm != "rms_norm":
             raise UsageError(
-                f"transformer/config.json: qk_norm={qk_norm}: only Stable Diffusion 3.5's rms_norm is run, not 3"
+                f"transformer/config.json: qk_norm={qk_norm}: only Stable Diffusion 3.5's rms_norm is supported"
             )
         self.patch_size = patch_size
         dim = num_attention_heads * attention_head_dim
@@ -145,7 +146,7 @@ class SD3Transformer(Transformer):
     def embed(
         self, hidden_states: Tensor, timestep: Tensor, *, encoder_hidden_states: Tensor, pooled_projections: Tensor
     ) -> Tokens:
-        """Latents `[B, C, 1, h, w]`, timesteps `[B]` in 0-1000, text `[B, T, E]` and its summary `[B, P]`."""
+        """Embed latents `[B, C, 1, h, w]`, timesteps `[B]` in 0-1000, text `[B, T, E]` and pooled text `[B, P]`."""
         image = self.pos_embed(hidden_states.squeeze(2))
         return Tokens(
             image.flatten(1, 2),
@@ -155,12 +156,12 @@ class SD3Transformer(Transformer):
         )
 
     def make_temb(self, timestep: Tensor, dtype: torch.dtype, *, pooled_projections: Tensor, **_: Any) -> Tensor:
-        """Timesteps `[B]` and the prompts' summaries `[B, P]`, in whose dtype it is, to `[B, 1, D]`."""
+        """Map timesteps `[B]` and pooled prompt embeddings `[B, P]` to `[B, 1, D]`, in the dtype of the embeddings."""
         return self.time_text_embed(timestep, pooled_projections).unsqueeze(1)
 
     def head(self, tokens: Tokens) -> Tensor:
-        """`[B, S, D]` to the velocity `[B, C, 1, h, w]`."""
+        """Map `[B, S, D]` to the velocity `[B, C, 1, h, w]`."""
         channels = self.proj_out(self.norm_out(tokens.hidden_states, tokens.temb))
         patches = channels.unflatten(-1, (self.patch_size, self.patch_size, -1)).unflatten(1, tokens.grid)
-        # [B, 1, rows, columns, P, P, C]: each patch back to its place
+        # [B, 1, rows, columns, P, P, C]: put each patch back in its place
         return patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)

@@ -1,7 +1,7 @@
-"""Stable Audio Open (https://arxiv.org/abs/2407.14358): tokens of sound with self-attention, text by cross-attention.
+"""Stable Audio Open (https://arxiv.org/abs/2407.14358): sound tokens with self-attention, text by cross-attention.
 
-Reference: diffusers' `StableAudioDiTModel`, whose checkpoints it loads, and `StableAudioPipeline`. What the blocks know
-of the timestep and of the seconds is one token in front of the sound's; there is nothing that modulates them.
+Reference: diffusers' `StableAudioDiTModel`, whose checkpoints it loads, and `StableAudioPipeline`. The
+blocks receive timestep and seconds as one token in front of the sound tokens; there is no modulation.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from hydrarun.models.transformer import Transformer
 
 
 class CrossQueryLinear(ColumnParallelLinear):
-    """Queries, those that share a key and value head together: a rank has whole groups of them."""
+    """Query projection, sharded in whole groups of query heads that share a key and value head."""
 
     def __init__(self, dim: int, groups: ShardSpec, head_dim: int) -> None:
         super().__init__(dim, groups, bias=False)
         self.head_dim = head_dim
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[B, S, D]` to `[B, S, H, d]`, H being this rank's heads."""
+        """Map `[B, S, D]` to `[B, S, H, d]`, with H heads on this rank."""
         return super().forward(hidden_states).unflatten(-1, (-1, self.head_dim))
 
 
 class StableAudioBlock(nn.Module):
-    """Self-attention over the sound's tokens, cross-attention to text and seconds, feed-forward."""
+    """Self-attention over the sound tokens, cross-attention to text and seconds, feed-forward."""
 
     def __init__(self, dim: int, heads: int, shared_heads: int, context_dim: int) -> None:
         super().__init__()
@@ -52,11 +52,11 @@ class StableAudioBlock(nn.Module):
         self.feed_forward = FeedForward(dim, gated=True)
 
     def modulated(self, tokens: Tokens) -> Tensor:
-        """The tokens as the attention's projection sees them, `[B, S, D]`."""
+        """Return the tokens as the attention projection sees them, `[B, S, D]`."""
         return self.norm1(tokens.hidden_states)
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """`[B, S, D]` and `[B, T, E]` to the same; the text is not changed."""
+        """Map `[B, S, D]` and `[B, T, E]` to the same shapes; the text is not changed."""
         query, key, value = self.qkv(self.norm1(hidden_states))
         query, key = rotate_halves(query, tokens.rope), rotate_halves(key, tokens.rope)
         (attended,) = self.attention({"hidden_states": (query, key, value)})
@@ -67,7 +67,7 @@ class StableAudioBlock(nn.Module):
 
 
 def map_block_weights() -> dict[str, str | tuple[str, ...]]:
-    """The weight map of a block."""
+    """Return the weight map of a block."""
     theirs = "transformer_blocks.*"
     return {
         **{f"blocks.*.{norm}": f"{theirs}.{norm}" for norm in ("norm1", "norm2", "norm3")},
@@ -82,7 +82,7 @@ def map_block_weights() -> dict[str, str | tuple[str, ...]]:
 
 
 class StableAudioTransformer(Transformer):
-    """Arguments are the checkpoint's transformer/config.json. `sample_size`: latents of a whole sound."""
+    """Arguments are the checkpoint's transformer/config.json. `sample_size`: latents of a full-length sound."""
 
     block_lists = ("blocks",)
     sharded_streams = ("hidden_states",)
@@ -104,7 +104,7 @@ class StableAudioTransformer(Transformer):
     ) -> None:
         super().__init__()
         dim = num_attention_heads * attention_head_dim
-        self.rotated = attention_head_dim // 2  # channels of a head
+        self.rotated = attention_head_dim // 2  # rotated channels per head
         self.time_proj = StableAudioGaussianFourierProjection(
             embedding_size=time_proj_dim // 2, flip_sin_to_cos=True, log=False, set_W_to_weight=False
         )
@@ -123,7 +123,7 @@ class StableAudioTransformer(Transformer):
     def embed(
         self, hidden_states: Tensor, timestep: Tensor, *, encoder_hidden_states: Tensor, global_hidden_states: Tensor
     ) -> Tokens:
-        """Latents `[B, C, L]`, timesteps `[B]` in 0-1, text and seconds `[B, T, E]`, seconds alone `[B, 1, 2 E]`."""
+        """Embed latents `[B, C, L]`, timesteps `[B]` in 0-1, text and seconds `[B, T, E]`, seconds `[B, 1, 2 E]`."""
         time = self.timestep_proj(self.time_proj(timestep.to(hidden_states.dtype)))
         first = self.global_proj(global_hidden_states) + time.unsqueeze(1)
         sound = self.proj_in((self.preprocess_conv(hidden_states) + hidden_states).transpose(1, 2))
@@ -137,17 +137,17 @@ class StableAudioTransformer(Transformer):
         return {"rope": make_rope_table(1 + hidden_states.shape[2], self.rotated, hidden_states.device)}
 
     def head(self, tokens: Tokens) -> Tensor:
-        """`[B, 1 + L, D]` to the velocity `[B, C, L]`."""
+        """Map `[B, 1 + L, D]` to the velocity `[B, C, L]`, dropping the first token."""
         sound = self.proj_out(tokens.hidden_states).transpose(1, 2)[:, :, 1:]
         return self.postprocess_conv(sound) + sound
 
 
 def make_mlp(width: int, dim: int, bias: bool) -> nn.Sequential:
-    """A projection with one more behind it."""
+    """Build two linear layers with a SiLU between them."""
     return nn.Sequential(nn.Linear(width, dim, bias=bias), nn.SiLU(), nn.Linear(dim, dim, bias=bias))
 
 
 @lru_cache(maxsize=16)
 def make_rope_table(tokens: int, dim: int, device: torch.device) -> Tensor:
-    """Rotations of so many tokens, `[S, dim / 2, 2]`; the first is not of the sound."""
+    """Return the rotary table `[S, dim / 2, 2]` of `tokens` tokens, including the one in front of the sound."""
     return make_frequencies(torch.arange(tokens), dim).to(device)

@@ -1,7 +1,7 @@
 """The contract: a diffusion transformer is `embed -> blocks -> head`.
 
-A model says how its inputs become tokens, what one block does and how tokens become a prediction; the forward
-pass itself is ours and the same for all, so that what happens around the blocks is written once.
+A model defines how its inputs become tokens, what one block computes and how tokens become a prediction. The forward
+pass itself is shared by all models, so the code around the blocks exists once.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from hydrarun.models.layers.attention import Attention, AttentionBackend, AttentionLayer
 from hydrarun.models.layers.tokens import Tokens
 
-#: the branches of a step: the prompt's prediction, the negative prompt's, the prompt's with some blocks left out
+#: branches of a step: the prompt, the negative prompt, and the prompt with some blocks left out
 POSITIVE, NEGATIVE, FEWER_BLOCKS = "positive", "negative", "fewer_blocks"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the loop: its place from 0, its timestep (the scheduler's own value), and whose step it is."""
+    """One step of the loop: its index from 0, its timestep (the scheduler's value) and the name of its expert."""
 
     index: int = 0
     timestep: float = 0.0
@@ -30,125 +30,125 @@ class Step:
 
 
 class StepPredictor(Protocol):
-    """What decides how a step's predictions come about: a cache, or the plain forward of all branches."""
+    """Computes the predictions of a step: a cache, or the plain forward pass of all branches."""
 
     def predict(self, transformer: Transformer, inputs: Inputs, step: Step) -> dict[str, Tensor]:
-        """`{branch: prediction}` of this rank's branches."""
+        """Return `{branch: prediction}` for this rank's branches."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a step gives the transformer."""
+    """Inputs of the transformer in one step."""
 
-    hidden_states: Tensor  # latents, as `embed` takes them
-    timestep: Tensor  # [B], the scheduler's own values
-    conditioning: Mapping[str, Mapping[str, Any]]  # {branch: what else `embed` takes for it}
-    rows: Mapping[str, Tensor] | None = None  # {branch: [B, K], its rows in modulation tables}; None: there are none
-    without: tuple[int, ...] = ()  # blocks that are left out, where no cache looks between them
+    hidden_states: Tensor  # latents, in the layout that `embed` takes
+    timestep: Tensor  # [B], the scheduler's values
+    conditioning: Mapping[str, Mapping[str, Any]]  # {branch: conditioning arguments of `embed`}
+    rows: Mapping[str, Tensor] | None = None  # {branch: [B, K], rows in modulation tables}; None: no tables
+    without: tuple[int, ...] = ()  # blocks to leave out; caches that act between blocks ignore it
 
 
-#: of one branch: latents, timestep, conditioning, positions, rows in modulation tables
+#: arguments of one branch: latents, timestep, conditioning, positions, rows in modulation tables
 Arguments = tuple[Tensor, Tensor, Mapping[str, Any], Mapping[str, Any], Tensor | None]
 
 
 @dataclass
 class ForwardContext:
-    """One branch's way through the transformer."""
+    """State of one branch's forward pass."""
 
-    whole: Any  # Tokens: all of them, as `embed` made them
-    tokens: Any  # Tokens: this rank's, which the blocks change; the same object in one process
-    lengths: dict[str, int]  # tokens of each stream on all ranks
+    whole: Any  # Tokens of all ranks, as `embed` returned them
+    tokens: Any  # Tokens of this rank, which the blocks update; `whole` itself without sequence parallelism
+    lengths: dict[str, int]  # tokens of each stream, over all ranks
 
 
 class Transformer(nn.Module):
-    """Base of all transformers.
+    """Base class of all transformers.
 
-    A block is called as `block(hidden_states, encoder_hidden_states, tokens)` and returns the first two; it takes its
-    shifts, scales and gates from a sub-module named `modulation`, and offers `modulated(tokens)`.
+    A block is called as `block(hidden_states, encoder_hidden_states, tokens)` and returns the first two. It takes its
+    shifts, scales and gates, if any, from submodules named `modulation`, and provides `modulated(tokens)`.
     """
 
-    #: names of the `nn.ModuleList`s, in the order in which they run
+    #: names of the `nn.ModuleList`s that hold the blocks, in execution order
     block_lists: ClassVar[tuple[str, ...]] = ()
     #: `{our module: checkpoint module, or a tuple of them fused along dimension 0}`; `*` is a block's index.
-    #: Modules that are not listed have the checkpoint's name; "" is the checkpoint's root.
+    #: Modules that are not listed have the same name in the checkpoint; "" is the checkpoint's root.
     weight_map: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
-    #: streams whose tokens may be spread over ranks; a context that is only cross-attended stays whole
+    #: streams whose tokens may be sharded across ranks; a context that is only cross-attended is replicated
     sharded_streams: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states")
-    #: names of our modules and parameters that are kept in float32 whatever the others are held in
+    #: names of our modules and parameters that stay in float32, whatever the dtype of the others
     keep_in_float32: ClassVar[tuple[str, ...]] = ()
-    #: names of modules in the blocks that quantization leaves alone; modulation, because every token is shifted and
-    #: scaled by what it makes, and it is computed once a step, not once a token: there is little time to win
+    #: names of modules in the blocks that are not quantized. Modulation is among them because its output shifts and
+    #: scales every token, and because it runs once per step, not once per token: quantizing it saves little time.
     keep_unquantized: ClassVar[tuple[str, ...]] = ("modulation",)
-    #: how tokens are spread over ranks (`hydrarun.acceleration.parallel.sequence`); None: they are not
+    #: sequence parallelism (`hydrarun.acceleration.parallel.sequence`); None: tokens are not sharded
     sequence: Any = None
-    #: the values of the checkpoint's config.json that the constructor took
+    #: values of the checkpoint's config.json that were passed to the constructor
     config: Mapping[str, Any]
 
     def embed(self, *inputs: Any, **conditioning: Any) -> Tokens:
-        """Inputs to tokens: `embed(hidden_states, timestep, **conditioning)`, without what `positions` gives.
+        """Embed the inputs as tokens, without the fields that `positions` returns.
 
-        Latents as the model's reference holds them (packed `[B, S, C]`, or `[B, C, F, H, W]`), timesteps `[B]` (the
-        scheduler's own values), and what the model is conditioned on.
+        Called as `embed(hidden_states, timestep, **conditioning)`: latents in the reference's layout (packed
+        `[B, S, C]`, or `[B, C, F, H, W]`), timesteps `[B]` (the scheduler's values) and the model's conditioning.
         """
         raise NotImplementedError
 
     def positions(self, *inputs: Any, **conditioning: Any) -> dict[str, Any]:
-        """The fields of `Tokens` that sizes alone decide: `positions(hidden_states, **conditioning)`.
+        """Return the fields of `Tokens` that depend on sizes alone: `positions(hidden_states, **conditioning)`.
 
-        Rotations and the like are made on the host and kept from call to call; no compiled graph makes them again.
+        Rotary tables and the like are computed on the host and cached between calls, outside compiled graphs.
         """
         return {}
 
     def make_temb(self, *times: Any, **conditioning: Any) -> Tensor:
-        """What `embed` puts into `Tokens.temb`: `make_temb(timestep, dtype, **conditioning)`, `[B, K, D]`.
+        """Return the value of `Tokens.temb`, `[B, K, D]`: `make_temb(timestep, dtype, **conditioning)`.
 
-        Timesteps `[B]` (or the conditioning) may have one row for all. `dtype`: of the latents. Only transformers with
-        a `Modulation`, of which tables can be made, have it.
+        Timesteps `[B]` (or the conditioning) may have one row for the whole batch. `dtype` is that of the latents. Only
+        transformers with `Modulation` layers, which modulation tables can replace, implement it.
         """
         raise NotImplementedError
 
     def head(self, tokens: Tokens) -> Tensor:
-        """Tokens to the prediction, in the shape of the latents."""
+        """Map tokens to the prediction, in the shape of the latents."""
         raise NotImplementedError
 
     def gate_signal(self, tokens: Tokens) -> Tensor:
-        """What tells whether a step differs from the last one: by default the first block's modulated input."""
+        """Return the tensor by which caches compare steps; by default the first block's modulated input."""
         return next(self.all_blocks()).modulated(tokens)
 
     def all_blocks(self) -> Iterator[Any]:
-        """Every block, in order."""
+        """Yield every block, in order."""
         for name in self.block_lists:
             yield from getattr(self, name)
 
     @property
     def depth(self) -> int:
-        """How many blocks there are."""
+        """Number of blocks."""
         return sum(1 for _ in self.all_blocks())
 
     def forward(self, inputs: Inputs, step: Step, cache: StepPredictor) -> dict[str, Tensor]:
-        """`{branch: prediction}` of one step, in the shape of the latents.
+        """Return `{branch: prediction}` of one step, in the shape of the latents.
 
-        The cache sees all branches together. For each it may call `begin_branch`, run some of the blocks, and call
-        `finish_branch`.
+        The cache receives all branches at once. For each branch it may call `begin_branch`, run some of the blocks and
+        call `finish_branch`.
         """
         return cache.predict(self, inputs, step)
 
     def predict_branch(self, inputs: Inputs, branch: str) -> Tensor:
-        """One branch's prediction in one go: `prepare`, all blocks, `finish_branch`."""
+        """Compute one branch's prediction in one call: `prepare`, the blocks, `finish_branch`."""
         return self.forward_branch(*self.select_branch(inputs, branch), without=inputs.without)
 
     def begin_branch(self, inputs: Inputs, branch: str) -> ForwardContext:
-        """Inputs to this rank's tokens."""
+        """Embed one branch's inputs and return this rank's tokens."""
         return self.prepare(*self.select_branch(inputs, branch))
 
     def select_branch(self, inputs: Inputs, branch: str) -> Arguments:
-        """Of the inputs what one branch takes, without its name: equal sizes are one graph to a compiler."""
+        """Select one branch's inputs. The branch name is left out so that equal shapes share one compiled graph."""
         given = inputs.conditioning[branch]
         rows = None if inputs.rows is None else inputs.rows[branch]
         return inputs.hidden_states, inputs.timestep, given, self.positions(inputs.hidden_states, **given), rows
 
     def forward_branch(self, *arguments: Any, without: tuple[int, ...] = ()) -> Tensor:
-        """A branch's `Arguments` to its prediction, without these blocks."""
+        """Compute the prediction from a branch's `Arguments`, leaving out the blocks in `without`."""
         call = self.prepare(*arguments)
         self.run_blocks(call, 0, None, without)
         return self.finish_branch(call)
@@ -161,14 +161,14 @@ class Transformer(nn.Module):
         positions: Mapping[str, Any],
         rows: Tensor | None,
     ) -> ForwardContext:
-        """A branch's `Arguments` to this rank's tokens."""
+        """Embed a branch's `Arguments` and return this rank's tokens."""
         whole = replace(self.embed(latents, timestep, **given), **positions)
         if rows is not None:
             whole.temb = rows
         return self.shard(whole)
 
     def shard(self, whole: Tokens) -> ForwardContext:
-        """Tokens to this rank's."""
+        """Split the tokens across ranks and keep this rank's shard."""
         if self.sequence is None:
             return ForwardContext(whole, whole, {})
         return ForwardContext(whole, self.sequence.shard(whole, self.sharded_streams), self.sequence.lengths)
@@ -176,7 +176,7 @@ class Transformer(nn.Module):
     def run_blocks(
         self, call: ForwardContext, start: int = 0, stop: int | None = None, without: tuple[int, ...] = ()
     ) -> None:
-        """Run the blocks from `start` up to `stop`, without some."""
+        """Run the blocks from `start` up to, not including, `stop`, leaving out those in `without`."""
         self.resume_branch(call)
         tokens = call.tokens
         for index, block in islice(enumerate(self.all_blocks()), start, stop):
@@ -186,30 +186,30 @@ class Transformer(nn.Module):
                 )
 
     def finish_branch(self, call: ForwardContext) -> Tensor:
-        """The tokens behind the last block to the prediction."""
+        """Gather the tokens after the last block and compute the prediction."""
         self.resume_branch(call)
         hidden_states = call.tokens.hidden_states
         call.whole.hidden_states = self.sequence.gather(hidden_states) if self.sequence else hidden_states
         return self.head(call.whole)
 
     def resume_branch(self, call: ForwardContext) -> None:
-        """Other branches may have been begun since: their prompts have other lengths."""
+        """Restore this branch's lengths: branches with prompts of other lengths may have begun since."""
         if self.sequence is not None:
             self.sequence.lengths = call.lengths
 
     def kept_bytes(self) -> int:
-        """What the blocks keep from call to call, beside what caches do."""
+        """Return the bytes that the blocks keep between calls, not counting caches."""
         return 0
 
     def shard_tokens(self, sequence: Any) -> None:
-        """Let the tokens be spread over ranks, and attention reach across them."""
+        """Shard the tokens across ranks with `sequence`, in the attention layers too."""
         self.sequence = sequence
         for module in self.modules():
             if isinstance(module, Attention):
                 module.sequence = sequence
 
     def set_attention_backend(self, backend: AttentionBackend) -> None:
-        """Let every attention layer compute with `backend`."""
+        """Use `backend` in every attention layer."""
         for module in self.modules():
             if isinstance(module, AttentionLayer):
                 module.backend = backend

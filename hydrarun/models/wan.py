@@ -29,25 +29,25 @@ from hydrarun.models.transformer import Transformer
 
 @dataclass
 class WanTokens(Tokens):
-    """`temb` holds what the blocks take, projected once for all of them; the head takes it unprojected."""
+    """`temb` is projected for the blocks, once for all of them; `head_temb` is unprojected, for the head."""
 
     head_temb: Any = None  # [B, K, D]
 
 
 class TableModulation(nn.Module):
-    """Shifts, scales and gates: the timestep's, which all blocks share, plus a table of the block's own."""
+    """Shifts, scales and gates: the timestep projection, shared by all blocks, plus the block's own table."""
 
     def __init__(self, dim: int, parts: int) -> None:
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.empty(1, parts, dim))
 
     def forward(self, temb: Tensor, index: Tensor | None) -> tuple[Tensor, ...]:
-        """`[B, K, parts, D]` to `parts` tensors `[B, K, D]`, or `[B, S, D]` by each token's `index` `[S]`; float32."""
+        """Map `[B, K, parts, D]` to `parts` float32 tensors `[B, K, D]`, or, given the `index` `[S]`, `[B, S, D]`."""
         return select_by_token(self.scale_shift_table + temb.float(), index).unbind(2)
 
 
 class WanBlock(nn.Module):
-    """Self-attention over the video's tokens, cross-attention to the text, feed-forward."""
+    """Self-attention over the video tokens, cross-attention to the text, feed-forward."""
 
     def __init__(self, dim: int, heads: int, ffn_dim: int, cross_attn_norm: bool) -> None:
         super().__init__()
@@ -66,14 +66,14 @@ class WanBlock(nn.Module):
         self.feed_forward = FeedForward(dim, ffn_dim)
 
     def modulated(self, tokens: Tokens) -> Tensor:
-        """The video tokens as the attention's projection sees them, `[B, S, D]`."""
+        """Return the video tokens as the attention projection sees them, `[B, S, D]`."""
         shift, scale, *_ = self.modulation(tokens.temb, tokens.temb_index)
         return modulate(tokens.hidden_states.float(), shift, scale).type_as(tokens.hidden_states)
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """`[B, S, D]` and `[B, T, D]` to the same; the text is not changed."""
+        """Map `[B, S, D]` and `[B, T, D]` to the same shapes; the text is not changed."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = self.modulation(tokens.temb, tokens.temb_index)
-        dtype = hidden_states.dtype  # sums are made in float32, as in the reference
+        dtype = hidden_states.dtype  # sums are computed in float32, as in the reference
         update = self.attend(modulate(hidden_states.float(), shift, scale).to(dtype), tokens.rope)
         hidden_states = torch.addcmul(hidden_states.float(), update.float(), gate).to(dtype)
         update = self.cross_attend(self.cross_norm(hidden_states.float()).to(dtype), encoder_hidden_states)
@@ -82,21 +82,21 @@ class WanBlock(nn.Module):
         return torch.addcmul(hidden_states.float(), update.float(), ff_gate).to(dtype), encoder_hidden_states
 
     def attend(self, hidden_states: Tensor, rope: Tensor) -> Tensor:
-        """Self-attention, `[B, S, D]` to `[B, S, D]`."""
+        """Apply self-attention, `[B, S, D]` to `[B, S, D]`."""
         query, key, value = self.qkv(hidden_states)
         query, key = apply_rope(self.norm_q(query), rope), apply_rope(self.norm_k(key), rope)
         (attended,) = self.attention({"hidden_states": (query, key, value)})
         return self.out(attended)
 
     def cross_attend(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        """Attention to the text, `[B, S, D]` and `[B, T, D]` to `[B, S, D]`."""
+        """Attend to the text, `[B, S, D]` and `[B, T, D]` to `[B, S, D]`."""
         (query,) = self.cross_query(hidden_states)
         key, value = self.cross_kv(encoder_hidden_states)
         return self.cross_out(self.cross_attention(self.cross_norm_q(query), self.cross_norm_k(key), value))
 
 
 def map_block_weights() -> dict[str, str | tuple[str, ...]]:
-    """The weight map of a block."""
+    """Return the weight map of a block."""
     names: dict[str, str | tuple[str, ...]] = {
         "modulation": "",
         "qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
@@ -116,15 +116,15 @@ def map_block_weights() -> dict[str, str | tuple[str, ...]]:
 
 
 def prefix_names(module: str, names: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    """The names below `module`; no name is the module itself."""
+    """Prefix the names with `module`; an empty name is the module itself."""
     return f"{module}.{names}".rstrip(".") if isinstance(names, str) else tuple(f"{module}.{name}" for name in names)
 
 
 class WanTransformer(Transformer):
     """Arguments are the checkpoint's transformer/config.json.
 
-    Raises `UsageError` for members of the family that this class does not run. `rope_max_seq_len` sizes the
-    reference's tables; ours are made as long as the video needs.
+    Raises `UsageError` for model variants that this class does not support. `rope_max_seq_len` sizes the reference's
+    rotary tables; ours are as long as the video needs.
     """
 
     block_lists = ("blocks",)
@@ -164,7 +164,7 @@ class WanTransformer(Transformer):
         if qk_norm != "rms_norm_across_heads" or eps != 1e-6:
             raise UsageError(
                 f"transformer/config.json: qk_norm={qk_norm}, eps={eps}: only the published models'"
-                " rms_norm_across_heads and 1e-6 are run"
+                " rms_norm_across_heads and 1e-6 are supported"
             )
         dim = num_attention_heads * attention_head_dim
         self.patch_size = tuple(patch_size)
@@ -189,10 +189,10 @@ class WanTransformer(Transformer):
         condition_latents: Tensor | None = None,
         first_frame: Tensor | None = None,
     ) -> WanTokens:
-        """Latents `[B, C, F, H, W]`, timesteps `[B]` in 0-1000, text `[B, T, E]`.
+        """Embed latents `[B, C, F, H, W]`, timesteps `[B]` in 0-1000, text `[B, T, E]`.
 
-        `condition_latents` `[B, C', F, H, W]` are joined to the latents as channels. `first_frame` `[B, C, 1, H, W]`
-        takes the place of the latents' first frame, without noise.
+        `condition_latents` `[B, C', F, H, W]` are concatenated to the latents as channels. `first_frame`
+        `[B, C, 1, H, W]` replaces the latents' first frame and has no noise.
         """
         dtype = hidden_states.dtype
         times = timestep[:, None]
@@ -221,40 +221,40 @@ class WanTransformer(Transformer):
         }
 
     def embed_times(self, times: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Timesteps `[B, K]` to what the head takes, `[B, K, D]`, and the blocks, `[B, K, 6, D]`."""
+        """Map timesteps `[B, K]` to embeddings for the head, `[B, K, D]`, and for the blocks, `[B, K, 6, D]`."""
         waves = self.timesteps_proj(times.flatten())
         temb = self.time_embedder(waves.to(self.time_embedder.linear_1.weight.dtype)).to(dtype)
         projected = self.time_proj(F.silu(temb)).unflatten(-1, (6, -1))
         return temb.unflatten(0, times.shape), projected.unflatten(0, times.shape)
 
     def head(self, tokens: Any) -> Tensor:
-        """`[B, S, D]` to the velocity `[B, C, F, H, W]`."""
+        """Map `[B, S, D]` to the velocity `[B, C, F, H, W]`."""
         shift, scale = self.head_modulation(tokens.head_temb.unsqueeze(2), tokens.temb_index)
         normed = modulate(tokens.hidden_states.float(), shift, scale).type_as(tokens.hidden_states)
         patches = self.proj_out(normed).unflatten(-1, (*self.patch_size, -1)).unflatten(1, tokens.grid)
-        # [B, frames, rows, columns, f, h, w, C]: each patch back to its place
+        # [B, frames, rows, columns, f, h, w, C]: put each patch back in its place
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 def refuse_image_encoder(**settings: int | None) -> None:
-    """Name the settings that ask for an image encoder."""
+    """Raise `UsageError` that names the settings that need an image encoder."""
     on = [name for name, value in settings.items() if value is not None]
     if on:
         raise UsageError(
-            f"transformer/config.json sets {', '.join(on)}: a checkpoint that takes the embedding of an image encoder"
-            " (Wan 2.1 image-to-video), which no model option runs; Wan 2.2's image-to-video does without"
+            f"transformer/config.json sets {', '.join(on)}: checkpoints that need an image encoder (Wan 2.1"
+            " image-to-video) are not supported. Wan 2.2 image-to-video needs none"
         )
 
 
 @lru_cache(maxsize=16)
 def mark_first_frame(frames: int, tokens_per_frame: int, device: torch.device) -> Tensor:
-    """1 for the tokens of the first frame, 0 for all others, `[S]`."""
+    """Return 1 for the tokens of the first frame and 0 for all others, `[S]`."""
     return (torch.arange(frames * tokens_per_frame) < tokens_per_frame).long().to(device)
 
 
 @lru_cache(maxsize=16)
 def make_rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
-    """Rotations of the latent tokens `[F * H * W, d / 2, 2]`: a third of the channels for each axis."""
+    """Return the rotary table of the latent tokens, `[F * H * W, d / 2, 2]`: a third of the channels for each axis."""
     side = 2 * (head_dim // 6)
     dims = (head_dim - 2 * side, side, side)
     axes = [make_frequencies(torch.arange(n), dim, precision=torch.float64) for n, dim in zip(grid, dims, strict=True)]

@@ -1,7 +1,8 @@
-"""Z-Image (https://arxiv.org/abs/2511.22699): 30 blocks over image and caption in one stream, behind 2 for each alone.
+"""Z-Image (https://arxiv.org/abs/2511.22699): 30 single-stream blocks over image and caption.
 
-Reference: diffusers' `ZImageTransformer2DModel`, whose checkpoints it loads. It pads each picture and each caption to a
-multiple of 32 tokens with a learned one, which is attended to like all others.
+Reference: diffusers' `ZImageTransformer2DModel`, whose checkpoints it loads. 2 refiner blocks process image and caption
+separately first. Each picture and each caption is padded to a multiple of 32 tokens with a learned token, which is
+attended to like all others.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ from hydrarun.models.layers.tensor_parallel import ShardSpec
 from hydrarun.models.layers.tokens import Tokens, token_field
 from hydrarun.models.transformer import Transformer
 
-#: pictures and captions are padded to a multiple of so many tokens
+#: pictures and captions are padded to a multiple of this number of tokens
 MULTIPLE = 32
-#: channels of what the blocks are modulated by, if they are not fewer themselves
+#: channels of the timestep embedding, unless the model's `dim` is smaller
 TEMB_WIDTH = 256
 PATCH = 2
 
 
 @dataclass
 class ZImageTokens(Tokens):
-    """A picture stands behind its caption, whose length differs: each item has positions of its own."""
+    """Tokens with positions per item: a picture follows its caption, and caption lengths differ."""
 
     rope: Tensor | None = token_field(1, "hidden_states")  # [B, S, d/2, 2]
     encoder_rope: Tensor | None = token_field(1, "encoder_hidden_states")  # [B, T, d/2, 2]
 
 
 class ZImageLayer(nn.Module):
-    """Attention and feed-forward, each between two norms, with the same weights for all streams."""
+    """Attention and feed-forward, each between two norms, with shared weights for all streams."""
 
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__()
@@ -57,9 +58,9 @@ class ZImageLayer(nn.Module):
     def forward(
         self, streams: Mapping[str, Tensor], ropes: Sequence[Tensor], mask: Tensor | None, changes: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        """`[B, S, D]` of each stream to the same; `ropes`: of each, `mask`: of the text, where it is one of them.
+        """Map `[B, S, D]` of each stream to the same shape. `ropes`: one per stream; `mask`: of the text, if present.
 
-        `changes` are `[B, 1, D]` or broadcast to it: scale and gate of the attention, then of the feed-forward.
+        `changes`, `[B, 1, D]` or broadcast to it: scale and gate of the attention, then of the feed-forward.
         """
         lengths = [stream.shape[1] for stream in streams.values()]
         scale, gate, ff_scale, ff_gate = changes
@@ -75,7 +76,7 @@ class ZImageLayer(nn.Module):
 
 
 class ZImageBlock(nn.Module):
-    """Image and text together."""
+    """A block over image and text together."""
 
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__()
@@ -83,30 +84,30 @@ class ZImageBlock(nn.Module):
         self.layer = ZImageLayer(dim, heads, eps)
 
     def changes(self, tokens: Tokens) -> tuple[Tensor, ...]:
-        """Scale and gate of the attention, scale and gate of the feed-forward, `[B, 1, D]`."""
+        """Return scale and gate of the attention, then of the feed-forward, `[B, 1, D]` each."""
         scale, gate, ff_scale, ff_gate = self.modulation(tokens.temb)
         return 1 + scale, gate.tanh(), 1 + ff_scale, ff_gate.tanh()
 
     def modulated(self, tokens: Tokens) -> Tensor:
-        """The image tokens as the attention's projection sees them, `[B, S, D]`."""
+        """Return the image tokens as the attention projection sees them, `[B, S, D]`."""
         return self.layer.attention_norm1(tokens.hidden_states) * self.changes(tokens)[0]
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, tokens: Any) -> tuple[Tensor, ...]:
-        """`[B, S, D]` and `[B, T, D]` to the same."""
+        """Map `[B, S, D]` and `[B, T, D]` to the same shapes."""
         streams = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
         ropes = tokens.rope, tokens.encoder_rope
         return self.layer(streams, ropes, tokens.encoder_mask, self.changes(tokens))
 
 
 class RefinerBlock(ZImageBlock):
-    """Image and text each by itself, before they meet; only the image knows the timestep."""
+    """A block over image and text separately, before they are joined; only the image is modulated."""
 
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__(dim, heads, eps)
         self.text_layer = ZImageLayer(dim, heads, eps)
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, tokens: Any) -> tuple[Tensor, ...]:
-        """`[B, S, D]` and `[B, T, D]` to the same."""
+        """Map `[B, S, D]` and `[B, T, D]` to the same shapes."""
         as_they_are = (encoder_hidden_states.new_ones(1),) * 4
         text = {"encoder_hidden_states": encoder_hidden_states}
         return (
@@ -116,7 +117,7 @@ class RefinerBlock(ZImageBlock):
 
 
 def map_layer_weights(ours: str, theirs: str) -> dict[str, str | tuple[str, ...]]:
-    """The weight map of a `Layer`."""
+    """Return the weight map of a `ZImageLayer`."""
     norms = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
     return {
         f"{ours}.qkv": tuple(f"{theirs}.attention.{name}" for name in ("to_q", "to_k", "to_v")),
@@ -132,8 +133,8 @@ def map_layer_weights(ours: str, theirs: str) -> dict[str, str | tuple[str, ...]
 class ZImageTransformer(Transformer):
     """Arguments are the checkpoint's transformer/config.json.
 
-    Raises `UsageError` for members of the family that this class does not run. `axes_lens` sizes the reference's
-    tables; ours are made as long as the picture needs.
+    Raises `UsageError` for model variants that this class does not support. `axes_lens` sizes the reference's rotary
+    tables; ours are as long as the picture needs.
     """
 
     block_lists = ("refiners", "blocks")
@@ -196,7 +197,7 @@ class ZImageTransformer(Transformer):
         encoder_hidden_states: Tensor,
         encoder_hidden_states_mask: Tensor | None,
     ) -> ZImageTokens:
-        """Latents `[B, C, 1, h, w]`, timesteps `[B]` in 0-1000, text `[B, T, E]` with its mask `[B, T]`."""
+        """Embed latents `[B, C, 1, h, w]`, timesteps `[B]` in 0-1000, text `[B, T, E]` with its mask `[B, T]`."""
         patches = hidden_states.squeeze(2).unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # [B, C, rows, P, …]
         image = self.x_embedder(patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
         missing = round_up_length(image.shape[1]) - image.shape[1]
@@ -225,9 +226,8 @@ class ZImageTransformer(Transformer):
         text_length, device = round_up_length(encoder_hidden_states.shape[1]), hidden_states.device
         frames, grid, text = make_rope_tables((rows, columns), text_length, self.axes_dims, self.rope_theta, device)
         lengths = count_caption_tokens(encoder_hidden_states, encoder_hidden_states_mask)
-        frame = frames[round_up_length(lengths)].unsqueeze(
-            1
-        )  # [B, 1, f/2, 2]: all of a picture stands behind its caption
+        # [B, 1, f/2, 2]: all tokens of a picture have the frame position after its caption
+        frame = frames[round_up_length(lengths)].unsqueeze(1)
         rope = torch.cat([frame.expand(-1, rows * columns, -1, -1), grid.expand(len(lengths), -1, -1, -1)], dim=2)
         still = text.new_tensor([1.0, 0.0]).expand(
             len(lengths), round_up_length(rows * columns) - rows * columns, *text.shape[1:]
@@ -238,14 +238,14 @@ class ZImageTransformer(Transformer):
         }
 
     def make_temb(self, timestep: Tensor, dtype: torch.dtype, **_: Any) -> Tensor:
-        """Timesteps `[B]`, counted backwards in float32, to `[B, 1, 256]`."""
+        """Map timesteps `[B]` to `[B, 1, 256]`. The model counts time backwards; it is computed in float32."""
         waves = self.time_proj((1000 - timestep.float()) / 1000 * self.t_scale)
         return self.time_embedder(waves.to(dtype)).unsqueeze(1)
 
     def head(self, tokens: Tokens) -> Tensor:
-        """`[B, S, D]` to the velocity `[B, C, 1, h, w]`, in float32 as the reference guides and steps.
+        """Map `[B, S, D]` to the velocity `[B, C, 1, h, w]`, in float32 like the reference's guidance and scheduler.
 
-        The model predicts the way to the picture, and schedulers take the way to the noise.
+        The sign is flipped: the model predicts the direction to the picture, schedulers expect the one to the noise.
         """
         _, rows, columns = tokens.grid
         (scale,) = self.head_modulation(tokens.temb)
@@ -257,19 +257,19 @@ class ZImageTransformer(Transformer):
 
 
 def refuse_variants(**settings: tuple[Any, Any]) -> None:
-    """Name the settings that are not the published models'."""
+    """Raise `UsageError` that names the settings that differ from the published models."""
     others = [f"{name}={found} (not {wanted})" for name, (found, wanted) in settings.items() if found != wanted]
     if others:
-        raise UsageError(f"transformer/config.json: {', '.join(others)}: a member of the family that is not run here")
+        raise UsageError(f"transformer/config.json: {', '.join(others)}: this model variant is not supported")
 
 
 def round_up_length(length: Any) -> Any:
-    """A number of tokens, or a tensor of such, with what is missing to a multiple."""
+    """Round a number of tokens, or a tensor of numbers, up to a multiple of `MULTIPLE`."""
     return (length + MULTIPLE - 1) // MULTIPLE * MULTIPLE
 
 
 def count_caption_tokens(text: Tensor, mask: Tensor | None) -> Tensor:
-    """Tokens of each caption of `[B, T, E]`, `[B]`."""
+    """Count the tokens of each caption in `[B, T, E]`; returns `[B]`."""
     if mask is None:
         return torch.full((len(text),), text.shape[1], device=text.device)
     return mask.sum(1)
@@ -279,10 +279,13 @@ def count_caption_tokens(text: Tensor, mask: Tensor | None) -> Tensor:
 def make_rope_tables(
     grid: tuple[int, int], text_length: int, axes_dims: tuple[int, ...], theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotations along the first axis for what stands behind n text tokens `[text_length + 1, f / 2, 2]`, those of the
-    image tokens along the others `[rows * columns, (h + w) / 2, 2]`, and those of the text tokens, along the first.
+    """Return three rotary tables.
 
-    The text counts from 1; padding in a picture is not rotated at all.
+    - First axis, for a token after n text tokens: `[text_length + 1, f / 2, 2]`, indexed by n.
+    - Other axes, for image tokens: `[rows * columns, (h + w) / 2, 2]`.
+    - All axes, for text tokens: `[text_length, d / 2, 2]`, with positions along the first axis only.
+
+    Text positions count from 1. Padding in a picture is not rotated.
     """
     along, *others = axes_dims
     first = make_frequencies(torch.arange(1, text_length + 2), along, theta, torch.float64)

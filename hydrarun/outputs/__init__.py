@@ -1,1 +1,1 @@
-"""Files that a run writes, what is read back from them, how good they are, the report."""
+"""Output files of a run: writing, reading back, quality metrics, and the report on a sweep."""

@@ -1,4 +1,4 @@
-"""run.json of a run that failed where the run itself could not write one: refused, not built, or its rank killed."""
+"""Writes run.json for a run that failed before it could write one: refused, not built, or a rank killed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Stamp = tuple[int, int]
 
 @contextmanager
 def record_failure(config: dict[str, Any], folder: Path) -> Iterator[None]:
-    """Where the block fails, `folder` has a run.json that says so: the block's own, or a bare one if it wrote none.
+    """Write a failed run.json to `folder` if the block raises, based on the block's own or a bare record.
 
-    `config`: plain, perhaps refused. An older run.json is another run's, and does not stay. The error is the one that
-    the block raises; what rank 0 wrote may be its consequence.
+    `config`: plain, may be invalid. An older run.json belongs to another run and is replaced. Records the error that
+    the block raises: the one that rank 0 wrote may only be its consequence.
     """
     before = get_file_stamp(folder / "run.json")
     try:
@@ -27,7 +27,7 @@ def record_failure(config: dict[str, Any], folder: Path) -> Iterator[None]:
 
 
 def get_file_stamp(file: Path) -> Stamp | None:
-    """Another one for every time that the file is written; None: there is no file."""
+    """Return a value that changes whenever the file is written; None if there is no file."""
     try:
         status = file.stat()
     except OSError:
@@ -36,7 +36,7 @@ def get_file_stamp(file: Path) -> Stamp | None:
 
 
 def _write_failure(config: dict[str, Any], file: Path, error: Exception, own: bool) -> None:
-    from hydrarun.outputs.writer import describe_error, write_run  # and numpy, only for a failure
+    from hydrarun.outputs.writer import describe_error, write_run  # imports numpy, so only on failure
 
     record = json.loads(file.read_text(encoding="utf-8")) if own else _build_bare_record(config)
     said = describe_error(error)
@@ -48,12 +48,12 @@ def _write_failure(config: dict[str, Any], file: Path, error: Exception, own: bo
 
 
 def _build_bare_record(config: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a run that made nothing."""
+    """Return the record of a run without outputs."""
     from hydrarun.outputs.provenance import hash_config, redact_config
     from hydrarun.outputs.writer import current_timestamp, to_recorded_config
 
     try:
         kept = to_recorded_config(config)
-    except TypeError:  # paths that are no texts are what it was refused for
+    except TypeError:  # the configuration was refused because a path is not a string
         kept = redact_config(config)
     return {"created": current_timestamp(), "config_hash": hash_config(kept), "outputs": [], "config": kept}

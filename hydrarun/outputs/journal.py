@@ -1,4 +1,4 @@
-"""An append-only file of JSON lines, one for each thing that was done, so that interrupted work can be continued."""
+"""An append-only file of JSON lines, one per finished item, so that interrupted work can be resumed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from hydrarun.core.errors import UsageError
 
 
 class Ledger:
-    """The rows of `file`, in order. The first line is not a row: it says which configuration the rows belong to."""
+    """The rows of `file`, in order. The first line is not a row: it holds the configuration that the rows belong to."""
 
     def __init__(self, file: Path, identity: Mapping[str, Any], rows_of: str) -> None:
-        """Creates `file`, or reads it; a torn last line is cut off. `rows_of` names the rows to the user.
+        """Create or read `file`; an incomplete last line is cut off. `rows_of` names the rows in error messages.
 
-        Raises `UsageError` for a file of another `identity` (what JSON can hold), and a damaged one.
+        Raises UsageError for a damaged file, and for a file with another `identity` (JSON-serializable).
         """
         self.file = file
         self.rows: list[dict[str, Any]] = []
-        #: how many bytes of the file are in `rows`
+        #: number of bytes of the file that are read into `rows`
         self._end = 0
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = self._read_new_lines() if file.exists() else []
@@ -32,17 +32,17 @@ class Ledger:
             self._end = append_row(file, identity)
 
     def refresh(self) -> None:
-        """Read the rows that another writer has appended since the last read; a torn last line is cut off."""
+        """Read the rows that another writer has appended since the last read; an incomplete last line is cut off."""
         lines = self._read_new_lines()
         self.rows += [self._parse_row(number, line) for number, line in enumerate(lines, start=len(self.rows) + 2)]
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append a row; when this returns, it is on disk. Rows of other writers must have been read before."""
+        """Append a row and flush it to disk. Call `refresh` first if another writer may have appended rows."""
         self._end += append_row(self.file, row)
         self.rows.append(dict(row))
 
     def damage_error(self, row: int) -> UsageError:
-        """The error to raise for a row (counted from 0) that cannot be understood."""
+        """Return the error to raise for an invalid row (counted from 0)."""
         return self._line_error(row + 2)
 
     def _read_new_lines(self) -> list[bytes]:
@@ -72,7 +72,7 @@ class Ledger:
 
 
 def append_row(file: Path, row: Mapping[str, Any]) -> int:
-    """Append a row to a ledger without reading it; returns the bytes written. When this returns, they are on disk."""
+    """Append a row to a ledger without reading it and flush it to disk; returns the number of bytes written."""
     line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
     with file.open("ab") as opened:
         opened.write(line)
@@ -82,7 +82,7 @@ def append_row(file: Path, row: Mapping[str, Any]) -> int:
 
 
 def read_whole_lines(file: Path, start: int) -> list[bytes]:
-    """The lines of a file from byte `start` on, without line breaks. Cuts off a torn last line, on disk too."""
+    """Return the lines of a file from byte `start` on, without line breaks. Truncates an incomplete last line."""
     with file.open("rb") as opened:
         opened.seek(start)
         content = opened.read()

@@ -1,4 +1,4 @@
-"""Where a picture comes from: configuration hash, versions, hardware; and what of it may be published."""
+"""Provenance of an output: configuration hash, versions and hardware; and redaction of what gets published."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ LATER = ("scheduler",)
 
 
 def hash_config(config: dict[str, Any]) -> str:
-    """8 hex digits that name what was asked for, the same in every version that knows it.
+    """Return 8 hex digits that identify the requested configuration, equal in all versions that support it.
 
-    So a batch that an older version began is gone on with, and its files keep their names: classes count by their first
-    names, and sections that came later don't count while they are empty.
+    Class names are mapped to their original names, and empty sections that later versions added are ignored. So a batch
+    begun by an older version can be resumed, and its files keep their names.
     """
     wanted = {
         key: value
@@ -44,12 +44,11 @@ def hash_config(config: dict[str, Any]) -> str:
 
 
 def keep_pixel_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a configuration reaches the pixels.
+    """Return the part of a configuration that affects the pixels.
 
-    Not `output`, `report`, `verify`, `plan` and `warmup` (what is written, measured, checked, foreseen and done beside
-    them), nor how many are drawn together and what happens when some fail, nor the model's `facts` (published figures)
-    and `judge`, nor where compiled graphs are kept. Paths in the home folder count as `~`, so that a redacted
-    configuration is the same as its original.
+    Leaves out `output`, `report`, `verify`, `plan` and `warmup`, the settings of a batch (`batch_size`, `retry`,
+    `fail_fast`), the model's `facts` (published figures) and `judge`, and the folder of compiled graphs. Paths in the
+    home folder start with `~`, so that a redacted configuration gives the same result as its original.
     """
     unseen = ("output", "report", "verify", "plan", "warmup", "batch_size", "retry", "fail_fast")
     kept = {key: value for key, value in redact_config(config).items() if key not in unseen}
@@ -59,7 +58,7 @@ def keep_pixel_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def collect_versions() -> dict[str, str | None]:
-    """Versions of hydrarun, Python and the packages that compute the pixels; None for one that is not installed."""
+    """Return the versions of hydrarun, Python and the packages that compute the pixels; None if not installed."""
     return {"hydrarun": __version__, "python": platform.python_version()} | {
         package: _find_version(package) for package in PACKAGES
     }
@@ -73,7 +72,7 @@ def _find_version(package: str) -> str | None:
 
 
 def describe_hardware(device: str) -> dict[str, Any]:
-    """What of this machine can change the last bits of a picture. `device`: cpu, cuda or cuda:N."""
+    """Describe the hardware that can change the last bits of a picture. `device`: cpu, cuda or cuda:N."""
     import torch
 
     facts: dict[str, Any] = {
@@ -104,7 +103,7 @@ def _read_cpu_name() -> str:
 
 
 def measure_peak_host_bytes() -> int:
-    """Peak resident memory of this process, on Linux since `forget_peak_host_bytes`."""
+    """Return the peak resident memory of this process in bytes; on Linux since `reset_peak_host_bytes`."""
     with suppress(OSError):
         if match := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
             return int(match[1]) * 1024
@@ -113,37 +112,36 @@ def measure_peak_host_bytes() -> int:
 
 
 def reset_peak_host_bytes() -> None:
-    """From here on count the peak anew, where the system can."""
+    """Restart the measurement of the peak, if the system supports it (Linux)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def redact_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy fit for publishing: the home folder becomes `~`, secrets go. Applying it twice changes nothing more.
+    """Return a copy that is safe to publish: the home folder becomes `~`, secrets are removed. Idempotent.
 
-    Keys named like a secret (`token`, `password`, `api_key`, ...) are left out with their values, and Hugging Face
-    tokens inside any text are cut. `sampling` is kept to the letter: a prompt is the user's own words, and one letter
-    less would be another picture.
+    Keys named like a secret (`token`, `password`, `api_key`, ...) are dropped with their values, and Hugging Face
+    tokens inside any text are replaced. `sampling` is kept verbatim: a changed prompt would be another picture.
     """
     home = str(Path.home())
-    return _map_texts(config, lambda text: _expand_home_text(SECRET_TEXT.sub(REMOVED, text), home))
+    return _map_texts(config, lambda text: _shorten_home_text(SECRET_TEXT.sub(REMOVED, text), home))
 
 
 def expand_home(config: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `redact` on this machine: `~` at the start of a path becomes the home folder."""
-    return _map_texts(config, _shorten_home_text)
+    """Undo the path shortening of `redact_config`: `~` at the start of a path becomes the home folder."""
+    return _map_texts(config, _expand_home_text)
 
 
 def redact_text(text: str) -> str:
-    """Free text (an error message) with every mention of the home folder and every token taken out."""
+    """Redact free text, such as an error message: the home folder becomes `~`, tokens are replaced."""
     return SECRET_TEXT.sub(REMOVED, text).replace(str(Path.home()), "~")
 
 
-def _expand_home_text(text: str, home: str) -> str:
+def _shorten_home_text(text: str, home: str) -> str:
     return "~" + text[len(home) :] if text == home or text.startswith(home + os.sep) else text
 
 
-def _shorten_home_text(text: str) -> str:
+def _expand_home_text(text: str) -> str:
     return str(Path.home()) + text[1:] if text == "~" or text.startswith("~" + os.sep) else text
 
 

@@ -1,4 +1,4 @@
-"""What a finished file says about the run that made it. The file may be a stranger's: nothing in it is believed."""
+"""Reads the metadata that an output file carries about its run. The file is untrusted: every field is validated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 MAX_JSON_BYTES = 64 * 2**20
 
-# what the run really used, beside its configuration
+# what the run really used, in addition to its configuration
 FACTS = (
     "versions",
     "hardware",
@@ -38,11 +38,11 @@ FACTS = (
 
 @dataclass
 class RecordedPicture:
-    """One output of the run: its place in it, the hash of its pixels, and the pixels where they are at hand.
+    """One output of the run: its index, the hash of its pixels, and the pixels if available.
 
-    `pixels` (an array of `outputs.media.kinds`) is None when the file is gone, or no longer holds the pixels that the
-    hash was made of. Those of a `lossy` file never are exactly those. `part`: when only this file of a folder of frames
-    or layers is at hand, its name there; hash and pixels are then its own.
+    `pixels` (an array of `hydrarun.outputs.media.kinds`) is None if the file is missing or its pixels do not match the
+    hash; pixels of a `lossy` file are kept unchecked, since they never match. `part`: the name of the file if it is a
+    single file of a folder of frames or layers; hash and pixels are then of that file.
     """
 
     name: str
@@ -55,7 +55,7 @@ class RecordedPicture:
 
 @dataclass
 class RecordedRun:
-    """The configuration of the whole run (plain, redacted, not yet validated), what it used, and its pictures."""
+    """The configuration of the whole run (plain, redacted, not yet validated), `FACTS` about it, and its pictures."""
 
     config: dict[str, Any]
     facts: dict[str, Any]
@@ -63,15 +63,15 @@ class RecordedRun:
 
 
 def load_recorded_run(path: Path) -> RecordedRun:
-    """Read a file or folder with metadata (`hydrarun.outputs.media.read`), one file of such a folder, or a run.json.
+    """Load a file or folder with metadata (`hydrarun.outputs.media.read`), one file of such a folder, or a run.json.
 
-    Raises UsageError of one line for anything else.
+    Raises a one-line UsageError for anything else.
     """
     return _load_run_json(path) if path.suffix.lower() == ".json" else _load_media_file(path)
 
 
 def _read_config(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """The recorded configuration; classes have their names of today."""
+    """Return the recorded configuration with current class names."""
     try:
         return use_current_names(_get_field(path, record, "config", dict))
     except RecursionError:
@@ -79,7 +79,7 @@ def _read_config(path: Path, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_lossy(path: Path) -> bool:
-    """Whether such a file holds the pixels only nearly."""
+    """Return whether the file format is lossy."""
     return path.suffix.lower() == ".mp4"
 
 
@@ -88,7 +88,7 @@ def _load_media_file(path: Path) -> RecordedRun:
     if record is None:
         raise UsageError(
             f"{path}: holds no recipe: it was written with output.metadata=false, by another tool, or the recipe was "
-            "stripped on the way; a run.json beside it can be replayed instead"
+            "stripped since; if there is a run.json next to it, replay that instead"
         )
     _check_format(path, record)
     config = _read_config(path, record)
@@ -111,7 +111,7 @@ def _load_media_file(path: Path) -> RecordedRun:
 
 
 def read_run_json(path: Path) -> dict[str, Any]:
-    """A run.json of this format; classes have their names of today. Raises UsageError for another file."""
+    """Read a run.json of this format, with current class names. Raises UsageError for any other file."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UsageError(f"{path}: refused, larger than {MAX_JSON_BYTES} bytes")
@@ -135,10 +135,10 @@ def _load_run_json(path: Path) -> RecordedRun:
 
 
 def _load_listed_output(path: Path, output: Any) -> RecordedPicture:
-    """One of run.json's outputs; its file must lie beside run.json if it is there at all."""
+    """Load one output that run.json lists. Its file may be missing, but must not be outside the folder of run.json."""
     name = _get_field(path, output, "path", str)
     if Path(name).name != name or name in ("", ".."):
-        raise UsageError(f"{path}: {name!r} is not the name of a file beside it")
+        raise UsageError(f"{path}: {name!r} is not the name of a file next to it")
     index, digest = _get_field(path, output, "index", int), _get_field(path, output, "pixels_sha256", str)
     file = path.with_name(name)
     pixels = _match_hashed_pixels(file, read_output(file)[0], digest) if os.path.exists(file) else None
@@ -146,7 +146,7 @@ def _load_listed_output(path: Path, output: Any) -> RecordedPicture:
 
 
 def _match_hashed_pixels(path: Path, pixels: np.ndarray, digest: str) -> np.ndarray | None:
-    """The pixels if they are those that the hash was made of, or as near as a lossy file comes."""
+    """Return the pixels if they match the hash or the file is lossy, otherwise None."""
     return pixels if is_lossy(path) or hash_pixels(pixels) == digest else None
 
 

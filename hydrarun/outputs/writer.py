@@ -1,4 +1,4 @@
-"""Writes pictures, videos and sounds, each with its recipe inside, and run.json. docs/outputs.md has every key."""
+"""Writes pictures, videos and sounds, each with its recipe inside, and run.json. docs/outputs.md lists all keys."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from hydrarun.core.inputs import image_paths
 from hydrarun.outputs.media import frames, kinds, mp4, png, wav
 from hydrarun.outputs.provenance import hash_config, redact_config, redact_text
 
-FORMAT = 1  # of run.json and of the metadata; grows when a key changes its meaning
+FORMAT = 1  # of run.json and of the metadata; incremented when a key changes its meaning
 
 SLUG_LENGTH = 40
 
-#: the bytes of a file, by its format; of pixels or samples, their record and the texts inside
+#: by output format, the encoder: from pixels or samples, their record and the embedded texts to the bytes of a file
 ENCODERS: dict[str, Callable[[np.ndarray, Mapping[str, Any], Mapping[str, str]], bytes]] = {
     "png": lambda pixels, record, text: png.encode_png(pixels, text),
     "mp4": lambda pixels, record, text: mp4.encode_mp4(pixels, record["fps"], text),
     "wav": lambda samples, record, text: wav.encode_wav(samples, record["sample_rate"], text),
 }
 
-# the part of `sampling` that says which pictures, videos or sounds a run draws, beside how
+# the keys of `sampling` that select the outputs of a run; the others set how they are drawn
 WHICH = ("prompt", "negative_prompt", "seed", "num_images_per_prompt")
 
 
 class OutputWriter:
-    """Writes what one run drew into its directory, in the order of `save` calls, then run.json."""
+    """Writes the outputs of one run into its folder, in the order of `save` calls, then run.json."""
 
     def __init__(
         self,
@@ -50,9 +50,9 @@ class OutputWriter:
         """`config`: the resolved configuration; `metadata`: whether each file carries its recipe.
 
         `facts`: what the run really used: weights {path, revision, fingerprint}, verified, inputs [{path, sha256,
-        width, height}], device, dtype, attention, compile, versions, hardware, and of sounds sample_rate
-        in Hz. `places`: of a batch of a larger run,
-        its pictures' places there; each of them is then named by the hash of the configuration that draws it alone.
+        width, height}], device, dtype, attention, compile, versions, hardware, and for sounds sample_rate in Hz.
+        `places`: for a batch of a larger run, the indices of its pictures in that run; each file name then has the hash
+        of the configuration that draws the picture alone.
         """
         self.run_dir = run_dir
         self.config = to_recorded_config(config)
@@ -79,13 +79,13 @@ class OutputWriter:
     ) -> dict[str, Any]:
         """Write the next output (an array of `hydrarun.outputs.media.kinds`) and return its record.
 
-        `timings`: those known by now, in seconds; `caption`: what the prompt was taken for. Raises RunError for one
-        that cannot be what was asked for: all black, all of one colour, of layers every one, silence; and for a video
-        of a size that its format cannot hold.
+        `timings`: those known so far, in seconds; `caption`: the text that the model used for a blank prompt. Raises
+        RunError for an output that must be wrong (all of one colour, in every layer if it has layers; silence), and for
+        a video size that the format cannot hold.
         """
         start = time.perf_counter()
         position = self.drawn
-        self.drawn += 1  # a refused picture keeps its place: replay finds the others by theirs
+        self.drawn += 1  # a refused picture keeps its index: replay finds the others by their index
         _refuse_constant(pixels, prompt, seed)
         output = self.config["output"]
         texts = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
@@ -106,18 +106,18 @@ class OutputWriter:
         return record
 
     def skip(self) -> None:
-        """Leave the next picture as it is: it was written before."""
+        """Skip the next picture, which was written before."""
         self.drawn += 1
 
     def finish(self, measured: dict[str, Any]) -> dict[str, Any]:
         """Write run.json and return it.
 
-        `measured`: timings in seconds, to which `save_s` is added, memory, cache; quality, if it was measured.
+        `measured`: timings in seconds (`save_s` is added), memory, cache, and quality if it was measured.
         """
         return self._write_run({"status": "complete"}, measured)
 
     def fail(self, error: BaseException, measured: dict[str, Any]) -> dict[str, Any]:
-        """Write run.json for a run that broke off: what was already made stays and is listed."""
+        """Write run.json for a run that failed; outputs written so far are kept and listed."""
         return self._write_run({"status": "failed", "error": describe_error(error)}, measured)
 
     def _write_run(self, status: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class OutputWriter:
     def _write(
         self, pixels: np.ndarray, record: dict[str, Any], place: BatchPosition, timings: dict[str, Any]
     ) -> dict[str, str]:
-        """Write it; what its record says of the file: `sha256`, or nothing of a folder."""
+        """Write the file or folder; returns the fields to add to the record: `sha256` for a file, none for a folder."""
         path, form = self.run_dir / record["path"], self.config["output"]["format"]
         if form in frames.STEMS:
             stem, _ = frames.STEMS[form]
@@ -142,7 +142,7 @@ class OutputWriter:
     def _text(
         self, record: dict[str, Any], place: BatchPosition, timings: dict[str, Any], extra: dict[str, Any]
     ) -> dict[str, str]:
-        """The two texts inside a file, by keyword; `extra` is what the recipe says of one frame alone."""
+        """Build the two texts inside a file, by keyword; `extra`: recipe fields of a single frame or layer."""
         if not self.metadata:
             return {}
         recipe = {**self._recipe(record, place, timings), **extra}
@@ -158,7 +158,7 @@ class OutputWriter:
             "config": derive_picture_config(
                 self.config, {key: record[key] for key in ("prompt", "negative_prompt", "seed")}
             ),
-            # A picture drawn alone equals the one drawn in its batch only to rounding (other matrix shapes), so
+            # Drawing a picture alone or in its batch differs by rounding (other matrix shapes), so
             # replay redraws the batch.
             "batch": {"index": place.position, "sampling": {key: sampling.get(key) for key in WHICH}},
             "config_hash": place.config_hash,
@@ -171,42 +171,42 @@ class OutputWriter:
 
 
 class BatchPosition(NamedTuple):
-    """Where a picture stands in its batch, and the hash that names it."""
+    """The position of a picture in its batch, and the configuration hash in its file name."""
 
     position: int
     config_hash: str
 
 
 def derive_picture_config(config: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
-    """The configuration that draws one picture of a run; `texts`: its prompt, negative prompt and seed."""
+    """Return the configuration that draws one picture of a run; `texts`: its prompt, negative prompt and seed."""
     return {**config, "sampling": {**config["sampling"], **texts, "num_images_per_prompt": 1}}
 
 
 def format_file_name(index: int, prompt: str, seed: int, digest: str, output_format: str) -> str:
-    """The name of an output's file, or of its folder; `digest`: the hash of a configuration."""
+    """Return the name of the file or folder of an output; `digest`: the configuration hash."""
     kind = kinds.find_format_kind(output_format)
     return f"{index:04d}-{slugify_prompt(prompt, kind.nameless)}-{seed}-{digest}{kind.formats[output_format]}"
 
 
 def write_run(run_dir: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Write run.json and return what it holds: `record` and its format."""
+    """Write run.json and return its content: `format` and `record`."""
     record = {"format": FORMAT, **record}
     write_atomically(run_dir / "run.json", json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n")
     return record
 
 
 def describe_error(error: BaseException) -> dict[str, str]:
-    """What run.json says of an error."""
+    """Return the `error` field of run.json."""
     return {"type": type(error).__name__, "message": redact_text(str(error))}
 
 
 def current_timestamp() -> str:
-    """The time as run.json writes it."""
+    """Return the current UTC time in ISO 8601, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def format_parameters(config: dict[str, Any], facts: dict[str, Any], record: dict[str, Any]) -> str:
-    """The AUTOMATIC1111 text: the prompt, the negative prompt, then one line of `Key: value` pairs."""
+    """Format the AUTOMATIC1111 text: the prompt, the negative prompt, then one line of `Key: value` pairs."""
     sampling, model = config["sampling"], config["model"]
     guidance = sampling["guidance_scale"] if sampling["true_cfg_scale"] is None else sampling["true_cfg_scale"]
     lines = [record.get("caption", record["prompt"])]
@@ -231,7 +231,7 @@ def format_parameters(config: dict[str, Any], facts: dict[str, Any], record: dic
 
 
 def slugify_prompt(prompt: str, nameless: str) -> str:
-    """The prompt as a part of a file name: a-z, 0-9 and `-`, at most 40 characters, whole words where they fit.
+    """Convert the prompt for a file name: a-z, 0-9 and `-`, at most 40 characters, whole words where they fit.
 
     Accents are dropped; a prompt without any Latin letter or digit becomes `nameless`.
     """
@@ -244,9 +244,9 @@ def slugify_prompt(prompt: str, nameless: str) -> str:
 
 
 def hash_pixels(pixels: np.ndarray) -> str:
-    """sha256 over the RGB or RGBA bytes, row by row from the top, frame after frame.
+    """Return the sha256 of the RGB or RGBA bytes, row by row from the top, frame after frame.
 
-    Of a sound over its 16-bit samples, those of one moment side by side.
+    For a sound, of its 16-bit samples, with the channels interleaved.
     """
     return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
@@ -258,18 +258,18 @@ def _refuse_constant(pixels: np.ndarray, prompt: str, seed: int) -> None:
         return
     raise RunError(
         f"the {kind.one} for seed {seed} ({prompt[:60]!r}) is all {nothing}; nothing was written for it."
-        " Likely causes: numbers that overflow (try dtype=bfloat16 or dtype=float32 instead of float16), another"
-        " attention backend's fault (try attention=sdpa), or weights that do not belong to this model (see model.path)."
+        " Likely causes: overflow (try dtype=bfloat16 or dtype=float32 instead of float16), a fault in the"
+        " attention backend (try attention=sdpa), or weights that do not belong to this model (see model.path)."
     )
 
 
 def to_recorded_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration as files and run.json hold it: paths absolute, the home folder `~`, no secrets."""
+    """Return the configuration as output files and run.json store it: absolute paths, home folder `~`, no secrets."""
     return redact_config(_make_paths_absolute(config))
 
 
 def _make_paths_absolute(config: dict[str, Any]) -> dict[str, Any]:
-    """A relative path means nothing to whoever reads the record from another folder; hub ids stay as they are."""
+    """Make paths absolute, so that the record is valid from any folder; hub ids are kept."""
     model, given = config["model"], config["input"]
     if Path(model["path"]).expanduser().is_dir():
         model = {**model, "path": _make_absolute(model["path"])}
@@ -284,10 +284,10 @@ def _make_absolute(path: str) -> str:
 
 @dataclass
 class Picture:
-    """What was drawn, and what makes it again."""
+    """An output, and the inputs that reproduce it."""
 
     pixels: np.ndarray  # an array of `hydrarun.outputs.media.kinds`
     prompt: str
     negative_prompt: str | None
     seed: int
-    caption: str | None = None  # what a blank prompt was taken for
+    caption: str | None = None  # the text that the model used for a blank prompt

@@ -1,7 +1,7 @@
-"""What stands around the transformer: VAE, text encoder, tokenizer and scheduler, from the checkpoint's own classes.
+"""The components other than the transformer: VAE, text encoder, tokenizer and scheduler.
 
-They are diffusers' and transformers' own, put into the model's diffusers pipeline without its transformer, so that the
-pipeline's methods (prompt encoding, latent layout, image processing) can be called.
+Their classes are diffusers' and transformers', as the checkpoint names them. The model's diffusers pipeline holds them
+without its transformer, so that its methods (prompt encoding, latent layout, image processing) can be called.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from hydrarun.models.weights.lazy_state_dict import make_lazy_state_dict
 from hydrarun.models.weights.safetensors import Checkpoint
 from hydrarun.pipeline.processors import load_processor
 
-#: components that we load ourselves
+#: components that this package loads itself
 OURS = ("transformer", "transformer_2")
 LIBRARIES = ("diffusers", "transformers")
-#: loggers that warn, while diffusers imports torchao, of CUDA kernels that do not load and of torch's own changes
+#: loggers that warn, while diffusers imports torchao, about CUDA kernels that do not load and changes in torch
 TORCHAO_LOGGERS = ("torchao", "torch.utils._pytree")
-#: what a file of weights is called, by the library of its class
+#: file name stem of the weights, by the library of the component's class
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
-#: where transformers keeps how a model draws tokens
+#: file with the settings by which a transformers model samples tokens
 GENERATION = "generation_config.json"
 
 
@@ -47,10 +47,10 @@ def load_pipeline(
     scheduler: Any | None,
     tally: ByteCounter,
 ) -> Any:
-    """An instance of the diffusers pipeline `cls` from `folder`, without its transformers.
+    """Load the diffusers pipeline `cls` from `folder`, without its transformers.
 
-    `place` says which device a component is put on, `scheduler` replaces the checkpoint's own, `tally` counts the bytes
-    of each component when it is there. Raises `RunError` naming folder and component for whatever cannot be used.
+    `place` returns the device of a component, `scheduler` replaces the checkpoint's own, `tally` counts the bytes read.
+    Raises `RunError` naming the folder and the component that cannot be used.
     """
     index = read_model_index(folder, cls)
     accepted = inspect.signature(cls).parameters
@@ -73,19 +73,19 @@ def load_pipeline(
 
 
 def load_module(cls: type, folder: Path, name: str, dtype: torch.dtype) -> torch.nn.Module:
-    """One component of the checkpoint in `folder`, saved by the pipeline class `cls`, on the host."""
+    """Load one component of the checkpoint in `folder`, saved by the pipeline class `cls`, onto the host."""
     return load_component(folder, name, read_model_index(folder, cls).components[name], device=HOST, dtype=dtype)
 
 
 class ModelIndex(NamedTuple):
-    """What a model_index.json says: `{component: (library, class)}`, and the pipeline's own settings."""
+    """The content of a model_index.json: `{component: (library, class)}`, and the pipeline's own settings."""
 
     components: dict[str, tuple[str, str]]
     settings: dict[str, Any]
 
 
 def read_model_index(folder: Path, cls: type) -> ModelIndex:
-    """The index of a checkpoint that the pipeline class `cls` saved."""
+    """Read the index of a checkpoint. Raises `RunError` unless the pipeline class `cls` saved it."""
     path = folder / "model_index.json"
     try:
         content = json.loads(path.read_text())
@@ -100,19 +100,19 @@ def read_model_index(folder: Path, cls: type) -> ModelIndex:
 
 
 def find_components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """The components of a model_index.json by name, each with its library and class; the rest of it are settings."""
+    """Return `{component: (library, class)}` of a model_index.json; its other entries are settings."""
     pairs = {name: tuple(one) for name, one in index.items() if isinstance(one, (list, tuple)) and len(one) == 2}
     return {name: (resolve_library(library), cls) for name, (library, cls) in pairs.items() if library}
 
 
 def resolve_library(name: Any) -> Any:
-    """What a pipeline has beside itself in its own module goes by the module's name, and is diffusers' too."""
+    """Return the library's name. Classes from a pipeline's own module, listed under its name, count as diffusers'."""
     own = isinstance(name, str) and name.isidentifier() and name not in LIBRARIES
     return "diffusers" if own and importlib.util.find_spec(f"diffusers.pipelines.{name}") else name
 
 
 def count_weight_bytes(folder: Path, name: str, entry: tuple[str, str]) -> int:
-    """Bytes of the component's weights; 0 for one that has none."""
+    """Return the bytes of the component's weights; 0 if it has none."""
     has = issubclass(require_class(folder, name, entry), torch.nn.Module)
     return Checkpoint(folder / name, STEMS[entry[0]]).size if has else 0
 
@@ -126,10 +126,10 @@ def load_component(
     dtype: torch.dtype,
     add: Callable[[int], None] = lambda _: None,
 ) -> Any:
-    """One component by its library's own `from_pretrained`, safetensors only; `add` is told of the bytes read.
+    """Load one component by its library's own `from_pretrained`, safetensors only; `add` gets the bytes read.
 
-    Text encoders go straight to their device. The VAE, which is small, goes by way of the host: so diffusers tells the
-    name of a tensor that is missing.
+    Text encoders are loaded straight onto their device. The VAE, which is small, is loaded onto the host first: this
+    way diffusers reports the name of a missing tensor.
     """
     library = entry[0]
     cls = require_class(folder, name, entry)
@@ -137,8 +137,8 @@ def load_component(
         with translate_load_errors(folder / name), quiet_libraries():
             return load_processor(cls, folder / name) if is_processor(cls) else cls.from_pretrained(folder / name)
     checkpoint = Checkpoint(folder / name, STEMS[library])
-    _ = checkpoint.headers  # damaged files are named here, by us
-    shown = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+    _ = checkpoint.headers  # reports damaged files by name
+    shown = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported by name in refuse_incomplete
     with translate_load_errors(folder / name), quiet_libraries():
         if library == "transformers":
             config = cls.config_class.from_pretrained(folder / name)
@@ -150,14 +150,14 @@ def load_component(
             module, info = cls.from_pretrained(folder / name, use_safetensors=True, torch_dtype=dtype, **shown)
             add(checkpoint.size)
     refuse_incomplete(folder / name, info)
-    if (folder / name / GENERATION).is_file():  # how it draws tokens, if it is asked to: not in config.json
+    if (folder / name / GENERATION).is_file():  # sampling settings, not in config.json
         module.generation_config = read_generation_config(folder / name)
     move_module(module.eval().requires_grad_(False), device)
     return module
 
 
 def read_generation_config(folder: Path) -> Any:
-    """How the model in `folder` draws tokens."""
+    """Read the settings by which the model in `folder` samples tokens."""
     from transformers import GenerationConfig
 
     with translate_load_errors(folder), quiet_libraries():
@@ -165,7 +165,7 @@ def read_generation_config(folder: Path) -> Any:
 
 
 def require_class(folder: Path, name: str, entry: tuple[str, str]) -> Any:
-    """The component's class. Raises `RunError` for one that is not loaded."""
+    """Return the component's class. Raises `RunError` for a class that must not be loaded."""
     library, class_name = entry
     if library not in LIBRARIES:
         raise RunError(f"{folder / 'model_index.json'}: {name} comes from {library!r}; only {LIBRARIES} are loaded")
@@ -176,7 +176,7 @@ def require_class(folder: Path, name: str, entry: tuple[str, str]) -> Any:
 
 
 def find_component_class(library: str, name: str) -> Any:
-    """The class, or None. Other classes of the libraries have a `from_pretrained` too, and some read pickles."""
+    """Return the class, or None if it is not of these kinds: other classes' `from_pretrained` may read pickles."""
     import diffusers
     import transformers
 
@@ -194,14 +194,14 @@ def find_component_class(library: str, name: str) -> Any:
 
 
 def is_processor(cls: type) -> bool:
-    """Whether the class joins a tokenizer and an image processor."""
+    """Return whether the class combines a tokenizer and an image processor."""
     import transformers
 
     return issubclass(cls, transformers.ProcessorMixin)
 
 
 def refuse_incomplete(folder: Path, info: dict[str, Any]) -> None:
-    """The libraries fill what is missing with random numbers and go on; we do not."""
+    """Raise `RunError` for tensors that do not match. The libraries would fill missing ones with random numbers."""
     for kind, problem in (
         ("missing_keys", "is missing"),
         ("mismatched_keys", "has another shape than config.json asks for"),
@@ -215,10 +215,10 @@ def refuse_incomplete(folder: Path, info: dict[str, Any]) -> None:
 
 @contextmanager
 def translate_load_errors(folder: Path) -> Iterator[None]:
-    """Turn a library's complaint about a checkpoint into one line that names the folder."""
+    """Turn a library's error about a checkpoint into a one-line `RunError` that names the folder."""
     try:
         yield
-    except torch.OutOfMemoryError:  # a RuntimeError too, and no fault of the checkpoint's
+    except torch.OutOfMemoryError:  # also a RuntimeError, but not the checkpoint's fault
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -227,7 +227,7 @@ def translate_load_errors(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """No loading bars and no warnings of theirs between ours: what they warn about is an error here."""
+    """Silence the libraries' progress bars and warnings: what they warn about is an error here."""
     import diffusers
     import transformers
 
@@ -242,7 +242,7 @@ def quiet_libraries() -> Iterator[None]:
         library.set_verbosity_error()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # what they use of torch will be another's one day
+            warnings.simplefilter("ignore", FutureWarning)  # about torch functions that they call
             yield
     finally:
         for library, level in zip(bars, levels, strict=True):

@@ -1,4 +1,4 @@
-"""Guidance: which branches a step predicts, and how they become one prediction."""
+"""Guidance: which branches a step predicts, and how the predictions are combined."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Scale = Literal["true_cfg_scale", "guidance_scale", "guidance_scale_2"]
 
 
 class ClassifierFreeGuidance:
-    """Classifier-free guidance (https://arxiv.org/abs/2207.12598) by a second, negative prompt.
+    """Classifier-free guidance (https://arxiv.org/abs/2207.12598) with a negative prompt.
 
-    `scale` names the field of `sampling` that holds its scale, and `scale_2` the one that the expert for low noise has
-    for itself (null there: the same). `rescale_norm` scales each token of the guided prediction to the norm of the
-    positive one, which keeps high scales from burning out; `down`: only where the guided one's is larger. A model's
-    YAML says whether its reference does it.
-    `unguided` is the scale that is the positive prediction alone, 1 or, where the reference counts so, 0.
-    `cfg_normalization` lets the norm of an item's guided prediction be so many times that of the positive one at most
-    (null: any), and `cfg_truncation` ends guidance when that share of the way from noise to picture is done.
-    `unprompted` names what of the prompt's conditioning is zeros in the second branch where there is no negative prompt
-    (null: there must be one).
+    `scale`: the field of `sampling` that holds the scale. `scale_2`: the field with the scale of the low-noise expert
+    (a null value in it: the same scale).
+    `rescale_norm` scales each token of the guided prediction to the norm of the positive one, which prevents
+    oversaturation at high scales; `down`: only where the guided norm is larger. Set it as the model's reference does.
+    `unguided`: the scale that means no guidance: 1, or 0 for models whose reference counts from 0.
+    `cfg_normalization` caps the norm of an item's guided prediction at this multiple of the positive one's (null: no
+    cap). `cfg_truncation`: guidance is off after this share of the way from noise to picture.
+    `unprompted`: the conditioning input that is zeros in the negative branch if there is no negative prompt (null: a
+    negative prompt is required).
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ClassifierFreeGuidance:
         cfg_truncation: float = 1.0,
         unprompted: str | None = None,
     ) -> None:
-        self.layers: tuple[int, ...] = ()  # the blocks that FEWER_BLOCKS is predicted without
+        self.layers: tuple[int, ...] = ()  # the blocks that FEWER_BLOCKS leaves out
         self.scale = scale
         self.scale_2 = scale_2
         self.rescale_norm = rescale_norm
@@ -48,29 +48,29 @@ class ClassifierFreeGuidance:
         self.unprompted = unprompted
 
     def branches(self, state: State) -> tuple[str, ...]:
-        """The branches of a request's steps, as the reference orders them; up to `unguided` one is enough.
+        """Return the branches of a request's steps, in the reference's order; one for scales up to `unguided`.
 
-        As in the reference, the first expert's scale decides for both.
+        As in the reference, the first expert's scale decides for both experts.
         """
         return (POSITIVE, NEGATIVE) if self.scale_for(state, low_noise=False) > self.unguided else (POSITIVE,)
 
     def branches_at(self, state: State, index: int) -> tuple[str, ...]:
-        """The predictions of the step `index`: every step's branches, and FEWER_BLOCKS where it is asked for."""
+        """Return the predictions of the step `index`: the branches, and FEWER_BLOCKS in steps that use it."""
         return self.branches(state)
 
     def scale_for(self, state: State, low_noise: bool, done: float = 0.0) -> float:
-        """The scale of a step, before which `done` of the way from noise to picture is, from 0 to 1."""
+        """Return the scale of a step. `done`: the share of the way from noise to picture before it, 0 to 1."""
         if done > self.cfg_truncation:
             return self.unguided
         own = getattr(state, self.scale_2) if low_noise and self.scale_2 else None
         return getattr(state, self.scale) if own is None else own
 
     def needed(self, branches: tuple[str, ...], scale: float) -> tuple[str, ...]:
-        """Of these branches those that a step of this scale goes by."""
+        """Return those of `branches` that a step with this scale uses."""
         return (POSITIVE,) if scale == self.unguided else branches
 
     def combine(self, predictions: Mapping[str, Tensor], scale: float) -> Tensor:
-        """`{branch: prediction}`, tokens or channels last, to one prediction."""
+        """Combine `{branch: prediction}` into one prediction. `rescale_norm` takes norms over the last dimension."""
         positive = predictions[POSITIVE]
         if NEGATIVE not in predictions or scale == self.unguided:
             return positive
@@ -87,11 +87,11 @@ class ClassifierFreeGuidance:
 
 
 class SkipLayerGuidance(ClassifierFreeGuidance):
-    """Also guides away from what the model predicts without some of its blocks (skip-layer guidance).
+    """Also guides away from a prediction that leaves out some of the model's blocks (skip-layer guidance).
 
-    `layers` are the blocks left out, counted from 0 (null: it is off), `layers_scale` how far it guides. It is in force
-    where classifier-free guidance is on, in the steps between the fractions `start` and `stop` of the schedule. The
-    third prediction comes from where the positive one does; caches leave it alone.
+    `layers`: the blocks left out, counted from 0 (null: off). `layers_scale`: the strength. It applies only with
+    classifier-free guidance, in the steps between the fractions `start` and `stop` of the schedule. The third
+    prediction has the positive branch's inputs and bypasses caches.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class SkipLayerGuidance(ClassifierFreeGuidance):
         steps = state.num_inference_steps
         if not self.layers or NEGATIVE not in branches or not self.start * steps < index < self.stop * steps:
             return branches
-        return POSITIVE, FEWER_BLOCKS, NEGATIVE  # next to the positive one: two ranks share them as they share two
+        return POSITIVE, FEWER_BLOCKS, NEGATIVE  # next to POSITIVE: of two ranks, the first predicts both
 
     def combine(self, predictions: Mapping[str, Tensor], scale: float) -> Tensor:
         guided = super().combine(predictions, scale)

@@ -1,6 +1,6 @@
-"""Processors that turn a prompt with pictures into a text encoder's input, loaded without torchvision.
+"""Loads processors, which turn a prompt with pictures into a text encoder's input, without torchvision.
 
-PyPI's torchvision is linked against CUDA and cannot be imported beside a CPU build of torch.
+PyPI's torchvision is linked against CUDA and cannot be imported with a CPU build of torch.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any
 
 from hydrarun.core.errors import RunError
 
-#: where the settings of the image processor are: as published, and as transformers 5 saves them
+#: files with the image processor's settings: as published, and as saved by transformers 5
 SETTINGS_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def load_processor(cls: type, folder: Path) -> Any:
-    """transformers' processor `cls` from its folder, as published or as transformers 5 saves it.
+    """Load transformers' processor `cls` from its folder, as published or as saved by transformers 5.
 
-    Pictures are resized by Pillow, whether torchvision is installed or not, so that the same input gives the same
-    numbers everywhere. Raises `RunError` naming the folder if its files are missing or another model's.
+    Pillow resizes the pictures, whether torchvision is installed or not, so that the same input gives the same numbers
+    everywhere. Raises `RunError` naming the folder if its files are missing or belong to another model.
     """
     from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -37,9 +37,9 @@ def load_processor(cls: type, folder: Path) -> Any:
 
 @lru_cache
 def drop_video_processor(cls: Any) -> Any:
-    """The processor class without its part for videos, which needs torchvision and which no pipeline uses.
+    """Return the processor class without its video part, which needs torchvision and which no pipeline uses.
 
-    transformers takes the parts of a processor from the names of these arguments: leaving one out is all it takes.
+    transformers derives the parts of a processor from the names of these arguments, so it suffices to leave one out.
     """
 
     def init(self: Any, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:

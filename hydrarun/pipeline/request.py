@@ -1,4 +1,4 @@
-"""From the `sampling` section to the items of a batch. Values and counts were checked by `config.checks.values`."""
+"""Turns the `sampling` section into the items of a batch. `config.checks.values` has checked its values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 from hydrarun.config.batches import expand_prompts
 from hydrarun.pipeline.state import State
 
-#: fields of `sampling` that the state holds under the same name
+#: fields of `sampling` that `State` holds under the same name
 PLAIN = (
     "height",
     "width",
@@ -28,7 +28,7 @@ PLAIN = (
 
 
 def make_state(sampling: dict[str, Any], input_images: Sequence[Image.Image] = ()) -> State:
-    """One item per picture (`hydrarun.config.batches.expand_prompts`); all get the images."""
+    """Return a state with one item per picture (`hydrarun.config.batches.expand_prompts`); all share the images."""
     prompts, negatives, seeds = map(list, zip(*expand_prompts(sampling), strict=True))
     return State(
         prompts=prompts,
@@ -41,6 +41,6 @@ def make_state(sampling: dict[str, Any], input_images: Sequence[Image.Image] = (
 
 
 def restore_sampling(state: State) -> dict[str, Any]:
-    """The section `sampling` that asks for this state's items."""
+    """Return the section `sampling` from which `make_state` makes this state's items."""
     items = {"prompt": state.prompts, "negative_prompt": state.negative_prompts, "seed": state.seeds}
     return {**items, "num_images_per_prompt": None, **{name: getattr(state, name) for name in PLAIN}}

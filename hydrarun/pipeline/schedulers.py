@@ -1,4 +1,4 @@
-"""The scheduler of a run: the checkpoint's own, or another of diffusers' with the checkpoint's settings."""
+"""The scheduler of a run: the checkpoint's own, or another diffusers scheduler with the checkpoint's settings."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from hydrarun.core.errors import UsageError
 
 CLASS_NAME = "_class_name"
 
-#: one setting, as two kinds of schedulers name it
+#: the two names that schedulers have for one setting
 SHIFTS = ("shift", "flow_shift")
-#: schedulers that draw their noise with torchsde, which the extra `audio` brings
+#: schedulers that draw their noise with torchsde, which the extra `audio` installs
 USES_TORCHSDE = ("CosineDPMSolverMultistepScheduler",)
-#: settings of the shift by the picture's size, which takes the place of a fixed one
+#: settings of the shift by picture size, which replaces a fixed shift
 SHIFTED_BY_SIZE = ("use_dynamic_shifting", "base_shift", "max_shift")
 
 
 def read_scheduler(folder: Path) -> dict[str, Any]:
-    """The scheduler_config.json of the checkpoint in `folder`, with the class that its model_index.json names."""
+    """Read the scheduler_config.json of the checkpoint in `folder`, with the class that its model_index.json names."""
     return add_class_name(
         read_json(folder / "model_index.json"), read_json(folder / "scheduler" / "scheduler_config.json")
     )
 
 
 def add_class_name(index: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with the `_class_name` of the index."""
+    """Return the settings with the `_class_name` of the index."""
     _, name = index.get("scheduler") or (None, settings.get("_class_name"))
     return {**settings, CLASS_NAME: name}
 
 
 def make_scheduler(config: Mapping[str, Any], saved: Mapping[str, Any]) -> Any | None:
-    """The scheduler that `config` chooses, or None for the checkpoint's own as it is.
+    """Return the scheduler that `config` chooses, or None for the checkpoint's own, unchanged.
 
-    `saved`: the checkpoint's (`read_scheduler`). Its settings hold where the chosen class has them; those of
-    `config["scheduler"]` win. Raises UsageError for settings that the class does not have or take together, and for a
-    class that takes another kind of prediction than the checkpoint's.
+    `saved`: the checkpoint's settings (`read_scheduler`). They apply where the chosen class has them; the settings of
+    `config["scheduler"]` take precedence. Raises UsageError for settings that the class does not have or rejects
+    together, and for a class that expects another kind of prediction than the checkpoint's.
     """
     own, older = config["scheduler"], config["model"]["scheduler"]
     require_torchsde(own.get(TARGET) or (older or {}).get(TARGET) or str(saved[CLASS_NAME]))
-    if older and TARGET not in own:  # as files of version 0.1.0 have it: the checkpoint's settings do not count
+    if older and TARGET not in own:  # as in files of version 0.1.0: the checkpoint's settings do not apply
         return instantiate({**older, **own}, "model.scheduler")
     if not own:
         return None
@@ -59,7 +59,7 @@ def make_scheduler(config: Mapping[str, Any], saved: Mapping[str, Any]) -> Any |
     takes = inspect.signature(cls).parameters
     given = _settle_shift({key: value for key, value in node.items() if key != TARGET}, takes)
     check_arguments(cls, given, "scheduler")
-    # what the class does not know stays in its config, where the shift by size is read from
+    # settings that the class does not know stay in its config, from which the shift by size is read
     settings = {**saved, **{_find_setting_name(key, takes): value for key, value in saved.items()}, **given}
     del settings[CLASS_NAME]
     try:
@@ -75,30 +75,30 @@ def make_scheduler(config: Mapping[str, Any], saved: Mapping[str, Any]) -> Any |
 
 
 def require_torchsde(target: str) -> None:
-    """Raises UsageError for a scheduler that needs torchsde, where that is not installed."""
+    """Raise UsageError for a scheduler that needs torchsde if it is not installed."""
     name = target.rpartition(".")[2]
     if name in USES_TORCHSDE and not is_installed("torchsde"):
         raise UsageError(f"scheduler: {name} needs torchsde, which is not installed: pip install 'hydrarun[audio]'")
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported here."""
+    """Return whether a package can be imported."""
     try:
         return importlib.util.find_spec(package) is not None
-    except ValueError:  # it is hidden
+    except ValueError:  # a loaded module without a spec
         return False
 
 
 def predicts_flow(settings: Mapping[str, Any], class_name: str) -> bool:
-    """Whether a scheduler takes its model's prediction for the velocity of a flow."""
+    """Return whether a scheduler interprets its model's prediction as the velocity of a flow."""
     return class_name.startswith("FlowMatch") or settings.get("prediction_type") == "flow_prediction"
 
 
 def _settle_shift(given: Mapping[str, Any], takes: Mapping[str, Any]) -> dict[str, Any]:
-    """The user's settings with the shift under the name that the class takes; a given shift is what counts.
+    """Return the user's settings with the shift under the class's name for it; a given shift always takes effect.
 
-    Checkpoints that shift by size would take no notice of it, so that is off beside it. Raises UsageError for a shift
-    that cannot be, and for one beside settings of the shift by size.
+    A checkpoint that shifts by size would ignore it, so the shift by size is turned off. Raises UsageError for an
+    invalid shift, and for a shift together with settings of the shift by size.
     """
     shifts = [key for key in given if key in SHIFTS]
     if not shifts:
@@ -118,5 +118,5 @@ def _settle_shift(given: Mapping[str, Any], takes: Mapping[str, Any]) -> dict[st
 
 
 def _find_setting_name(key: str, takes: Mapping[str, Any]) -> str:
-    """The name under which a class takes the setting `key`."""
+    """Return the name under which a class takes the setting `key`."""
     return next((name for name in SHIFTS if key in SHIFTS and name in takes), key)

@@ -1,4 +1,4 @@
-"""A pipeline is a list of stages; this is what a stage is and how the list is checked and run."""
+"""A pipeline is a list of stages: their interface, and the functions that check and run the list."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hydrarun.pipeline.state import State
 
 @dataclass
 class Components:
-    """What was built and loaded, for the stages to use."""
+    """The loaded components that the stages use."""
 
     experts: Experts
     #: the model's diffusers pipeline without its transformers: text encoder, VAE, scheduler and their methods
@@ -34,19 +34,19 @@ class Components:
     device: torch.device
     dtype: torch.dtype
     progress: Progress
-    #: what stands between the loop and the transformers' blocks; a runner changes it from request to request
+    #: the cache between the loop and the transformers' blocks; a runner may replace it for each request
     cache: Cache = field(default_factory=NoCache)
-    #: steps of each transformer that a warm-up runs; None: this is none, and all of the schedule are run
+    #: in a warm-up, how many steps of each kind (`find_step_kind`) run; None: a full run of all steps
     warmup: int | None = None
-    #: this rank's place among the others; None: there is one process
+    #: the mesh of ranks; None: there is one process
     mesh: Mesh | None = None
-    #: what stands for the modulation weights, by the names of the transformers; empty: they are loaded as all others
+    #: modulation tables that replace the modulation weights, by transformer; empty: the weights are loaded
     tables: Mapping[str, ModulationTables] = field(default_factory=dict)
-    #: what of all this is on the device
+    #: decides which of the components are on the device
     offload: NoOffload = field(default_factory=NoOffload)
 
     def transformer(self, expert: str) -> Transformer:
-        """The transformer of that name, on the device."""
+        """Return the transformer of that name, on the device."""
         self.offload.load_expert(expert)
         return self.experts[expert]
 
@@ -54,8 +54,8 @@ class Components:
 class Stage:
     """One step from a request to pictures.
 
-    `needs` and `gives` name fields of `State`; `phase` names the sum that the stage's time goes to; `uses` names the
-    weights that it computes with (`offload.strategies.USES`), which may be away from the device in other stages.
+    `needs` and `gives` name fields of `State`. `phase` names the entry of `Timings.phases` that the stage's time is
+    added to. `uses` names the weights that it computes with (`offload.strategies.USES`); other stages may offload them.
     """
 
     needs: tuple[str, ...] = ()
@@ -64,12 +64,12 @@ class Stage:
     uses: tuple[str, ...] = ()
 
     def __call__(self, state: State, parts: Components, timings: Timings) -> None:
-        """Read what the stage needs from `state` and set what it gives."""
+        """Read the `needs` fields of `state` and set the `gives` fields."""
         raise NotImplementedError
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
-    """Every stage must find what it needs, and the last result must be pictures. Raises `UsageError` otherwise."""
+    """Check that each stage's needs are given before it and that frames are given. Raises `UsageError` otherwise."""
     known = set(State.request_fields())
     all_fields = State.request_fields() | State.stage_fields()
     for position, stage in enumerate(stages):
@@ -93,7 +93,7 @@ def check_stages(stages: Sequence[Stage]) -> None:
 
 
 def run_stages(stages: Sequence[Stage], state: State, parts: Components, timings: Timings) -> None:
-    """Run them in order, timing each under its phase. Nothing is differentiated."""
+    """Run the stages in order, without gradients, and add each one's time to its phase."""
     with torch.inference_mode(), timings.watch_compiler():
         for stage in stages:
             with timings.phase(stage.phase):

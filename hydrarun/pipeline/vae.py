@@ -1,6 +1,6 @@
-"""Between pixels and normalised latents, for every VAE: how its config says its latents are scaled, and its axes.
+"""Converts between pixels and normalised latents, for every VAE: reads the scaling and the axes from its config.
 
-Latents are `[N, C, F, h, w]` and pixels `[N, 3, F, H, W]` here; for a VAE of still pictures F is 1.
+Here latents are `[N, C, F, h, w]` and pixels `[N, 3, F, H, W]`; for a VAE of still pictures F is 1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hydrarun.core.errors import RunError
 
 
 def encode_pixels(pipeline: Any, pixels: Tensor) -> Tensor:
-    """Pixels from -1 to 1 to normalised latents: the mode of the VAE's distribution, as reference pipelines take it."""
+    """Encode pixels from -1 to 1 to normalised latents: the mode of the VAE's distribution, as in the references."""
     vae = pipeline.vae
     pixels = pixels.to(vae.device, vae.dtype)
     encoded = vae.encode(pixels if has_frames(vae) else pixels.squeeze(2)).latent_dist.mode()
@@ -29,7 +29,7 @@ def encode_pixels(pipeline: Any, pixels: Tensor) -> Tensor:
 
 
 def decode_latents(pipeline: Any, latents: Tensor) -> Tensor:
-    """Normalised latents to pixels from about -1 to 1. Raises `RunError` for NaN and infinity."""
+    """Decode normalised latents to pixels from about -1 to 1. Raises `RunError` for NaN and infinity."""
     vae = pipeline.vae
     latents = latents.to(vae.device, vae.dtype)
     mean, std = read_latent_scaling(vae.config, latents)
@@ -45,7 +45,7 @@ def decode_latents(pipeline: Any, latents: Tensor) -> Tensor:
 
 
 def use_channels_last(vae: nn.Module) -> None:
-    """Keep the weights of convolutions with a pixel's channels side by side; what they compute is kept so too."""
+    """Store the weights of convolutions in channels-last memory format; their outputs get it too."""
     for module in vae.modules():
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
@@ -54,23 +54,23 @@ def use_channels_last(vae: nn.Module) -> None:
 
 
 def run_single_frames_in_2d(vae: nn.Module) -> None:
-    """Have causal convolutions take a frame that nothing comes before as the picture it is.
+    """Run causal convolutions as 2D convolutions on a single first frame.
 
-    Before it they would pad with zeros, so that only their last tap over time counts: the same up to rounding.
+    They would pad with zeros before it, so only their last temporal tap counts: the result is the same up to rounding.
     """
     for module in vae.modules():
         if isinstance(module, nn.Conv3d) and hasattr(module, "_padding"):  # diffusers' causal ones
             kind: Any = type(module)
-            module.__class__ = make_single_frame_class(kind)  # a function on the module would hold it for ever
+            module.__class__ = make_single_frame_class(kind)  # a function on the module would keep it alive
 
 
 @cache
 def make_single_frame_class(causal: Any) -> Any:
-    """The class of causal convolutions, for single frames too."""
+    """Return a subclass of a causal convolution that computes single first frames in 2D."""
 
     class ForPicturesToo(causal):
         def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-            """`[N, C, F, H, W]` to the same; `cache_x`: the frames before."""
+            """Convolve `[N, C, F, H, W]`; `cache_x`: the frames before."""
             *sides, before, _ = self._padding  # as F.pad takes them
             if cache_x is not None or x.shape[2] > 1 or before != self.kernel_size[0] - 1:
                 return super().forward(x, cache_x)
@@ -82,18 +82,18 @@ def make_single_frame_class(causal: Any) -> Any:
 
 
 def count_latent_channels(pipeline: Any) -> int:
-    """Channels of the latents."""
+    """Return the number of channels of the latents."""
     config = pipeline.vae.config
     return config["z_dim"] if "z_dim" in config else config["latent_channels"]
 
 
 def has_frames(vae: Any) -> bool:
-    """Whether the VAE takes frames as an axis."""
+    """Return whether the VAE has an axis for frames."""
     return read_vae_factors(vae.config)[0] is not None
 
 
 def read_latent_scaling(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The latents' mean and standard deviation, `[1, C, 1, 1, 1]` or one number for all channels."""
+    """Return the latents' mean and standard deviation, `[1, C, 1, 1, 1]` or one number for all channels."""
     if config.get("latents_mean") is not None:
         mean, std = torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
     else:
@@ -103,7 +103,7 @@ def read_latent_scaling(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def configure_vae(vae: Any, settings: dict[str, Any], mesh: Mesh | None) -> None:
-    """How it decodes: `settings` are the section `vae`."""
+    """Apply `settings`, the config section `vae`, and shard the VAE across ranks if `mesh` asks for it."""
     run_single_frames_in_2d(vae)
     if settings["slicing"]:
         vae.enable_slicing()

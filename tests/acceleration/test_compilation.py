@@ -1,4 +1,4 @@
-"""Compiled transformers: the same numbers, one graph for each size, graphs that are kept, and what compiling took."""
+"""Compiled transformers: same results, one graph per input size, kept graphs, and measured compile time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hydrarun.models.transformer import Inputs, Transformer
 from hydrarun.pipeline.request import make_state
 from tests.helpers import caches, subjects
 
-#: tracing alone leaves the operations as they are, but for rotations, which are then done without complex numbers
+#: tracing alone leaves the operations unchanged, except rotations, which then use no complex numbers
 TOLERANCE = 1e-5
 
 
@@ -31,7 +31,7 @@ def traced(subject, monkeypatch):
     """The subject with its transformers compiled whole, without the time that a code generator takes."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     counters.clear()
-    for name in CompileFull.pieces:  # graphs of other models serve this one too
+    for name in CompileFull.pieces:  # graphs of other models would serve this one too
         torch._dynamo.reset_code(getattr(Transformer, name).__code__)
     experts = list(subject.runner.built.parts.experts)
     for transformer in experts:
@@ -43,7 +43,7 @@ def traced(subject, monkeypatch):
 
 
 def plain(subject, **request):
-    """The latents of the transformers as they are, whatever they were compiled to."""
+    """Return the latents of the uncompiled transformers."""
     experts = list(subject.runner.built.parts.experts)
     compiled = [{name: vars(transformer).pop(name) for name in CompileFull.pieces} for transformer in experts]
     try:
@@ -55,7 +55,7 @@ def plain(subject, **request):
 
 @pytest.mark.parametrize("subject", subjects.SORTS, indirect=True)
 def test_the_whole_transformer_is_one_graph(traced):
-    """For both branches, whose prompts are equally long here, both experts and all steps."""
+    """One graph for both branches, whose prompts are equally long here, both experts and all steps."""
     request = {"num_inference_steps": 2, "prompt": "a cat"}
     if "negative_prompt" in subjects.CONFIGS[traced.name]["model"]["takes"]:
         request["negative_prompt"] = "a dog"
@@ -67,7 +67,7 @@ def test_the_whole_transformer_is_one_graph(traced):
 
 @pytest.mark.parametrize("subject", ["flux_dev", "qwen_image_edit_plus", "wan22_ti2v_5b"], indirect=True)
 def test_a_cache_that_looks_between_the_blocks_has_graphs_between_its_looks(traced):
-    """The first block, the others, and what comes before and behind: no more graphs, whatever is skipped."""
+    """The first block, the other blocks, and the parts before and after: no more graphs, whatever is skipped."""
     request = {"num_inference_steps": 4, "cache": caches.node("first_block", threshold=1e9)}
     assert (traced.draw(**request).latents - plain(traced, **request)).abs().max() <= TOLERANCE
     record = traced.runner.built.parts.cache.record()
@@ -92,7 +92,7 @@ def test_weights_that_come_and_go_need_no_other_graph(traced, fake):
 
 
 def test_a_later_process_finds_the_graphs():
-    """With the real code generator; a reset forgets all that the process holds. Tolerance: the order of sums."""
+    """With the real code generator; a reset drops the process' graphs. Tolerance: another order of summation."""
     want = predict(NoCompile())
     for _ in range(2):
         torch._dynamo.reset_code(Transformer.forward_branch.__code__)
@@ -103,7 +103,7 @@ def test_a_later_process_finds_the_graphs():
 
 
 def predict(compiler):
-    """What a transformer of two small blocks predicts, in float64."""
+    """Return the prediction of a transformer of two small blocks, in float64."""
     toy = caches.Toy([0.5, 0.25])
     compiler.apply(toy)
     latents, times = torch.linspace(-1, 1, 30, dtype=torch.float64).view(2, 5, 3), torch.ones(2, dtype=torch.float64)
@@ -112,7 +112,7 @@ def predict(compiler):
 
 
 def test_compiling_is_counted_once_and_apart(monkeypatch):
-    """By a clock that goes on by 10 for each graph, of which there are two, and by 1 for running them."""
+    """With a clock that advances by 10 for each of two graphs, and by 1 for running them."""
     clock = [0.0]
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     timings = Timings(torch.device("cpu"))
@@ -132,7 +132,7 @@ def test_compiling_is_counted_once_and_apart(monkeypatch):
         clock[0] += 1
     assert (timings.compile, timings.phases["denoise"]) == (20, 1)
     torch.compile(lambda x: x * 3, backend=slow)(x)
-    assert (timings.compile, clock[0]) == (20, 31)  # nobody watches any more
+    assert (timings.compile, clock[0]) == (20, 31)  # no longer watched
 
 
 def test_where_graphs_are_kept(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Weights in 8 bits: how far the numbers move, which weights they are, and what is refused."""
+"""8-bit weights: their error, which weights are quantized, and which options are refused."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from hydrarun.models.wan import WanTransformer
 from tests.helpers import parallel_runs, subjects, tiny
 
 CPU = torch.device("cpu")
-#: final latents of 2 steps against the plain run's, root mean square in parts of their deviation; about twice what this
-#: tiny model shows. Every model: tests/test_matrix.py
+#: limits of the RMS error of the latents after 2 steps, relative to the standard deviation of the plain run's; about
+#: twice this tiny model's error. Every model: tests/test_matrix.py
 TOLERANCES = {"int8_weight_only": 2e-2, "fp8_weight_only": 1e-1, "int8": 3e-2}
-#: bytes beside the numbers, for each row: a float32 scale, and int8's zero point
+#: extra bytes per row: a float32 scale, and int8's zero point
 PER_ROW = {"int8_weight_only": 5, "fp8_weight_only": 4, "int8": 5}
 BOTH = "quantization.components=[transformer,text_encoder]"
 
 
 def build(subject: subjects.Subject, *more: str) -> Runner:
-    """Our runner on the subject's checkpoint, with more overrides; images are encoded once for all."""
+    """Our runner on the subject's checkpoint, with more overrides; it shares the subject's image encoder."""
     runner = Runner(compose_config([*subject.overrides(), *more]))
     runner.built.parts.pipeline.vae.encode = subject.runner.built.parts.pipeline.vae.encode
     return runner
 
 
 def latents(runner: Runner, **sampling: Any) -> torch.Tensor:
-    """The final latents of a small guided run."""
+    """Return the final latents of a small run."""
     images = subjects.pictures(runner.config["model"]["input_images"][0], runner.config)
     return tiny.draw(runner, images, **{"num_inference_steps": 2, **sampling}).latents
 
@@ -58,7 +58,7 @@ def is_quantized(tensor: torch.Tensor) -> bool:
 
 
 def in_the_blocks(transformer: Transformer) -> set[str]:
-    """The weights that 8 bits are for, by names and shapes alone."""
+    """Return the weights that should be quantized, by names and shapes alone."""
     return {
         name
         for name, weight in weights(transformer).items()
@@ -117,7 +117,7 @@ def test_bytes_are_one_a_number_and_a_scale_a_row(subject, option):
 
 @pytest.mark.parametrize(("option", "step"), [("int8_weight_only", 1 / 254), ("fp8_weight_only", 1 / 16)])
 def test_each_number_is_rounded_to_its_rows_nearest(option, step):
-    """int8: half of a 127th of the row's largest. float8 has 3 bits behind the point: half an eighth of the number."""
+    """int8: within half of 1/127 of the row's largest. float8 has a 3-bit mantissa: within 1/16 of the number."""
     torch.manual_seed(0)
     layer = nn.Linear(64, 32).requires_grad_(False)
     layer.weight.mul_(torch.logspace(-3, 3, 32)[:, None])  # rows of very different size
@@ -131,12 +131,12 @@ def test_each_number_is_rounded_to_its_rows_nearest(option, step):
 
 
 def test_eight_bit_activations_are_rounded_token_by_token():
-    """Against the same arithmetic by hand; only scaling rounds. One of 10 tokens may have a tie."""
+    """Compared with the same arithmetic by hand; only scaling rounds. A tie may affect one of 10 tokens."""
     torch.manual_seed(1)
     layer, tokens = nn.Linear(32, 48).requires_grad_(False), torch.randn(2, 5, 32) * torch.logspace(-2, 2, 5)[:, None]
     made = quantizer("int8")
     made.quantize(layer)
-    steps = 63.5 if made.config.reduce_range else 127.5  # on a CPU whose sums would overflow
+    steps = 63.5 if made.config.reduce_range else 127.5  # reduced range on a CPU whose sums would overflow
     scale = tokens.abs().amax(-1, keepdim=True) / steps
     whole = (tokens / scale).round().clamp(-steps - 0.5, steps - 0.5)
     by_hand = (whole @ layer.weight.qdata.float().T) * scale * layer.weight.scale.flatten() + layer.bias
@@ -147,7 +147,7 @@ def test_eight_bit_activations_are_rounded_token_by_token():
 
 @pytest.mark.parametrize("subject", ["flux_dev", "qwen_image_edit"], indirect=True)
 def test_text_encoders_too(subject):
-    """FLUX has two of them; the edit models' sees images."""
+    """FLUX has two text encoders; that of the edit models also reads images."""
     runner = build(subject, "quantization=int8_weight_only", BOTH)
     encoders = {n: c for n, c in runner.built.parts.pipeline.components.items() if n.startswith("text_encoder")}
     assert len(encoders) == (2 if subject.name == "flux_dev" else 1)
@@ -171,7 +171,7 @@ def test_text_encoder_alone(subject):
 @pytest.mark.parametrize("subject", ["wan22_t2v_a14b"], indirect=True)
 @pytest.mark.parametrize("option", TOLERANCES)
 def test_bfloat16_too(subject, option):
-    """The blocks alone: rounding to bfloat16 around them is no matter of quantization."""
+    """Compared with the plain bfloat16 run, so that rounding outside the blocks does not count."""
     plain, ours = (build(subject, "dtype=bfloat16", f"quantization={name}") for name in ("none", option))
     assert 0 < distance(latents(ours).float(), latents(plain).float()) < 2 * TOLERANCES[option]
 
@@ -186,7 +186,7 @@ def quantizer(option: str) -> TorchAO:
 
 
 def test_few_weights_at_a_time_are_there_in_full(tiny_folder, monkeypatch):
-    """When one is quantized, those before it are already; of those after it each thread has read one at most."""
+    """While a weight is quantized, the previous ones already are; each thread has read at most one of the next."""
     seen, original = [], TorchAO.quantize
 
     def watched(self, layer):
@@ -259,7 +259,7 @@ def test_quantized_weights_move_with_their_module(tiny_folder):
 
 @pytest.mark.parametrize("subject", ["flux_dev"], indirect=True)
 def test_compiled_blocks_are_one_graph_and_compute_the_same(subject):
-    """Traced only; flux_dev has blocks of two classes."""
+    """Only traced; flux_dev has blocks of two classes."""
     runner = build(subject, "quantization=int8_weight_only")
     eager = latents(runner)
     torch._dynamo.reset()
@@ -269,7 +269,7 @@ def test_compiled_blocks_are_one_graph_and_compute_the_same(subject):
 
 
 def latents_on_a_rank(name: str, folder: Path, chosen: dict[str, int], fields: dict[str, Any]) -> np.ndarray:
-    """The final latents of this rank's own pictures."""
+    """Return the final latents of this rank's own pictures."""
     composed = compose_config([*subjects.command(name, folder), "quantization=int8_weight_only"])
     runner = Runner({**composed, "parallel": parallel_runs.degrees(**chosen)})
     return latents(runner, **fields).numpy()
@@ -293,12 +293,13 @@ def test_ranks_compute_the_same(pool, subject, layout):
     [
         (
             {"weights": "int8", "activations": "float8"},
-            "quantization.activations=float8: with weights=int8, none or int8",
+            "quantization.activations=float8: with weights=int8 it must be none or int8",
         ),
-        ({"components": []}, "quantization.components=[]: name transformer or text_encoder, or both, once"),
+        ({"components": []}, "quantization.components=[]: list transformer or text_encoder, or both, each once"),
         (
             {"components": ["transformer", "transformer"]},
-            "quantization.components=['transformer', 'transformer']: name transformer or text_encoder, or both, once",
+            "quantization.components=['transformer', 'transformer']: list transformer or text_encoder, or both, each"
+            " once",
         ),
         ({"weights": "int4"}, "quantization.weights: 'int4' is not one of int8, float8."),
         (
@@ -315,14 +316,14 @@ def test_what_torchao_is_not_asked_for(node, line):
 
 
 def test_float8_products_are_refused_where_device_auto_is_the_cpu(tmp_path, monkeypatch):
-    """Before the folder of weights, which has none, is looked at."""
+    """Before the checkpoint folder, which is empty, is read."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config, _ = compose_unchecked([f"model.path={tmp_path}", "quantization=fp8"])
     with pytest.raises(UsageError) as caught:
         Runner(config)
     assert str(caught.value) == (
         "quantization=fp8 multiplies float8 numbers, which needs an NVIDIA GPU of compute capability 8.9 or more (Ada,"
-        " Hopper, Blackwell), and device=cpu is none. Use quantization=fp8_weight_only"
+        " Hopper, Blackwell), and device=cpu is not one. Use quantization=fp8_weight_only"
     )
 
 

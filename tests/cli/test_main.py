@@ -1,4 +1,4 @@
-"""The command from its words to its exit code, with a stand-in for the run itself."""
+"""The command from its arguments to its exit code, with a mock of the run."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ HEAVY = {"torch", "diffusers", "transformers", "numpy", "PIL", "safetensors", "h
 
 
 class Runs(list):
-    """What arrived; `fail` maps seeds to the exceptions that their runs raise."""
+    """The runs so far; `fail` maps seeds to the exceptions that their runs raise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Runs(list):
 
 @pytest.fixture
 def runs(monkeypatch, tmp_path):
-    """The configurations that reached a stand-in Runner, with their output directories."""
+    """The configurations that reached the mock run, with their output directories."""
 
     seen = Runs()
 
@@ -70,7 +70,7 @@ def runs(monkeypatch, tmp_path):
 
 
 def command(*words: str, **options) -> subprocess.CompletedProcess:
-    """The command in a process of its own."""
+    """Run the command in a separate process."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
     return subprocess.run(
         [sys.executable, *options.pop("python", []), "-m", "hydrarun", *words],
@@ -263,7 +263,7 @@ def test_the_driver_imports_nothing_heavy(words, code, tmp_path):
 
 
 def test_an_error_of_the_run_is_one_line_too(runs, capsys):
-    """Hydra has a line of its own for it, which says nothing."""
+    """Hydra's own line for a failed run, which has no information, is not printed."""
     runs.fail[3] = RunError("weights are corrupt")
     assert main.main(["sampling.seed=3"]) == 1
     assert capsys.readouterr().err.splitlines() == ["weights are corrupt"]
@@ -318,7 +318,7 @@ def test_completion(line, expected, capsys, monkeypatch):
 
 
 def test_bash_completes(tmp_path):
-    """The script that `eval "$(hydrarun -sc install=bash)"` installs, asked as bash asks on TAB."""
+    """Call the script that `eval "$(hydrarun -sc install=bash)"` installs, as bash does on TAB."""
     launcher = tmp_path / "hydrarun"
     launcher.write_text(f'#!/bin/sh\nexec env PYTHONPATH={ROOT} {sys.executable} -c "{LAUNCH}" "$@"\n')
     launcher.chmod(0o755)

@@ -1,4 +1,4 @@
-"""What a run of many draws, what is drawn together, and what is refused of it."""
+"""Batch runs: their items, the grouping into batches, and the errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_items_are_all_pictures_of_all_lines_in_order(file):
     said = [(i.index, i.line, *(i.sampling[key] for key in ("prompt", "seed", "height"))) for i in items]
     assert said == [(0, 1, "a", 5, 128), (1, 1, "a", 6, 128), (2, 2, "b", 9, 64)]
     assert {item.sampling["num_images_per_prompt"] for item in items} == {1}
-    assert {item.sampling["negative_prompt"] for item in items} == {" "}  # the model's own
+    assert {item.sampling["negative_prompt"] for item in items} == {" "}  # the model's default
 
 
 def test_items_of_the_command_line_are_those_of_one_batch():

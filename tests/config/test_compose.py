@@ -24,7 +24,7 @@ def test_all_violations_of_a_configuration_come_at_once():
     with pytest.raises(UsageError) as caught:
         compose_config(["model=qwen_image", "sampling.seed=-1", "sampling.height=0", "device=tpu"])
     keys = [line.split(" ")[0] for line in str(caught.value).splitlines()]
-    assert keys == ["sampling.prompt"]  # what is missing first, the values once they are all there
+    assert keys == ["sampling.prompt"]  # missing values are reported first, wrong values only when none is missing
     with pytest.raises(UsageError) as caught:
         compose_config(["sampling.seed=-1", "sampling.height=0", "device=tpu"])
     assert len(str(caught.value).splitlines()) == 3
@@ -58,7 +58,7 @@ def test_numbers_need_not_be_floats():
 @pytest.mark.parametrize(
     ("overrides", "notes"),
     [
-        (["sampling.true_cfg_scale=1"], []),  # the model's own negative prompt: nobody asked for it
+        (["sampling.true_cfg_scale=1"], []),  # the negative prompt is the model's default, not set by the user
         (["sampling.negative_prompt=blurry"], []),
         (
             ["sampling.negative_prompt=blurry", "sampling.true_cfg_scale=1"],

@@ -1,4 +1,4 @@
-"""conf/ is what a user reads: every option file says what it is, every field has a comment above it."""
+"""Users read conf/: every option file begins with a description, and every field has a comment above it."""
 
 import re
 from pathlib import Path
@@ -14,11 +14,10 @@ KEY = re.compile(r"^( *)(- )?([A-Za-z_]\w*):")
 
 
 def uncommented(file: Path) -> list[str]:
-    """Fields without a comment in the line above them or above their heading.
+    """Return the fields without a comment in the line above them or above their heading.
 
-    Not asked for: `_target_`, the defaults list, headings, a `name` that repeats the file's, a model's `sampling`
-    section (conf/sampling/default.yaml explains its fields), what a file inherits from another of its folder and
-    Hydra's own settings.
+    Exceptions: `_target_`, the defaults list, headings, a `name` equal to the file's, a model's `sampling` section
+    (conf/sampling/default.yaml explains its fields), files that extend another option, and Hydra's own settings.
     """
     lines = file.read_text(encoding="utf-8").splitlines()
     if any(re.match(r"  - (?!_self_|schema)\w+$", line) for line in lines):

@@ -1,4 +1,4 @@
-"""What wins: conf/config.yaml < a model's own values < options and values of the user."""
+"""Precedence of values: conf/config.yaml < the model's own values < options and values of the user."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hydrarun.config.compose import compose_unchecked
 from hydrarun.config.schema import Config
 from hydrarun.core.resources import list_groups
 
-#: for each section that is no group of options: a value that differs from the default
+#: for each section that is not a group of options: a value that differs from the default
 OWN = {
     "sampling": ("max_sequence_length", 77),
     "input": ("images", "a.png"),
@@ -25,7 +25,7 @@ OWN = {
     "dtype": (None, "bfloat16"),
     "verify": (None, True),
 }
-#: for each group but the model's: an option that differs from the default
+#: for each group except `model`: an option that differs from the default
 CHOSEN = {
     "scheduler": "heun",
     "parallel": "ulysses2",

@@ -1,4 +1,4 @@
-"""From `model.path` to a folder, without any network."""
+"""Resolving `model.path` to a folder, without network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def source(path: object, revision: str | None = None):
 
 @pytest.fixture
 def cached(tiny_folder, tmp_path, monkeypatch) -> Path:
-    """A hub cache that holds owner/tiny at its main branch, as huggingface_hub lays it out."""
+    """A hub cache in huggingface_hub's layout that holds owner/tiny at its main branch."""
     from huggingface_hub import constants
 
     repository = tmp_path / "hub" / "models--owner--tiny"
@@ -90,7 +90,7 @@ def test_what_is_no_checkpoint_is_refused(tiny_folder, tmp_path, name, message):
 
 
 def test_a_run_from_the_hub_cache_equals_the_folder(cached, tiny_folder):
-    """The same loading code, end to end."""
+    """Compares the pictures of two whole runs."""
     from hydrarun.engine.runner import Runner
 
     by_id = Runner(tiny.config(tiny_folder, "model.path=owner/tiny")).generate(num_inference_steps=2)

@@ -1,4 +1,4 @@
-"""Every mistake on the command line is one line: what, where from, the nearest name, what is allowed."""
+"""Every mistake on the command line is one line: problem, origin, nearest name and allowed values."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Files of prompts: what is read, and that every mistake is named by its line before anything runs."""
+"""Prompt files: the lines that are read, and the error for every wrong line before anything runs."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_json_lines_set_fields_with_their_types(tmp_path):
         ("a.jsonl", '{"prompt": "a", "seed": true}', "a.jsonl line 1: seed: true is not a whole number"),
         ("a.jsonl", '{"prompt": "a", "cache": "none"}', "a.jsonl line 1: cache: unknown field."),
         ("a.jsonl", "[" * 100_000, "a.jsonl line 1: not JSON: nested too deeply"),
-        ("a.txt", "# nothing\n", "a.txt: no prompt in it: one per line, and lines that start with # are none"),
+        ("a.txt", "# nothing\n", "a.txt: no prompt in it: one per line; lines that start with # are comments"),
         ("a.txt", b"\xff", "a.txt: not UTF-8 text"),
         ("a.yaml", "prompt: a", "a.yaml: its name ends in none of .txt, .csv, .jsonl"),
     ],

@@ -26,7 +26,7 @@ HOSTILE = [
     "setuptools._distutils.spawn.spawn",
     "site.addsitedir",
     "hydra.utils.instantiate",
-    # near misses: no prefixes, no siblings, no tricks with dots
+    # similar to allowed names: prefixes, siblings, extra dots
     "diffusers.DiffusionPipeline",
     "diffusers.QwenImagePipeline.from_pretrained",
     "diffusers.pipelines.qwenimage.pipeline_qwenimage.QwenImagePipeline",
@@ -44,7 +44,7 @@ HOSTILE = [
 
 @pytest.fixture
 def user_classes():
-    """A module of the user with a class to build; what they allow is forgotten afterwards."""
+    """Provide a user module with classes to build; clear the user's allow-list afterwards."""
 
     class Part:
         def __init__(self, size: int, name: str = "x", mode: "int | None" = None, **_: object) -> None:

@@ -1,4 +1,4 @@
-"""Files of version 0.1.0 name classes by where they were then."""
+"""Files of version 0.1.0 contain the class names of that version."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_names_go_back_and_forth():
 
 
 def test_a_hash_is_that_of_version_0_1_0():
-    """What a batch's files and ledger are named by: measured with that version."""
+    """The hash names a batch's files and its ledger; the value was recorded with that version."""
     assert hash_config(compose_unchecked(["sampling.prompt=x"])[0]) == "c5c0ca22"
 
 
@@ -59,7 +59,7 @@ def test_an_option_of_the_users_may_have_old_names(tmp_path):
 
 @pytest.mark.parametrize("name", ["plain", "teacache"])
 def test_a_picture_of_version_0_1_0_replays(name, tmp_path, capsys):
-    """Identical on hardware like that it was drawn on; elsewhere within 1 of 255, as its kernels round."""
+    """Identical on the hardware it was drawn on; elsewhere within 1 of 255, because kernels round differently."""
     file = FILES / f"{name}.png"
     then = reader.load_recorded_run(file)
     code = dispatch_verb(["replay", str(file), f"hydra.run.dir={tmp_path / 'again'}"])
@@ -72,7 +72,7 @@ def test_a_picture_of_version_0_1_0_replays(name, tmp_path, capsys):
 
 
 def test_a_batch_that_version_0_1_0_began_is_gone_on_with(tmp_path, monkeypatch, capsys):
-    """Its ledger and its files are this run's: what is there is not drawn again, one that is gone is."""
+    """The run continues with its ledger and files: existing pictures are not drawn again, missing ones are."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(FILES / "batch", "run")
     Path("prompts.txt").write_text("a red circle\na blue square\n")

@@ -96,7 +96,7 @@ def test_reading_in_a_log_tells_bytes_and_their_rate(monkeypatch):
     progress, text = in_a_log()
     with progress.reading("loading weights") as tally:
         tally.expect(10_000_000_000)
-        for now in (104.0, 108.0, 112.0, 116.0, 125.0):  # noqa: B007 - what the clock says
+        for now in (104.0, 108.0, 112.0, 116.0, 125.0):  # noqa: B007 - the mocked clock reads it
             tally.add(2_000_000_000)
     assert text.getvalue().splitlines() == [
         "loading weights ...",
@@ -144,7 +144,7 @@ def test_table_shows_timings_first_and_steady_step_memory_and_whole_file_names()
     assert {"load weights 1.50 s", "warm up 0.75 s", "denoise 2.00 s", "total 4.00 s", "first step 500.0 ms"} <= lines
     assert {"steady step (median) 200.0 ms", "peak host memory 512 MiB"} <= lines
     assert "device memory" not in shown
-    assert "compile" not in shown  # nothing was
+    assert "compile" not in shown  # nothing was compiled
     for output in RECORD["outputs"]:
         assert str(Path("outputs/demo") / output["path"]) in shown
 
@@ -172,7 +172,7 @@ def test_table_shows_quality_and_the_noise_floor():
     quality = {"twin": "t", **block, "noise_floor": {"repeat": {"psnr": dict.fromkeys(psnr, 100.0)}}}
     progress.table({"outputs": [], "timings": {"quality_s": 2.0}, "memory": {}, "quality": quality})
     assert [" ".join(line.split()) for line in text.getvalue().splitlines()] == [
-        "measure quality (beside) 2.00 s",
+        "measure quality (not in total) 2.00 s",
         "PSNR, mean / p95 / worst 34.1 / 31.0 / 30.2 dB",
         "SSIM, mean / p95 / worst 0.9877 / 0.9000 / 0.8000",
         "accuracy (uncached) 97.5% (98.0%)",

@@ -105,7 +105,7 @@ KEYS = ["sampling.prompt", "sampling.negative_prompt"]
 
 
 def parsed(text: str, key: str = "sampling.prompt"):
-    """What Hydra and OmegaConf make of the quoted override."""
+    """Return the value that Hydra and OmegaConf read from the quoted override."""
     override = PARSER.parse_override(quote_overrides([f"{key}={text}"])[0])
     assert not override.is_sweep_override()
     return OmegaConf.to_container(OmegaConf.create({"value": override.value()}), resolve=True)["value"]
@@ -215,7 +215,7 @@ def test_bytes_that_are_not_utf8_are_refused():
 
 
 IMAGES = "input.images"
-# all but the lists and the word for none
+# all texts except lists and null
 PATHS = ["/data/a (1).png", "choice(1).png", *(text for text in NASTY if not re.fullmatch(r"\[.*\]|null", text))]
 
 

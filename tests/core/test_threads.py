@@ -1,4 +1,4 @@
-"""Threads beside the caller: what they do is done, and their errors are told."""
+"""The thread pool: jobs are completed, and their errors are raised."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_leaving_waits_for_all():
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_after_an_error_what_has_not_begun_is_left_undone(monkeypatch, inside):
-    """An error of a job, or of the block beside the jobs."""
+    """An error in a job, or in the block itself."""
     monkeypatch.setattr(pool, "MAX_THREADS", 1)
     begun = []
 
@@ -46,7 +46,7 @@ def test_after_an_error_what_has_not_begun_is_left_undone(monkeypatch, inside):
 
 @pytest.mark.parametrize(("ranks", "threads"), [(None, 8), (1, 8), (4, 6), (24, 1), (48, 1)])
 def test_a_rank_has_its_share_of_the_cores(monkeypatch, ranks, threads):
-    """Of 24; more than 8 do not help."""
+    """Of 24 cores, at most 8."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(24))
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}.items():
         if ranks is None:

@@ -1,4 +1,4 @@
-"""A run as a whole: options that change how, not what; what run.json says; what is refused before weights are read."""
+"""A whole run: options that keep the result, the content of run.json, refusals before weights are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers import tiny
 
 
 def test_compiled_blocks_equal_plain_ones(tiny_folder, tiny_runner):
-    """Rounding only; and the blocks really are compiled, in one graph, which prompts of one length share."""
+    """Equal up to rounding. The blocks are compiled into one graph, which prompts of one length share."""
     from torch._dynamo.utils import counters
 
     counters.clear()
@@ -47,7 +47,7 @@ def test_vae_slicing_is_exact(tiny_folder, tiny_runner):
 
 
 def test_vae_tiling_equals_diffusers_tiling(tiny_folder, tiny_pipeline):
-    """Tiles change the picture a little; they change it exactly as the reference's do."""
+    """Tiling changes the picture slightly, exactly as the reference's tiling does."""
     runner = tiny.runner(tiny_folder, "vae.tiling=true")
     vae = runner.built.parts.pipeline.vae
     vae.enable_tiling(32, 32, 24, 24)  # min height and width, stride of both: small enough for this picture
@@ -86,7 +86,7 @@ def test_run_json_says_what_happened(tiny_folder, tmp_path):
 
 def test_a_run_with_the_weights_of_an_earlier_one_has_read_nothing(tiny_folder):
     runner = tiny.runner(tiny_folder)
-    runner.read_bytes = 0  # as a rank says before its next job
+    runner.read_bytes = 0  # as a rank sets it before its next job
     assert runner.summarize_reads() == {"read_bytes": 0, "read_bytes_per_s": None}
 
 
@@ -99,7 +99,7 @@ def test_a_run_with_the_weights_of_an_earlier_one_has_read_nothing(tiny_folder):
     ],
 )
 def test_what_is_loaded_at_the_same_time(tiny_folder, monkeypatch, components, order):
-    """The transformer is read while the libraries load the others; one that is quantized, after them."""
+    """The transformer is read while the libraries load the other components; a quantized one, after them."""
     seen = []
     for name, function in (("transformer", build.load_transformer), ("others", build.load_pipeline)):
 
@@ -139,7 +139,7 @@ def test_requests_that_cannot_be(tiny_runner, change, message):
 
 
 def test_a_wrong_size_is_refused_before_weights_are_read(tiny_folder, tmp_path):
-    """Also where nothing was composed: the Python API and replay come straight here."""
+    """Also without composing: the Python API and replay create a Runner directly."""
     folder = shutil.copytree(tiny_folder, tmp_path / "x", ignore=shutil.ignore_patterns("*.safetensors"))
     config = tiny.config(folder)
     config["sampling"]["height"] = 60

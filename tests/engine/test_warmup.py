@@ -1,4 +1,4 @@
-"""A warm-up: what it runs, that nothing of it is left but its seconds, and where there is none."""
+"""A warm-up: what it runs, that it changes only its own timing, and where it is refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def times(runner, work):
 
 
 def test_random_numbers_go_on_as_if_there_had_been_none(tiny_runner, monkeypatch):
-    """Some schedulers draw from torch's own generator. An error leaves no warm-up behind."""
+    """Some schedulers draw from torch's own generator. An error ends the warm-up."""
     monkeypatch.setitem(tiny_runner.config, "warmup", 1)
 
     def draw(*_):
@@ -71,7 +71,7 @@ def test_random_numbers_go_on_as_if_there_had_been_none(tiny_runner, monkeypatch
 
 
 def test_all_ranks_warm_up(tiny_runner, monkeypatch):
-    """Those that follow rank 0 draw as often as it does."""
+    """Ranks that follow rank 0 draw as often as it does."""
     monkeypatch.setitem(tiny_runner.config, "warmup", 2)
     drawn = []
     monkeypatch.setattr(tiny_runner, "draw", lambda *_: drawn.append(tiny_runner.built.parts.warmup))
@@ -80,5 +80,5 @@ def test_all_ranks_warm_up(tiny_runner, monkeypatch):
 
 
 def test_python_has_none():
-    with pytest.raises(UsageError, match=r"warmup: for what the command times; from Python the first call of generate"):
+    with pytest.raises(UsageError, match=r"warmup: only for the command; from Python, the first call of generate"):
         hydrarun.load("warmup=1")

@@ -1,1 +1,1 @@
-"""What tests share: tiny checkpoints, ranks, and runs on them."""
+"""Helpers shared by tests: tiny checkpoints, ranks, and runs on them."""

@@ -1,4 +1,4 @@
-"""Runs of several pictures of a tiny model, for tests: their configurations, and pictures that fail."""
+"""Helpers for runs of several pictures with a tiny model: configurations, and pictures that fail."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers import tiny
 def compose_lines(
     tiny_folder: Path, folder: Path, *rows: dict[str, Any], words: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """The configuration of a run of these lines, which are written into `folder`."""
+    """Write the rows to a prompt file in `folder`; return the configuration of a run of this file."""
     file = folder / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     plain = [word for word in tiny.overrides(tiny_folder) if not word.startswith("sampling.prompt=")]
@@ -30,7 +30,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def failing(monkeypatch, texts: dict[str, list[BaseException]]) -> list[str]:
-    """Have pictures of these prompts raise, once for each error of theirs; the prompts that are drawn."""
+    """Make pictures of these prompts raise their errors, one per attempt. Return the list of drawn prompts."""
     drawn: list[str] = []
     finished = batch_worker.make_pictures
 

@@ -1,4 +1,4 @@
-"""A real browser, driven by its DevTools protocol over two pipes: no library, no network."""
+"""Drives a real browser by its DevTools protocol over two pipes, without a library or network."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ FLAGS = (
     "--remote-debugging-pipe",
 )
 
-PATIENCE = 60  # seconds for an answer
+PATIENCE = 60  # timeout in seconds for an answer
 
 
 class Browser:
-    """One page. `errors` holds what scripts threw and what the console complained about; `requests` every address."""
+    """A browser with one page. `errors` holds script exceptions, console errors and warnings; `requests` all URLs."""
 
     def __init__(self, profile: Path) -> None:
         here, its_out = os.pipe()
         its_in, there = os.pipe()
-        # it reads descriptor 3 and writes 4; bash, because other shells know none above 9
+        # the browser reads from descriptor 3 and writes to 4; bash, because other shells allow no descriptors above 9
         shell = ["bash", "-c", f'exec "$@" 3<&{its_in} 4>&{its_out}', "bash"]
         self.process = subprocess.Popen(
             [*shell, str(EXECUTABLE), *FLAGS, f"--user-data-dir={profile}", "about:blank"],
@@ -58,7 +58,7 @@ class Browser:
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command, and its result."""
+        """Send a command; return its result. Raises RuntimeError."""
         self.number += 1
         message: dict[str, Any] = {"id": self.number, "method": method, "params": parameters}
         if self.session:
@@ -71,14 +71,14 @@ class Browser:
         return answer["result"]
 
     def receive(self) -> dict[str, Any]:
-        """The next message; events are noted."""
+        """Return the next message, and record it if it is an event. Raises TimeoutError and EOFError."""
         end = time.monotonic() + PATIENCE
         while b"\0" not in self.buffer:
             if not select.select([self.reading], [], [], max(0.0, end - time.monotonic()))[0]:
-                raise TimeoutError("the browser says nothing")
+                raise TimeoutError("the browser does not answer")
             data = os.read(self.reading, 2**20)
             if not data:
-                raise EOFError("the browser is gone")
+                raise EOFError("the browser has ended")
             self.buffer += data
         text, _, self.buffer = self.buffer.partition(b"\0")
         message = json.loads(text)
@@ -86,7 +86,7 @@ class Browser:
         return message
 
     def note(self, method: str | None, event: dict[str, Any]) -> None:
-        """Keep what a test asks for."""
+        """Record errors and requests from an event."""
         if method == "Runtime.exceptionThrown":
             self.errors.append(event["exceptionDetails"].get("exception", {}).get("description", "an exception"))
         elif method == "Log.entryAdded" and event["entry"]["level"] in ("error", "warning"):
@@ -95,7 +95,7 @@ class Browser:
             self.requests.append(event["request"]["url"])
 
     def open(self, page: Path, width: int, height: int, scheme: str = "light") -> None:
-        """Show a file in a window of that size, and wait until all of it is there."""
+        """Open a file in a window of this size, and wait until it is loaded."""
         self.errors.clear()
         self.requests.clear()
         self.send(
@@ -107,25 +107,25 @@ class Browser:
             pass
 
     def run(self, script: str) -> Any:
-        """The value of an expression in the page, or of the promise that it is."""
+        """Evaluate an expression in the page, await it if it is a promise, and return its value."""
         found = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in found:
             raise RuntimeError(found["exceptionDetails"]["exception"]["description"])
         return found["result"].get("value")
 
     def press(self, key: str, code: int, text: str = "") -> None:
-        """A key, down and up."""
+        """Press and release a key."""
         for kind in ("keyDown", "keyUp"):
             more = {"text": text} if text and kind == "keyDown" else {}
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **more)
 
     def picture(self, file: Path, whole: bool = False) -> None:
-        """A PNG of the window, or of the whole page."""
+        """Save a PNG of the window, or of the whole page."""
         taken = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         file.write_bytes(base64.b64decode(taken["data"]))
 
     def close(self) -> None:
-        """End it."""
+        """End the browser process."""
         try:
             self.send("Browser.close")
             self.process.wait(10)

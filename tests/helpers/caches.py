@@ -1,4 +1,4 @@
-"""Nodes of the cache group for tests, and a transformer small enough to know every number of."""
+"""Nodes of the cache group for tests, and a toy transformer whose results can be computed by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hydrarun.acceleration.cache.base import Cache, Schedule
 from hydrarun.models.layers.tokens import Tokens
 from hydrarun.models.transformer import Inputs, Step, Transformer
 
-#: a polynomial that leaves the change as it is
+#: the identity polynomial
 SAME = [1.0, 0.0]
 
 
@@ -26,7 +26,7 @@ def option(name: str, predictor: str | None) -> dict[str, Any]:
 
 
 def node(name: str, predictor: str | None = None, order: int | None = None, **gate: Any) -> dict[str, Any]:
-    """An option of conf/cache with these values of its gate; TeaCache's coefficients change nothing."""
+    """Return an option of conf/cache with these gate values; TeaCache gets the identity polynomial."""
     made = copy.deepcopy(option(name, predictor))
     made["gate"].update(gate)
     if order is not None:
@@ -53,7 +53,7 @@ class Adds(nn.Module):
 
 
 class Toy(Transformer):
-    """Two blocks; what they add is a polynomial of the timestep, times what the branch is conditioned on."""
+    """Two blocks that add a polynomial of the timestep, times the conditioning of the branch."""
 
     block_lists: ClassVar = ("blocks",)
 
@@ -79,7 +79,7 @@ def schedule(timesteps: list[float], boundary: float = 0.0) -> Schedule:
 
 
 def loop(cache: Cache, toys: dict[str, Toy], plan: Schedule, factors: dict[str, float]) -> list[dict[str, Any]]:
-    """The predictions of every step of one request, on the same latents."""
+    """Return the predictions of all steps of a request, on the same latents."""
     cache.start(plan, list(factors), None)
     latents = torch.linspace(-1, 1, 2 * 5 * 3, dtype=torch.float64).view(2, 5, 3)
     conditioning = {branch: {"factor": factor} for branch, factor in factors.items()}

@@ -1,4 +1,4 @@
-"""A tiny random checkpoint of Stable Audio Open. Sizes are small, settings are the published ones."""
+"""A tiny random checkpoint of Stable Audio Open, with small sizes and the published settings."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from diffusers import (
 from tests.helpers import tiny
 
 LATENTS, CHANNELS = 24, 4
-#: what text and seconds are projected to; the text encoder's is another
+#: width of the projected text and seconds; differs from the width of the text encoder
 CONTEXT = 24
 
 
 def stable_audio(text_encoder: Any, tokenizer: Any, width: int) -> StableAudioPipeline:
-    """8 samples to a latent, 4 in a second: 48 s of stereo, as many as published. The tokenizer pads every prompt."""
+    """Build the pipeline: 8 samples per latent at 4 samples/s are 48 s of stereo, about as published.
+
+    The tokenizer pads every prompt.
+    """
     tokenizer.model_max_length = 64
     pipeline = StableAudioPipeline(
         vae=_vae(),
@@ -47,7 +50,7 @@ def _projection(width: int) -> StableAudioProjectionModel:
 
 
 def _transformer() -> StableAudioDiTModel:
-    """Two heads share a key and value, as published; of three such groups two ranks have unequal shares."""
+    """Two heads share a key and value head, as published. Two ranks split the three groups unequally."""
     torch.manual_seed(0)
     return StableAudioDiTModel(
         sample_size=LATENTS,
@@ -79,5 +82,5 @@ def _vae() -> AutoencoderOobleck:
         for name, parameter in vae.named_parameters():
             parameter += 0.1 * torch.randn(parameter.shape)
             if name == "decoder.conv2.weight_g":
-                parameter *= 0.5  # so that few samples are beyond full scale
+                parameter *= 0.5  # keeps most samples below full scale
     return vae.eval()

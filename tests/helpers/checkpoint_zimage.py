@@ -9,7 +9,7 @@ from tests.helpers import tiny
 from tests.helpers.checkpoints_chat import qwen3
 
 TEXT_WIDTH = 16
-#: as Qwen's, for one message of a user
+#: the template of Qwen for one user message
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -17,7 +17,7 @@ TEMPLATE = (
 
 
 def zimage(vae: AutoencoderKL) -> ZImagePipeline:
-    """The scheduler is the published one of Z-Image-Turbo."""
+    """Build the pipeline, with the published scheduler of Z-Image-Turbo."""
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = TEMPLATE
     pipeline = ZImagePipeline(
@@ -32,7 +32,7 @@ def zimage(vae: AutoencoderKL) -> ZImagePipeline:
 
 
 def transformer() -> ZImageTransformer2DModel:
-    """Two refiners of each kind as published, and 3 heads, which do not divide among ranks."""
+    """Two refiners of each kind, as published, and 3 heads, which two ranks cannot split evenly."""
     torch.manual_seed(0)
     model = ZImageTransformer2DModel(
         in_channels=4,

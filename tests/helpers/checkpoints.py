@@ -1,6 +1,6 @@
-"""Tiny random checkpoints of every model option beside the first, as diffusers' own pipelines, built without network.
+"""Tiny random checkpoints of every model option as diffusers' own pipelines, built without network.
 
-Sizes are small, settings are the published ones wherever the arithmetic depends on them.
+Sizes are small; settings are the published ones wherever the arithmetic depends on them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from hydrarun.core import resources
 from hydrarun.pipeline.processors import drop_video_processor
 from tests.helpers import checkpoint_stable_audio, checkpoint_zimage, checkpoints_chat, checkpoints_prior, tiny
 
-TEXT_WIDTH = 16  # of what the text encoders hand to the transformers
+TEXT_WIDTH = 16  # of the text embeddings for the transformers
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,'\"!?-"
 #: the published scheduler of FLUX.1-dev
 FLUX_SCHEDULER = {
@@ -63,7 +63,7 @@ FLUX_SCHEDULER = {
 
 
 def demo() -> QwenImagePipeline:
-    """The trained one that is shipped."""
+    """Load the trained checkpoint that is shipped."""
     return _quiet(
         QwenImagePipeline.from_pretrained(resources.find_folder("weights") / "demo", torch_dtype=torch.float32)
     )
@@ -78,12 +78,12 @@ def qwen_image_edit_plus() -> QwenImageEditPlusPipeline:
 
 
 def qwen_image_layered() -> QwenImageLayeredPipeline:
-    """Its VAE has 8 channels: diffusers takes a picture of as many as latents have, with alpha 4, for latents."""
+    """The VAE has 8 channels: diffusers takes a picture with as many channels as latents (4 with alpha) for latents."""
     switches = {"use_additional_t_cond": True, "use_layer3d_rope": True}
     pipeline = _edit(QwenImageLayeredPipeline, vae=_layered_vae(), channels=8, **switches)
     shifting = {"shift_terminal": None, "time_shift_type": "linear"}  # as published
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**{**tiny.SCHEDULER, **shifting})
-    # a caption comes to an end, and how it is written shows
+    # captions end, and the generation settings affect them
     pipeline.text_encoder.generation_config.update(eos_token_id=[*range(0, 256, 8), 258], repetition_penalty=1.3)
     return pipeline
 
@@ -104,7 +104,7 @@ def _layered_vae() -> AutoencoderKLQwenImage:
 
 def _edit(cls: type[DiffusionPipeline], vae: AutoencoderKLQwenImage | None = None, **transformer: Any) -> Any:
     tokenizer = tiny.tokenizer()
-    tokenizer.add_tokens(["<|video_pad|>"], special_tokens=True)  # the processor counts these too
+    tokenizer.add_tokens(["<|video_pad|>"], special_tokens=True)  # the processor counts these tokens too
     pipeline = cls(
         scheduler=FlowMatchEulerDiscreteScheduler(**tiny.SCHEDULER),
         vae=vae or _edit_vae(),
@@ -115,12 +115,12 @@ def _edit(cls: type[DiffusionPipeline], vae: AutoencoderKLQwenImage | None = Non
         ),
         transformer=tiny.transformer(**transformer),
     )
-    pipeline.register_to_config(processor=("transformers", "Qwen2VLProcessor"))  # what published indices say
+    pipeline.register_to_config(processor=("transformers", "Qwen2VLProcessor"))  # as in published model indices
     return _quiet(pipeline)
 
 
 def _edit_vae() -> AutoencoderKLQwenImage:
-    """Halves the size five times: these pipelines always work on a megapixel, here 32x32 latents."""
+    """The VAE halves the size five times, because these pipelines always work on a megapixel, here 32x32 latents."""
     return _lively(
         AutoencoderKLQwenImage(
             base_dim=4,
@@ -134,7 +134,7 @@ def _edit_vae() -> AutoencoderKLQwenImage:
 
 
 def _lively(vae: torch.nn.Module) -> Any:
-    """Weights that keep a signal's size: behind the usual small ones every picture comes out the same grey."""
+    """Set weights that keep the scale of a signal; with the usual small ones every picture is the same grey."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in vae.parameters():
@@ -150,7 +150,7 @@ def _lively(vae: torch.nn.Module) -> Any:
 
 
 def latent_statistics(channels: int) -> dict[str, list[float]]:
-    """Mean and deviation of every latent channel, no two neighbours alike."""
+    """Return the mean and deviation of every latent channel; neighbouring channels differ."""
     return {
         "latents_mean": [0.1 * (channel % 5) - 0.2 for channel in range(channels)],
         "latents_std": [0.8 + 0.3 * (channel % 4) for channel in range(channels)],
@@ -224,7 +224,7 @@ def _clip_tokenizer() -> CLIPTokenizer:
 
 
 def _t5(encoder: type, config: type, width: int = TEXT_WIDTH) -> Any:
-    """T5 for FLUX.1, UMT5 (with positions of its own in every layer) for Wan."""
+    """Build T5 for FLUX.1, or UMT5 (separate position biases in every layer) for Wan."""
     torch.manual_seed(0)
     sizes = {"d_model": width, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 80}
     return encoder(config(**sizes, num_decoder_layers=0)).eval()
@@ -244,14 +244,14 @@ def sd35_large() -> StableDiffusion3Pipeline:
 
 
 def _sd35(dual_attention_layers: tuple[int, ...]) -> StableDiffusion3Pipeline:
-    """The encoders' widths differ, so that no two can be taken for each other; CLIP's together are less than T5's."""
+    """The encoder widths differ, so that they cannot be confused; those of CLIP add up to less than that of T5."""
     one, other, t5 = 16, 24, 48
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
         patch_size=2,
         in_channels=4,
         out_channels=4,
-        num_layers=3,  # of all kinds, where one attends twice: the last has no text behind it
+        num_layers=3,  # all kinds of blocks if one has dual attention; the last has no text output
         attention_head_dim=16,
         num_attention_heads=3,
         joint_attention_dim=t5,
@@ -314,7 +314,7 @@ def _wan_parts(vae: AutoencoderKLWan | None = None, flow_shift: float = 3.0) -> 
 
 
 def _wan_experts(in_channels: int, out_channels: int) -> dict[str, WanTransformer3DModel]:
-    """One for the noisy steps, one for the rest, with other weights."""
+    """Build the experts for high noise and for low noise, with different weights."""
     return {
         "transformer": _wan_transformer(in_channels, out_channels, seed=0),
         "transformer_2": _wan_transformer(in_channels, out_channels, seed=1),
@@ -326,7 +326,7 @@ def _wan_transformer(in_channels: int, out_channels: int, seed: int = 0) -> WanT
     model = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=3,
-        attention_head_dim=16,  # its rotary parts are unequal, 8 + 4 + 4, as are the published 44 + 42 + 42
+        attention_head_dim=16,  # rotary parts 8 + 4 + 4, unequal like the published 44 + 42 + 42
         in_channels=in_channels,
         out_channels=out_channels,
         text_dim=TEXT_WIDTH,
@@ -341,17 +341,17 @@ def _wan_transformer(in_channels: int, out_channels: int, seed: int = 0) -> WanT
 
 
 def _wan_vae(channels: int, **settings: Any) -> AutoencoderKLWan:
-    """8 pixels and 4 frames to a latent, as published; the pixel sizes of a video are multiples of 16."""
+    """8 pixels and 4 frames per latent, as published; video sizes are multiples of 16 pixels."""
     statistics = latent_statistics(channels)
     return _lively(AutoencoderKLWan(base_dim=4, z_dim=channels, num_res_blocks=1, **statistics, **settings))
 
 
 def _wan22_vae() -> AutoencoderKLWan:
-    """16 pixels and 4 frames to a latent, half of it by patches of 2; sizes are multiples of 32."""
+    """16 pixels and 4 frames per latent, a factor of 2 of them by patches; sizes are multiples of 32."""
     return _wan_vae(48, is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16)
 
 
-#: by the name of the model option
+#: builders by the name of the model option
 BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "demo": demo,
     "qwen_image": tiny.qwen_image,

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of FLUX.1's relatives, whose text encoders are chat models."""
+"""Tiny random checkpoints of the FLUX.1-like models whose text encoders are chat models."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from transformers import Qwen2VLImageProcessorPil, Qwen2VLProcessor, Qwen3Config
 from hydrarun.pipeline.processors import drop_video_processor
 from tests.helpers import tiny
 
-#: as FLUX.1-dev's: shifted by size
+#: the shift by size of FLUX.1-dev
 SCHEDULER = {"max_shift": 1.15, "shift": 3.0, "use_dynamic_shifting": True}
-LATENTS = 16  # channels, a number that LongCat's pipelines have in their code
-#: as Qwen3's for one message, with and without thinking
+LATENTS = 16  # channels; hard-coded in LongCat's pipelines
+#: the template of Qwen3 for one message, with and without thinking
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-#: of the transformers: two blocks of either kind, 3 heads of 16, unequal rotary parts
+#: sizes of the transformers: two blocks of each kind, 3 heads of 16, unequal rotary parts
 SIZES: dict[str, Any] = {
     "patch_size": 1,
     "num_layers": 2,
@@ -45,13 +45,13 @@ def longcat_image() -> LongCatImagePipeline:
 
 
 def longcat_image_edit() -> LongCatImageEditPipeline:
-    """Its VAE halves the size five times: diffusers' pipeline always works on a megapixel."""
+    """The VAE halves the size five times, because diffusers' pipeline always works on a megapixel."""
     return _longcat(LongCatImageEditPipeline, tiny.kl_vae(LATENTS, blocks=(4, 4, 4, 8, 8, 8)))
 
 
 def _longcat(cls: type, vae: AutoencoderKL) -> Any:
     tokenizer = tiny.tokenizer()
-    tokenizer.add_tokens(["<|video_pad|>"], special_tokens=True)  # the processor counts these too
+    tokenizer.add_tokens(["<|video_pad|>"], special_tokens=True)  # the processor counts these tokens too
     transformer = LongCatImageTransformer2DModel(in_channels=4 * LATENTS, pooled_projection_dim=16, **SIZES)
     pipeline = cls(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
@@ -63,7 +63,7 @@ def _longcat(cls: type, vae: AutoencoderKL) -> Any:
         ),
         transformer=tiny.randomise(transformer, std=0.15),
     )
-    pipeline.register_to_config(text_processor=("transformers", "Qwen2VLProcessor"))  # what published indices say
+    pipeline.register_to_config(text_processor=("transformers", "Qwen2VLProcessor"))  # as in published model indices
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -1,4 +1,4 @@
-"""A tiny random checkpoint of a model with an autoregressive prior, whose tokens are drawn once for all tests."""
+"""A tiny random checkpoint of a model with an autoregressive prior. Its tokens are sampled once and then cached."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from transformers.models.glm_image.image_processing_pil_glm_image import GlmImag
 
 from tests.helpers import tiny
 
-CODES = 128  # of the prior's pictures; their ids come first
+CODES = 128  # codebook size of the prior; its ids come first
 SPECIAL = ["<|endoftext|>", "<|image|>", "<sop>", "<eop>", "<|bos|>", "<|user|>", "<|assistant|>"]
 SPECIAL += ["<|begin_of_image|>", "<|end_of_image|>", "<|pad|>"]
 SYMBOLS = [*(f"<code{index}>" for index in range(CODES)), *sorted(pre_tokenizers.ByteLevel.alphabet()), *SPECIAL]
@@ -34,7 +34,7 @@ CHAT = (
     "<|begin_of_image|><|image|><|end_of_image|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
     "<|assistant|>"
 )
-#: as CogView4's, of the same makers
+#: the scheduler of CogView4, from the same authors
 SCHEDULER = {
     "base_shift": 0.25,
     "max_shift": 0.75,
@@ -58,7 +58,7 @@ def glm_image() -> GlmImagePipeline:
         prior_vq_quantizer_codebook_size=CODES,
     )
     statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.05], "latents_std": [1.5, 0.8, 1.1, 2.0]}
-    vae = tiny.kl_vae(4, blocks=(8, 8, 16, 16))  # 8 pixels to a latent: a token of the prior is 32 pixels
+    vae = tiny.kl_vae(4, blocks=(8, 8, 16, 16))  # 8 pixels per latent, 32 per token of the prior
     vae.register_to_config(**statistics)
     pipeline = GlmImagePipeline(
         tokenizer=ByT5Tokenizer(),
@@ -69,7 +69,7 @@ def glm_image() -> GlmImagePipeline:
         transformer=tiny.randomise(transformer, std=0.12),
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
     )
-    pipeline.register_to_config(  # what published indices say
+    pipeline.register_to_config(  # as in published model indices
         processor=("transformers", "GlmImageProcessor"),
         vision_language_encoder=("transformers", "GlmImageForConditionalGeneration"),
     )
@@ -102,7 +102,7 @@ def _processor() -> GlmImageProcessor:
 
 
 def _prior() -> GlmImageForConditionalGeneration:
-    """Weights large enough that prompts and images change what is drawn."""
+    """The weights are large enough that prompts and images change the result."""
     config = GlmImageConfig(
         text_config={
             "vocab_size": 512,
@@ -132,14 +132,12 @@ def _prior() -> GlmImageForConditionalGeneration:
     )
     torch.manual_seed(0)
     prior = tiny.randomise(GlmImageForConditionalGeneration(config), std=0.3)
-    prior.generation_config.update(
-        do_sample=True, temperature=0.9, top_p=0.8, top_k=0
-    )  # in a file of their own, when it is saved
+    prior.generation_config.update(do_sample=True, temperature=0.9, top_p=0.8, top_k=0)  # saved as a separate file
     return prior
 
 
 class ImagesAsExpected:
-    """The prior as diffusers 0.42 expects it, images as rows of features; transformers 5.23 has them as maps."""
+    """Wraps the prior for diffusers 0.42, which expects image features as rows; transformers 5.23 returns maps."""
 
     def __init__(self, prior: GlmImageForConditionalGeneration) -> None:
         self.prior = prior
@@ -157,7 +155,7 @@ class ImagesAsExpected:
 
 
 def with_images_as_expected(pipeline: GlmImagePipeline) -> GlmImagePipeline:
-    """A pipeline that takes images; the one that is given fails at them with these versions."""
+    """Return a pipeline that accepts images; the given one fails on them with these library versions."""
     whole = GlmImagePipeline(**pipeline.components)
     whole.vision_language_encoder = ImagesAsExpected(pipeline.vision_language_encoder)
     whole.set_progress_bar_config(disable=True)
@@ -165,7 +163,7 @@ def with_images_as_expected(pipeline: GlmImagePipeline) -> GlmImagePipeline:
 
 
 def remembering(generate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The same method, which draws the same tokens once: hundreds of calls of a model take half a second."""
+    """Wrap `generate` so that equal inputs are sampled once, since the hundreds of model calls take half a second."""
     seen: dict[bytes, torch.Tensor] = {}
 
     @functools.wraps(generate)

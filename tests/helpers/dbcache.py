@@ -1,4 +1,4 @@
-"""What the tests of Cache-DiT share, and what their ranks do."""
+"""Helpers for the tests of Cache-DiT, including the functions that run on ranks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.helpers import parallel_runs, subjects
 
 
 def node(**arguments):
-    """The cache's node of a configuration."""
+    """Return the cache node of a configuration."""
     return {"_target_": "hydrarun.acceleration.cache.cache_dit.CacheDiT", **arguments}
 
 
 def guided(subject, steps: int = 8) -> dict:
-    """The fields of a request with both branches."""
+    """Return the fields of a request with both branches."""
     return {
         find_cfg_scale(subjects.CONFIGS[subject.name])[0]: 3.0,
         "negative_prompt": "x",
@@ -28,12 +28,12 @@ def guided(subject, steps: int = 8) -> dict:
 
 
 def record(subject) -> dict:
-    """What the last request's cache recorded."""
+    """Return the record of the last request's cache."""
     return subject.runner.built.parts.cache.record()
 
 
 class Counter:
-    """Counts how often each block is called, by expert."""
+    """Counts the calls of each block, by expert."""
 
     def __init__(self, subject) -> None:
         self.calls: dict[str, list[int]] = {}
@@ -60,7 +60,7 @@ class Counter:
 def draw(
     name: str, folder: Path, chosen: dict[str, int], images: int, fields: dict[str, Any], node: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Latents of this rank's own pictures, and what its cache recorded."""
+    """Draw; return the latents of this rank's pictures and the record of its cache."""
     from hydrarun.pipeline.request import make_state
 
     runner = parallel_runs.runner_for(name, folder, chosen)
@@ -72,7 +72,7 @@ def draw(
 
 
 def distance(kept: torch.Tensor, now: torch.Tensor, cuts: list[int]) -> float:
-    """The distance between `[B, S, D]` of which each rank has the tokens between two cuts."""
+    """Return the distance between `[B, S, D]` tensors whose tokens are sharded across ranks at `cuts`."""
     from hydrarun.acceleration.cache.cache_dit import DistributedCachedContext
 
     own = slice(*cuts[dist.get_rank() :][:2])

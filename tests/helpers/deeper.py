@@ -1,4 +1,4 @@
-"""Tiny checkpoints with twice the blocks: two are too few to take turns."""
+"""Tiny checkpoints with twice the blocks, since two blocks are too few to be prefetched in a ring."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from hydrarun.config.checks.checkpoint import DEPTHS
 from tests.helpers import subjects
 
-#: the config's lengths of lists of blocks, by what the lists' names hold
+#: config keys with the lengths of block lists, by a part of the list names
 LENGTHS = {
     "single": "num_single_layers",
     "blocks": "num_layers",
@@ -23,14 +23,14 @@ STEM = "diffusion_pytorch_model.safetensors"
 
 
 def deeper_subject(subject: subjects.Subject, into: Path) -> subjects.Subject:
-    """The subject with twice the blocks, without a runner."""
+    """Return the subject with twice the blocks, without a runner."""
     folder = deeper(subject.folder, into / subject.name)
     (into / subjects.IMAGE).symlink_to(subject.folder.parent / subjects.IMAGE)
     return replace(subject, folder=folder, runner=None)
 
 
 def deeper(folder: Path, into: Path) -> Path:
-    """The checkpoint in `folder` with twice the blocks in each list: before them its first, as often, other weights."""
+    """Write the checkpoint of `folder` with twice the blocks: scaled copies of block 0 precede the old ones."""
     into.mkdir()
     for part in folder.iterdir():
         if part.name.startswith("transformer"):
@@ -43,7 +43,7 @@ def deeper(folder: Path, into: Path) -> Path:
 
 
 def double_config(old: Path, new: Path) -> dict[str, int]:
-    """Writes it; returns the old depths. Of blocks that are listed as another kind the first is one."""
+    """Write the config with doubled depths; return the old depths. Copies of block 0 have dual attention like it."""
     config = json.loads(old.read_text())
     depths = {key: config[key] for key in DEPTHS if key in config}
     doubled = {key: 2 * depth for key, depth in depths.items()}
@@ -55,7 +55,7 @@ def double_config(old: Path, new: Path) -> dict[str, int]:
 
 
 def doubled(weights, depths):
-    """Every tensor, those of blocks under later indices, and before them those of the first block, each time less."""
+    """Yield all tensors: blocks at later indices, preceded by copies of the first block with decreasing weights."""
     for name, weight in weights.items():
         found = re.match(r"(\w*blocks|layers|\w*refiner)\.(\d+)\.(.*)", name)
         if not found:

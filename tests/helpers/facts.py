@@ -1,4 +1,4 @@
-"""What a run on the CPU says of itself, for runs that a test writes without drawing."""
+"""Recorded facts of a CPU run, for runs that a test writes without drawing."""
 
 PLAIN = {
     "verified": False,

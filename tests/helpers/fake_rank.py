@@ -1,6 +1,6 @@
-"""The command and its ranks with a stand-in for the runner, which does as the prompt says.
+"""The command and its ranks with a fake runner that executes the prompt.
 
-`1 SIGKILL`: rank 1 is killed in the middle of the job; `1 ZeroDivisionError`: it raises; `1 sleep`: it is slow.
+`1 SIGKILL`: rank 1 is killed during the job; `1 ZeroDivisionError`: it raises this error; `1 sleep`: it is slow.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class FakeRunner:
         self.load_s, self.read_bytes = 1.0, 5
         self.jobs = 0
 
-    def again(self) -> None:
+    def reset_stats(self) -> None:
         self.load_s, self.read_bytes = 0.0, 0
 
     def generate(self, **sampling) -> list:
@@ -38,7 +38,7 @@ class FakeRunner:
         return []
 
     def work(self, config: dict, output_dir: Path | None) -> dict:
-        """What all ranks are and were asked; or what the prompt says."""
+        """Execute the prompt; return facts about all ranks and the request."""
         pids = [None] * dist.get_world_size()
         dist.all_gather_object(pids, os.getpid())
         if output_dir:

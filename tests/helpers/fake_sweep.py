@@ -1,4 +1,4 @@
-"""Sweeps as a run leaves them, made in milliseconds: the real writer, pictures from a formula, timings as given."""
+"""Finished sweeps, made in milliseconds with the real writer, pictures from a formula and given timings."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
 
 
 def configuration(overrides: Sequence[str]) -> dict[str, Any]:
-    """What the command would run, in four steps of 64 x 64."""
+    """Return the configuration of the command, at 64 x 64 pixels and four steps."""
     return copy.deepcopy(_composed(tuple(overrides)))
 
 
 def picture(seed: int, off: int = 0) -> np.ndarray:
-    """Smooth colours, uint8 `[64, 64, 3]`; `off` is added to a square of 8 x 8 pixels."""
+    """Return smooth colours, uint8 `[64, 64, 3]`; `off` is added to a square of 8 x 8 pixels."""
     ramp = np.arange(SIDE, dtype=np.int32) * 2
     pixels = np.stack(np.broadcast_arrays(ramp[:, None] + seed, ramp[None, :], np.int32(100)), -1)
     pixels[:8, :8] += off
@@ -46,7 +46,7 @@ def picture(seed: int, off: int = 0) -> np.ndarray:
 
 
 def timings(step: float = 0.1, load: float = 0.0, first: float = 0.5) -> dict[str, Any]:
-    """Four steps, of which the first took longer."""
+    """Return the timings of four steps; the first is longer."""
     steps = [first, step, step, step]
     return {
         "load_s": load,
@@ -61,7 +61,7 @@ def timings(step: float = 0.1, load: float = 0.0, first: float = 0.5) -> dict[st
 
 
 def measured(step: float = 0.1, load: float = 0.0, skipped: Sequence[int] = ()) -> dict[str, Any]:
-    """What a run hands to the writer beside its pictures."""
+    """Return the results that a run passes to the writer in addition to its pictures."""
     computed = [number for number in range(4) if number not in skipped]
     branch = {"computed": computed, "skipped": list(skipped)}
     return {
@@ -84,7 +84,7 @@ def add(
     results: dict[str, Any] | None = None,
     error: BaseException | None = None,
 ) -> Path:
-    """A finished point with these outputs, seeds counting up from the configuration's; or one that failed."""
+    """Write a finished point with these outputs and ascending seeds, or a failed point with `error`."""
     folder = hydra(sweep, name, overrides)
     config = configuration(overrides)
     if pixels and pixels[0].ndim == 4:
@@ -102,7 +102,7 @@ def add(
 
 
 def hydra(sweep: Path, name: str, overrides: Sequence[str]) -> Path:
-    """A point of which only Hydra's record is there: it was killed."""
+    """Write a killed point, which has only the record of Hydra."""
     folder = sweep / name
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(list(overrides), allow_unicode=True))
@@ -110,7 +110,7 @@ def hydra(sweep: Path, name: str, overrides: Sequence[str]) -> Path:
 
 
 def grid(sweep: Path) -> Path:
-    """Two caches by two seeds, four steps: cached pictures are off in a corner of 64 pixels, by 10 and 3."""
+    """Write two caches x two seeds with four steps. Cached pictures differ in a corner of 64 pixels, by 10 and 3."""
     for number, (cache_name, seed) in enumerate((c, s) for c in ("none", "teacache") for s in (1, 2)):
         off = 0 if cache_name == "none" else {1: 10, 2: 3}[seed]
         skipped = () if cache_name == "none" else (1, 2)
@@ -120,7 +120,7 @@ def grid(sweep: Path) -> Path:
 
 
 def change(folder: Path, **changes: Any) -> None:
-    """Put other values into a point's run.json; None takes a key out."""
+    """Change values in a point's run.json; None removes a key."""
     file = folder / "run.json"
     record = {**json.loads(file.read_text()), **changes}
     file.write_text(json.dumps({key: value for key, value in record.items() if value is not None}))

@@ -1,7 +1,7 @@
-"""The matrix: every model with every acceleration, how each cell is run, and the tables in docs/matrix.md.
+"""The matrix of every model with every acceleration: how each cell is run, and the tables in docs/matrix.md.
 
-Columns are the options of the configuration, so that one that is added later is here by itself: those of `parallel`
-that two ranks are enough for, and all of each group in `GROUPS`. Rows are the options of `model`.
+Rows are the options of `model`. Columns are the options of each group in `GROUPS`; of `parallel` only those for two
+ranks. New options become columns automatically.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.subjects import CONFIGS, LONG, MODELS, SHORT
 
 PAGE = ROOT / "docs" / "matrix.md"
-#: groups of which each option is a column, by the tables that they stand in
+#: groups whose options are columns, by the title of their table
 TABLES = {
     "Over two ranks": ("parallel",),
     "Caches": ("cache",),
@@ -44,32 +44,32 @@ GROUPS = tuple(group for groups in TABLES.values() for group in groups)
 
 
 class Kind(NamedTuple):
-    """How far from the plain run a cell may be: of the largest difference of latents, or (`lossy`) their root mean
-    square in parts of the latents' deviation."""
+    """The tolerance of a cell: the largest difference of latents from the plain run, or (`lossy`) its root mean square
+    relative to the standard deviation of the latents."""
 
     most: float
     why: str
     lossy: bool = False
 
 
-#: by option, or by group; the narrowest that says something
+#: kinds by option or by group; the option goes first
 KINDS = {
-    "parallel": Kind(1e-4, "ranks add up in another order, in float32"),
-    "parallel=data2": Kind(1e-4, "each picture is drawn in a smaller batch, whose products add up in another order"),
-    "offload": Kind(0.0, "the same numbers come to the same kernels"),
-    "offload=modulation": Kind(1e-5, "one product of many rows adds up in another order than many of a few"),
-    "compile": Kind(1e-5, "the same operations, but for rotations, which are done without complex numbers"),
+    "parallel": Kind(1e-4, "ranks sum in another order, in float32"),
+    "parallel=data2": Kind(1e-4, "each picture is drawn in a smaller batch, whose products sum in another order"),
+    "offload": Kind(0.0, "the same kernels get the same numbers"),
+    "offload=modulation": Kind(1e-5, "one product of many rows sums in another order than many products of few rows"),
+    "compile": Kind(1e-5, "the same operations, except that rotations use no complex numbers"),
     "quantization=int8_weight_only": Kind(1e-1, "weights in 8 bits, a scale for each row", lossy=True),
-    "quantization=int8": Kind(2e-1, "weights and what they are multiplied with in 8 bits", lossy=True),
-    "quantization=fp8": Kind(2e-1, "as fp8_weight_only; on GPUs alone", lossy=True),
-    "quantization=fp8_weight_only": Kind(2e-1, "weights with 3 bits behind the point", lossy=True),
+    "quantization=int8": Kind(2e-1, "weights and activations in 8 bits", lossy=True),
+    "quantization=fp8": Kind(2e-1, "as fp8_weight_only; only on GPUs", lossy=True),
+    "quantization=fp8_weight_only": Kind(2e-1, "weights with 3 bits of mantissa", lossy=True),
     "cache": Kind(
-        1.0, "a quarter to half of the steps is skipped, and random weights are the worst to foresee", lossy=True
+        1.0, "a quarter to half of the steps is skipped, and random weights are hardest to predict", lossy=True
     ),
 }
-#: steps of a run: with two experts one for each; caches need some to skip
+#: steps of a run: one for each of two experts; caches need more, to skip some
 STEPS, CACHE_STEPS = 2, 8
-#: how caches are set, so that those that measure skip too: nothing is too different, and some steps are computed anyhow
+#: settings with which measuring caches skip too: no difference exceeds the threshold, and some steps are computed
 SKIPPING = {"residual_diff_threshold": 1e9, "max_warmup_steps": 2, "max_continuous_cached_steps": 1}
 SKIPPING_GATE = {"threshold": 1e9, "first": 1, "last": 5}
 
@@ -89,14 +89,14 @@ class Column:
         return KINDS[str(self)] if str(self) in KINDS else KINDS[self.group]
 
     def steps(self, name: str) -> int:
-        """Of a model's run: as many as its coefficients, where it has some, are for."""
+        """Return the steps of a model's run; with TeaCache those that its coefficients are for, if it has any."""
         if self.group != "cache":
             return STEPS
         fitted = (CONFIGS[name]["model"]["teacache"] or {}).get("num_inference_steps")
         return max(CACHE_STEPS, *(fitted or [])[:1], 0) if self.name == "teacache" else CACHE_STEPS
 
     def config(self, name: str, guided: bool = True) -> dict[str, Any]:
-        """The configuration of a model's small run with this option, as it is or with guidance on."""
+        """Return the configuration of a model's small run with this option, with guidance on unless not `guided`."""
         config = CONFIGS[name]
         asked = {**request(name, self.steps(name)), "negative_prompt": None, "seed": 0}
         if not guided:
@@ -108,12 +108,12 @@ class Column:
             node = {**config["parallel"], **node}
         if self.group == "cache":
             node = set_to_skip({**caches.option(self.name, None), **node})  # with its predictor
-        device = "cpu" if self.group != "offload" else "fake"  # there must be something to offload to
+        device = "cpu" if self.group != "offload" else "fake"  # offloading needs a device
         return {**config, "dtype": "auto", "device": device, "sampling": sampling, self.group: node}
 
 
 def set_to_skip(node: dict[str, Any]) -> dict[str, Any]:
-    """A cache's node with the values of `SKIPPING` that it has; TeaCache's coefficients are for these weights too."""
+    """Return a cache node with the values of `SKIPPING` that apply, and without TeaCache's check of the weights."""
     if "gate" in node:
         gate = {key: SKIPPING_GATE.get(key, value) for key, value in node["gate"].items()}
         if gate.get("fit"):
@@ -124,7 +124,7 @@ def set_to_skip(node: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def columns() -> tuple[Column, ...]:
-    """All there are."""
+    """Return all columns."""
     found = []
     for group in GROUPS:
         for file in sorted((resources.find_folder("conf") / group).glob("*.yaml")):
@@ -139,7 +139,7 @@ def ranks(column: Column) -> int:
 
 
 def request(name: str, steps: int = STEPS) -> dict[str, Any]:
-    """Two prompts of unequal length with guidance."""
+    """Return a request of two prompts of unequal length, with guidance."""
     guidance = {find_cfg_scale(CONFIGS[name])[0]: 3.0}
     return {
         "prompt": [SHORT, LONG],
@@ -151,7 +151,7 @@ def request(name: str, steps: int = STEPS) -> dict[str, Any]:
 
 
 def refusal(name: str, column: Column) -> str | None:
-    """Why a model does not go with an option, and what goes instead; None where it does."""
+    """Return why a model does not support an option, with an alternative; None if it supports it."""
     for rule in compatibility.find_violations(column.config(name)):
         sentence = rule.sentence.replace("another model than {model}", "another model")
         sentence = sentence.replace("model {model}", "the model").replace("{steps}", str(column.steps(name)))
@@ -160,17 +160,17 @@ def refusal(name: str, column: Column) -> str | None:
 
 
 def condition(name: str, column: Column) -> str:
-    """What a model goes with an option only with; mostly nothing."""
+    """Return the condition under which a model supports an option; usually empty."""
     if not any(compatibility.find_violations(column.config(name, guided=False))):
         return ""
     return f"{find_cfg_scale(CONFIGS[name])[0]} > {get_unguided_scale(CONFIGS[name]):g}"
 
 
-# --- what a cell is run with -----------------------------------------------------------------------------------------
+# --- running a cell --------------------------------------------------------------------------------------------------
 
 
 class Bench:
-    """Runs the cells; what several of them need is made once."""
+    """Runs the cells; results that several cells need are kept."""
 
     def __init__(self, pool: Any, fake: Any) -> None:
         self.pool = pool
@@ -183,7 +183,7 @@ class Bench:
         return self.kept[key]
 
     def distance(self, subject: subjects.Subject, column: Column) -> float:
-        """How far the latents are from the plain run's, as the column's kind counts it."""
+        """Return the distance of the latents from the plain run, in the measure of the column's kind."""
         found, want = getattr(self, column.group)(subject, column)
         assert found.shape == want.shape
         assert np.isfinite(found).all()
@@ -193,12 +193,12 @@ class Bench:
         return float(np.abs(difference).max())
 
     def plain(self, subject: subjects.Subject, steps: int = STEPS, **more: Any) -> Any:
-        """The state of the plain run."""
+        """Return the state of the plain run."""
         fields = {**request(subject.name, steps), **more}
         return self.once(subject.name, steps, *more, make=lambda: subject.draw(**fields))
 
     def parallel(self, subject: subjects.Subject, column: Column) -> tuple[np.ndarray, np.ndarray]:
-        """Sizes at which tokens do not divide. Also: every rank shows the same pictures, within one level."""
+        """Draw at a size whose tokens do not divide evenly. Check that all ranks have the same pictures."""
         size = subject.size(3, 5)
         alone = self.plain(subject, **size)
         degrees = column.config(subject.name)["parallel"]
@@ -212,7 +212,7 @@ class Bench:
         return joined([latents for _, latents, _ in results], degrees["data_degree"], want), want
 
     def cache(self, subject: subjects.Subject, column: Column) -> tuple[np.ndarray, np.ndarray]:
-        """Also: there are blocks that were not computed."""
+        """Draw with a cache. Check that some blocks were skipped."""
         steps = column.steps(subject.name)
         node = column.config(subject.name)["cache"]
         if node.get("prune"):
@@ -244,9 +244,9 @@ class Bench:
         return self.once(subject.name, "deep", make=lambda: deeper_subject(subject, Path(tempfile.mkdtemp())))
 
     def offload(self, subject: subjects.Subject, column: Column) -> tuple[np.ndarray, np.ndarray]:
-        """On a device that has memory of its own; the second request, for which weights come again.
+        """Draw the second request on a device with separate memory, so that weights are onloaded again.
 
-        Twice the blocks: those that are there can take turns.
+        The model has twice the blocks, so that blocks can be prefetched in a ring.
         """
         deep = self.deep(subject)
         want = self.once(subject.name, "fake", make=lambda: drawn(watched.runner(deep, "fake")))
@@ -261,7 +261,7 @@ class Bench:
         return drawn(runner), want
 
     def compile(self, subject: subjects.Subject, column: Column) -> tuple[np.ndarray, np.ndarray]:
-        """Traced, without the time that a code generator takes. Also: one graph for each kind of piece, no break."""
+        """Draw with traced code, without code generation. Check for graphs without breaks, a single one for `full`."""
         want = self.plain(subject, prompt="a cat", negative_prompt="a dog", seed=3).latents.numpy()
         fields = {**request(subject.name), "prompt": "a cat", "negative_prompt": "a dog", "seed": 3}
         option = instantiate(column.config(subject.name)["compile"], "compile")
@@ -284,12 +284,12 @@ def statistics(subject: subjects.Subject) -> list[dict[str, Any]]:
 
 
 def drawn(runner: Runner) -> np.ndarray:
-    """The latents of the smallest run."""
+    """Return the latents of the smallest run."""
     return watched.draw(runner).latents.cpu().numpy()
 
 
 def joined(shares_of_ranks: Sequence[np.ndarray], data: int, like: np.ndarray) -> np.ndarray:
-    """The latents of all pictures; ranks that draw the same ones have the same ones to the bit, or nearly."""
+    """Join the latents of all pictures. Check that ranks with the same pictures agree within tolerance."""
     together = len(shares_of_ranks) // data
     first = shares_of_ranks[::together]
     assert [len(one) for one in first] == list(split_evenly(len(like), data))
@@ -300,7 +300,7 @@ def joined(shares_of_ranks: Sequence[np.ndarray], data: int, like: np.ndarray) -
 
 @contextmanager
 def uncompiled(subject: subjects.Subject) -> Iterator[None]:
-    """Afterwards its transformers are as they were."""
+    """Restore the uncompiled transformers of the subject afterwards."""
     try:
         yield
     finally:
@@ -315,7 +315,7 @@ def uncompiled(subject: subjects.Subject) -> Iterator[None]:
 
 
 class Found(NamedTuple):
-    """What a cell came to: a distance and what was to be on for it, or why the model is refused."""
+    """The result of a cell: a distance and its condition, or the reason for a refusal."""
 
     distance: float = 0.0
     condition: str = ""
@@ -323,7 +323,7 @@ class Found(NamedTuple):
 
 
 def written(found: Found, kind: Kind, notes: list[str]) -> str:
-    """A cell's text; reasons go to `notes` and are named by their number."""
+    """Format a cell; a refusal is the number of its reason in `notes`, which is added if new."""
     if found.refusal:
         if found.refusal not in notes:
             notes.append(found.refusal)
@@ -334,7 +334,7 @@ def written(found: Found, kind: Kind, notes: list[str]) -> str:
 
 
 def tables(cells: Mapping[tuple[str, Column], Found]) -> str:
-    """The tables of docs/matrix.md, in Markdown."""
+    """Format the tables of docs/matrix.md in Markdown."""
     return "\n\n".join(table(title, groups, cells) for title, groups in TABLES.items())
 
 
@@ -357,7 +357,7 @@ MARK, END = "<!-- make matrix -->\n", "<!-- end of the matrix -->\n"
 
 
 def read_tables() -> str:
-    """The tables that docs/matrix.md has."""
+    """Read the tables in docs/matrix.md."""
     _, mark, rest = PAGE.read_text(encoding="utf-8").partition(MARK)
     shown, end, _ = rest.partition(END)
     assert mark
@@ -389,5 +389,5 @@ def write_tables(text: str) -> None:
 
 
 def shape(text: str) -> list[list[str]]:
-    """Tables as every machine has them, cell by cell: how near a number is differs from one to the next."""
+    """Split tables into cells with the numbers replaced by `#`, because distances differ between machines."""
     return [[re.sub(r"^[\d.e+-]+( %)?", "#", cell) for cell in line.split(" | ")] for line in text.splitlines()]

@@ -1,4 +1,4 @@
-"""Small runs that are measured: two pictures of the tiny checkpoint."""
+"""Small runs for quality measures: two pictures of the tiny checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random checkpoints with transformers of some ten million parameters: enough that weights outweigh what is around."""
+"""Random checkpoints with transformers of about ten million parameters, so that weights dominate the memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ TRANSFORMERS = {"qwen_image": qwen_image, "sd35_medium": sd35_medium, "wan22_t2v
 
 
 def saved(name: str, folder: Path, into: Path) -> Path:
-    """The tiny checkpoint in `folder` with wider transformers."""
+    """Write the tiny checkpoint of `folder` with wider transformers."""
     into.mkdir()
     for part in folder.iterdir():
         if part.name.startswith("transformer"):

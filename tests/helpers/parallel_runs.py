@@ -1,4 +1,4 @@
-"""What the ranks of a test do: build a model option once, then draw in one layout after the other."""
+"""Functions for the ranks of a test: they build a model option once and draw in different layouts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hydrarun.engine.runner import Runner
 from tests.helpers import subjects
 
 CPU = torch.device("cpu")
-#: how tokens, branches and pictures are spread; the others change what is loaded
+#: degrees that shard tokens, branches and pictures; the other degrees change the loaded weights
 LIGHT = ("data_degree", "cfg_degree", "ring_degree", "ulysses_degree")
 
 
@@ -33,18 +33,18 @@ def config(name: str, folder: Path, chosen: dict[str, int], *more: str) -> dict[
 
 @cache
 def composed(name: str, folder: Path, *more: str) -> dict[str, Any]:
-    """The configuration of a small run in one process."""
+    """Compose the configuration of a small run in one process."""
     from hydrarun.config.compose import compose_config
 
     return compose_config([*subjects.command(name, folder), *more])
 
 
-#: what this process' VAEs have encoded, by model
+#: results of VAE encoding in this process, by model
 encoded: dict[str, dict[bytes, Any]] = defaultdict(dict)
 
 
 def built(name: str, folder: Path, chosen: dict[str, int]) -> Runner:
-    """A new runner. Encoding is remembered from one to the next, but where ranks do it together."""
+    """Build a new runner. VAE encoding is cached across runners, unless ranks do it together."""
     runner = Runner(config(name, folder, chosen))
     if chosen.get("vae_degree", 1) == 1:
         vae = runner.built.parts.pipeline.vae
@@ -54,12 +54,12 @@ def built(name: str, folder: Path, chosen: dict[str, int]) -> Runner:
 
 @cache
 def plain(name: str, folder: Path) -> Runner:
-    """A runner as in one process."""
+    """Build a runner without parallelism."""
     return built(name, folder, {})
 
 
 def runner_for(name: str, folder: Path, chosen: dict[str, int]) -> Runner:
-    """The runner in this layout; where only tokens, branches or pictures are spread, the same weights serve."""
+    """Return the runner for this layout; layouts that shard only tokens, branches or pictures share the weights."""
     if set(chosen) - set(LIGHT):
         return built(name, folder, chosen)
     runner = plain(name, folder)
@@ -72,7 +72,7 @@ def runner_for(name: str, folder: Path, chosen: dict[str, int]) -> Runner:
 
 
 def draw(name: str, folder: Path, chosen: dict[str, int], images: int, fields: dict[str, Any]) -> tuple[Any, Any, dict]:
-    """Frames of all pictures, latents of this rank's own, bytes sent."""
+    """Draw; return the frames of all pictures, the latents of this rank's pictures, and the bytes sent."""
     from hydrarun.pipeline.request import make_state
 
     runner = runner_for(name, folder, chosen)
@@ -83,7 +83,7 @@ def draw(name: str, folder: Path, chosen: dict[str, int], images: int, fields: d
 
 
 def text_of_first() -> str:
-    """What every rank has of what rank 0 says."""
+    """Return the text that every rank receives from rank 0."""
     import torch.distributed as dist
 
     return collectives.broadcast_text("" if dist.get_rank() else "a cat, 一只猫", CPU)
@@ -92,7 +92,7 @@ def text_of_first() -> str:
 def draw_cached(
     name: str, folder: Path, chosen: dict[str, int], cache_node: dict[str, Any], images: int, fields: dict[str, Any]
 ) -> tuple[Any, dict[str, Any], int]:
-    """Latents of this rank's own pictures, its cache's record, bytes that it sent in sums."""
+    """Draw with a cache; return the latents of this rank's pictures, the cache record, and the all-reduced bytes."""
     from hydrarun.pipeline.request import make_state
 
     runner = runner_for(name, folder, chosen)
@@ -103,7 +103,7 @@ def draw_cached(
 
 
 def draw_with(name: str, folder: Path, chosen: dict[str, int], fields: dict[str, Any], *more: str) -> Any:
-    """Latents of a run with more words on its command line."""
+    """Return the latents of a run with further overrides."""
     from hydrarun.pipeline.request import make_state
 
     runner = Runner(config(name, folder, chosen, *more))
@@ -112,7 +112,7 @@ def draw_with(name: str, folder: Path, chosen: dict[str, int], fields: dict[str,
 
 
 def draw_compiled(name: str, folder: Path, chosen: dict[str, int], images: int, fields: dict[str, Any]) -> Any:
-    """Latents with every block traced; the graph breaks where ranks talk."""
+    """Return the latents with every block traced; graphs break at collectives."""
     from hydrarun.pipeline.request import make_state
 
     torch._dynamo.reset()
@@ -127,7 +127,7 @@ def draw_compiled(name: str, folder: Path, chosen: dict[str, int], images: int, 
 def draw_tabled(
     name: str, folder: Path, chosen: dict[str, int], images: int, fields: dict[str, Any]
 ) -> tuple[Any, int]:
-    """Latents of this rank's own pictures, drawn with modulation tables, and how many rows the tables have."""
+    """Draw with modulation tables; return the latents of this rank's pictures and the number of table rows."""
     from hydrarun.pipeline.request import make_state
 
     offload = {"_target_": "hydrarun.acceleration.offload.modulation_tables.ModulationOffload"}
@@ -138,7 +138,7 @@ def draw_tabled(
 
 
 def draw_offloaded(name: str, folder: Path, chosen: dict[str, int], fields: dict[str, Any]) -> tuple[Any, set[str]]:
-    """Latents of the second request with `offload=text_encoder`, and where its weights are afterwards."""
+    """Return the latents of the second request with `offload=text_encoder`, and where its weights are afterwards."""
     from hydrarun.pipeline.request import make_state
 
     runner = Runner(config(name, folder, chosen, "offload=text_encoder"))

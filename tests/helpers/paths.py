@@ -1,4 +1,4 @@
-"""Where things lie in the checkout."""
+"""Paths in the checkout."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ DATA = TESTS / "data"
 
 
 def environment(**more: str) -> dict[str, str]:
-    """That of a process which runs the checkout's code, and helpers of its tests."""
+    """Return the environment for a process that runs the code and test helpers of the checkout."""
     return {**os.environ, "PYTHONPATH": str(ROOT), **more}

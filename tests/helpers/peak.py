@@ -1,6 +1,6 @@
-"""A process that loads transformers and prints what the host's memory held: `python -m tests.helpers.peak FOLDER`.
+"""Loads transformers and prints the peak host memory: `python -m tests.helpers.peak FOLDER`.
 
-The checkpoints are sparse files: as large as others to whoever reads them, and made in no time.
+The checkpoints are sparse files, which have full size for readers and take no time to write.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BYTES = {"BF16": 2, "F32": 4}
 
 
 def save(folder: Path, settings: dict, kind: str) -> Path:
-    """A checkpoint of zeros for a transformer of these settings."""
+    """Write a checkpoint of zeros for a transformer with these settings."""
     with torch.device("meta"):
         transformer = QwenImageTransformer(**settings)
     names = ((name, tuple(value.shape)) for name, value in transformer.named_parameters())
@@ -39,7 +39,7 @@ def save(folder: Path, settings: dict, kind: str) -> Path:
 
 
 def save_encoder(folder: Path, width: int, kind: str) -> Path:
-    """The same for a text encoder."""
+    """Write a checkpoint of zeros for a text encoder."""
     config = T5Config(d_model=width, d_ff=4 * width, num_layers=6, vocab_size=32 * width)
     with torch.device("meta"):
         encoder = T5EncoderModel(config)
@@ -50,7 +50,7 @@ def save_encoder(folder: Path, width: int, kind: str) -> Path:
 
 
 def write(file: Path, shapes: dict, kind: str) -> None:
-    """A file of zeros."""
+    """Write a safetensors file of zeros."""
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * BYTES[kind]
@@ -72,14 +72,14 @@ def load_encoder(folder: Path) -> torch.nn.Module:
 
 
 def held(key: str) -> int:
-    """Bytes, of Linux' record of this process. (`ru_maxrss` would begin with what the parent has.)"""
+    """Return a value of /proc/self/status in bytes. (`ru_maxrss` would start at the value of the parent.)"""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:")]
     return int(line.split()[1]) * 1024
 
 
 def measure(load: Callable[[Path], torch.nn.Module], folder: Path) -> dict[str, int]:
-    """Bytes of the parameters, and the most that the process grew by while they were loaded."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    """Return the bytes of the parameters, and the peak growth of the process while they are loaded."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = held("VmRSS")
     module = load(folder)
     return {"stays": sum(parameter.nbytes for parameter in module.parameters()), "peak": held("VmHWM") - before}
@@ -87,7 +87,7 @@ def measure(load: Callable[[Path], torch.nn.Module], folder: Path) -> dict[str, 
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    load(save(root / "small", SMALL, "F32"))  # what is imported and started only once
+    load(save(root / "small", SMALL, "F32"))  # warm-up: one-time imports and threads
     load_encoder(save_encoder(root / "small encoder", 16, "F32"))
     found = {kind: measure(load, save(root / kind, LARGE, kind)) for kind in BYTES}
     found |= {f"encoder {kind}": measure(load_encoder, save_encoder(root / f"e{kind}", 1024, kind)) for kind in BYTES}

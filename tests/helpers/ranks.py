@@ -1,8 +1,8 @@
-"""A pool of processes for tests that need several ranks: started once, used by every such test.
+"""A pool of processes for tests with several ranks: started once, shared by all of these tests.
 
     results = pool(2, function, argument)     # on ranks 0 and 1, in a gloo group of two
 
-`function` must be a module's own (it travels by name) and returns something that can be pickled.
+`function` must be a module-level function (it is pickled by name) with a picklable result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-#: what takes seconds to import: once, in the process that the ranks are forked from
+#: modules that take seconds to import; imported once, in the process that the ranks are forked from
 PRELOAD = [
     "cache_dit",
     "diffusers.pipelines.flux.pipeline_flux",
@@ -29,7 +29,7 @@ PRELOAD = [
 
 
 class Pool:
-    """Processes that form a gloo group of as many ranks as a call asks for."""
+    """Processes that form a gloo group of the size that a call requests."""
 
     def __init__(self) -> None:
         self.context = mp.get_context("forkserver")
@@ -41,7 +41,7 @@ class Pool:
         self.size = 0
 
     def __call__(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What `function(*arguments)` returns on each of `size` ranks. Raises what failed first, with its traceback."""
+        """Return the results of `function(*arguments)` on `size` ranks. Raises AssertionError with their tracebacks."""
         while len(self.pipes) < size:
             ours, theirs = self.context.Pipe()
             process = self.context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -66,7 +66,7 @@ class Pool:
             results.append(pipe.recv())
         failed = [(rank, error) for rank, (error, _) in enumerate(results) if error]
         if failed:
-            self.close()  # what the others wait for never comes
+            self.close()  # the other ranks would wait forever
             raise AssertionError("\n".join(f"rank {rank}:\n{error}" for rank, error in failed))
         return [result for _, result in results]
 

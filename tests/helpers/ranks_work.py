@@ -1,4 +1,4 @@
-"""What single ranks do in the tests of parallel methods."""
+"""Functions for single ranks in the tests of parallel methods."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sequence(ulysses: int, ring: int) -> SequenceParallel:
 
 
 def attention_over_ranks(ulysses: int, ring: int, streams: dict[str, Any], masks: dict[str, Any]) -> tuple[Any, dict]:
-    """This rank's part of the outputs, by stream, and what it sent."""
+    """Return this rank's shard of the outputs by stream, and the bytes that it sent."""
     layer = Attention()
     layer.sequence = spread = sequence(ulysses, ring)
     tokens = Tokens(**{name: parts[0] for name, parts in streams.items()})
@@ -38,13 +38,13 @@ def attention_over_ranks(ulysses: int, ring: int, streams: dict[str, Any], masks
 
 
 def gathered(ulysses: int, ring: int, hidden: torch.Tensor) -> torch.Tensor:
-    """`hidden` cut and put together again."""
+    """Shard `hidden` and gather it again."""
     spread = sequence(ulysses, ring)
     return spread.gather(spread.shard(Tokens(hidden), ["hidden_states"]).hidden_states)
 
 
 def held(name: str, folder: Any, chosen: dict[str, int]) -> tuple[int, int]:
-    """Bytes of the blocks' weights, and of the text encoders', that this rank holds."""
+    """Return the bytes of block weights and of text encoder weights on this rank."""
     from hydrarun.engine.runner import Runner
     from tests.helpers.parallel_runs import config
 
@@ -56,13 +56,16 @@ def held(name: str, folder: Any, chosen: dict[str, int]) -> tuple[int, int]:
 
 
 def own_bytes(parameters: list[Any]) -> int:
-    """Of a distributed tensor the local part counts."""
+    """Return the bytes of parameters; distributed tensors count with their local shard."""
     local = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
     return sum(p.numel() * p.element_size() for p in local)
 
 
 def predictions(ranks: int, branches: list[str]) -> tuple[dict[str, float], int, int]:
-    """What every rank gets when each predicts its share; a prediction is full of its branch's number."""
+    """Predict this rank's branches; return all predictions, the number of own ones, and the gathered bytes.
+
+    The prediction of a branch is filled with the branch's index.
+    """
     from hydrarun.acceleration.parallel.cfg import predict_branches
 
     axis = Mesh(degrees(cfg_degree=ranks), torch.device("cpu"))["cfg"]
@@ -83,7 +86,7 @@ def predictions(ranks: int, branches: list[str]) -> tuple[dict[str, float], int,
 
 
 def meshes_made_again(times: int) -> tuple[bool, int]:
-    """Whether a layout's groups are those of the first time, and how many threads came with the others."""
+    """Return whether further meshes of a layout reuse its groups, and how many threads they add."""
     first = Mesh(degrees(ulysses_degree=2, vae_degree=2), torch.device("cpu"))
     threads = len(os.listdir("/proc/self/task"))
     others = [Mesh(degrees(ulysses_degree=2, vae_degree=2), torch.device("cpu")) for _ in range(times)]

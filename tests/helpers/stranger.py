@@ -1,4 +1,4 @@
-"""What tests of files with a recipe inside have in common."""
+"""Helpers for tests of files with an embedded recipe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NASTY = 'a "cat", [sitting] = #1, ${x} \\ \n一只猫 🐈 ünï'
 
 
 def refusal(read: Callable[[Path], Any], path: Path) -> str:
-    """Why `read` refuses a file: its one line, without the path in front."""
+    """Return the one-line message with which `read` refuses a file, without the leading path."""
     with pytest.raises(UsageError) as caught:
         read(path)
     message = str(caught.value)

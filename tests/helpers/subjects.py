@@ -1,6 +1,6 @@
-"""Every model option with a tiny checkpoint of its own: what tests that must hold for all models run over.
+"""Every model option with its tiny checkpoint, for tests that must pass for all models.
 
-A new model joins by a builder in `checkpoints.BUILDERS`.
+A new model needs a builder in `checkpoints.BUILDERS`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODELS = sorted(file.stem for file in (resources.find_folder("conf") / "model").
 
 
 class Configs(dict[str, dict[str, Any]]):
-    """The configuration of each model as it is, composed when it is asked for."""
+    """The default configuration of each model, composed on first access."""
 
     def __missing__(self, name: str) -> dict[str, Any]:
         self[name] = compose_unchecked([f"model={name}"])[0]
@@ -58,7 +58,7 @@ def base(name: str) -> str | None:
 #: options that differ from another in data alone, with that other
 VARIANTS = {name: parent for name in MODELS if (parent := base(name))}
 
-#: the others
+#: the other options
 FAMILIES = [name for name in MODELS if name not in VARIANTS]
 
 
@@ -71,13 +71,14 @@ def with_variants(*values: Any) -> list[Any]:
         for name, value in zip(names, values, strict=True)
     ]
 
-#: one of each sort of transformer, for what is the same code for all of them and takes long
+
+#: one option for each sort of transformer, for slow tests of shared code
 SORTS = ("qwen_image_edit_plus", "flux_dev", "wan22_t2v_a14b", "zimage", "stable_audio")
 
-#: the file for `input.images`, beside a subject's folder
+#: the file for `input.images`, next to a subject's folder
 IMAGE = "input.png"
 
-#: a level of 255 for pictures, 1/1024 of all that there can be for sounds
+#: tolerance by dtype: 1 of 255 for pictures, 1/1024 of the value range for sounds
 TOLERANCE = {np.dtype(np.uint8): 1, np.dtype(np.int16): 64}
 
 SHORT, LONG = "a cat", "two dogs, one of them “asleep”, on a 红色 sofa (wide shot)"
@@ -85,7 +86,7 @@ SHORT, LONG = "a cat", "two dogs, one of them “asleep”, on a 红色 sofa (wi
 
 @dataclass
 class Subject:
-    """One model option: diffusers' pipeline, the folder that it was saved in, and our runner on that folder."""
+    """A model option: diffusers' pipeline, the folder where it is saved, and our runner on this folder."""
 
     name: str
     pipeline: Any
@@ -98,11 +99,11 @@ class Subject:
         return multiple(self.folder)
 
     def size(self, rows: int, columns: int) -> dict[str, int]:
-        """The fields of `sampling` that ask for so many multiples; a sound has no size."""
+        """Return the fields of `sampling` for a size of so many multiples; empty for sounds."""
         return sized(self.name, self.folder, rows, columns)
 
     def overrides(self) -> list[str]:
-        """The command line of a small run."""
+        """Return the command line of a small run."""
         return command(self.name, self.folder)
 
     def draw(
@@ -112,7 +113,7 @@ class Subject:
         cache: dict[str, Any] | None = None,
         **sampling: Any,
     ) -> Any:
-        """The finished state; `images`: how many are given (as many as must be), `size`: in multiples."""
+        """Draw; return the finished state. `images`: number of input images (None: the least), `size`: in multiples."""
         if size:
             sampling |= self.size(*size)
         least = CONFIGS[self.name]["model"]["input_images"][0]
@@ -121,7 +122,7 @@ class Subject:
 
 
 def command(name: str, folder: Path) -> list[str]:
-    """The command line of a small run of a saved subject."""
+    """Return the command line of a small run of a saved subject."""
     size = [f"sampling.{key}={value}" for key, value in sized(name, folder, 4, 4).items()]
     plain = [
         word for word in tiny.overrides(folder, name) if not word.startswith(("sampling.height", "sampling.width"))
@@ -132,29 +133,29 @@ def command(name: str, folder: Path) -> list[str]:
 
 
 def sized(name: str, folder: Path, rows: int, columns: int) -> dict[str, int]:
-    """As `Subject.size`."""
+    """Return the fields for a size, as `Subject.size` does."""
     if kinds.find_model_kind(CONFIGS[name]["model"]) is kinds.SOUND:
         return {}
     return {"height": rows * multiple(folder), "width": columns * multiple(folder)}
 
 
 def multiple(folder: Path) -> int:
-    """Pixels that height and width of a saved subject must be a multiple of."""
+    """Return the pixels that height and width of a saved subject must be a multiple of."""
     vae, transformer = (json.loads((folder / name / "config.json").read_text()) for name in ("vae", "transformer"))
     return find_size_multiple(read_vae_factors(vae)[1], transformer, patch=2)
 
 
 def pictures(count: int, config: dict[str, Any] | None = None) -> list[Image.Image]:
-    """Input images of unequal sizes and proportions; with alpha, if the model of `config` takes it."""
+    """Return input images of unequal sizes and proportions, with alpha if the model of `config` uses it."""
     generator = np.random.default_rng(0)
     channels = 4 if config and kinds.find_model_kind(config["model"]).alpha else 3
-    sizes = [(64, 100), (100, 64), (64, 64)]  # at a megapixel, multiples of 64: what the tiny VAE needs
+    sizes = [(64, 100), (100, 64), (64, 64)]  # scaled to a megapixel these give multiples of 64, as the tiny VAE needs
     values = [generator.integers(0, 256, (*size, channels), dtype=np.uint8) for size in sizes[:count]]
     return [Image.fromarray(one) for one in values]
 
 
 def build(name: str, folder: Path) -> Subject:
-    """The subject of that name, saved in `folder`."""
+    """Build the subject of this name in `folder`."""
     pictures(1, CONFIGS[name])[0].save(folder / IMAGE)
     pipeline = checkpoints.BUILDERS[name]()
     pipeline.save_pretrained(folder / name)
@@ -166,7 +167,7 @@ def build(name: str, folder: Path) -> Subject:
 
 
 def remembering(encode: Callable[..., Any], seen: dict[bytes, Any] | None = None) -> Callable[..., Any]:
-    """The same function, which computes each input once: a megapixel takes a second, and all cases have the same."""
+    """Cache `encode` by input: a megapixel takes a second, and all cases have the same images."""
     seen = {} if seen is None else seen
 
     def encode_once(pixels: torch.Tensor) -> Any:
@@ -179,13 +180,13 @@ def remembering(encode: Callable[..., Any], seen: dict[bytes, Any] | None = None
 
 
 def apart(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The largest difference of what was drawn, in what it may be."""
+    """Return the largest difference of two outputs, divided by the tolerance."""
     assert ours.dtype == theirs.dtype
     return np.abs(ours.astype(int) - theirs.astype(int)).max() / TOLERANCE[ours.dtype]
 
 
 def cases(name: str) -> dict[str, dict[str, Any]]:
-    """What a model is asked for in a test of its numbers, from what its option says that it takes."""
+    """Return the requests that test a model's numbers, chosen by the fields that its option supports."""
     config = CONFIGS[name]
     takes, (least, most) = config["model"]["takes"], config["model"]["input_images"]
     scale, off = find_cfg_scale(config)[0], get_unguided_scale(config)
@@ -199,7 +200,7 @@ def cases(name: str) -> dict[str, dict[str, Any]]:
     }
     if kinds.find_model_kind(config["model"]) is not kinds.SOUND:
         found["wide"] = {"size": (3, 5), "seed": 7}
-    if "audio_end_in_s" in takes:  # 48 s of 4 samples each
+    if "audio_end_in_s" in takes:  # of 48 s at 4 samples/s
         found["a part"] = {"audio_start_in_s": 5.3, "audio_end_in_s": 31.0, **guided}
         found["no negative prompt"] = {"negative_prompt": None, scale: 3.0}
         found["unequal prompts, no negative one"] = {**found["no negative prompt"], "prompt": [SHORT, LONG]}

@@ -1,4 +1,4 @@
-"""Tiny checkpoints with random weights, in diffusers' own layout, built without any network."""
+"""Tiny checkpoints with random weights in diffusers' layout, built without network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokenizers import pre_tokenizers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
-#: the published scheduler's settings, so that the shift by size and the terminal stretch are tested too
+#: the published scheduler settings, so that the shift by size and the terminal stretch are tested too
 SCHEDULER = {
     "base_image_seq_len": 256,
     "base_shift": 0.5,
@@ -28,7 +28,7 @@ SCHEDULER = {
 
 
 def randomise(module: torch.nn.Module, std: float, seed: int = 0) -> torch.nn.Module:
-    """Random values everywhere: freshly made models have zeros and ones where errors would hide."""
+    """Fill all parameters with random values, because the zeros and ones of new models hide errors."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -53,7 +53,7 @@ def transformer(layers: int = 3, heads: int = 3, seed: int = 0, channels: int = 
 
 
 def vae() -> AutoencoderKLQwenImage:
-    """Halves the size twice: sizes must be multiples of 8."""
+    """Build a VAE that halves the size twice: sizes must be multiples of 8."""
     torch.manual_seed(0)
     return AutoencoderKLQwenImage(
         base_dim=16,
@@ -72,7 +72,7 @@ def kl_vae(
     scaling_factor: float = 0.3611,
     shift_factor: float = 0.1159,
 ) -> AutoencoderKL:
-    """Halves the size twice: sizes must be multiples of 8. More `blocks` of so many channels halve it more often."""
+    """Build a VAE that halves the size twice: sizes must be multiples of 8. More `blocks` halve it more often."""
     torch.manual_seed(0)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(blocks),
@@ -146,7 +146,7 @@ def qwen_image() -> QwenImagePipeline:
 
 
 def overrides(folder: Path, model: str = "qwen_image") -> list[str]:
-    """What a run on the checkpoint in `folder` is told."""
+    """Return the overrides of a small run on the checkpoint in `folder`."""
     return [
         f"model={model}",
         f"model.path={folder}",
@@ -160,7 +160,7 @@ def overrides(folder: Path, model: str = "qwen_image") -> list[str]:
 
 
 def config(folder: Path, *more: str) -> dict:
-    """The configuration of that run, composed as the command does."""
+    """Compose the configuration of this run as the command does."""
     from hydrarun.config.compose import compose_config
 
     return compose_config([*overrides(folder), *more])
@@ -173,7 +173,7 @@ def runner(folder: Path, *more: str):
 
 
 def load_transformer(cls: type, folder: Path, dtype: torch.dtype = torch.float32, **options):
-    """Ours, whole, on the CPU; `options` are `hydrarun.models.weights.loader.load_transformer`'s."""
+    """Load our transformer on the CPU; `options` are those of `hydrarun.models.weights.loader.load_transformer`."""
     from hydrarun.core.progress import Progress
     from hydrarun.core.threads import ThreadPool
     from hydrarun.models.weights.loader import load_transformer
@@ -184,7 +184,7 @@ def load_transformer(cls: type, folder: Path, dtype: torch.dtype = torch.float32
 
 
 def predict(transformer, latents, timestep, conditioning):
-    """One branch's prediction."""
+    """Return the prediction of one branch."""
     from hydrarun.acceleration.cache.base import NoCache
     from hydrarun.models.transformer import Inputs, Step
 
@@ -192,7 +192,7 @@ def predict(transformer, latents, timestep, conditioning):
 
 
 def draw(runner, images=(), cache=None, **sampling):
-    """The finished state of a run with these fields of `sampling`, these input images and another cache's node."""
+    """Draw with these `sampling` fields, input images and cache node; return the finished state."""
     from hydrarun.core.timing import Timings
     from hydrarun.pipeline.request import make_state
 
@@ -201,19 +201,19 @@ def draw(runner, images=(), cache=None, **sampling):
 
 
 def reference(pipeline, state, output_type: str):
-    """diffusers' own loop on what our request came to, one item after the other: a tensor, or pixels as an array."""
-    if output_type == "latent" and state.layers:  # which this pipeline stumbles over
+    """Run diffusers' pipeline on the items of our request, one by one; return latents, or pixels as an array."""
+    if output_type == "latent" and state.layers:  # the pipeline fails with `output_type="latent"`
         return reference_latents_and_pixels(pipeline, state)[0]
     items = [reference_item(pipeline, state, index, output_type) for index in range(len(state.prompts))]
     return with_frames(torch.cat(items)) if output_type == "latent" else np.concatenate(items)
 
 
 def reference_latents_and_pixels(pipeline, state):
-    """Both from one run: the latents are those that the loop ends with, as the scheduler gives them."""
+    """Return latents and pixels of the same run. The latents are the last ones that the scheduler returns."""
     latents, items, step = [], [], pipeline.scheduler.step
     steps = []
 
-    @wraps(step)  # pipelines look what it takes
+    @wraps(step)  # pipelines inspect its signature
     def noting(*args, **kwargs):
         steps.append(step(*args, **kwargs))
         return steps[-1]
@@ -229,12 +229,12 @@ def reference_latents_and_pixels(pipeline, state):
 
 
 def with_frames(latents: torch.Tensor) -> torch.Tensor:
-    """As ours: latents that are not packed have an axis of frames, which some references do without."""
+    """Add the axis of frames that our unpacked latents have and some references omit."""
     return latents.unsqueeze(2) if latents.ndim == 4 else latents
 
 
 def reference_item(pipeline, state, index: int, output_type: str):
-    """The same for one item, with those of our fields that this pipeline takes."""
+    """Run diffusers' pipeline on one item, with those of our fields that it accepts."""
     accepted = inspect.signature(pipeline.__call__).parameters
     guided = max(state.true_cfg_scale or 0, (state.guidance_scale or 0) if "true_cfg_scale" not in accepted else 0) > 1
     fields = ("true_cfg_scale", "guidance_scale", "guidance_scale_2", "height", "width", "num_frames")
@@ -253,7 +253,7 @@ def reference_item(pipeline, state, index: int, output_type: str):
 
 @contextmanager
 def drawn_at(pipeline, height: int, width: int):
-    """Has a pipeline that takes no size draw at this one, and not at a megapixel in the input image's proportions."""
+    """Make a pipeline without size arguments draw at this size, and not at a megapixel."""
     module = inspect.getmodule(type(pipeline))
     sized = "height" in inspect.signature(pipeline.__call__).parameters
     with pytest.MonkeyPatch.context() as patch:
@@ -263,6 +263,6 @@ def drawn_at(pipeline, height: int, width: int):
 
 
 def as_written(pipeline) -> dict[str, bool]:
-    """What keeps a pipeline from rewriting prompts, of those that do."""
+    """Return the arguments that keep a pipeline from rewriting prompts."""
     accepted = inspect.signature(pipeline.__call__).parameters
     return {name: False for name in ("enable_prompt_rewrite",) if name in accepted}

@@ -1,4 +1,4 @@
-"""A finished run without the time that drawing takes: files and run.json as the writer leaves them."""
+"""Writes a finished run without drawing: files and run.json from the real writer."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ FINGERPRINT = "930362e098623e17"  # of weights/demo
 
 
 def noise(seed: int) -> np.ndarray:
-    """A picture, uint8 [128, 128, 3]."""
+    """Return a picture, uint8 `[128, 128, 3]`."""
     blocks = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
     return blocks.repeat(16, 0).repeat(16, 1)
 
 
 def draw(config: dict[str, Any], folder: Path, inputs: tuple[dict[str, Any], ...] = (), **more: Any) -> dict[str, Any]:
-    """Write a run of `config`: a picture for each prompt, other pixels for another seed; returns run.json.
+    """Write a run of `config` with a picture for each prompt, which depends on the seed; return run.json.
 
-    `more`: what run.json says otherwise; `timings`, `quality`, `shift` of each pixel.
+    `more`: `timings`, `quality`, `shift` (added to each pixel), or other facts for run.json.
     """
     shift = more.pop("shift", 0)
     measured = {

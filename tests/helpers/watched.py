@@ -1,4 +1,4 @@
-"""Small runs on any device, and what each of their stages has on a fake one."""
+"""Small runs on any device, and the memory of each stage on a fake device."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tests.helpers.subjects import LONG, SHORT
 
 
 def runner(subject: subjects.Subject, device: str, option: str = "none", **arguments: int) -> Runner:
-    """The smallest run of the subject with an option of `offload` and its arguments."""
+    """Build a runner for the smallest run of the subject, with an option of `offload` and its arguments."""
     offload = {**options(option), **arguments}
     return Runner({**smallest(subject.name, subject.folder), "offload": offload, "device": device})
 
 
 @cache
 def smallest(name: str, folder: Path) -> dict[str, Any]:
-    """Its configuration; images are encoded at a few pixels instead of a megapixel."""
+    """Compose the configuration of the smallest run; images are encoded at 64 x 64 pixels instead of a megapixel."""
     sides = [f"sampling.{key}={value}" for key, value in subjects.sized(name, folder, 2, 2).items()]
     config = compose_config([*subjects.command(name, folder), *sides])
     for stage in config["model"]["stages"]:
@@ -41,12 +41,12 @@ def smallest(name: str, folder: Path) -> dict[str, Any]:
 
 @cache
 def options(name: str) -> dict[str, Any]:
-    """The node of an option of `offload`."""
+    """Return the node of an option of `offload`."""
     return compose_unchecked([f"offload={name}"])[0]["offload"]
 
 
 def draw(runner: Runner, guided: bool = True) -> Any:
-    """The finished state: two prompts of unequal length."""
+    """Draw two prompts of unequal length; return the finished state."""
     config = runner.config
     scale = find_cfg_scale(config)[0]
     fields = {
@@ -64,7 +64,7 @@ def draw(runner: Runner, guided: bool = True) -> Any:
 
 
 def modules(runner: Runner) -> dict[str, nn.Module]:
-    """Everything with weights, by its name in the checkpoint."""
+    """Return all modules with weights, by their names in the checkpoint."""
     parts = runner.built.parts
     named = {name: module for name, module in parts.pipeline.components.items() if isinstance(module, nn.Module)}
     return named | parts.experts.transformers
@@ -75,12 +75,12 @@ def weights(module: nn.Module) -> list[torch.Tensor]:
 
 
 def size(module: nn.Module) -> int:
-    """Bytes of its weights; tied ones count once."""
+    """Return the bytes of a module's weights; tied weights count once."""
     return sum(tensor.nbytes for tensor in weights(module))
 
 
 def on_device(runner: Runner) -> dict[str, int]:
-    """Bytes of the weights that are on the device, by component; a component is never half there."""
+    """Return the bytes of weights on the device by component. Check that each component is on a single device."""
     found = {}
     for name, module in modules(runner).items():
         kinds = {tensor.device.type for tensor in weights(module)}
@@ -92,13 +92,13 @@ def on_device(runner: Runner) -> dict[str, int]:
 
 @dataclass
 class Watched(Stage):
-    """A stage that notes what is on the device when it runs, and the most that was there."""
+    """A stage that records which weights are on the device when it runs, and the peak memory."""
 
     stage: Stage
     runner: Runner
     fake: Any
     there: dict[str, int] = field(default_factory=dict)
-    coming: int = 0  # the peak when its weights came
+    coming: int = 0  # the peak while its weights are onloaded
     peak: int = 0
 
     def __post_init__(self) -> None:
@@ -114,13 +114,13 @@ class Watched(Stage):
         self.fake.reset_peak_memory_stats()
         self.stage(state, parts, timings)
         self.peak = self.fake.max_memory_allocated()
-        self.there = on_device(self.runner)  # afterwards: which expert comes is known inside
+        self.there = on_device(self.runner)  # after the call, because the stage itself selects the expert
         self.fake.reset_peak_memory_stats()
 
 
 @dataclass
 class Measured:
-    """One run: what it drew, what each stage had on the device, bytes beyond what was there before the run."""
+    """The outputs of a run, the weights on the device in each stage, and the memory on top of that before the run."""
 
     latents: np.ndarray
     frames: np.ndarray
@@ -131,7 +131,7 @@ class Measured:
 
 
 def measured(runner: Runner, fake: Any, guided: bool = True) -> Measured:
-    """A run of a runner that has drawn: what is made once, such as tables, is there already."""
+    """Measure a run of a warm runner, whose one-time data such as modulation tables exist already."""
     plain = runner.built.stages
     watched = [Watched(stage, runner, fake) for stage in plain]
     gc.collect()
@@ -153,7 +153,7 @@ def measured(runner: Runner, fake: Any, guided: bool = True) -> Measured:
 
 
 def steps(runner: Runner, fake: Any, guided: bool) -> tuple[torch.Tensor, list[tuple[str, int, int]]]:
-    """Latents; for each step its expert, and the run's bytes at its end and at most."""
+    """Draw; return the latents, and for each step its expert, the bytes at its end and the peak bytes."""
     loop = next(stage for stage in runner.built.stages if "transformer" in stage.uses)
     original, found = loop.predict, []
     gc.collect()

@@ -1,4 +1,4 @@
-"""What of FLUX.1 the parity of whole runs does not show."""
+"""FLUX.1: details that the parity tests of whole runs do not cover."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOLERANCE = 1e-5  # float32, the same operations in another order
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """diffusers' transformer, and ours loaded from what it saved."""
+    """diffusers' transformer, and ours loaded from the files it saved."""
     reference = checkpoints.BUILDERS["flux_dev"]().transformer
     folder = tmp_path_factory.mktemp("transformer")
     reference.save_pretrained(folder)
@@ -22,7 +22,7 @@ def pair(tmp_path_factory):
 
 @torch.no_grad()
 def test_one_call_and_its_gate_signal(pair):
-    """The prediction, and what the first block's attention receives."""
+    """Compares the prediction and the input of the first block's attention."""
     reference, ours = pair
     generator = torch.Generator().manual_seed(0)
     latents, text = (torch.randn(2, n, 16, generator=generator) for n in (15, 7))
@@ -51,9 +51,9 @@ def test_one_call_and_its_gate_signal(pair):
 
 
 def test_published_size():
-    """The defaults are the published model: 11.9 billion parameters, and a few more with embedded guidance."""
+    """The defaults give the published model: 11.9 billion parameters, and a few more with embedded guidance."""
     with torch.device("meta"):
         plain, distilled = FluxTransformer(), FluxTransformer(guidance_embeds=True)
     counts = [sum(p.numel() for p in model.parameters()) for model in (plain, distilled)]
     assert counts[0] == pytest.approx(11.89e9, rel=1e-3)
-    assert counts[1] - counts[0] == 257 * 3072 + 3073 * 3072  # the two layers that take the scale
+    assert counts[1] - counts[0] == 257 * 3072 + 3073 * 3072  # the two layers that embed the scale

@@ -1,4 +1,4 @@
-"""What of FLUX.1's relatives the parity of whole runs does not show."""
+"""Models related to FLUX.1: details that the parity tests of whole runs do not cover."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def places(number: int, corner: int, grid: tuple[int, int, int]) -> torch.Tensor
     return torch.stack([torch.full_like(rows, number), rows, columns], dim=-1).reshape(-1, 3)
 
 
-#: the class, and where the picture and the image to edit stand
+#: class, positions of the picture and of the image to edit
 CASES = {
     "ovis_image": (OvisImageTransformer, places(0, 0, GRID), None),
     "longcat_image": (LongCatImageTransformer, places(1, TEXT, GRID), None),
@@ -38,7 +38,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_one_call_and_its_gate_signal(name, tmp_path):
-    """The prediction, and what the first block's attention receives."""
+    """Compares the prediction and the input of the first block's attention."""
     cls, image_ids, edited_ids = CASES[name]
     reference = checkpoints.BUILDERS[name]().transformer
     reference.save_pretrained(tmp_path)
@@ -79,7 +79,7 @@ def test_the_edited_picture_has_the_references_size(size):
 
 @pytest.mark.parametrize("subject", ["longcat_image", "longcat_image_edit"], indirect=True)
 def test_prompts_are_encoded_where_the_encoder_is(subject, monkeypatch):
-    """Not where the VAE is, which diffusers asks."""
+    """The device is the text encoder's, not the VAE's, which diffusers uses."""
     pipeline = subject.runner.built.parts.pipeline
     monkeypatch.setattr(pipeline, "vae", torch.nn.Linear(1, 1, device="meta"))
     assert pipeline.device == torch.device("cpu")
@@ -88,12 +88,12 @@ def test_prompts_are_encoded_where_the_encoder_is(subject, monkeypatch):
 @pytest.mark.parametrize("subject", ["longcat_image_edit"], indirect=True)
 @pytest.mark.parametrize("prompt", ["a" * 513, f"‘{'é' * 256}’"])
 def test_a_prompt_too_long_is_refused(subject, prompt):
-    """diffusers' own raises a TypeError at it; here a byte is a token."""
+    """diffusers raises a TypeError here. In the test tokenizer, a byte is a token."""
     with pytest.raises(UsageError) as error:
         subject.draw(prompt=prompt)
     assert str(error.value) == (
         f"the prompt {prompt[:60]!r} has {len(prompt.encode())} tokens, and this model takes 512;"
-        " quoted text has one for each character at least"
+        " quoted text takes at least one token per character"
     )
 
 
@@ -108,7 +108,7 @@ def test_a_prompt_that_stands_for_an_image_is_refused(subject):
     [("longcat_image", 512, 3584, 30 * 12), ("ovis_image", 256, 2048, 6 * 16 + 27 * 16)],
 )
 def test_a_plan_from_published_shapes(name, text, width_of_text, blocks):
-    """Linear layers take 2 x tokens x weights (a gated feed-forward has half as many again), attention 4 x tokens^2."""
+    """FLOPs: linear layers 2 x tokens x weights (half as many more for gated feed-forwards), attention 4 x tokens^2 x dim."""
     config, _ = compose_unchecked([f"model={name}", "sampling.prompt=a", "sampling.height=1024", "sampling.width=1024"])
     made = plan_configuration(config, read_devices()["h100"], 1)
     assert made.asked is not None

@@ -1,4 +1,4 @@
-"""What of GLM-Image the parity of whole runs does not show: the prefix of input images, and the prior's tokens."""
+"""GLM-Image: details that the parity tests of whole runs do not cover, such as image prefixes and prior tokens."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ only = pytest.mark.parametrize("subject", ["glm_image"], indirect=True)
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """diffusers' transformer, and ours loaded from what it saved."""
+    """diffusers' transformer, and ours loaded from the files it saved."""
     reference = checkpoints_prior.glm_image().transformer
     folder = tmp_path_factory.mktemp("transformer")
     reference.save_pretrained(folder)
@@ -52,7 +52,7 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def edited():
-    """The finished state of the edit that all methods are compared with, by subject."""
+    """Final state of the plain edit run, cached by subject; all methods are compared with it."""
     states = {}
 
     def draw(subject):
@@ -62,7 +62,7 @@ def edited():
 
 
 def given(rows: int, columns: int, conditional: bool = True) -> dict[str, Any]:
-    """What one branch takes, for two pictures of so many tokens after two input images."""
+    """Return one branch's inputs, for two pictures of `rows` x `columns` tokens with two input images."""
     generator = torch.Generator().manual_seed(0)
     grids = ((1, 2, 4), (1, 4, 2))
     return {
@@ -80,7 +80,7 @@ def given(rows: int, columns: int, conditional: bool = True) -> dict[str, Any]:
 
 
 def reference_call(model, latents, timestep, branch, caches=None, of_image: int | None = None):
-    """diffusers' transformer on the same: on the picture, or on one of the input images alone."""
+    """Run diffusers' transformer on the same inputs: on the picture, or on one of the input images alone."""
     fields = branch
     if of_image is not None:
         start, grid = 8 * of_image, branch["image_grids"][of_image]
@@ -116,7 +116,7 @@ def predict(transformer, latents, timestep, name, branch):
 @pytest.mark.parametrize("conditional", [True, False])
 @torch.no_grad()
 def test_one_call_after_input_images(pair, rows, columns, conditional):
-    """The prediction, with the images' keys and values before it, and what the first block's attention receives."""
+    """Compares the prediction, with the prefix of the images, and the input of the first block's attention."""
     reference, ours = pair
     branch = given(rows, columns, conditional)
     latents = torch.randn(2, 4, 2 * rows, 2 * columns, generator=torch.Generator().manual_seed(1))
@@ -162,7 +162,7 @@ def test_the_prefix_is_made_once_and_goes_with_the_images(pair):
 @only
 @pytest.mark.parametrize("count", [0, 2])
 def test_prior_tokens_are_the_references(subject, count, monkeypatch):
-    """Those of diffusers, drawn anew, for an item's own seed; the process' generators stay as they were."""
+    """With an item's own seed, tokens equal diffusers'. The global random generators are not changed."""
     prior = type(subject.pipeline.vision_language_encoder)
     monkeypatch.setattr(prior, "generate", prior.generate.__wrapped__)
     parts = subject.runner.built.parts
@@ -207,7 +207,7 @@ def test_what_the_prior_does_not_take_is_refused(subject):
 
 @only
 def test_input_images_set_the_size_and_are_fitted(subject):
-    """To what the prior and the VAE see as the same tokens; the first one's is the picture's."""
+    """Sizes fit the tokens of both prior and VAE. The first image's size is the picture's."""
     state = subject.draw(2, height=None, width=None)
     assert [one.size for one in state.input_images] == [(96, 64), (64, 96)]
     assert (state.height, state.width) == (64, 96)
@@ -222,7 +222,7 @@ def test_input_images_set_the_size_and_are_fitted(subject):
 
 @only
 def test_the_schedule_is_the_references(subject):
-    """Whole timesteps, and noise levels that are shifted by the size."""
+    """Timesteps are integers, and noise levels are shifted by the size."""
     state = subject.draw(size=(2, 3), num_inference_steps=7)
     scheduler = subject.runner.built.parts.pipeline.scheduler
     assert state.timesteps.tolist() == [1000, 857, 714, 571, 429, 286, 143]
@@ -246,7 +246,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
 @only
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_prefix_is_shared_by_ranks(subject, layout, pool, edited):
-    """Of heads, tokens, branches and weights each rank has its share; a rank more than heads has none."""
+    """Each rank has a shard of heads, tokens, branches or weights. With more ranks than heads, some have no heads."""
     state, chosen = edited(subject), LAYOUTS[layout]
     fields = {name: value for name, value in GUIDED.items() if name != "size"}
     fields |= {"height": state.height, "width": state.width}
@@ -262,7 +262,7 @@ def test_the_prefix_is_shared_by_ranks(subject, layout, pool, edited):
 
 @only
 def test_shared_encoders_of_unequal_batches_are_refused(subject):
-    """Each prompt is encoded alone: a rank with fewer of them would leave the others waiting."""
+    """Prompts are encoded one at a time: ranks would wait forever for a rank that has fewer prompts."""
     with pytest.raises(UsageError, match=r"parallel\.hsdp_degree"):
         compose_config(
             [*subject.overrides(), "sampling.seed=[1,2]", "parallel.hsdp_degree=2", "parallel.data_degree=2"]
@@ -272,7 +272,7 @@ def test_shared_encoders_of_unequal_batches_are_refused(subject):
 @only
 @pytest.mark.parametrize("cache", [node("every_n"), node("first_block", threshold=5.0), DBCACHE], ids=["n", "fb", "db"])
 def test_caches_skip_steps_of_an_edit(subject, edited, cache):
-    """Where nothing is skipped, the plain run; where steps are, the blocks that run see the prefix all the same."""
+    """The cache skips blocks; the blocks that run still attend to the prefix."""
     fields = {**GUIDED, "num_inference_steps": 6}
     skipped = subject.draw(IMAGES, cache=cache, **fields).latents
     record = subject.runner.built.parts.cache.record()
@@ -284,7 +284,7 @@ def test_caches_skip_steps_of_an_edit(subject, edited, cache):
 @only
 @pytest.mark.parametrize("option", ["modulation", "disk", "quantized"])
 def test_weights_that_are_held_otherwise(subject, edited, option):
-    """Modulation tables have rows for the input images too, which share them with all steps."""
+    """Modulation tables also have rows for the input images, which are the same in all steps."""
     chosen = "quantization=int8_weight_only" if option == "quantized" else f"offload={option}"
     runner = Runner(compose_config([*subject.overrides(), chosen]))
     found = replace(subject, runner=runner).draw(IMAGES, **GUIDED).latents
@@ -300,9 +300,9 @@ def test_weights_that_are_held_otherwise(subject, edited, option):
 @only
 @pytest.mark.parametrize("whole", [False, True], ids=["blocks", "full"])
 def test_compiled_edits(subject, edited, whole):
-    """As one graph each, of blocks or of a branch's whole way."""
+    """Compiles each block, or a branch's whole forward pass, as one graph."""
     torch._dynamo.reset()
-    raise_graph_limit()  # a block that sees a prefix is a graph of its own: its place in the prefix is in it
+    raise_graph_limit()  # with a prefix, each block is a separate graph: the block's index is a constant in it
     compiled = replace(subject, runner=Runner(compose_config(subject.overrides())))
     transformer = compiled.runner.built.parts.experts["transformer"]
     if whole:
@@ -319,19 +319,19 @@ def test_compiled_edits(subject, edited, whole):
 
 @pytest.mark.parametrize("degree", ["cfg_degree", "ulysses_degree", "tensor_degree", "data_degree"])
 def test_ranks_take_the_first_ones_tokens(pool, degree):
-    """Of those that draw the same pictures: a sampled token could be another on each."""
+    """Applies to ranks that draw the same pictures: sampled tokens could differ between them."""
     found = pool(2, tokens_of_ranks, {degree: 2})
     assert found == ([[10, 20], [11, 21]] if degree == "data_degree" else [[10, 20], [10, 20]])
 
 
 def tokens_of_ranks(chosen):
-    """On a rank: what is left of tokens that are each rank's own."""
+    """Run on a rank: broadcast tokens that differ between ranks and return the result."""
     mesh = Mesh(parallel_runs.degrees(**chosen), parallel_runs.CPU)
     return broadcast_ids(torch.tensor([10, 20]) + mesh.rank, mesh).tolist()
 
 
 def test_a_plan_counts_the_prefix_of_all_blocks(pair):
-    """A rehearsal runs two of them."""
+    """A dry forward runs two of the blocks."""
     _, ours = pair
     branch = given(2, 2)
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """Whole runs of every model against diffusers' pipeline: same checkpoint, same seed, float32 on the CPU.
 
-Final latents within 1e-4 and pixels within 1/255, samples of sounds within 1/1024: rounding of another order of the
-same operations, and nothing else.
+Tolerances: 1e-4 for final latents, 1/255 for pixels, 1/1024 for sound samples. They cover the rounding of the same
+operations in another order, nothing else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EVERY_CASE += with_variants(*((name, case) for name in VARIANTS for case in list
 
 
 def reference_pipeline(subject, state):
-    """diffusers has another class for what a checkpoint does with an image, if it can do without one."""
+    """Return diffusers' pipeline. For models with optional input images, diffusers has a separate image class."""
     pipeline = subject.pipeline
     if state.input_images and hasattr(pipeline, "generate_prior_tokens"):
         return with_images_as_expected(pipeline)
@@ -37,10 +37,9 @@ def reference_pipeline(subject, state):
 
 
 def reference(pipeline, state) -> tuple[torch.Tensor, np.ndarray]:
-    """Its final latents, and its pixels as [N, F, H, W, 3] in our 8 bits, or its samples as [N, samples, channels] in
-    our 16."""
+    """Return final latents and output: pixels [N, F, H, W, 3] in 8 bits, or samples [N, samples, channels] in 16 bits."""
     latents, drawn = tiny.reference_latents_and_pixels(pipeline, state)
-    if state.input_images and pipeline.config.get("expand_timesteps"):  # the image is put in behind the loop
+    if state.input_images and pipeline.config.get("expand_timesteps"):  # the image is inserted after the loop
         latents = tiny.reference(pipeline, state, "latent")
     if drawn.ndim == 3:
         return latents, (drawn.clip(-1, 1) * 32767).round().astype(np.int16).transpose(0, 2, 1)
@@ -50,7 +49,7 @@ def reference(pipeline, state) -> tuple[torch.Tensor, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Our final state, drawn once: `drawn(subject, case)`."""
+    """Our final state, cached: `drawn(subject, case)`."""
     states = {}
 
     def draw(subject, case):
@@ -73,14 +72,14 @@ def test_equals_diffusers(subject, case, drawn):
 
 @pytest.mark.parametrize("subject", FAMILIES, indirect=True)
 def test_cases_can_fail(subject, drawn):
-    """Every setting of a case changes the latents far beyond the bounds: the comparison sees what it should."""
+    """Each case's settings change the latents far beyond the tolerance, so the comparison can detect them."""
     plain = drawn(subject, "guided")
     others = {case: drawn(subject, case) for case in cases(subject.name)}
     others |= {"seed": subject.draw(seed=1), "prompt": subject.draw(prompt=LONG)}
     for case, other in others.items():
         if other.latents.shape == plain.latents.shape and case != "guided":
             assert (other.latents - plain.latents).abs().max() > 100 * LATENTS, case
-    assert plain.latents.abs().mean() < 10  # and they are no numbers so large that a difference means little
+    assert plain.latents.abs().mean() < 10  # not so large that the absolute tolerance is meaningless
 
 
 @pytest.mark.parametrize("subject", FAMILIES, indirect=True)

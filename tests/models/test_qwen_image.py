@@ -1,4 +1,4 @@
-"""The transformer alone, against diffusers' on the same weights."""
+"""Qwen-Image's transformer against diffusers' with the same weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """diffusers' transformer, and ours loaded from what it saved."""
+    """diffusers' transformer, and ours loaded from the files it saved."""
     reference = tiny.transformer(layers=3, heads=5)
     folder = tmp_path_factory.mktemp("transformer")
     reference.save_pretrained(folder)
@@ -59,7 +59,7 @@ def conditioning(case: dict) -> dict:
 
 
 def first_difference(reference, ours, case: dict) -> str:
-    """Which block is the first to differ: what a reader of a failure wants to know."""
+    """Name the first block that differs, for the failure message."""
     seen: dict[str, list] = {"reference": [], "ours": []}
     hooks = [
         *(b.register_forward_hook(lambda *a: seen["reference"].append(a[2][1])) for b in reference.transformer_blocks),
@@ -70,7 +70,9 @@ def first_difference(reference, ours, case: dict) -> str:
     for hook in hooks:
         hook.remove()
     for index, (want, have) in enumerate(zip(*seen.values(), strict=True)):
-        if (want - have).abs().max() > TOLERANCE * want.abs().max():  # a block's tokens grow far beyond 1
+        if (
+            want - have
+        ).abs().max() > TOLERANCE * want.abs().max():  # relative, because a block's tokens grow far beyond 1
             return f"block {index} is the first to differ, by {(want - have).abs().max():.1e}"
     return "all blocks agree: it is the head"
 
@@ -86,14 +88,14 @@ def test_equals_diffusers(pair, batch, grid, text, lengths):
     case = inputs(batch, grid, text, lengths)
     want = run_reference(reference, case)
     have = tiny.predict(ours, case["latents"], case["timestep"], conditioning(case))
-    assert want.std() > 0.1  # the case is no trivial one
+    assert want.std() > 0.1  # the case is not trivial
     difference = (want - have).abs().max().item()
     assert difference <= TOLERANCE, first_difference(reference, ours, case)
 
 
 @torch.no_grad()
 def test_first_difference_names_the_block(pair):
-    """The aid itself: a changed weight in block 1 is found there."""
+    """Tests `first_difference`: it finds a changed weight in block 1."""
     reference, ours = pair
     weight = ours.blocks[1].image.out.weight
     saved = weight.clone()
@@ -107,7 +109,7 @@ def test_first_difference_names_the_block(pair):
 
 @torch.no_grad()
 def test_padding_is_never_attended(pair):
-    """Whatever stands in padded places, the prediction is the same bit for bit."""
+    """The prediction is bit-identical for any values in padded positions."""
     _, ours = pair
     case = inputs(2, (3, 8), 9, [9, 4])
     one = tiny.predict(ours, case["latents"], case["timestep"], conditioning(case))
@@ -118,7 +120,7 @@ def test_padding_is_never_attended(pair):
 
 @torch.no_grad()
 def test_gate_signal_is_the_first_blocks_modulated_input(pair):
-    """Against the reference's own first block: what its attention receives."""
+    """Compares it with the attention input of the reference's first block."""
     reference, ours = pair
     case = inputs(1, (5, 7), 11)
     seen = []
@@ -133,7 +135,7 @@ def test_gate_signal_is_the_first_blocks_modulated_input(pair):
 
 @torch.no_grad()
 def test_declared_token_dimensions_are_token_dimensions(pair):
-    """Every field that declares one has its stream's length there."""
+    """Every field with a token dimension has its stream's length there."""
     _, ours = pair
     case = inputs(2, (5, 7), 11, [11, 6])
     given = conditioning(case)
@@ -154,7 +156,7 @@ def test_other_members_of_the_family_are_refused_by_name():
 
 
 def test_published_size():
-    """The defaults are the published model: 20.4 billion parameters, a third of them in modulation."""
+    """The defaults give the published model: 20.4 billion parameters, a third of them in modulation."""
     with torch.device("meta"):
         model = QwenImageTransformer()
     total = sum(p.numel() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""Qwen-Image-Layered: what no other model has, against diffusers' pipeline and on the command line."""
+"""Qwen-Image-Layered: its unique features, against diffusers' pipeline and on the command line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def given(subject) -> Image.Image:
 
 
 def theirs(subject, **more) -> list[Image.Image]:
-    """diffusers' layers of the small run, at seed 0."""
+    """Return diffusers' layers for the small run, with seed 0."""
     side = 4 * subject.multiple
     fields = {"negative_prompt": " ", "true_cfg_scale": 4.0, "num_inference_steps": 4, **more}
     generator = [torch.Generator().manual_seed(0)]
@@ -39,7 +39,7 @@ def theirs(subject, **more) -> list[Image.Image]:
 
 
 def reference_caption(subject, english: bool) -> str:
-    """What diffusers writes about the image at the size of the small run."""
+    """Return diffusers' caption of the image at the size of the small run."""
     side = 4 * subject.multiple
     image = subject.pipeline.image_processor.resize(given(subject), side, side)
     return subject.pipeline.get_image_caption(image, use_en_prompt=english, device="cpu")
@@ -102,7 +102,7 @@ def test_a_caption_is_written_by_an_encoder_that_comes_for_it(subject, fake, opt
 
 @only
 def test_ranks_have_one_caption_whichever_prompts_are_theirs(subject, pool):
-    """One of two ranks that share pictures, and lend each other the text encoder's weights, has no blank prompt."""
+    """Two ranks split the pictures and shard the text encoder's weights; one of them has no blank prompt."""
     assert pool(2, parallel_runs.text_of_first) == ["a cat, 一只猫"] * 2
     side = 4 * subject.multiple
     fields = {"prompt": ["a cat", ""], "seed": [1, 2], "negative_prompt": " ", "num_inference_steps": 2}
@@ -157,7 +157,7 @@ def test_the_command_writes_each_layer_and_draws_them_again(subject, tmp_path, c
 
 @only
 def test_a_file_of_images_alone(subject, tmp_path):
-    """A line with an image needs no prompt; each has a caption of its own."""
+    """A line with an image needs no prompt; each image gets its own caption."""
     for name, value in (("a.png", 40), ("b.png", 200)):
         pixels = np.asarray(given(subject)).copy()
         pixels[:30] = value

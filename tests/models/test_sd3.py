@@ -1,4 +1,4 @@
-"""What of Stable Diffusion 3.5 the parity of whole runs does not show."""
+"""Stable Diffusion 3.5: details that the parity tests of whole runs do not cover."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GUIDED: dict[str, Any] = {"guidance_scale": 3.0, "negative_prompt": LONG, "num_i
 
 
 class Skipping(StableDiffusion3Pipeline):
-    """diffusers' pipeline with that setting."""
+    """diffusers' pipeline with skip-layer guidance."""
 
     @functools.wraps(StableDiffusion3Pipeline.__call__)
     def __call__(self, **arguments: Any) -> Any:
@@ -40,9 +40,9 @@ class Skipping(StableDiffusion3Pipeline):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """diffusers' transformer, and ours loaded from what it saved."""
+    """diffusers' transformer, and ours loaded from the files it saved."""
     reference = checkpoints.BUILDERS["sd35_medium"]().transformer
-    with torch.no_grad():  # no place like another: those of sines alone are, in some of their channels
+    with torch.no_grad():  # make all positions differ: pure sines are equal in some channels
         reference.pos_embed.pos_embed.add_(
             torch.randn(reference.pos_embed.pos_embed.shape, generator=torch.Generator().manual_seed(1))
         )
@@ -68,7 +68,7 @@ def pushed(subject, skipping):
 @pytest.mark.parametrize(("rows", "columns"), [(3, 5), (4, 1), (12, 11)])
 @torch.no_grad()
 def test_one_call_and_its_gate_signal(pair, rows, columns):
-    """The prediction, and what the first block's attention receives; places are cut from the table's middle."""
+    """Compares the prediction and the input of the first block's attention. Positions come from the table's middle."""
     reference, ours = pair
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 4, 2 * rows, 2 * columns, generator=generator)
@@ -88,7 +88,7 @@ def test_one_call_and_its_gate_signal(pair, rows, columns):
 
 
 def test_the_text_ends_in_the_last_block(pair):
-    """Nothing is held for what nobody asks."""
+    """Layers with unused output have no parameters."""
     _, ours = pair
     last, before = ours.blocks[-1].text, ours.blocks[-2].text
     assert {name.partition(".")[0] for name, _ in last.named_parameters()} == {"modulation", "qkv", "norm_q", "norm_k"}
@@ -119,7 +119,7 @@ def test_skip_layer_guidance_needs_guidance(subject, pushed):
 
 @pytest.mark.parametrize("subject", ["sd35_medium"], indirect=True)
 def test_caches_leave_the_third_prediction_alone(pushed):
-    """Where nothing is skipped, the plain run to the bit; the record is of the two branches."""
+    """If nothing is skipped, the result equals the plain run. The record lists only the two cached branches."""
     want = pushed.draw(**GUIDED).latents
     dbcache = {"_target_": "hydrarun.acceleration.cache.cache_dit.CacheDiT", "residual_diff_threshold": 0.0}
     for cache in (node("first_block", threshold=0), dbcache):
@@ -162,7 +162,7 @@ def test_ranks_make_the_third_prediction_too(subject, pushed, layout, pool):
 
 
 def draw_pushed(name, folder, chosen, fields):
-    """On a rank: latents with skip-layer guidance."""
+    """Run on a rank: return latents drawn with skip-layer guidance."""
     runner = Runner(parallel_runs.config(name, folder, chosen, *LAYERS))
     return runner.draw(
         make_state({**runner.config["sampling"], **fields}), Timings(torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""What of Stable Audio Open the parity of whole runs does not show: sounds on their way to a file, and through it."""
+"""Stable Audio Open: details that the parity tests of whole runs do not cover, such as writing and reading sounds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.helpers import checkpoints, tiny
 from tests.helpers.subjects import SHORT
 
 TOLERANCE = 1e-5  # float32, the same operations in another order
-#: the tiny checkpoint's, and of the whole sound
+#: sample rate of the tiny checkpoint, and samples of a full-length sound
 RATE, SAMPLES = 4, 192
 PUBLISHED: dict[str, Any] = {"downsampling_ratios": [2, 4, 4, 8, 8], "sampling_rate": 44100}
 
@@ -38,7 +38,7 @@ only = pytest.mark.parametrize("subject", ["stable_audio"], indirect=True)
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """diffusers' transformer, and ours loaded from what it saved."""
+    """diffusers' transformer, and ours loaded from the files it saved."""
     reference = checkpoints.BUILDERS["stable_audio"]().transformer
     folder = tmp_path_factory.mktemp("transformer")
     reference.save_pretrained(folder)
@@ -48,7 +48,7 @@ def pair(tmp_path_factory):
 @pytest.mark.parametrize("length", [24, 5, 31])
 @torch.no_grad()
 def test_one_call_and_its_gate_signal(pair, length):
-    """The prediction, and what the first block's attention receives, for any number of latents."""
+    """Compares the prediction and the input of the first block's attention, for any number of latents."""
     reference, ours = pair
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 4, length, generator=generator)
@@ -81,7 +81,7 @@ def test_a_part_of_the_channels_is_turned_in_halves():
 
 @only
 def test_a_sound_hangs_on_its_seed_alone(subject):
-    """The noise of the scheduler's steps too: not on the batch, nor on the generator of the process."""
+    """The scheduler's noise does too; neither depends on the batch or on the global random generator."""
     torch.manual_seed(1)
     batch = subject.draw(prompt=[SHORT, SHORT], seed=[3, 4], num_inference_steps=5)
     torch.manual_seed(2)
@@ -107,7 +107,7 @@ def test_an_empty_negative_prompt_is_not_none(subject):
 @only
 @pytest.mark.parametrize(("start", "end"), [(0.0, None), (0.0, 10.0), (5.3, 31.0), (47.9, 48.0), (0.3, 0.6)])
 def test_the_part_that_is_asked_for(subject, start, end):
-    """From `int(start * rate)` to `int(end * rate)`, as the reference cuts; the whole has no other samples there."""
+    """Cuts from `int(start * rate)` to `int(end * rate)` like the reference. The samples equal the whole sound's."""
     state = subject.draw(audio_start_in_s=start, audio_end_in_s=end, num_inference_steps=1)
     first, stop = int(start * RATE), int((end or 48.0) * RATE)
     assert state.frames.shape == (1, stop - first, 2)
@@ -162,7 +162,7 @@ def test_tiles_of_the_vae_draw_nearly_the_same(subject):
 
 
 def run(subject, folder: Path, *overrides: str) -> dict[str, Any]:
-    """run.json of a command that must succeed."""
+    """Run a command that must succeed and return its run.json."""
     words = [*subject.overrides(), "sampling.num_inference_steps=3", f"hydra.run.dir={folder}"]
     if any(word.startswith("input.prompts=") for word in overrides):
         words.remove("sampling.prompt=a cat")
@@ -172,7 +172,7 @@ def run(subject, folder: Path, *overrides: str) -> dict[str, Any]:
 
 @only
 def test_a_command_writes_a_wav_that_is_drawn_again_from_itself(subject, tmp_path, capsys):
-    """It decodes to the seconds that were asked for, in two readers; its recipe and run.json say how long it is."""
+    """Two readers decode it to the requested seconds; its recipe and run.json state its length."""
     asked = ("sampling.audio_start_in_s=2.5", "sampling.audio_end_in_s=40", "sampling.num_images_per_prompt=2")
     record = run(subject, tmp_path / "run", *asked)
     assert record["sample_rate"] == RATE
@@ -262,8 +262,8 @@ def test_a_batch_its_quality_and_its_report(subject, tmp_path):
         ),
         (
             "report.metrics=[psnr]",
-            r"report.metrics .*: 'psnr' is of videos, layered pictures, pictures, and model stable_audio draws sounds\."
-            r" Use snr\.",
+            r"report.metrics .*: 'psnr' measures videos, layered pictures, pictures, but model stable_audio draws"
+            r" sounds\. Use snr\.",
         ),
         (
             "parallel.vae_degree=2",
@@ -280,7 +280,7 @@ def test_what_a_sound_has_not_is_refused_in_words(subject, override, sentence, c
 def test_other_models_draw_no_sounds(capsys):
     for override, sentence in (
         ("output.format=wav", "'wav': model demo draws pictures: png."),
-        ("report.metrics=[snr]", "'snr' is of sounds, and model demo draws pictures. Use psnr, ssim."),
+        ("report.metrics=[snr]", "'snr' measures sounds, but model demo draws pictures. Use psnr, ssim."),
         ("sampling.audio_end_in_s=3", "model demo does not take it"),
     ):
         assert main.main([override]) == 2
@@ -291,7 +291,7 @@ def test_other_models_draw_no_sounds(capsys):
 
 
 def test_the_published_length():
-    """47.55 s, and the whole of it is every sample that the VAE makes."""
+    """It is 47.55 s, which is every sample that the VAE decodes."""
     seconds = max_sound_seconds(PUBLISHED, {"sample_size": 1024})
     assert seconds == pytest.approx(47.554, abs=1e-3)
     assert int(seconds * 44100) == 1024 * 2048
@@ -327,7 +327,7 @@ def test_snr_is_the_twins_power_over_the_differences():
 
 @only
 def test_calibrating(subject, tmp_path, capsys):
-    """Both: a polynomial of its own, which then is used, and a mask, whose nearness is told as sounds' is."""
+    """Calibrates TeaCache, whose polynomial is then used in a run, and a mask, which is scored by SNR."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("rain\na bell\n")
     plain = [word for word in subject.overrides() if "prompt=" not in word]

@@ -1,4 +1,4 @@
-"""What of Wan the parity of whole runs does not show."""
+"""Wan: details that the parity tests of whole runs do not cover."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference():
-    """The same that is in the folder."""
+    """diffusers' transformer, with the weights in `folder`."""
     return checkpoints.BUILDERS["wan21_t2v_14b"]().transformer
 
 
@@ -39,7 +39,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def test_one_call_and_its_gate_signal(reference, ours):
-    """The prediction, and what the first block's self-attention receives."""
+    """Compares the prediction and the input of the first block's self-attention."""
     latents, text = inputs()
     timestep = torch.tensor([700.0, 700.0])
     seen = []
@@ -54,7 +54,7 @@ def test_one_call_and_its_gate_signal(reference, ours):
 
 @torch.no_grad()
 def test_a_given_first_frame_is_a_timestep_per_token(reference, ours):
-    """The reference computes a timestep for each token; we compute two and say which token has which."""
+    """The reference embeds a timestep per token. We embed two and index them by token."""
     latents, text = inputs()
     first = torch.randn(2, 16, 1, 6, 10, generator=torch.Generator().manual_seed(1))
     per_token = torch.full((2, 3, 15), 700.0)
@@ -79,7 +79,7 @@ def test_declared_token_dimensions_are_token_dimensions(ours):
         if name not in absent:
             assert getattr(tokens, name).shape[dim] == lengths[stream], name
     assert tokens.grid == (3, 3, 5)
-    assert ours.sharded_streams == ("hidden_states",)  # the text stays whole
+    assert ours.sharded_streams == ("hidden_states",)  # the text is not sharded
 
 
 def test_what_the_reference_keeps_in_float32_is_kept(folder, reference):

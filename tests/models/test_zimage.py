@@ -1,4 +1,4 @@
-"""What of Z-Image the parity of whole runs does not show."""
+"""Z-Image: details that the parity tests of whole runs do not cover."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LATENTS = 1e-4  # of a whole run
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """diffusers' transformer, and ours loaded from what it saved."""
+    """diffusers' transformer, and ours loaded from the files it saved."""
     reference = checkpoint_zimage.transformer()
     folder = tmp_path_factory.mktemp("transformer")
     reference.save_pretrained(folder)
@@ -30,7 +30,7 @@ def pair(tmp_path_factory):
 
 
 def inputs(grid: tuple[int, int], lengths: list[int]) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """Latents of these tokens, captions of these lengths, timesteps."""
+    """Return latents for a token grid, captions of the given lengths, and timesteps."""
     generator = torch.Generator().manual_seed(5)
     latents = torch.randn(len(lengths), 4, 1, 2 * grid[0], 2 * grid[1], generator=generator)
     captions = [torch.randn(length, 16, generator=generator) for length in lengths]
@@ -38,7 +38,7 @@ def inputs(grid: tuple[int, int], lengths: list[int]) -> tuple[torch.Tensor, lis
 
 
 def conditioning(captions: list[torch.Tensor], garbage: float = 0.0) -> dict[str, torch.Tensor | None]:
-    """As our stage gives them, with this in padded places."""
+    """Return conditioning as our stage does, with `garbage` in padded positions."""
     lengths = torch.tensor([len(one) for one in captions])
     text = torch.nn.utils.rnn.pad_sequence(captions, batch_first=True, padding_value=garbage)
     mask = torch.arange(text.shape[1]) < lengths[:, None]
@@ -46,7 +46,7 @@ def conditioning(captions: list[torch.Tensor], garbage: float = 0.0) -> dict[str
 
 
 def run_reference(model, latents, captions, timesteps) -> torch.Tensor:
-    """Its own sign and time: the way to the picture, 0 at the noise."""
+    """Run the reference, which has the opposite sign (the direction to the picture) and the time 0 at the noise."""
     items = model(list(latents.unbind()), (1000 - timesteps) / 1000, list(captions), return_dict=False)[0]
     return -torch.stack(items)
 
@@ -58,7 +58,7 @@ def run_reference(model, latents, captions, timesteps) -> torch.Tensor:
 )
 @torch.no_grad()
 def test_equals_diffusers(pair, grid, lengths):
-    """An item's place and its padding are by its own caption's length, whatever stands beside it."""
+    """An item's positions and padding depend on its own caption's length, not on other items in the batch."""
     reference, ours = pair
     latents, captions, timesteps = inputs(grid, lengths)
     want = run_reference(reference, latents, captions, timesteps)
@@ -71,7 +71,7 @@ def test_equals_diffusers(pair, grid, lengths):
 
 @torch.no_grad()
 def test_gate_signal_is_the_first_refiners_modulated_input(pair):
-    """What tells steps apart is what the first block over the picture receives."""
+    """The gate signal is the input of the first block over the picture."""
     reference, ours = pair
     latents, captions, timesteps = inputs((5, 7), [40, 13])
     seen = []
@@ -96,7 +96,7 @@ def test_declared_token_dimensions_are_token_dimensions(pair):
 
 
 def test_a_bfloat16_model_predicts_in_float32(tmp_path):
-    """Guidance and scheduler then work in float32, as in the reference; the scheduler keeps what it is given."""
+    """Guidance and scheduler then compute in float32, as in the reference; the scheduler keeps its input's dtype."""
     checkpoint_zimage.transformer().save_pretrained(tmp_path)
     half = tiny.load_transformer(ZImageTransformer, tmp_path, torch.bfloat16)
     latents, captions, timesteps = inputs((3, 5), [7])
@@ -117,7 +117,7 @@ def test_other_members_of_the_family_are_refused_by_name():
 
 
 def test_published_size():
-    """The defaults are the published model: 6.15 billion parameters, 0.13 of them in modulation."""
+    """The defaults give the published model: 6.15 billion parameters, 0.13 of them in modulation."""
     with torch.device("meta"):
         model = ZImageTransformer()
     total = sum(p.numel() for p in model.parameters())
@@ -127,7 +127,7 @@ def test_published_size():
 
 
 def settled(subject, *guidance: str) -> Runner:
-    """The subject with these settings of its guidance."""
+    """Return a runner of the subject with these guidance settings."""
     return Runner(compose_config([*subject.overrides(), *(f"model.guidance.{one}" for one in guidance)]))
 
 
@@ -135,9 +135,9 @@ FIELDS = {"prompt": [SHORT, LONG], "negative_prompt": "x", "seed": [3, 4], "num_
 
 
 def reference(pipeline, state, **settings) -> torch.Tensor:
-    """diffusers' final latents of our request, both items together, with more arguments."""
+    """Return diffusers' final latents for our request, as one batch, with additional arguments."""
     return pipeline(
-        prompt=list(state.prompts),  # it edits the list
+        prompt=list(state.prompts),  # the pipeline edits the list
         negative_prompt=list(state.negative_prompts),
         generator=[torch.Generator().manual_seed(seed) for seed in state.seeds],
         height=state.height,
@@ -152,7 +152,7 @@ def reference(pipeline, state, **settings) -> torch.Tensor:
 @pytest.mark.parametrize("subject", ["zimage"], indirect=True)
 @pytest.mark.parametrize("scale", [0.5, 3.0])
 def test_the_cap_on_the_norm_and_the_end_of_guidance_are_the_references(subject, scale):
-    """Alone and together, for a scale that the usual count would call 1.5, too; each changes the latents."""
+    """Tests them alone and together, also for scale 0.5 (1.5 if counted from 1). Each changes the latents."""
     plain = subject.draw(**FIELDS, guidance_scale=scale).latents
     for settings in (
         {"cfg_normalization": 1.0},
@@ -179,7 +179,7 @@ def test_behind_the_end_of_guidance_there_is_one_branch(subject):
 
 @pytest.mark.parametrize("subject", ["zimage"], indirect=True)
 def test_two_ranks_end_guidance_together(subject, pool):
-    """Each keeps its branch to the end: neither may wait for the other."""
+    """Each rank computes its branch in all steps, so neither waits for the other."""
     state = tiny.draw(settled(subject, "cfg_truncation=0.3"), **small(subject))
     chosen, more = {"cfg_degree": 2}, "model.guidance.cfg_truncation=0.3"
     for latents in pool(2, parallel_runs.draw_with, subject.name, subject.folder, chosen, small(subject), more):
@@ -192,7 +192,7 @@ def small(subject) -> dict:
 
 @pytest.mark.parametrize("subject", ["zimage"], indirect=True)
 def test_encoding_leaves_the_requests_prompts_alone(subject):
-    """The reference writes its templates into the list that it is given."""
+    """The reference overwrites the given list with its templates."""
     state = subject.draw(**FIELDS, guidance_scale=4.0)
     assert state.prompts == [SHORT, LONG]
     assert state.negative_prompts == ["x", "x"]
@@ -222,7 +222,7 @@ def test_what_users_are_told_counts_from_zero(words, said):
 
 
 def test_captions_of_one_length_need_no_mask():
-    """Attention kernels that take none then do."""
+    """Without a mask, attention kernels that do not support masks can be used."""
     text = [torch.ones(3, 2), torch.ones(3, 2)]
     assert pad_to_longest(text)["encoder_hidden_states_mask"] is None
     found = pad_to_longest([text[0], torch.ones(1, 2)])

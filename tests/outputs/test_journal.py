@@ -1,4 +1,4 @@
-"""A ledger that two writers append to in turn: one of them reads what the other has added, and nothing twice."""
+"""A ledger that two writers append to: each reads the rows of the other, and none twice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IDENTITY = {"model": "m"}
 
 @pytest.fixture
 def ledger(tmp_path):
-    """A ledger of two rows, the second one of another writer's."""
+    """A ledger of two rows, the second one by another writer."""
     made = Ledger(tmp_path / "ledger.jsonl", IDENTITY, "rows")
     made.add({"number": 0})
     append_row(made.file, {"text": "“zwei”\n"})
@@ -21,7 +21,7 @@ def ledger(tmp_path):
 
 
 def rows(ledger: Ledger) -> list[dict]:
-    """What a reader of the whole file finds."""
+    """Read the rows of the whole file anew."""
     return Ledger(ledger.file, IDENTITY, "rows").rows
 
 
@@ -40,7 +40,7 @@ def test_refresh_reads_what_others_have_appended(ledger):
 
 def test_refresh_reads_nothing_twice(ledger):
     before = ledger.file.read_bytes()
-    ledger.file.write_bytes(b"?" * len(before))  # whoever read this again would find it damaged
+    ledger.file.write_bytes(b"?" * len(before))  # reading this part again would be an error
     append_row(ledger.file, {"number": 2})
     ledger.refresh()
     assert ledger.rows == [{"number": 0}, {"text": "“zwei”\n"}, {"number": 2}]
@@ -52,7 +52,7 @@ def test_refresh_cuts_a_torn_last_line_off(ledger, whole):
         append_row(ledger.file, {"number": number})
     size = ledger.file.stat().st_size
     with ledger.file.open("ab") as file:
-        file.write('{"text": "ü'.encode()[:-1])  # as if its writer was killed, in the middle of a letter
+        file.write('{"text": "ü'.encode()[:-1])  # as if the writer was killed in the middle of a character
     ledger.refresh()
     assert ledger.file.stat().st_size == size
     ledger.add({"text": "next"})

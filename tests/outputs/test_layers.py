@@ -1,4 +1,4 @@
-"""Layers: folders, names, metadata and records, and how they are measured and shown."""
+"""Layers: folders, names, metadata, records, measures, and their display in the report."""
 
 import hashlib
 import json

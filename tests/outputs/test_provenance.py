@@ -1,4 +1,4 @@
-"""The configuration hash, versions and hardware, and what is fit for publishing."""
+"""Configuration hash, versions and hardware, and redaction."""
 
 import json
 import re
@@ -132,5 +132,5 @@ def test_hardware_of_the_cpu():
 
 
 def test_peak_host_memory_is_in_bytes():
-    # the interpreter alone is beyond 20 MB: a wrong unit is off by 1024
+    # the interpreter alone needs more than 20 MB, and a wrong unit is off by 1024
     assert 20e6 < provenance.measure_peak_host_bytes() < 100e9

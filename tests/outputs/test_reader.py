@@ -1,4 +1,4 @@
-"""Reading what a finished file says about its run: a stranger's file can say anything."""
+"""Reading the metadata that an output file carries about its run, also from untrusted files."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ PICTURES = VIDEOS[:, 0]
 
 
 def made(folder: Path, kind: str) -> Path:
-    """The directory of a run of two pictures or videos."""
+    """Write a run folder with two pictures or videos."""
     config = {**CONFIG, "output": {"metadata": True, "format": kind, "fps": None if kind == "png" else 16}}
     writer = OutputWriter(folder, config, FACTS, metadata=True)
     for pixels, prompt, seed in zip(PICTURES if kind == "png" else VIDEOS, "ab", (3, 4), strict=True):
@@ -52,12 +52,12 @@ def run(tmp_path) -> Path:
 
 
 def second(run: Path) -> Path:
-    """The second picture, video or folder of frames."""
+    """Return the second picture, video or folder of frames."""
     return next(run.glob("0001-*"))
 
 
 def edit(path: Path, change) -> None:
-    """Let `change` alter the record inside a PNG or a run.json."""
+    """Apply `change` to the record inside a PNG or a run.json."""
     if path.suffix == ".json":
         record = json.loads(path.read_text())
         change(record)
@@ -132,7 +132,7 @@ def test_missing_and_oversized_json_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/b.png", "..", ""])
 def test_listed_files_must_lie_beside_run_json(run, name):
     edit(run / "run.json", lambda record: record["outputs"][0].update(path=name))
-    assert "not the name of a file beside it" in refused(run / "run.json")
+    assert "not the name of a file next to it" in refused(run / "run.json")
 
 
 @pytest.mark.parametrize(

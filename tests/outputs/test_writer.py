@@ -214,7 +214,7 @@ def test_relative_input_images_are_recorded_whole(tmp_path, monkeypatch):
 def test_a_picture_of_one_colour_is_an_error_and_no_file(tmp_path, value, said):
     target = writer(tmp_path)
     pixels = np.full((32, 48, 3), value, np.uint8)
-    pixels[5, 5] -= value > 0  # a level of rounding noise makes no picture
+    pixels[5, 5] -= value > 0  # one level of rounding noise still counts as one colour
     with pytest.raises(RunError, match="seed 7") as caught:
         target.save(pixels, "a cat", None, 7, TIMINGS)
     assert said in str(caught.value)

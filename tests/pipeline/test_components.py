@@ -41,7 +41,7 @@ def test_a_missing_tensor_is_an_error_not_random_numbers(folder, name):
     del tensors[gone]
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(RunError, match=rf"{name}: '\S*{gone.rpartition('layers')[2]}' is missing"):
-        tiny.runner(folder)  # transformers has a prefix of its own for some names
+        tiny.runner(folder)  # transformers adds a prefix to some names
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -95,7 +95,7 @@ def test_a_missing_folder(folder):
 
 
 def test_the_scheduler_can_be_another(folder):
-    """By `_target_`, with its arguments; the checkpoint's own otherwise."""
+    """A `_target_` with arguments replaces the checkpoint's scheduler."""
     runner = tiny.runner(folder, "model.scheduler={_target_: diffusers.FlowMatchEulerDiscreteScheduler, shift: 3.0}")
     assert runner.built.parts.pipeline.scheduler.config.shift == 3.0
     own = tiny.runner(folder).built.parts.pipeline.scheduler.config
@@ -103,7 +103,7 @@ def test_the_scheduler_can_be_another(folder):
 
 
 def test_libraries_that_bring_others_along_are_quiet_only_while_they_are_loaded():
-    """Where torchao is installed, diffusers and transformers import it, and it warns of each kernel it cannot load."""
+    """If torchao is installed, the libraries import it, and it warns about each kernel that it cannot load."""
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     before = [logger.level for logger in loggers]
     with quiet_libraries():
@@ -113,7 +113,7 @@ def test_libraries_that_bring_others_along_are_quiet_only_while_they_are_loaded(
 
 
 def test_text_encoders_go_straight_to_their_device(tiny_folder, fake, monkeypatch):
-    """Nothing is left to move."""
+    """Every parameter is on the device before `move_module`."""
     seen = []
     monkeypatch.setattr(
         components, "move_module", lambda module, device: seen.extend(p.device.type for p in module.parameters())

@@ -61,7 +61,7 @@ def test_one_branch_is_itself():
 
 
 def test_a_third_prediction_in_some_steps_of_a_guided_run():
-    """diffusers' pipeline asks for more than the first fraction of the steps, and less than the second."""
+    """As in diffusers' pipeline: the steps strictly between the two fractions."""
     guidance = SkipLayerGuidance(scale="guidance_scale", layers=[1], start=0.01, stop=0.2)
     state = request(None, 4.0)
     state.num_inference_steps = 40
@@ -91,7 +91,7 @@ def test_a_reference_that_counts_from_the_positive_prediction():
 
 
 def test_the_cap_is_on_each_items_norm_and_lets_smaller_ones_be():
-    """The first item would be 11.7 long, its positive prediction is 5; the second one comes out shorter anyhow."""
+    """Without the cap the first item's norm is 11.7; the cap is 1.5 x 5. The second item is below its cap."""
     predictions = {
         "positive": torch.tensor([[[3.0, 4.0]], [[1.0, 0.0]]]),
         "negative": torch.tensor([[[1.0, 4.0]], [[1.1, 0.0]]]),

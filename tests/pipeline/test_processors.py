@@ -1,4 +1,4 @@
-"""The processor for text and pictures, against what it stands for and, where torchvision is, against transformers'."""
+"""The processor for text and pictures, against its settings and, if torchvision is installed, transformers' own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hydrarun.pipeline.processors import load_processor
 from tests.helpers import tiny
 
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
-#: as Qwen/Qwen-Image-Edit has it, with a smaller bound
+#: the settings of Qwen/Qwen-Image-Edit, with a smaller bound on pixels
 SETTINGS = {
     "image_processor_type": "Qwen2VLImageProcessorFast",
     "processor_class": "Qwen2_5_VLProcessor",
@@ -48,7 +48,7 @@ def published(folder: Path, **settings: Any) -> Path:
 
 
 def load(folder: Path) -> Any:
-    """As the components are loaded."""
+    """Load the processor as `load_component` does."""
     with translate_load_errors(folder):
         return load_processor(Qwen2VLProcessor, folder)
 

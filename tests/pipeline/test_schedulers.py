@@ -1,4 +1,4 @@
-"""The group `scheduler`: each option against diffusers with the same scheduler put in, and what is refused."""
+"""The group `scheduler`: each option against diffusers with the same scheduler, and invalid settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers import tiny
 
 SAVED = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.41", "shift": 3.0, **tiny.SCHEDULER}
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-#: of each option: what the reference is made with; the rest is the checkpoint's
+#: for each option, the settings of the reference that differ from the checkpoint's
 REFERENCES = {
     "euler": {},
     "heun": {},
@@ -55,7 +55,7 @@ def check_settings(ours, theirs) -> None:
 
 @pytest.mark.parametrize("name", ["euler", "unipc"])
 def test_noise_levels_shifted_by_size_are_diffusers(name, tiny_folder, tiny_pipeline):
-    """Those that the reference pipeline can use here: it gives noise levels of its own. Latents within 1e-4."""
+    """Only schedulers that take the noise levels of the reference pipeline. Latents within 1e-4."""
     scheduler = reference_scheduler(name, dict(tiny_pipeline.scheduler.config))
     runner = tiny.runner(tiny_folder, f"scheduler={name}")
     check_settings(runner.built.parts.pipeline.scheduler, scheduler)
@@ -68,7 +68,7 @@ def test_noise_levels_shifted_by_size_are_diffusers(name, tiny_folder, tiny_pipe
 @pytest.mark.parametrize("subject", ["wan21_t2v_14b"], indirect=True)
 @pytest.mark.parametrize("name", ["euler", "unipc", "dpm_solver", "deis"])
 def test_a_schedulers_own_noise_levels_are_diffusers(name, subject):
-    """Latents within 1e-4 of the reference pipeline with the scheduler that `from_config` makes of its own."""
+    """Latents within 1e-4 of the reference pipeline with the scheduler that `from_config` makes."""
     saved = {**dict(subject.pipeline.scheduler.config)}
     saved["shift"] = saved["flow_shift"]
     solver = {"dpm_solver": "midpoint", "deis": "logrho"}.get(name, "bh2")
@@ -83,20 +83,20 @@ def test_a_schedulers_own_noise_levels_are_diffusers(name, subject):
 
 @pytest.mark.parametrize("name", ["heun", "lcm", "sa_solver"])
 def test_others_draw(name, tiny_folder, tiny_pipeline):
-    """The reference pipeline refuses Heun and SA-Solver; the noise of LCM is drawn by item here."""
+    """Not compared: the reference pipeline refuses Heun and SA-Solver; LCM's noise is drawn per item here."""
     runner = tiny.runner(tiny_folder, f"scheduler={name}")
     check_settings(
         runner.built.parts.pipeline.scheduler, reference_scheduler(name, dict(tiny_pipeline.scheduler.config))
     )
     both, alone = (tiny.draw(runner, num_inference_steps=4, seed=seed).latents for seed in ([3, 4], [4]))
     assert both.isfinite().all()
-    assert (both[1:] - alone).abs().max() <= 1e-4  # a batch is its singles
+    assert (both[1:] - alone).abs().max() <= 1e-4  # a batch equals its items drawn alone
     assert (both[1:] - tiny.draw(tiny.runner(tiny_folder), num_inference_steps=4, seed=[4]).latents).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("subject", ["wan21_t2v_14b"], indirect=True)
 def test_the_shift_has_two_names(subject):
-    """The checkpoint's `flow_shift` is another class's `shift`, and the other way round."""
+    """`flow_shift` and `shift` are one setting; each class gets it under its own name."""
     runner = Runner(compose_config([*subject.overrides(), "scheduler=euler"]))
     own = subject.pipeline.scheduler.config.flow_shift
     assert runner.built.parts.pipeline.scheduler.config.shift == own
@@ -107,7 +107,7 @@ def test_the_shift_has_two_names(subject):
 
 @pytest.mark.parametrize("option", ["checkpoint", "euler", "unipc", "dpm_solver", "deis", "heun", "sa_solver", "lcm"])
 def test_a_shift_is_never_without_effect(option, tiny_runner):
-    """The checkpoint shifts by size, which a given shift replaces: sigma' = s sigma / (1 + (s - 1) sigma)."""
+    """The checkpoint shifts by size; a given shift replaces that: sigma' = s sigma / (1 + (s - 1) sigma)."""
 
     def levels(shift: int):
         saved = {**SAVED, "shift_terminal": None}
@@ -119,7 +119,7 @@ def test_a_shift_is_never_without_effect(option, tiny_runner):
     inside = (plain > 1e-3) & (plain < 0.999)
     assert inside.any()
     want = 3 * plain / (1 + 2 * plain)
-    assert (shifted - want)[inside].abs().max() <= 2e-3  # the ends are cut at other places
+    assert (shifted - want)[inside].abs().max() <= 2e-3  # the schedulers cut the ends at different places
 
 
 def test_single_values_of_the_checkpoints_own():
@@ -166,7 +166,7 @@ def test_a_model_without_a_flow_has_no_flow_scheduler():
 
 
 def test_what_version_0_1_0_wrote_is_made_as_it_was():
-    """By `model.scheduler`, without the checkpoint's settings; an option of the group goes first."""
+    """`model.scheduler` ignores the checkpoint's settings; an option of the group takes precedence."""
     older = "model.scheduler={_target_: diffusers.FlowMatchEulerDiscreteScheduler, max_shift: 2.0}"
     assert made(older).config.shift == 1.0
     assert made(older).config.max_shift == 2.0

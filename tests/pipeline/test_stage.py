@@ -58,7 +58,7 @@ def test_the_state_is_closed():
 
 
 def test_the_chain_is_checked_before_weights_are_read(tiny_folder, tmp_path):
-    """The checkpoint's weights are not even there."""
+    """The checkpoint has no weight files."""
     folder = shutil.copytree(tiny_folder, tmp_path / "x", ignore=shutil.ignore_patterns("*.safetensors"))
     config = tiny.config(folder)
     del config["model"]["stages"][3]

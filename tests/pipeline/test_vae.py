@@ -1,4 +1,4 @@
-"""How a VAE computes: memory formats, and one frame without the dimension of time."""
+"""VAE memory formats, and single frames computed by 2D convolutions."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import nn
 from hydrarun.pipeline.vae import configure_vae, count_latent_channels, decode_latents, encode_pixels
 
 PLAIN = {"slicing": False, "tiling": False, "channels_last": False}
-#: of pixels from -1 to 1: another order of the same sums
+#: for pixels from -1 to 1: the same sums in another order
 TOLERANCE = 1e-5
 KINDS = ["flux_dev", "qwen_image", "wan22_t2v_a14b", "wan22_ti2v_5b"]
 
 
 def arranged(subject, frames, **settings):
-    """Pixels of the same latents, and the latents of those pixels: of the VAE as it is, and with `settings`."""
+    """Return pixels and their latents, each of the VAE as it is and with `settings`; then the latter VAE."""
     pipeline = copy.copy(subject.pipeline)
     found = []
     for change in (None, {**PLAIN, **settings}):
         pipeline.vae = copy.deepcopy(subject.pipeline.vae)
-        pipeline.vae.__dict__.pop("encode", None)  # the tests' own, which remembers
+        pipeline.vae.__dict__.pop("encode", None)  # the tests' own, which caches results
         if change:
             configure_vae(pipeline.vae, change, None)
         latents = torch.randn(
@@ -36,7 +36,7 @@ def arranged(subject, frames, **settings):
 
 @pytest.mark.parametrize("subject", KINDS, indirect=True)
 def test_channels_last_is_the_same_up_to_rounding(subject):
-    """For each kind of VAE, and every convolution of it is in its own format."""
+    """For each kind of VAE; every convolution has the channels-last format of its kind."""
     (plain, pixels), (want, latents), vae = arranged(subject, 1, channels_last=True)
     assert plain.std() > 1e-3
     assert (pixels - plain).abs().max() <= TOLERANCE
@@ -49,7 +49,7 @@ def test_channels_last_is_the_same_up_to_rounding(subject):
 
 @pytest.mark.parametrize("subject", KINDS, indirect=True)
 def test_one_frame_in_2d_is_the_same_up_to_rounding(subject):
-    """Also where it is the first of several: the others go through time as before."""
+    """Also for the first of several frames; the others use 3D convolutions as before."""
     for frames in (1, 1 if subject.name == "flux_dev" else 3):
         (plain, pixels), (want, latents), _ = arranged(subject, frames)
         assert (pixels - plain).abs().max() <= TOLERANCE

@@ -1,1 +1,1 @@
-"""Caches: what stands in for parts of a denoising step that would change little."""
+"""Caches: they replace parts of a denoising step that would change little."""

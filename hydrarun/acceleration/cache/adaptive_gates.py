@@ -1,4 +1,4 @@
-"""Gates that look at the numbers: they skip steps while what they compare changes little.
+"""Gates that measure a signal: they skip steps while it changes little.
 
 With a threshold of 0 every step is computed.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class AdaptiveGate(Gate):
-    """Computes the request's `first` and `last` steps, and those between where its rule says so."""
+    """Computes the request's `first` and `last` steps, and those between that its rule selects."""
 
     measures = True
 
@@ -37,11 +37,11 @@ class AdaptiveGate(Gate):
 
 
 class TeaCache(AdaptiveGate):
-    """Accumulates the change of the first block's modulated input, rescaled to that of the output by a polynomial.
+    """Accumulates the change of the first block's modulated input, rescaled by a polynomial to the output's change.
 
-    A step is computed once the sum since the last computed one reaches `threshold` (TeaCache,
+    A step is computed once the sum since the last computed step reaches `threshold` (TeaCache,
     https://arxiv.org/abs/2411.19108). `fit` holds the polynomial of each expert, highest power first, as
-    `coefficients: {transformer: […]}`, and says which model it was fitted on (`hydrarun calibrate` writes it).
+    `coefficients: {transformer: […]}`, and names the model that it was fitted on (`hydrarun calibrate` writes it).
     """
 
     follows = True
@@ -69,7 +69,7 @@ class TeaCache(AdaptiveGate):
 
 
 class FirstBlock(AdaptiveGate):
-    """Runs the first block and compares what it adds with what it added in the last computed step.
+    """Runs the first block and compares its residual with that of the last computed step.
 
     A step is computed once the relative L1 distance reaches `threshold` (first-block cache, ParaAttention).
     """

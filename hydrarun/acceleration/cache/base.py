@@ -1,6 +1,6 @@
-"""What a cache is: it stands between the loop and the transformer's blocks, and keeps what it needs from step to step.
+"""Base of the caches. A cache sits between the loop and the transformer's blocks and keeps state from step to step.
 
-Everything that it keeps is by expert and branch, which the loop names in each call; nothing counts calls.
+The state is kept by expert and branch, which the loop names in each call; nothing counts calls.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ if TYPE_CHECKING:
     from hydrarun.core.distributed.mesh import Mesh
     from hydrarun.models.transformer import Inputs, Transformer
 
-#: whose state: the expert's name, the branch's name
+#: owner of a state: the expert's name, the branch's name
 Owner = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """All steps of a request, known before the first."""
+    """All steps of a request, known before the first step runs."""
 
     steps: tuple[Step, ...]
 
     @property
     def firsts(self) -> frozenset[int]:
-        """The first step of each expert, which has nothing to reuse."""
+        """The first step of each expert, where there is nothing to reuse."""
         first: dict[str, int] = {}
         for step in self.steps:
             first.setdefault(step.expert, step.index)
         return frozenset(first.values())
 
     def steps_of(self, expert: str) -> list[int]:
-        """The steps of one expert."""
+        """Return the steps of one expert."""
         return [step.index for step in self.steps if step.expert == expert]
 
 
 class Cache:
-    """Computes every step: the base of caches that do not.
+    """Computes every step. Base class of the caches that skip some.
 
-    For each request the loop calls `start`, `predict` for every step in order, `end`.
+    For each request the loop calls `start`, then `predict` for every step in order, then `end`.
     """
 
     def __init__(self) -> None:
@@ -60,26 +60,26 @@ class Cache:
         self.blocks_run = self.blocks_in_all = 0
 
     def start(self, schedule: Schedule, branches: Sequence[str], mesh: Mesh | None) -> None:
-        """A new request. `branches`: those of all ranks; `mesh`: this rank's place."""
+        """Start a request. `branches`: those of all ranks; `mesh`: this rank's process groups."""
         self.clear()
         self.branches = tuple(branches)
         self.mesh = mesh
 
     def predict(self, transformer: Transformer, inputs: Inputs, step: Step) -> dict[str, Tensor]:
-        """`{branch: prediction}` of this rank's branches."""
+        """Return `{branch: prediction}` of this rank's branches."""
         predictions = {branch: transformer.predict_branch(inputs, branch) for branch in inputs.conditioning}
         self.record_step(step, transformer, inputs, computed=True)
         return predictions
 
     def end(self) -> None:
-        """The request is done: let go of what was kept for it, but for the record."""
+        """End the request: release everything kept for it except the record."""
 
     def record_step(
         self, step: Step, transformer: Transformer, inputs: Inputs, computed: bool, always: int = 0
     ) -> None:
-        """Record a decision that holds for all branches; `always` blocks are run in a skipped step too.
+        """Record a decision that holds for all branches. `always`: number of blocks that also run in a skipped step.
 
-        A step may have fewer branches than the request, where all of them are this rank's.
+        A step may have fewer branches than the request if this rank has all of them.
         """
         apart = self.mesh is not None and self.mesh["cfg"] is not None
         for branch in self.branches if apart else inputs.conditioning:
@@ -88,9 +88,9 @@ class Cache:
             self.blocks_run += transformer.depth if computed else always
 
     def summarize(self, steps_s: Sequence[float]) -> dict[str, Any]:
-        """What run.json says of the last request: the record, and median seconds of its two kinds of steps.
+        """Return what run.json records of the last request: `record`, and median seconds of both kinds of steps.
 
-        A step counts as computed if it was for any branch; null: there was no such step.
+        A step counts as computed if it was computed for any branch; null: there was no such step.
         """
         computed = {index for steps in self.computed.values() for index in steps}
         kinds = {
@@ -100,7 +100,7 @@ class Cache:
         return self.record() | {name: median(seconds) if seconds else None for name, seconds in kinds.items()}
 
     def record(self) -> dict[str, Any]:
-        """The steps that were computed and skipped, by expert and branch, and how many blocks were run."""
+        """Return the computed and skipped steps by expert and branch, and how many blocks ran."""
         owners = sorted({*self.computed, *self.skipped}, key=lambda owner: (owner[0], self.branches.index(owner[1])))
         steps: dict[str, dict[str, Any]] = defaultdict(dict)
         for expert, branch in owners:
@@ -112,4 +112,4 @@ class Cache:
 
 
 class NoCache(Cache):
-    """Every step is computed."""
+    """Computes every step."""

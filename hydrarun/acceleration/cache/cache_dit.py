@@ -1,10 +1,10 @@
-"""Cache-DiT (https://github.com/vipshop/cache-dit): DBCache, TaylorSeer, SCM's masks and DBPrune, done by the library.
+"""Cache-DiT (https://github.com/vipshop/cache-dit): DBCache, TaylorSeer, SCM's masks and DBPrune, run by the library.
 
-DBCache runs the first blocks and compares what they add with the last computed step; while little changed, the residual
-of the middle blocks stands in for them. DBPrune decides so for each block. The library takes the decisions, keeps the
-residuals and calls the blocks; here is what it is told, of whom, and what is read back.
+DBCache runs the first blocks and compares their residual with the last computed step's; while it changes little, the
+kept residual of the middle blocks replaces them. DBPrune decides this for each block. The library makes the decisions,
+keeps the residuals and calls the blocks; this module configures it and reads the results back.
 
-Importing this takes seconds: it is loaded only where such an option is chosen.
+Importing this module takes seconds, so it is loaded only if such an option is chosen.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from hydrarun.core.distributed.mesh import Axis, Mesh
     from hydrarun.models.transformer import Inputs, Transformer
 
-#: dimensions whose ranks take a decision together; ranks of `cfg` have another branch, which decides by itself
+#: mesh dimensions whose ranks decide together; ranks of `cfg` have different branches, each of which decides alone
 TOGETHER = ("data", "replica", "ring", "ulysses", "tensor")
 
-suppress_loggers(["cache_dit*"])  # it tells of every list of blocks
+suppress_loggers(["cache_dit*"])  # the library logs every list of blocks
 
 
 class DistributedCachedContext(CachedContextManager):
-    """DBCache's contexts, which measure distances over the ranks of all `groups`."""
+    """DBCache's context manager; it measures distances over the ranks of all `groups`."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
         super().__init__()
@@ -48,19 +48,19 @@ class DistributedCachedContext(CachedContextManager):
     def similarity(
         self, t1: Tensor, t2: Tensor, *, threshold: float, parallelized: bool = False, prefix: str = "Fn"
     ) -> bool:
-        """Whether `t2` is nearer than `threshold` to `t1`, which was kept.
+        """Return whether the distance of `t2` from the kept `t1` is below `threshold`.
 
-        The library would average (`parallelized`) over all ranks there are, those of other branches too, and weigh
-        unequal shards alike.
+        The library's own reduction (`parallelized`) averages over all ranks, including those of other branches, and
+        weights unequal shards equally.
         """
-        if not (self.groups and 0 < threshold < 1):  # outside of that it measures nothing
+        if not (self.groups and 0 < threshold < 1):  # outside this range the library measures nothing
             return super().similarity(t1, t2, threshold=threshold, prefix=prefix)
         difference = self.distance(t1, t2)
         self.add_residual_diff(difference)
         return difference < threshold
 
     def distance(self, t1: Tensor, t2: Tensor) -> float:
-        """The relative L1 distance, rounded to the tensors' dtype where the library rounds too."""
+        """Return the relative L1 distance, rounded to the tensors' dtype where the library rounds too."""
         sums = torch.stack([x.abs().sum(dtype=torch.float64) for x in (t1 - t2, t1)])
         sums = torch.cat([sums, sums.new_tensor([t1.numel()])])
         for group in self.groups:
@@ -70,19 +70,19 @@ class DistributedCachedContext(CachedContextManager):
 
 
 class DistributedPrunedContext(DistributedCachedContext, PrunedContextManager):
-    """DBPrune's contexts, the same."""
+    """The same for DBPrune."""
 
-    # the library's lru_cache would keep this manager, and all that it holds, when the request is long done
+    # unwrapped: the library's lru_cache would keep this manager and all that it holds alive after the request
     get_non_prune_blocks_ids = inspect.unwrap(PrunedContextManager.get_non_prune_blocks_ids)
 
 
 class CacheDiT(Cache):
-    """DBCache, or DBPrune (`prune`); the other arguments have the library's names and meanings.
+    """DBCache, or DBPrune (`prune`). The other arguments have the library's names and meanings.
 
-    Each branch of each expert has a context of its own, new for each request, and decides by itself. Warm-up are the
-    request's first `max_warmup_steps`: an expert that takes over later starts with one computed step, for want of
-    anything to reuse. `steps_computation_mask` is SCM's for the whole schedule, of which each expert has its part.
-    The limits of cached steps are for each expert.
+    Each branch of each expert has its own context, new for each request, and decides alone. Warm-up is the request's
+    first `max_warmup_steps`: an expert that takes over later starts with one computed step, because it has nothing to
+    reuse. `steps_computation_mask` is SCM's mask of the whole schedule; each expert gets its part. The limits on
+    cached steps apply to each expert.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class CacheDiT(Cache):
             raise UsageError(f"cache.residual_diff_threshold: {residual_diff_threshold} is not a finite number >= 0")
         if steps_computation_policy == "static" and steps_computation_mask is None:
             raise UsageError(
-                "cache.steps_computation_policy: static caches the steps that a mask names, and there is none: set"
+                "cache.steps_computation_policy: static needs a mask of the steps to compute: set"
                 " cache.steps_computation_mask=slow|medium|fast|ultra"
             )
         self.settings = {
@@ -118,7 +118,7 @@ class CacheDiT(Cache):
             "max_cached_steps": max_cached_steps,
             "max_continuous_cached_steps": max_continuous_cached_steps,
             "steps_computation_policy": steps_computation_policy,
-            "enable_separate_cfg": False,  # it would tell branches apart by counting calls
+            "enable_separate_cfg": False,  # it would distinguish branches by counting calls
         }
         self.always = Fn_compute_blocks + Bn_compute_blocks
         self.max_warmup_steps = max_warmup_steps
@@ -138,7 +138,7 @@ class CacheDiT(Cache):
         count = len(schedule.steps)
         self.schedule = schedule
         self.masked = self.density and schedule.firsts | frozenset(choose_scm_steps(self.density, count))
-        #: blocks that each branch ran at each step, and how many there are
+        #: blocks that each branch ran at each step, and the number of blocks
         self.blocks_at = torch.zeros(2, len(branches), count, dtype=torch.int64)
         axes = [axis for name in TOGETHER if (axis := mesh[name])] if mesh else []
         self.manager = (DistributedPrunedContext if self.prune else DistributedCachedContext)(
@@ -162,23 +162,23 @@ class CacheDiT(Cache):
         return predictions
 
     def cached_blocks(self, transformer: Transformer, owner: Owner) -> nn.Module:
-        """All blocks of an expert, called by the library by way of the owner's new context."""
+        """Return all blocks of an expert as one module that the library runs in a new context of the owner."""
         if self.always >= transformer.depth:
             raise UsageError(
-                f"cache.Fn_compute_blocks: with Bn_compute_blocks {self.always} blocks are always run, and {owner[0]}"
-                f" has {transformer.depth}: there is none to skip; choose fewer"
+                f"cache.Fn_compute_blocks + cache.Bn_compute_blocks: {self.always} blocks always run, and {owner[0]}"
+                f" has {transformer.depth}, so none can be skipped; choose fewer"
             )
         name = "/".join(owner)
         self.manager.new_context(name=name, cache_config=self.config(owner[0]), calibrator_config=self.calibrator())
         return (PrunedBlocks_Pattern_0_1_2 if self.prune else CachedBlocks_Pattern_0_1_2)(
             nn.ModuleList(transformer.all_blocks()),
-            check_forward_pattern=False,  # what a block takes and returns is our contract
+            check_forward_pattern=False,  # our own contract fixes a block's inputs and outputs
             cache_context=name,
             context_manager=self.manager,
         )
 
     def config(self, expert: str) -> Any:
-        """The library's configuration for one expert's steps."""
+        """Return the library's config for one expert's steps."""
         steps = self.schedule.steps_of(expert)
         return (DBPruneConfig if self.prune else DBCacheConfig)(
             **self.settings,
@@ -188,11 +188,11 @@ class CacheDiT(Cache):
         )
 
     def calibrator(self) -> Any:
-        """What predicts residuals; None: the last ones are reused."""
+        """Return the config of the residual predictor; None: the last residuals are reused."""
         return self.taylorseer_order and TaylorSeerCalibratorConfig(taylorseer_order=self.taylorseer_order)
 
     def read_back(self, step: Step, branch: str, depth: int) -> None:
-        """Record what the library has just done in a step of a branch."""
+        """Record what the library did in the current step of a branch."""
         context = self.manager.get_context("/".join((step.expert, branch)))
         here = context.get_current_step()
         found = self.statistics[step.expert].setdefault(branch, {"residual_diffs": {}})
@@ -218,12 +218,12 @@ class CacheDiT(Cache):
         self.forget()
 
     def forget(self) -> None:
-        """Let go of all that was kept of a request."""
+        """Release everything kept for a request."""
         self.manager = None
         self.blocks = {}
 
     def share(self, axis: Axis, device: torch.device) -> None:
-        """Tell the ranks of other branches what was decided; each branch was predicted by one rank of the axis."""
+        """Exchange the decisions between the ranks of `axis`; each branch was predicted by one of them."""
         _, own = self.blocks_at.tolist()
         run, depth = all_reduce(self.blocks_at.to(device), axis.group).tolist()
         for place, branch in enumerate(self.branches):
@@ -232,12 +232,15 @@ class CacheDiT(Cache):
                     self.note_blocks(step, branch, run[place][step.index], depth[place][step.index])
 
     def record(self) -> dict[str, Any]:
-        """Also `statistics`, of this rank's own branches: by step, the relative distances that were measured (for each
-        block if it prunes); and how many blocks were pruned at each of the expert's steps."""
+        """Return the base record and `statistics` of this rank's own branches.
+
+        They hold the measured relative distances by step (for each block with `prune`) and, with `prune`, the number
+        of pruned blocks at each of the expert's steps.
+        """
         return super().record() | {"statistics": {expert: {**found} for expert, found in self.statistics.items()}}
 
 
 def drop_unmeasured(differences: float | list[float]) -> list[float]:
-    """The distances among what the library recorded at a step: negative numbers say that none was measured."""
+    """Return the distances that the library measured at a step; negative or infinite entries are not measurements."""
     found = differences if isinstance(differences, list) else [differences]
     return [difference for difference in found if 0 <= difference < math.inf]

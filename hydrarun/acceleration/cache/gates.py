@@ -1,4 +1,4 @@
-"""Gates: which steps are computed. Those here know it beforehand, from the schedule alone."""
+"""Gates decide which steps are computed. Those in this file decide before the first step, from the schedule alone."""
 
 from __future__ import annotations
 
@@ -18,36 +18,39 @@ Density = Literal["slow", "medium", "fast", "ultra"]
 
 
 class Gate:
-    """Decides for each step whether it is computed. The first step of each expert is, whatever a gate says."""
+    """Decides for each step whether it is computed. The first step of each expert is computed in any case."""
 
-    #: blocks that run at every step, before the decision
+    #: number of blocks that run at every step, before the decision
     prefix = 0
-    #: whether it compares signals; then `signal` gives them
+    #: whether the gate compares signals; if so, `measure_signal` returns them
     measures = False
-    #: whether a signal is compared with the last step's; if not, with that of the last step that was computed
+    #: whether a signal is compared with the previous step's; if not, with the last computed step's
     follows = False
 
     def start(self, schedule: Schedule) -> None:
-        """A new request. Raises `UsageError` for a gate that does not fit the schedule."""
+        """Start a request. Raises `UsageError` for a gate that does not fit the schedule."""
         raise NotImplementedError
 
     def measure_signal(self, transformer: Transformer, call: ForwardContext, start: Tensor) -> Tensor:
-        """What is compared, of any shape; `start` are the tokens `[B, S, D]` as they were before the first block."""
+        """Return the signal to compare, of any shape. `start`: the tokens `[B, S, D]` before the first block."""
         raise NotImplementedError
 
     def should_compute(self, step: Step, changes: Mapping[str, float]) -> bool:
-        """Whether to compute `step`; `changes`: each branch's relative L1 distance, none at an expert's first step."""
+        """Return whether to compute `step`. `changes`: relative L1 distance of each branch's signal.
+
+        `changes` is empty at an expert's first step, and always if the gate does not measure.
+        """
         raise NotImplementedError
 
 
 class PlannedGate(Gate):
-    """Knows the steps beforehand: the cost too, and nothing is measured."""
+    """A gate whose steps, and so its cost, are known beforehand. It measures nothing."""
 
     def start(self, schedule: Schedule) -> None:
         self.planned = self.plan(schedule)
 
     def plan(self, schedule: Schedule) -> frozenset[int]:
-        """The steps that are computed."""
+        """Return the computed steps."""
         raise NotImplementedError
 
     def should_compute(self, step: Step, changes: Mapping[str, float]) -> bool:
@@ -55,7 +58,7 @@ class PlannedGate(Gate):
 
 
 class EveryN(PlannedGate):
-    """Every `n`-th step of each expert, counted from its first; the request's `first` and `last` steps always."""
+    """Computes every `n`-th step of each expert, from its first, and the request's `first` and `last` steps."""
 
     def __init__(self, n: int, first: int = 1, last: int = 1) -> None:
         self.n = require_at_least("cache.gate.n", n, 1)
@@ -69,11 +72,11 @@ class EveryN(PlannedGate):
 
 
 class Mask(PlannedGate):
-    """A list of computed `steps`, from 0, or a named `density`.
+    """Computes a list of `steps`, counted from 0, or the steps of a named `density`.
 
-    The densities are SCM's (cache-dit): 18, 15, 11 and 8 of 28 steps, most of them early. In them the first step of
-    each expert is computed too; in a list it must stand. A list is for runs of `num_inference_steps`, where that is
-    said: the compatibility table refuses others.
+    The densities are SCM's (cache-dit): 18, 15, 11 and 8 of 28 steps, most of them early. A density adds the first
+    step of each expert; a list must contain it. `num_inference_steps`, if set, is the number of steps that the list is
+    for: the compatibility table refuses other numbers.
     """
 
     def __init__(
@@ -98,27 +101,29 @@ class Mask(PlannedGate):
 
 
 def check_steps(steps: list[int], count: int) -> None:
-    """Raises `UsageError` for a list that is none of steps of a run of `count` of them."""
+    """Raise `UsageError` for a list that does not fit a run of `count` steps."""
     wrong = [step for step in steps if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < count]
     if wrong:
-        raise UsageError(f"cache.gate.steps: {wrong[0]!r} is no step of a run of {count}, which are 0 to {count - 1}")
+        raise UsageError(
+            f"cache.gate.steps: {wrong[0]!r} is not a step of this run of {count} steps, numbered 0 to {count - 1}"
+        )
     if len(set(steps)) < len(steps):
         raise UsageError("cache.gate.steps: a step is listed twice")
 
 
 def choose_scm_steps(density: Density, count: int) -> list[int]:
-    """The computed steps of `count` at a named density, by cache-dit."""
+    """Return cache-dit's computed steps of a run of `count` steps at a named density."""
     from cache_dit import steps_mask  # takes seconds to import
 
     return [index for index, computed in enumerate(steps_mask(total_steps=count, mask_policy=density)) if computed]
 
 
 def find_end_steps(schedule: Schedule, first: int, last: int) -> frozenset[int]:
-    """The request's first and last steps."""
+    """Return the request's first and last steps."""
     count = len(schedule.steps)
     return frozenset(range(min(first, count))) | frozenset(range(max(0, count - last), count))
 
 
 def check_end_counts(first: int, last: int) -> tuple[int, int]:
-    """How many steps at both ends are always computed. Raises `UsageError` for counts that cannot be."""
+    """Return the numbers of steps that are always computed at both ends. Raises `UsageError` for invalid numbers."""
     return require_at_least("cache.gate.first", first, 1), require_at_least("cache.gate.last", last, 0)

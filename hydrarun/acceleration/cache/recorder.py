@@ -1,4 +1,4 @@
-"""A cache that skips nothing and records what a gate would have seen."""
+"""A cache that skips nothing and records the changes that a gate would measure."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class RecordingCache(Cache):
-    """Computes every step and compares it with the last one of the same expert, in one process.
+    """Computes every step and compares it with the previous step of the same expert, in one process.
 
-    `pairs` has, for each expert and branch and over all requests, how far TeaCache's signal and the prediction
-    changed: relative L1 distances over the whole batch, as `StepCache` measures them.
+    `pairs` holds, for each expert and branch over all requests, the changes of TeaCache's signal and of the
+    prediction: relative L1 distances over the whole batch, as `StepCache` measures them.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class RecordingCache(Cache):
         return predictions
 
     def keep(self, owner: Owner, now: tuple[Tensor, Tensor]) -> None:
-        """Compare a step's signal and prediction with the last ones, and keep them for the next."""
+        """Compare a step's signal and prediction with the previous step's, and keep them for the next step."""
         if owner in self.last:
             changes = [sum_change_and_size(new, old) for new, old in zip(now, self.last[owner], strict=True)]
             x, y = (divide_change(*change.tolist()) for change in changes)

@@ -1,10 +1,10 @@
-"""Skip whole steps: a gate decides which, a predictor stands in for their blocks.
+"""Skip whole steps: a gate decides which, and a predictor replaces their blocks.
 
-What the blocks change is kept as a residual (what they add to the latent tokens). A skipped step embeds its input, adds
-the residual that the predictor expects, and has the head read the sum: TeaCache's way (https://arxiv.org/abs/2411.19108).
+A computed step keeps the residual of its blocks (what they add to the latent tokens). A skipped step embeds its input,
+adds the predicted residual and passes the sum to the head, as TeaCache does (https://arxiv.org/abs/2411.19108).
 
-A decision holds for all branches, items and ranks: it is taken from sums over all of them. Branches decided apart would
-guide with a fresh prediction against a stale one; ranks decided apart would wait for each other for ever.
+A decision holds for all branches, items and ranks: it is made from sums over all of them. If branches decided
+separately, guidance would combine a fresh prediction with a stale one; if ranks did, they would deadlock.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class StepCache(Cache):
-    """A `gate` x a `predictor`, both `_target_` nodes."""
+    """Combines a `gate` and a `predictor`, both `_target_` nodes."""
 
     def __init__(self, gate: dict[str, Any], predictor: dict[str, Any]) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class StepCache(Cache):
     def decide(
         self, transformer: Transformer, calls: Mapping[str, ForwardContext], starts: Mapping[str, Tensor], step: Step
     ) -> bool:
-        """Whether this step's blocks are run."""
+        """Return whether this step's blocks run."""
         signals = {
             (step.expert, branch): self.gate.measure_signal(transformer, call, starts[branch])
             for branch, call in calls.items()
@@ -80,7 +80,7 @@ class StepCache(Cache):
         return computes
 
     def changes(self, signals: Mapping[Owner, Tensor], step: Step) -> dict[str, float]:
-        """How far each branch's signal is from the one kept: the relative L1 distance, over all items and ranks."""
+        """Return each branch's relative L1 distance from its kept signal, over all items and ranks."""
         sums = torch.zeros(len(self.branches), 2)
         for owner, signal in signals.items():
             change = sum_change_and_size(signal, self.signals[owner])
@@ -94,16 +94,16 @@ class StepCache(Cache):
         self.forget()
 
     def forget(self) -> None:
-        """Let go of all that was kept of a request."""
+        """Release everything kept for a request."""
         self.signals.clear()
         self.predictor.reset()
 
 
 def sum_change_and_size(new: Tensor, old: Tensor) -> Tensor:
-    """`[2]` float32: the sums of `|new - old|` and of `|old|`."""
+    """Return `[2]` float32: the sums of `|new - old|` and of `|old|`."""
     return torch.stack([(new - old).abs().sum(dtype=torch.float32), old.abs().sum(dtype=torch.float32)])
 
 
 def divide_change(change: float, size: float) -> float:
-    """The relative L1 distance; 0 from nothing."""
+    """Return the relative L1 distance; 0 if `size` is 0."""
     return change / size if size else 0.0

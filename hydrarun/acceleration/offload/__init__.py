@@ -1,1 +1,1 @@
-"""Where weights wait while nobody computes with them, and how they come to the device."""
+"""Offload: where weights are kept while they are not in use, and how they move to the device."""

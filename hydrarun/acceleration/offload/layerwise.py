@@ -1,7 +1,7 @@
-"""Blocks whose weights come for their turn and leave after it, the next ones meanwhile being fetched.
+"""Layerwise offload: a block's weights are on the device only while it runs, and the next blocks' are prefetched.
 
-A wrapper takes a block's place in the transformer, so that whoever calls it has its weights there: our own run, gates,
-cache-dit. The block inside stays itself, compiled or not.
+A wrapper replaces each block in the transformer, so that the weights are there for every caller: our own run, gates,
+cache-dit. The wrapped block itself is unchanged, compiled or not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hydrarun.models.weights.safetensors import Checkpoint
 
 
 class PrefetchedBlock(nn.Module):
-    """Takes a block's place; `turn()` has its weights there for as long as it is entered."""
+    """Replaces a block. The block has its weights inside the context `turn()`."""
 
     def __init__(self, block: nn.Module, turn: Callable[[], AbstractContextManager[None]]) -> None:
         super().__init__()
@@ -35,20 +35,20 @@ class PrefetchedBlock(nn.Module):
         self.turn = turn
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """As the block."""
+        """Run the block."""
         with self.turn():
             return self.block(hidden_states, encoder_hidden_states, tokens)
 
     def modulated(self, tokens: Tokens) -> Tensor:
-        """As the block."""
+        """Return the block's modulated input."""
         with self.turn():
             return self.block.modulated(tokens)
 
 
 class BlockPrefetcher:
-    """Blocks in a circle: what the one in use and the next `ahead` need is held, and is being fetched before its turn.
+    """Prefetches blocks in a ring: it holds, or is fetching, the weights of the current block and of the next `ahead`.
 
-    Whoever asks for another than the next one waits for it.
+    A call of any other block waits for its weights.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], ahead: int) -> None:
@@ -57,26 +57,26 @@ class BlockPrefetcher:
         self.held: dict[int, Any] = {}
 
     def fetch(self, index: int) -> Any:
-        """Begin to bring a block's weights."""
+        """Start to fetch a block's weights; return a handle to hold."""
         raise NotImplementedError
 
     def weights(self, index: int, held: Any) -> list[Tensor]:
-        """What `fetch` brought, in the order of the block's parameters."""
+        """Return the weights that `fetch` loaded, in the order of the block's parameters."""
         raise NotImplementedError
 
     def used(self, held: Any) -> None:
-        """The block's turn is over; the next one may be its own again."""
+        """Handle the end of a block's run; the same weights may be used again next."""
 
     def drop(self, held: Any) -> None:
-        """The block is not among the next."""
+        """Release a block's weights, because it is not among the next blocks."""
         raise NotImplementedError
 
     @contextmanager
     def turn(self, index: int) -> Iterator[None]:
-        """The block has its weights."""
+        """Give the block its weights inside the context."""
         held = self.hold(index)
         block = self.blocks[index]
-        with torch.inference_mode(False):  # as `replace`
+        with torch.inference_mode(False):  # as in `replace_tensors`
             away = set_tensors(block, self.weights(index, held))
         try:
             yield
@@ -85,7 +85,7 @@ class BlockPrefetcher:
             self.used(held)
 
     def hold(self, index: int) -> Any:
-        """Hold it and those after it; first let go of all others."""
+        """Drop all other blocks, then hold this block and those after it; return this block's handle."""
         count = len(self.blocks)
         wanted = [(index + step) % count for step in range(self.ahead + 1)]
         for other in self.held.keys() - set(wanted):
@@ -96,14 +96,14 @@ class BlockPrefetcher:
         return self.held[index]
 
     def let_go(self) -> None:
-        """Hold nothing."""
+        """Drop everything that is held."""
         while self.held:
             self.drop(self.held.popitem()[1])
 
 
 @dataclass
 class BlockBuffer:
-    """Room for one block on the device; the moments when what was copied into it is there, and when it was used."""
+    """A device buffer for one block, with the events of its last use and of the last copy into it."""
 
     bytes: Tensor
     used: Any
@@ -111,9 +111,10 @@ class BlockBuffer:
 
 
 class HostPrefetcher(BlockPrefetcher):
-    """A transformer whose blocks, but for the first `resident`, are copied from the host into `ahead + 1` buffers.
+    """A transformer whose blocks, except the first `resident`, are copied from the host into `ahead + 1` buffers.
 
-    They turn in a circle, each as large as the largest of those blocks. What is left comes and goes as a whole.
+    The buffers are used in a ring; each is as large as the largest of those blocks. The other weights are onloaded and
+    offloaded as a whole.
     """
 
     def __init__(self, transformer: Transformer, device: torch.device, resident: int, ahead: int) -> None:
@@ -142,7 +143,7 @@ class HostPrefetcher(BlockPrefetcher):
     def offload(self) -> None:
         self.let_go()
         for buffer in self.free:
-            self.copies.wait(buffer.copied)  # its memory will be another's
+            self.copies.wait(buffer.copied)  # its memory may be reused afterwards
         self.free = []
         self.around.offload()
 
@@ -163,17 +164,17 @@ class HostPrefetcher(BlockPrefetcher):
 
 
 class LoadedBlock(NamedTuple):
-    """A block's weights on the device, and the moment when they are there."""
+    """A block's weights on the device, and the event of their copy."""
 
     weights: list[Tensor]
     copied: Any
 
 
 class FilePrefetcher(BlockPrefetcher):
-    """A transformer whose blocks are read from the files in `folder`, the next one by a thread while one computes."""
+    """A transformer whose blocks are read from the files in `folder`; a thread reads the next while one computes."""
 
     def __init__(self, transformer: Transformer, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-        """The blocks of `transformer` were not loaded, all else is on `device`; it is changed in place."""
+        """The blocks of `transformer` are not loaded, all else is on `device`; it is changed in place."""
         super().__init__([*transformer.all_blocks()], ahead=1)
         self.device = device
         self.copies = CopyStream(device)
@@ -193,7 +194,7 @@ class FilePrefetcher(BlockPrefetcher):
         return bool(self.held)
 
     def onload(self) -> None:
-        """Blocks come one by one."""
+        """Do nothing: blocks are read one by one."""
 
     def offload(self) -> None:
         self.let_go()
@@ -202,7 +203,7 @@ class FilePrefetcher(BlockPrefetcher):
         return self.thread.submit(self.read_block, index, self.copies.record_compute())
 
     def read_block(self, index: int, after: Any) -> LoadedBlock:
-        """The block's weights on the device, whose memory may be in use until `after`."""
+        """Read a block's weights to the device, where their memory may be in use until the event `after`."""
         with self.copies.copy_after(after):
             weights = [
                 read_parameter(source, self.checkpoint, self.device, dtype) for source, dtype in self.sources[index]
@@ -216,18 +217,18 @@ class FilePrefetcher(BlockPrefetcher):
 
     def drop(self, held: Future[LoadedBlock]) -> None:
         if not held.cancel():
-            held.exception()  # waits: what is being read must be gone before more is
+            held.exception()  # waits: weights that are being read must be freed before more are read
 
 
 def pack_block(block: nn.Module, device: torch.device) -> PackedTensors:
-    """The block's weights side by side, from now on the block's own."""
+    """Pack the block's weights into one buffer and make the block use the packed ones."""
     packed = PackedTensors(list_tensors(block), device)
     set_tensors(block, packed.tensors)
     return packed
 
 
 def gather_rest(transformer: Transformer, blocks: Sequence[nn.Module]) -> nn.Module:
-    """All of a transformer but its blocks, and these `blocks`, as one module that shares the parts with it."""
+    """Return a module that shares everything outside the transformer's blocks with it, and these `blocks`."""
     rest = nn.Module()
     rest._parameters, rest._buffers = transformer._parameters, transformer._buffers
     for name, part in transformer.named_children():
@@ -238,14 +239,14 @@ def gather_rest(transformer: Transformer, blocks: Sequence[nn.Module]) -> nn.Mod
 
 
 def list_named_blocks(transformer: Transformer) -> Iterator[tuple[str, nn.Module]]:
-    """Every block with its name in the transformer, in order."""
+    """Yield every block with its name in the transformer, in order."""
     for name in transformer.block_lists:
         for index, block in getattr(transformer, name).named_children():
             yield f"{name}.{index}", block
 
 
 def wrap_blocks(turns: BlockPrefetcher, transformer: Transformer) -> None:
-    """Wrap those blocks of the transformer that take turns."""
+    """Wrap the blocks of the transformer that `turns` prefetches."""
     places = {block: index for index, block in enumerate(turns.blocks)}
     for name, block in list(list_named_blocks(transformer)):
         if block in places:

@@ -1,4 +1,4 @@
-"""Weights that come to the device when they are needed and leave it again: what every offload is made of.
+"""Onload and offload a module's weights: the base of every offload.
 
 A module keeps its identity; its parameters and buffers are replaced, and tied ones stay tied.
 """
@@ -15,23 +15,23 @@ from hydrarun.core.device import HOST
 
 
 class Offloadable(Protocol):
-    """A module that is ready to be called, or waits."""
+    """A module that is either onloaded, and ready to be called, or offloaded."""
 
     @property
     def here(self) -> bool:
-        """Whether it is ready."""
+        """Whether it is onloaded."""
 
     def onload(self) -> None:
-        """Be ready; nothing happens where it is."""
+        """Onload the weights; do nothing if they are onloaded."""
 
     def offload(self) -> None:
-        """Wait; nothing happens where it does."""
+        """Offload the weights; do nothing if they are offloaded."""
 
 
 class HostOffloaded:
-    """A module whose weights stay on the host, pinned where that is faster, and come to the device as copies.
+    """A module whose weights stay on the host, pinned where that is faster, and are copied to the device.
 
-    So leaving costs nothing: the copies are dropped. What a module got while it was on the device moves to the host.
+    Offload costs nothing, because it only drops the copies. Tensors set while on the device are moved to the host.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -52,26 +52,26 @@ class HostOffloaded:
             self.here = False
 
     def on_device(self, tensor: Tensor) -> Tensor:
-        """A copy, which remembers what it is a copy of."""
+        """Return a copy on the device that keeps a reference to its original."""
         copy = move_tensor(tensor, self.device)
         copy.copy_of = tensor
         return copy
 
     def on_host(self, tensor: Tensor) -> Tensor:
-        """What the copy was made of."""
+        """Return the original of a copy; move a tensor without an original to the host."""
         waiting = getattr(tensor, "copy_of", None)
         return self.pinned(move_tensor(tensor, HOST)) if waiting is None else waiting
 
     def pinned(self, tensor: Tensor) -> Tensor:
-        """The tensor in memory that a GPU reads without the CPU's help."""
+        """Return the tensor in pinned memory if the device is a GPU."""
         return wrap_like(tensor, tensor.pin_memory()) if self.device.type == "cuda" else tensor
 
 
 class DiskOffloaded:
-    """A module whose weights are let go of, and are read again when they are needed."""
+    """A module whose weights are dropped, and read again when they are needed."""
 
     def __init__(self, module: nn.Module, read: Callable[[], nn.Module], device: torch.device = HOST) -> None:
-        """`module` has its weights on `device`; `read` makes another that equals it, on the host."""
+        """`module` has its weights on `device`; `read` returns an equal module on the host."""
         self.module = module
         self.read = read
         self.device = device
@@ -96,9 +96,9 @@ def move_module(module: nn.Module, device: torch.device) -> None:
 
 
 def replace_tensors(module: nn.Module, made: Callable[[Tensor], Tensor]) -> None:
-    """Put `made(tensor)` in the place of every parameter and buffer; what stands in several places is made once."""
+    """Replace every parameter and buffer by `made(tensor)`; a tensor in several places is made once."""
     done: dict[int, Tensor] = {}
-    with torch.inference_mode(False):  # a compiled block would take inference tensors for others, and compile again
+    with torch.inference_mode(False):  # inference tensors would make a compiled block recompile
         for part in module.modules():
             for held in (part._parameters, part._buffers):
                 for name, old in held.items():
@@ -109,7 +109,7 @@ def replace_tensors(module: nn.Module, made: Callable[[Tensor], Tensor]) -> None
 
 
 def list_tensors(module: nn.Module) -> list[Tensor]:
-    """Its parameters and buffers, in the order in which `replace` makes others of them."""
+    """Return the module's parameters and buffers, in the order in which `replace_tensors` replaces them."""
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def list_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def set_tensors(module: nn.Module, new: Iterable[Tensor]) -> list[Tensor]:
-    """Give the module these `tensors`, in their order; returns those that it had."""
+    """Give the module the tensors `new`, in the order of `list_tensors`; return its old ones."""
     old: list[Tensor] = []
     coming = iter(new)
 
@@ -134,25 +134,25 @@ def set_tensors(module: nn.Module, new: Iterable[Tensor]) -> list[Tensor]:
 
 
 def adopt_tensors(module: nn.Module, other: nn.Module) -> None:
-    """Give `module` the parameters and buffers of `other`, which has the same parts."""
+    """Give `module` the parameters and buffers of `other`, which has the same submodules."""
     for part, theirs in zip(module.modules(), other.modules(), strict=True):
         part._parameters.update(theirs._parameters)
         part._buffers.update(theirs._buffers)
 
 
 def move_tensor(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor itself where it is on `device`, else a copy."""
-    # towards the host we wait: the CPU may read at once what a GPU has not written yet
+    """Return the tensor itself if it is on `device`, else a copy."""
+    # copies to the host block: the CPU could read them before the GPU has written them
     return wrap_like(tensor, tensor.to(device, non_blocking=device != HOST))
 
 
 def make_placeholder(tensor: Tensor) -> Tensor:
-    """Its shape and dtype without numbers."""
+    """Return a meta tensor of the same shape and dtype."""
     return wrap_like(tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
 
 
 def wrap_like(old: Tensor, new: Tensor) -> Tensor:
-    """`new` as what `old` is, a parameter or a buffer."""
+    """Return `new` as a parameter if `old` is one."""
     if isinstance(new, nn.Parameter) or not isinstance(old, nn.Parameter):
         return new
     return nn.Parameter(new, requires_grad=False)

@@ -1,4 +1,4 @@
-"""Tensors side by side in one run of bytes, so that one copy moves them all."""
+"""Tensors packed into one byte buffer, so that one copy moves them all."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hydrarun.acceleration.offload.module_mover import wrap_like
 
-#: where a tensor begins is a multiple of this, as where torch allocates it by itself: kernels are chosen by it
+#: alignment of each tensor in bytes, that of torch's own allocations: the choice of kernels depends on it
 ALIGNMENT = 512
 
 
 class PackedTensors:
-    """Copies of tensors on the host, in one run of bytes, pinned where `device` is faster with it.
+    """Copies of tensors in one byte buffer on the host, pinned if `device` is a GPU.
 
-    `bytes` are all of them `[nbytes]` uint8, `tensors` are views into them. Quantized tensors go in by their parts.
+    `bytes`: the buffer, `[nbytes]` uint8; `tensors`: views into it. Quantized tensors are stored by their parts.
     """
 
     def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
@@ -31,37 +31,37 @@ class PackedTensors:
         self.tensors = [map_plain_tensors(tensor, copied) for tensor in tensors]
 
     def into(self, buffer: Tensor) -> list[Tensor]:
-        """The tensors in a `buffer` of bytes that `bytes` are copied to the front of."""
+        """Return the tensors as views into `buffer`, to whose front `bytes` is copied."""
         place = BufferAllocator(buffer)
         return [map_plain_tensors(tensor, place) for tensor in self.tensors]
 
 
 class BufferAllocator:
-    """Gives out, of a run of bytes, one place after the other."""
+    """Allocates aligned tensors one after the other in a byte buffer."""
 
     def __init__(self, run: Tensor) -> None:
         self.run = run
         self.start = 0
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Room for what is like `tensor`."""
+        """Return a view with the dtype, shape and strides of `tensor`."""
         bytes_ = self.run[self.start : self.start + tensor.nbytes]
         self.start += count_aligned_bytes(tensor)
         return bytes_.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
 
 def count_packed_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors side by side."""
+    """Return the bytes of the packed tensors."""
     return sum(count_aligned_bytes(part) for tensor in tensors for part in find_plain_tensors(tensor))
 
 
 def count_aligned_bytes(tensor: Tensor) -> int:
-    """Bytes from where a tensor begins to where the next one does."""
+    """Return the bytes from the start of a tensor to the start of the next one."""
     return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def find_plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a tensor is made of: itself, or those that a quantized one wraps."""
+    """Yield the plain tensors of a tensor: itself, or those that a quantized tensor wraps."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             yield from find_plain_tensors(getattr(tensor, name))
@@ -70,7 +70,7 @@ def find_plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def map_plain_tensors(tensor: Tensor, made: Callable[[Tensor], Tensor]) -> Tensor:
-    """The same with `made` of each of its parts, in the order of `parts`."""
+    """Rebuild a tensor from `made(part)` of its plain tensors, in the order of `find_plain_tensors`."""
     if not is_traceable_wrapper_subclass(tensor):
         return wrap_like(tensor, made(tensor))
     names, context = tensor.__tensor_flatten__()

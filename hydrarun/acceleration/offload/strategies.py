@@ -1,4 +1,4 @@
-"""What waits while no stage uses it: the options of the `offload` group."""
+"""The options of the `offload` group: which components are offloaded while no stage uses them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from hydrarun.core.device import HOST, empty_cache
 from hydrarun.core.errors import require_at_least
 from hydrarun.models.transformer import Transformer
 
-#: what a stage can use; `text_encoder` stands for all text encoders, `transformer` for both experts
+#: what a stage can use; `text_encoder` means all text encoders, `transformer` both experts
 USES = ("text_encoder", "transformer", "vae")
 
 
 class NoOffload:
-    """Everything stays on the device; the base of the other options."""
+    """Keeps everything on the device. Base class of the other options."""
 
-    #: what waits while no stage uses it
+    #: what is offloaded while no stage uses it
     moves: ClassVar[Collection[str]] = ()
-    #: whether weights wait on the host only, so that on a CPU there is nothing to gain
+    #: whether weights are offloaded to the host only, so that there is nothing to gain on a CPU
     needs_device: ClassVar[bool] = False
 
     def __init__(self) -> None:
@@ -34,11 +34,11 @@ class NoOffload:
         self.waiting: dict[str, Offloadable] = {}
 
     def load_device(self, name: str, device: torch.device) -> torch.device:
-        """Where the module of that name is loaded to."""
+        """Return the device that the module `name` is loaded to."""
         return HOST if find_use(name) in self.moves else device
 
     def skip_loading(self, transformer: Transformer) -> Collection[str]:
-        """Names of the transformer's modules whose weights are not read when it is loaded."""
+        """Return names of the transformer's modules whose weights are not read when it is loaded."""
         return ()
 
     def attach(
@@ -49,9 +49,9 @@ class NoOffload:
         folder: Path,
         dtype: torch.dtype,
     ) -> None:
-        """Take charge of the modules, by their names in the checkpoint in `folder`, that lie where `load_device` said.
+        """Take over the modules, by their names in the checkpoint in `folder`; each is on its `load_device`.
 
-        `read` reads one again onto the host; `dtype` is what most weights are held in.
+        `read` reads a module again onto the host; `dtype` is the dtype of most weights.
         """
         self.device = device
         for name, module in modules.items():
@@ -61,20 +61,20 @@ class NoOffload:
     def make_offloadable(
         self, module: nn.Module, read: Callable[[], nn.Module], folder: Path, dtype: torch.dtype
     ) -> Offloadable:
-        """What has a module, whose files are in `folder`, wait: the host.
+        """Return a wrapper that offloads a module, whose files are in `folder`, to the host.
 
-        A CPU has no other memory: there it is let go of, and `read` again.
+        On a CPU there is no other memory: the weights are dropped, and `read` again.
         """
         return DiskOffloaded(module, read) if self.device.type == "cpu" else HostOffloaded(module, self.device)
 
     def blocks_bytes(self, sizes: Sequence[int]) -> int:
-        """What a transformer's blocks of these `sizes` (bytes, in order) take on the device while it denoises."""
+        """Return the device bytes of a transformer's blocks of these `sizes` (bytes, in order) while it denoises."""
         return sum(sizes)
 
     def prepare_stage(self, uses: Collection[str]) -> None:
-        """A stage is next that uses these: what it does not use leaves, then what it uses comes.
+        """Offload what the next stage does not use, then onload what it uses.
 
-        Experts come when it is known which (`load_expert`). A stage that uses nothing leaves everything where it is.
+        Experts are onloaded by `load_expert`, once it is known which. A stage that uses nothing moves nothing.
         """
         if uses:
             needed = [name for name in self.waiting if find_use(name) in uses]
@@ -84,12 +84,12 @@ class NoOffload:
             )
 
     def load_expert(self, expert: str) -> None:
-        """The transformer of this name is next: the other one, if there is one, leaves before it comes."""
+        """Offload the other expert, if there is one, then onload the transformer `expert`."""
         experts = [name for name in self.waiting if find_use(name) == "transformer"]
         self.swap(go=[name for name in experts if name != expert], come=[name for name in experts if name == expert])
 
     def swap(self, go: Collection[str], come: Collection[str]) -> None:
-        """First make room, then fill it."""
+        """Offload `go` to make room, then onload `come`."""
         leaving = [self.waiting[name] for name in go if self.waiting[name].here]
         for module in leaving:
             module.offload()
@@ -100,9 +100,9 @@ class NoOffload:
 
 
 class ExpertOffload(NoOffload):
-    """Of two experts only the one in use is on the device, and none while there is no denoising.
+    """Keeps only the expert in use on the device, and neither outside denoising.
 
-    They change places once in each run (Wan 2.2: from high to low noise).
+    The experts are swapped once in each run (Wan 2.2: from high to low noise).
     """
 
     moves = ("transformer",)
@@ -110,20 +110,20 @@ class ExpertOffload(NoOffload):
 
 
 class ModelOffload(NoOffload):
-    """Only what a stage uses is on the device: text encoders, then the transformer (of experts one), then the VAE."""
+    """Keeps only what a stage uses on the device: text encoders, then the transformer (one expert), then the VAE."""
 
     moves = USES
     needs_device = True
 
 
 class LayerwiseOffload(ModelOffload):
-    """As `ModelOffload`, and of the transformer's blocks only the first `resident_blocks` stay while it denoises.
+    """As `ModelOffload`, but while denoising only the transformer's first `resident_blocks` blocks stay on the device.
 
-    The others are copied into `prefetch_blocks + 1` buffers, each when its turn is near.
+    The others are copied into `prefetch_blocks + 1` buffers shortly before they run.
     """
 
     def __init__(self, resident_blocks: int = 0, prefetch_blocks: int = 1) -> None:
-        """Raises `UsageError` for numbers that cannot be."""
+        """Raise `UsageError` for numbers that are too small."""
         super().__init__()
         self.resident_blocks = require_at_least("offload.resident_blocks", resident_blocks, 0)
         self.prefetch_blocks = require_at_least("offload.prefetch_blocks", prefetch_blocks, 1)
@@ -132,22 +132,22 @@ class LayerwiseOffload(ModelOffload):
         self, module: nn.Module, read: Callable[[], nn.Module], folder: Path, dtype: torch.dtype
     ) -> Offloadable:
         if isinstance(module, Transformer):
-            check_offloaded_blocks(vars(self), module.depth)  # where config.json does not tell it
+            check_offloaded_blocks(vars(self), module.depth)  # in case config.json does not state the depth
             return HostPrefetcher(module, self.device, self.resident_blocks, self.prefetch_blocks)
         return super().make_offloadable(module, read, folder, dtype)
 
     def blocks_bytes(self, sizes: Sequence[int]) -> int:
-        """The resident ones and the buffers, each as large as the largest of the others, packed (`packed_bytes`)."""
+        """The resident blocks and the buffers, each as large as the largest other block (`count_packed_bytes`)."""
         return sum(sizes[: self.resident_blocks]) + (self.prefetch_blocks + 1) * max(sizes[self.resident_blocks :])
 
 
 class DiskOffload(NoOffload):
-    """The transformer's blocks are read from their files, each when its turn is near; of text encoders the same."""
+    """Reads the transformer's blocks from their files shortly before they run, and text encoders for each use."""
 
     moves = ("text_encoder", "transformer")
 
     def load_device(self, name: str, device: torch.device) -> torch.device:
-        return device  # what is there at all
+        return device  # for everything that is loaded at all
 
     def skip_loading(self, transformer: Transformer) -> Collection[str]:
         return transformer.block_lists
@@ -160,17 +160,17 @@ class DiskOffload(NoOffload):
         return DiskOffloaded(module, read, self.device)
 
     def blocks_bytes(self, sizes: Sequence[int]) -> int:
-        """The one in use and the next, at most the two largest."""
+        """The current block and the next, at most the two largest."""
         return sum(sorted(sizes)[-2:])
 
 
 class TextEncoderOffload(NoOffload):
-    """All prompts of a batch are encoded, then the text encoders leave, and come back for the next batch."""
+    """Offloads the text encoders once a batch's prompts are encoded, and onloads them for the next batch."""
 
     moves = ("text_encoder",)
 
 
 def find_use(name: str) -> str:
-    """What a component is to stages: `text_encoder_2` is a `text_encoder`, and so is what a pipeline has behind it."""
+    """Return what stages call a component: `text_encoder_2` is a `text_encoder`, as is every name not in `USES`."""
     plain = name.rstrip("0123456789").rstrip("_")
     return plain if plain in USES else "text_encoder"

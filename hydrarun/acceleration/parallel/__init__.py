@@ -1,1 +1,1 @@
-"""Many ranks on one picture: every method is written once, on the contract, and knows no model."""
+"""Parallel methods: each is written once, against the transformer contract, and works for every model."""

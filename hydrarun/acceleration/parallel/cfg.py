@@ -1,4 +1,4 @@
-"""CFG-parallel: the branches of guidance on different ranks (xDiT, https://arxiv.org/abs/2411.01738)."""
+"""CFG-parallel: the branches of guidance run on different ranks (xDiT, https://arxiv.org/abs/2411.01738)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def predict_branches(
     axis: Axis | None,
     like: Tensor,
 ) -> Mapping[str, Tensor]:
-    """`{branch: prediction}` on every rank, each rank having predicted its share of them.
+    """Return `{branch: prediction}` of all branches on every rank; each rank predicts its share.
 
-    `like` has a prediction's shape and dtype. Bytes sent by a rank: its predictions (the largest share, where shares
-    differ) to each of the others.
+    `like` has a prediction's shape and dtype. Bytes sent by a rank: its predictions, padded to the largest share, to
+    each other rank.
     """
     if axis is None:
         return predict(branches)

@@ -11,10 +11,10 @@ from hydrarun.core.distributed.mesh import Axis, Mesh
 
 
 def find_own_indices(count: int, axis: Axis) -> list[int]:
-    """Which of `count` items this rank draws. Noise belongs to the seed, so that pictures stay the same.
+    """Return which of `count` items this rank draws. Noise depends on the seed alone, so pictures stay the same.
 
-    Of a batch with fewer items than ranks (the last of a list) some ranks draw the last item too, so that every rank is
-    there when others wait for it.
+    If a batch has fewer items than ranks (the last batch of a list), some ranks draw the last item too, so that every
+    rank takes part in the collectives.
     """
     counts = split_evenly(count_drawn(count, axis), axis.size)
     start = sum(counts[: axis.rank])
@@ -22,9 +22,9 @@ def find_own_indices(count: int, axis: Axis) -> list[int]:
 
 
 def broadcast_ids(x: torch.Tensor, mesh: Mesh | None) -> torch.Tensor:
-    """Whole numbers as the first of those ranks has them that draw the same pictures.
+    """Broadcast the integers `x` from the first of the ranks that draw the same pictures.
 
-    For what is sampled: a rounding apart, ranks could draw something else altogether.
+    Needed for sampled tokens: rounding differences could make ranks sample different ones.
     """
     for name, axis in mesh.axes.items() if mesh else ():
         if name != "data" and axis.size > 1:
@@ -33,12 +33,12 @@ def broadcast_ids(x: torch.Tensor, mesh: Mesh | None) -> torch.Tensor:
 
 
 def count_drawn(count: int, axis: Axis) -> int:
-    """How many are drawn for `count` items: at least one on each rank."""
+    """Return how many items are drawn for `count`: at least one on each rank."""
     return max(count, axis.size)
 
 
 def gather_frames(frames: np.ndarray, count: int, axis: Axis, device: torch.device) -> np.ndarray:
-    """The frames (`State.frames`) of all `count` items, from each rank's own."""
+    """Gather the frames (`State.frames`) of all `count` items from all ranks."""
     counts = split_evenly(count_drawn(count, axis), axis.size)
-    bytes_ = torch.from_numpy(frames.view(np.uint8)).to(device)  # not every backend sends numbers of 16 bits
+    bytes_ = torch.from_numpy(frames.view(np.uint8)).to(device)  # not every backend sends 16-bit numbers
     return all_gather(bytes_, 0, counts, axis.group).cpu().numpy().view(frames.dtype)[:count]

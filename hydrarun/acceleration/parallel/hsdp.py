@@ -1,7 +1,7 @@
-"""Hybrid sharded data parallel: each rank stores a share of the weights and borrows the rest, block by block (FSDP2).
+"""Hybrid sharded data parallel (FSDP2): each rank stores a shard of the weights and gathers the rest block by block.
 
-Ranks that hold equal weights form replicas of `hsdp_degree` ranks; a replica's ranks share one copy. Each forward sends
-of every block this rank's share to the others of its replica: `(n - 1) / n` of the block's bytes, done by FSDP2.
+Ranks that hold equal weights form replicas of `hsdp_degree` ranks; a replica's ranks share one copy. In each forward
+FSDP2 sends this rank's shard of every block to the others of its replica: `(n - 1) / n` of the block's bytes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from hydrarun.models.transformer import Transformer
 
 
 def shard_transformer(transformer: Transformer, mesh: Mesh) -> None:
-    """Shard each block, then what is left around them."""
+    """Shard each block, then the weights outside the blocks."""
     shard_parts([*transformer.all_blocks()], transformer, mesh)
 
 
 @contextmanager
 def unshard_rest(transformer: Transformer) -> Iterator[None]:
-    """What is left around the blocks is whole on every rank, for use outside of a forward; all ranks come here."""
+    """Keep the weights outside the blocks whole on every rank, for use outside a forward. All ranks must enter."""
     if not isinstance(transformer, FSDPModule):
         yield
         return
@@ -36,25 +36,25 @@ def unshard_rest(transformer: Transformer) -> Iterator[None]:
 
 
 def is_sharded(name: str) -> bool:
-    """Whether ranks share the weights of the component of that name: transformers and text encoders.
+    """Return whether the weights of the component `name` are sharded: those of transformers and text encoders are.
 
-    A model that draws tokens one by one would borrow all of them for each, and a VAE is small.
+    A model that draws tokens one by one would gather all its weights for each token, and a VAE is small.
     """
     return name.startswith(("transformer", "text_encoder"))
 
 
 def shard_encoder(encoder: nn.Module, mesh: Mesh) -> None:
-    """Shard the repeated layers of a text encoder, then what is left around them."""
+    """Shard the repeated layers of a text encoder, then its other weights."""
     plain = encoder.__class__
     shard_parts([*find_repeated_layers(encoder)], encoder, mesh)
     if hasattr(encoder, "generate"):
         generate_as_forward(encoder, plain)
-    # transformers knows by this very class which layers' outputs a model can hand out; sharding hangs on hooks
+    # transformers looks up by this exact class which layers' outputs a model can return; sharding only needs hooks
     encoder.__class__ = plain
 
 
 def generate_as_forward(encoder: Any, plain: type) -> None:
-    """Make all of `generate`, which encodes pictures outside of `forward`, one forward; `plain`: the class between."""
+    """Make `generate`, which encodes pictures outside `forward`, one forward. `plain`: the class between calls."""
     sharded = encoder.__class__
     register_fsdp_forward_method(encoder, "generate")
     registered = encoder.generate
@@ -70,14 +70,14 @@ def generate_as_forward(encoder: Any, plain: type) -> None:
 
 
 def shard_parts(parts: list[nn.Module], whole: nn.Module, mesh: Mesh) -> None:
-    """`fully_shard` each part and then the whole."""
+    """Apply `fully_shard` to each part and then to the whole."""
     place = mesh.hsdp["replicate", "shard"]
     for module in (*parts, whole):
         fully_shard(module, mesh=place, ignored_params=find_odd_parameters(module))
 
 
 def find_odd_parameters(module: nn.Module) -> set[nn.Parameter]:
-    """Parameters in another dtype than most: FSDP2 shards one dtype together. They stay whole, and are few."""
+    """Return the few parameters in another dtype than most. They stay whole: FSDP2 shards one dtype together."""
     parameters = list(module.parameters())
     common = max(
         {p.dtype for p in parameters}, key=lambda dtype: sum(p.numel() for p in parameters if p.dtype == dtype)
@@ -86,7 +86,7 @@ def find_odd_parameters(module: nn.Module) -> set[nn.Parameter]:
 
 
 def find_repeated_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The elements of every list of layers that is in no other list."""
+    """Yield the elements of every `nn.ModuleList` that is not inside another one."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from child

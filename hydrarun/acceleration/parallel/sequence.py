@@ -1,11 +1,11 @@
-"""Sequence parallel: each rank has a part of the tokens; only attention needs to see the others' (DeepSpeed-Ulysses,
+"""Sequence parallel: each rank has a part of the tokens; only attention reads those of others (DeepSpeed-Ulysses,
 https://arxiv.org/abs/2309.14509; ring attention, https://arxiv.org/abs/2310.01889; both together: USP, https://arxiv.org/abs/2405.07719).
 
-Text tokens are cut like latent tokens. Replicated, every rank would compute all of the text's projections and
-feed-forwards and, with the heads apart, its attention output would have to be gathered whole; cut, each rank does its
-share and sends its share. A context that is only cross-attended stays whole: nobody asks for its outputs.
+Text tokens are split like latent tokens. If they were replicated, every rank would compute all of the text's
+projections and feed-forwards and, since heads are split, would have to gather the text's whole attention output. Split,
+each rank computes and sends only its share. A context that is only cross-attended stays whole: its outputs are unused.
 
-Lengths and head counts need not divide: shares differ by at most one, and nothing is padded.
+Lengths and head counts need not be divisible: shares differ by at most one, and nothing is padded.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ Masks = Mapping[str, Tensor | None]
 
 
 class SequenceParallel:
-    """The tokens of one call, over `ring x ulysses` ranks: part `r * U + u` is that of ring place r, Ulysses place u.
+    """Shards the tokens of one call over `ring x ulysses` ranks: part `r * U + u` is at ring place r, Ulysses place u.
 
-    Bytes sent by a rank, for one attention over local `[B, s, H, d]` in elements of e bytes, with h of the H heads here
-    and S tokens in this place of the ring: Ulysses `3 B s (H - h) d e` for queries, keys and values, in one exchange,
-    and `B (S - s) h d e` for the result; ring `2 B S h d e` for each of its `R - 1` turns. At the end of the blocks
-    the hidden states are gathered once: `B s D e` to each other rank of the Ulysses group, then `B S D e` to each of
-    the ring's.
+    Bytes sent by a rank, for one attention over local `[B, s, H, d]` in elements of e bytes, with h of the H heads on
+    this rank and S tokens in its ring place: Ulysses `3 B s (H - h) d e` for queries, keys and values, in one exchange,
+    and `B (S - s) h d e` for the result; ring `2 B S h d e` for each of its `R - 1` turns. After the blocks the hidden
+    states are gathered once: `B s D e` to each other rank of the Ulysses group, then `B S D e` to each other rank of
+    the ring.
     """
 
     def __init__(self, ulysses: Axis | None, ring: Axis | None) -> None:
         self.ulysses, self.ring = ulysses, ring
-        self.width = ulysses.size if ulysses else 1  # ranks in a place of the ring
+        self.width = ulysses.size if ulysses else 1  # ranks per ring place
         self.size = self.width * (ring.size if ring else 1)
         self.place = ring.rank if ring else 0
         self.rank = self.place * self.width + (ulysses.rank if ulysses else 0)
-        #: tokens of each stream in all ranks, of the call that is running
+        #: tokens of each stream on all ranks, in the current call
         self.lengths: dict[str, int] = {}
 
     def shard(self, tokens: T, streams: Sequence[str]) -> T:
-        """This rank's part of every field that counts tokens of one of these streams, as far as they are there."""
+        """Return this rank's part of every field that counts tokens of these streams; absent streams are skipped."""
         present = {name: getattr(tokens, name) for name in streams}
         self.lengths = {name: stream.shape[1] for name, stream in present.items() if stream is not None}
         parts = {}
@@ -57,7 +57,7 @@ class SequenceParallel:
         return dataclasses.replace(tokens, **parts)
 
     def gather(self, hidden_states: Tensor) -> Tensor:
-        """`[B, s, D]` of each rank to `[B, S, D]` on every one."""
+        """Gather each rank's `[B, s, D]` into `[B, S, D]` on every rank."""
         if self.ulysses:
             sizes = self.place_lengths("hidden_states", self.place)
             hidden_states = all_gather(hidden_states, 1, sizes, self.ulysses.group)
@@ -67,14 +67,14 @@ class SequenceParallel:
         return hidden_states
 
     def place_lengths(self, stream: str, place: int) -> list[int]:
-        """Tokens of a stream on each rank of a place of the ring."""
+        """Return the number of a stream's tokens on each rank of a ring place."""
         return split_evenly(self.lengths[stream], self.size)[place * self.width : (place + 1) * self.width]
 
     @torch.compiler.disable
     def __call__(
         self, streams: Mapping[str, QKV], masks: Masks, backend: AttentionBackend, prefix: Prefix | None = None
     ) -> list[Tensor]:
-        """As `Attention.forward`, for this rank's tokens."""
+        """Compute `Attention.forward` for this rank's tokens."""
         heads = next(iter(streams.values()))[0].shape[2]
         gathered = {name: torch.stack(parts) for name, parts in streams.items()}
         if self.ulysses:
@@ -101,9 +101,9 @@ class SequenceParallel:
 
     @torch.compiler.disable
     def keep(self, stream: str, key: Tensor, value: Tensor) -> Prefix:
-        """As `Attention.keep`: of this rank's tokens `[1, s, H, d]` to all ranks' `[1, S, h, d]`, for its own heads.
+        """As `Attention.keep`: gather this rank's tokens `[1, s, H, d]` into all tokens of its heads, `[1, S, h, d]`.
 
-        Later calls send nothing for them: each rank has what its heads attend to.
+        Later calls send nothing for them: each rank has all keys and values of its heads.
         """
         both = torch.stack([key, value])
         if self.ulysses:
@@ -114,7 +114,7 @@ class SequenceParallel:
         return both[0], both[1]
 
     def exchange_heads(self, streams: Mapping[str, Tensor], heads: int, axis: Axis) -> dict[str, Tensor]:
-        """`[n, B, s, H, d]` of each stream to `[n, B, S, h, d]`: all tokens of this place, this rank's heads."""
+        """Exchange each stream's `[n, B, s, H, d]` for `[n, B, S, h, d]`: the place's tokens, this rank's heads."""
         per_rank = split_evenly(heads, axis.size)
         cut = {name: part.split(per_rank, dim=3) for name, part in streams.items()}
         outgoing = [torch.cat([cut[name][rank].reshape(-1) for name in cut]) for rank in range(axis.size)]
@@ -127,7 +127,7 @@ class SequenceParallel:
         return self.join(all_to_all(outgoing, count_received(shapes), axis.group), shapes, dim=2)
 
     def return_heads(self, outputs: Mapping[str, Tensor], heads: int, axis: Axis) -> dict[str, Tensor]:
-        """`[B, S, h, d]` of each stream back to `[B, s, H, d]`: this rank's tokens, all heads."""
+        """Exchange each stream's `[B, S, h, d]` back for `[B, s, H, d]`: this rank's tokens, all heads."""
         per_rank = split_evenly(heads, axis.size)
         cut = {name: part.split(self.place_lengths(name, self.place), dim=1) for name, part in outputs.items()}
         outgoing = [torch.cat([cut[name][rank].reshape(-1) for name in cut]) for rank in range(axis.size)]
@@ -142,7 +142,7 @@ class SequenceParallel:
     def join(
         received: Sequence[Tensor], shapes: Sequence[Mapping[str, tuple[int, ...]]], dim: int
     ) -> dict[str, Tensor]:
-        """Flat buffers, one from each rank with all streams one after the other, to each stream's parts along `dim`."""
+        """Join each stream's parts along `dim`, from flat buffers, one per rank, that hold all streams in order."""
         parts: dict[str, list[Tensor]] = {name: [] for name in shapes[0]}
         for buffer, by_stream in zip(received, shapes, strict=True):
             counts = [count_elements(shape) for shape in by_stream.values()]
@@ -161,12 +161,13 @@ class SequenceParallel:
         ring: Axis,
         total: Partial | None = None,
     ) -> Tensor:
-        """Attention of `[B, S, h, d]` to every place's keys and values, which go round while the last ones are used.
+        """Compute attention of `[B, S, h, d]` to the keys and values of every ring place.
 
-        `total`: to other keys, so far.
+        The next place's keys and values are sent while the current ones are used. `total`: partial attention to other
+        keys, merged into the result.
         """
         for turn in range(ring.size):
-            place = (self.place - turn) % ring.size  # whose keys are here now
+            place = (self.place - turn) % ring.size  # ring place of the current keys
             exchange = None
             if turn + 1 < ring.size:
                 length = sum(sum(self.place_lengths(name, (place - 1) % ring.size)) for name in streams)
@@ -180,7 +181,7 @@ class SequenceParallel:
         return total[0].to(query.dtype)
 
     def mask_of(self, place: int, streams: Sequence[str], masks: Masks) -> Tensor | None:
-        """The mask over the keys of a place of the ring."""
+        """Return the mask over the keys of a ring place."""
         lengths = {name: sum(self.place_lengths(name, place)) for name in streams}
         here = {}
         for name, mask in masks.items():
@@ -189,12 +190,12 @@ class SequenceParallel:
         return join_masks(here, lengths)
 
 
-#: attention to some of the keys, `[B, S, H, d]` float32, and the logarithm of the sum of its weights, `[B, S, H, 1]`
+#: attention to some of the keys, `[B, S, H, d]` float32, and the log-sum-exp of its scores, `[B, S, H, 1]`
 Partial = tuple[Tensor, Tensor]
 
 
 def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, backend: Any) -> Partial:
-    """Attention to these keys alone. Masked ones are left out, sample by sample: such kernels take no masks."""
+    """Compute attention to these keys alone. Masked keys are removed, sample by sample: the kernels take no masks."""
     if mask is None:
         return attend_unmasked(backend, query, key, value)
     samples = [
@@ -206,7 +207,7 @@ def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 
 
 def attend_unmasked(backend: Any, query: Tensor, key: Tensor, value: Tensor) -> Partial:
-    """The same without a mask; no keys weigh nothing."""
+    """Compute attention to these keys without a mask. Without keys the log-sum-exp is -inf, a weight of 0."""
     if key.shape[1] == 0:
         nothing = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
         return nothing, nothing[..., :1] - torch.inf
@@ -215,18 +216,18 @@ def attend_unmasked(backend: Any, query: Tensor, key: Tensor, value: Tensor) -> 
 
 
 def merge_partials(one: Partial, other: Partial) -> Partial:
-    """Attention to the keys of both (online softmax)."""
+    """Merge attention to two sets of keys (online softmax)."""
     log = torch.logaddexp(one[1], other[1])
-    known = log.isfinite()  # no key at all, so far: 0 x 0
+    known = log.isfinite()  # infinite where neither part has keys: weight 0 instead of NaN
     weights = [torch.where(known, (x[1] - log).exp(), 0.0) for x in (one, other)]
     return one[0] * weights[0] + other[0] * weights[1], log
 
 
 def count_elements(shape: Sequence[int]) -> int:
-    """Elements of a tensor of this shape."""
+    """Return the number of elements of a tensor of this shape."""
     return torch.Size(shape).numel()
 
 
 def count_received(shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> list[int]:
-    """Elements that come from each rank."""
+    """Return the number of elements received from each rank."""
     return [sum(map(count_elements, by_stream.values())) for by_stream in shapes]

@@ -1,17 +1,18 @@
-"""VAE patch parallel: every rank encodes and decodes its rows of the picture; no tiles, no seams, the unsplit result.
+"""VAE patch parallel: every rank encodes and decodes its rows of the picture, without tiles or seams.
 
-The maps inside encoder and decoder are cut by rows, in the shares of the latent rows, so that a rank's rows at a finer
-level are those under its latent rows. What looks beyond a row gets what it needs from the other ranks: convolutions
-their neighbours' rows, `GroupNorm` its sums over all rows, attention the keys and values of all rows. All else a VAE
-does is done position by position (other norms, activations, nearest upsampling, patches) and stays as it is.
+The result is that of the unsplit VAE. The feature maps inside encoder and decoder are split by rows, in the shares of
+the latent rows: at a finer level a rank has the rows that its latent rows cover. Operations that read beyond a row get
+the data from the other ranks: convolutions the neighbours' rows, `GroupNorm` the sums over all rows, attention the keys
+and values of all rows. All other operations of a VAE are position-wise (other norms, activations, nearest upsampling,
+patches) and are unchanged.
 
 Bytes sent by one of n ranks, in elements of e bytes:
-- halo, for a convolution over local `[N, C, F, h, W]` that looks `a` rows up and `b` down: `N C F W e (a + b)`, of
-  which the first rank does not send `b` and the last not `a`; F counts the frames of a causal convolution's cache too
-  (3 x 3: a = b = 1; the halving ones of the encoders: a = 0, b = 1; 1 x 1: none);
+- halo, for a convolution over local `[N, C, F, h, W]` that reads `a` rows above and `b` below: `N C F W e (a + b)`; the
+  first rank does not send `b`, the last does not send `a`; F includes the frames of a causal convolution's cache
+  (3 x 3: a = b = 1; the encoders' stride-2 convolutions: a = 0, b = 1; 1 x 1: none);
 - all_reduce, for a `GroupNorm` of G groups: `2 (n - 1) / n N G 24`;
-- all_gather, for attention over N pictures or frames of width W and C channels with at most h rows on a rank:
-  `(n - 1) N h W 2 C e`; and the output of encoder or decoder, `(n - 1) N C F h W e`.
+- all_gather, for attention over N pictures or frames of width W and C channels with at most h rows per rank:
+  `(n - 1) N h W 2 C e`; and for the output of encoder or decoder, `(n - 1) N C F h W e`.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 
 
 def shard_vae(vae: nn.Module, axis: Axis) -> None:
-    """Change a diffusers VAE in place: its `encode` and `decode`, called on every rank of `axis` with the same whole
-    input, return the same whole output on every rank, and each rank has computed its rows.
+    """Change a diffusers VAE in place so that each rank computes only its rows.
 
-    For VAEs of an `encoder` and a `decoder` made of convolutions, `GroupNorm`, attention, and what works position by
-    position. For inference: no gradients. Calls raise UsageError for fewer latent rows than ranks.
+    `encode` and `decode`, called on every rank of `axis` with the same whole input, return the same whole output on
+    every rank. Supports VAEs whose `encoder` and `decoder` consist of convolutions, `GroupNorm`, attention and
+    position-wise operations. For inference: no gradients. Calls raise `UsageError` for fewer latent rows than ranks.
 
-    Raises UsageError if tiling is on.
+    Raises `UsageError` if tiling is on.
     """
     if getattr(vae, "use_tiling", False):
         raise UsageError(
@@ -51,7 +52,7 @@ def shard_vae(vae: nn.Module, axis: Axis) -> None:
         )
     for half in (vae.encoder, vae.decoder):
         convolutions = [module for module in half.modules() if isinstance(module, CONVOLUTIONS)]
-        # strides are the encoder's: a decoder grows by upsampling
+        # only encoders have strides; decoders upsample
         factor = math.prod(convolution.stride[-2] for convolution in convolutions)
         half.forward = partial(_run_by_rows, half.forward, factor, axis)
         for convolution in convolutions:
@@ -65,9 +66,9 @@ def shard_vae(vae: nn.Module, axis: Axis) -> None:
 def _run_by_rows(
     forward: Callable[..., Tensor], factor: int, axis: Axis, x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """`forward` on this rank's rows of the whole `x`, `[..., H, W]`, and then everybody's joined.
+    """Run `forward` on this rank's rows of the whole `x`, `[..., H, W]`, and gather the rows of all ranks.
 
-    `factor`: rows of `x` to a latent row.
+    `factor`: rows of `x` per latent row.
     """
     parts = _split_rows(x.shape[-2], factor, axis.size)
     own = x.split([part * factor for part in parts], dim=-2)[axis.rank]
@@ -77,7 +78,7 @@ def _run_by_rows(
 
 
 def _split_rows(rows: int, factor: int, ranks: int) -> list[int]:
-    """Latent rows of each rank."""
+    """Return the number of latent rows of each rank."""
     latent, rest = divmod(rows, factor)
     if rest:
         raise UsageError(f"parallel.vae_degree: the VAE's encoder takes a multiple of {factor} rows, not {rows}.")
@@ -90,16 +91,16 @@ def _split_rows(rows: int, factor: int, ranks: int) -> list[int]:
 
 
 def _gather_rows(x: Tensor, parts: Sequence[int], axis: Axis) -> Tensor:
-    """Join dim -2 of every rank's `x`: rows, or the tokens of whole rows. `parts`: latent rows of each rank."""
+    """Gather dim -2 of every rank's `x`: rows, or the tokens of whole rows. `parts`: latent rows of each rank."""
     scale = x.shape[-2] // parts[axis.rank]
     return collectives.all_gather(x, -2, [part * scale for part in parts], axis.group)
 
 
 class _GatherKeyValues(TorchFunctionMode):
-    """Attention inside sees the keys and values of all ranks, beside its own queries.
+    """Gives attention calls inside the context the keys and values of all ranks; queries stay local.
 
-    It is known by the function that it calls, not by its module: classes differ from VAE to VAE, while the tokens are
-    on dim -2, row by row, in all.
+    Attention is recognized by the function that it calls, not by its module: the classes differ between VAEs, but all
+    have the tokens on dim -2, row by row.
     """
 
     def __init__(self, parts: Sequence[int], axis: Axis) -> None:
@@ -118,30 +119,30 @@ class _GatherKeyValues(TorchFunctionMode):
 
 
 def _replace_padding(convolution: nn.Module, axis: Axis) -> None:
-    """Take away the zeros that `convolution` pads above and below; from now on it is handed those rows."""
+    """Remove the zero padding of `convolution` above and below; a hook passes it the neighbours' rows instead."""
     kernel, stride = convolution.kernel_size[-2], convolution.stride[-2]
     if kernel == 1:
         return
-    if hasattr(convolution, "_padding"):  # a causal one pads by itself: width, height, frames, as F.pad takes them
+    if hasattr(convolution, "_padding"):  # causal: pads explicitly, in the order of F.pad: width, height, frames
         left, right, above, _, *frames = convolution._padding
         convolution._padding = (left, right, 0, 0, *frames)
     else:
         *frames, above, width = convolution.padding
         convolution.padding = (*frames, 0, width)
-    below = max(0, kernel - stride - above)  # the last output's rows start at `-stride - above` from this rank's end
+    below = max(0, kernel - stride - above)  # the last output's window starts at `-stride - above` from this rank's end
     convolution.register_forward_pre_hook(partial(_add_halo_rows, above, below, axis))
 
 
 def _add_halo_rows(above: int, below: int, axis: Axis, convolution: nn.Module, args: Any) -> Any:
-    """A convolution's input, and a causal one's frame cache, with the rows around: `[..., above + h + below, W]`.
+    """Return the convolution's input, and a causal one's frame cache, with halo rows: `[..., above + h + below, W]`.
 
-    The cache holds this rank's rows alone, as it was kept before the convolution.
+    The cache holds only this rank's rows, because it is stored before the halo is added.
     """
     parts = [part for part in args if part is not None]
     rows = parts[0].shape[-2]
-    rows -= rows % convolution.stride[-2]  # what a halving one is given beyond is its padding, a row of zeros
+    rows -= rows % convolution.stride[-2]  # a stride-2 convolution's input ends with its padding, a row of zeros
     own = [part[..., :rows, :] for part in parts]
-    # one message for both: frames are on dim -3 (of pictures, which come alone, channels are)
+    # one message for both, joined on dim -3: frames (or channels of pictures, which have no cache)
     first = torch.cat([part[..., :below, :] for part in own], dim=-3)
     last = torch.cat([part[..., rows - above :, :] for part in own], dim=-3)
     lengths = [part.shape[-3] for part in own]
@@ -151,9 +152,9 @@ def _add_halo_rows(above: int, below: int, axis: Axis, convolution: nn.Module, a
 
 @torch.compiler.disable
 def exchange_halo(first: Tensor, last: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
-    """Hand `first` to the rank before and `last` to the one after; what they hand over, shaped like `last` and `first`.
+    """Send `first` to the previous rank and `last` to the next; return what they send, shaped like `last` and `first`.
 
-    Zeros where there is no rank. Counted as `halo`.
+    Returns zeros where there is no such rank. The bytes are counted as `halo`.
     """
     outgoing = [first.contiguous(), last.contiguous()]
     incoming = [last.new_zeros(last.shape), first.new_zeros(first.shape)]
@@ -170,7 +171,7 @@ def exchange_halo(first: Tensor, last: Tensor, axis: Axis) -> tuple[Tensor, Tens
 
 
 def _group_norm(norm: nn.GroupNorm, axis: Axis, x: Tensor) -> Tensor:
-    """`norm` of `[N, C, ...]` by the mean and variance over all ranks' rows."""
+    """Apply `norm` to `[N, C, ...]` with the mean and variance over all ranks' rows."""
     groups = x.reshape(len(x), norm.num_groups, -1)
     variance, mean = (value.double() for value in torch.var_mean(groups.float(), dim=-1, correction=0))
     size = torch.full_like(mean, groups.shape[-1])
@@ -183,5 +184,5 @@ def _group_norm(norm: nn.GroupNorm, axis: Axis, x: Tensor) -> Tensor:
         scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
     shape = (*scale.shape, *[1] * (x.ndim - 2))
     scale, shift = (value.float().view(shape) for value in (scale, shift))
-    # computed in float32, written in x's type: no float32 copy of a large map
+    # computed in float32, written in x's dtype: no float32 copy of a large map
     return torch.addcmul(shift, x, scale, out=torch.empty_like(x))

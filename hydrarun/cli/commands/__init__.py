@@ -1,1 +1,1 @@
-"""One file for each verb."""
+"""The verbs of the command line, one file each."""

@@ -1,6 +1,6 @@
 """`hydrarun calibrate`: fits TeaCache's polynomial, or searches the steps of a mask, for a model and its settings.
 
-What comes out is an option of the group `cache`. Nothing heavy is imported before the configuration is checked.
+The result is an option of the group `cache`. Heavy packages are imported only after the configuration is checked.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ usage: hydrarun calibrate cache=teacache input.prompts=FILE [KEY=VALUE ...]
        hydrarun calibrate cache=mask cache.budget=0.5 input.prompts=FILE [KEY=VALUE ...]
 
 Fits a cache to a model and its settings (model=..., sampling.num_inference_steps=..., ...), and writes it as an option.
-  cache=teacache  draws every prompt with all steps computed, and fits the polynomial that tells the change of the
-                  output from that of the gate's signal: DIR/cache/teacache_MODEL.yaml, and a plot of it
-  cache=mask      searches the computed steps, cache.budget (a share of all) of them, with which the prompts' latents
-                  are nearest to those of the uncached run: DIR/cache/mask_MODEL.yaml
-                  cache.evaluations=200 is the most masks it tries; cache/predictor=taylor is searched with if chosen
-FILE has the prompts: .txt with one per line, or .csv or .jsonl with that field alone. Without it sampling.prompt is
-drawn. hydra.run.dir=DIR says where to write; a search that was stopped goes on there.
+  cache=teacache  draws every prompt with all steps computed, and fits the polynomial that maps the change of the
+                  gate's signal to the change of the output. Writes DIR/cache/teacache_MODEL.yaml and a plot
+  cache=mask      searches the steps to compute (cache.budget is their share of all steps) that keep the latents of
+                  the prompts closest to those of the uncached run. Writes DIR/cache/mask_MODEL.yaml
+                  cache.evaluations=200 limits the masks it tries; cache/predictor=taylor searches with that predictor
+FILE has the prompts: .txt with one per line, or .csv or .jsonl with the single field `prompt`. Without FILE,
+sampling.prompt is used. hydra.run.dir=DIR sets the output folder; a stopped search resumes from it.
 Use the result with: hydrarun --config-dir DIR cache=teacache_MODEL ..."""
 
 RUN_DIR = "hydra.run.dir"
 BUDGET, EVALUATIONS = "cache.budget", "cache.evaluations"
 
-#: the settings that are not the composed configuration's
+#: settings of `calibrate` that are not part of the composed configuration
 OWN = (RUN_DIR, BUDGET, EVALUATIONS)
 
 
 def calibrate_cache(line: Arguments) -> int:
-    """Calibrate as the line says; the exit code. Raises UsageError, and RunError from what is drawn."""
+    """Calibrate a cache; return the exit code. Raises UsageError, and RunError from the runs."""
     own, overrides = split_settings(line.words)
     config, origin = compose_unchecked(quote_overrides(overrides))
     targets.check_targets(config, origin)
@@ -60,7 +60,7 @@ def calibrate_cache(line: Arguments) -> int:
         parse_budget(own[BUDGET]) if is_mask else 1.0,
         parse_evaluations(own.get(EVALUATIONS, "200")),
     )
-    # these import torch: only now that the configuration is checked
+    # these import torch, so they come after the checks
     if is_mask:
         from hydrarun.engine.calibration import mask
 
@@ -74,7 +74,7 @@ def calibrate_cache(line: Arguments) -> int:
 
 
 def split_settings(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Calibrate's own settings by key, and the other overrides."""
+    """Return calibrate's own settings by key, and the other overrides."""
     own: dict[str, str] = {}
     overrides: list[str] = []
     for word in words:
@@ -87,7 +87,7 @@ def split_settings(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def check_cache(config: dict[str, Any], own: dict[str, str]) -> bool:
-    """Whether the cache is a mask; else it is TeaCache. Raises UsageError for others, and for settings of the other."""
+    """Return True for a mask, False for TeaCache. Raises UsageError for other caches, or settings of the other one."""
     is_mask = compatibility.uses_gate(config, "Mask")
     if not (is_mask or compatibility.uses_gate(config, "TeaCache")):
         raise UsageError(
@@ -104,7 +104,7 @@ def check_cache(config: dict[str, Any], own: dict[str, str]) -> bool:
 
 
 def choose_prompts(config: dict[str, Any], origin: ConfigOrigin) -> list[str]:
-    """Those of `input.prompts`, or of `sampling.prompt`."""
+    """Return the prompts of `input.prompts`, or else of `sampling.prompt`. Raises UsageError if both are given."""
     file, given = config["input"]["prompts"], config["sampling"]["prompt"]
     if file is None:
         return given if isinstance(given, list) and given else [given]
@@ -114,7 +114,7 @@ def choose_prompts(config: dict[str, Any], origin: ConfigOrigin) -> list[str]:
 
 
 def make_uncached_config(config: dict[str, Any], origin: ConfigOrigin, prompts: Sequence[str]) -> dict[str, Any]:
-    """The configuration without a cache, checked; its prompt is the longest. Raises UsageError."""
+    """Return the checked configuration without a cache and with the longest prompt. Raises UsageError."""
     longest = max(prompts, key=lambda prompt: len(str(prompt)))
     changed = {
         **config,
@@ -132,7 +132,7 @@ def make_uncached_config(config: dict[str, Any], origin: ConfigOrigin, prompts: 
 
 
 def parse_budget(text: str) -> float:
-    """A share of the steps. Raises UsageError."""
+    """Parse `cache.budget`, a share of the steps. Raises UsageError."""
     try:
         share = float(text)
     except ValueError:
@@ -143,14 +143,14 @@ def parse_budget(text: str) -> float:
 
 
 def parse_evaluations(text: str) -> int:
-    """A count. Raises UsageError."""
+    """Parse `cache.evaluations`, a whole number >= 1. Raises UsageError."""
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise UsageError(f"{EVALUATIONS}={text}: not a whole number >= 1")
     return int(text)
 
 
 def list_run_overrides(overrides: Sequence[str], prompt: str) -> list[str]:
-    """The overrides of a run with the result: without those about calibration, with a prompt if a file had it."""
+    """Return the overrides of a run with the result: no calibration settings, and a prompt if a file had it."""
     kept = [word for word in overrides if not re.match(r"\+*(cache|input\.prompts)\b", word)]
     from_file = any(word.startswith("input.prompts=") for word in overrides)
     return [*kept, f"sampling.prompt={prompt}"] if from_file else kept

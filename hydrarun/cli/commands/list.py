@@ -1,4 +1,4 @@
-"""`hydrarun list`: the models, what they go with, the options of each group and the recipes, as tables."""
+"""`hydrarun list`: tables of the models, the accelerations they support, the options of each group and the recipes."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from hydrarun.core.resources import list_groups
 from hydrarun.core.tables import Table, format_markdown, print_tables
 from hydrarun.outputs.media.kinds import KINDS
 
-# parallel methods, by their degrees' names
+# parallel methods, by the names of their degrees
 METHODS = ("data", "cfg", "ring", "ulysses", "tensor", "hsdp", "vae")
 
-# groups of which a model may not go with every option
+# groups with options that a model may not support
 ACCELERATIONS = ("cache", "attention", "compile", "quantization", "offload")
 
 USAGE = """\
 usage: hydrarun list [models|accelerations|recipes|GROUP ...] [--markdown]
 
-Shows what there is to choose from: all of it, or the tables you name."""
+Lists the available choices: all tables, or the ones you name."""
 
 
 def list_tables(line: Arguments) -> int:
-    """Print the tables that the line names, or all; returns the exit code. Raises UsageError for other names."""
+    """Print the named tables, or all; return the exit code. Raises UsageError for unknown names."""
     tables = [make_table(name) for name in line.words or list_table_names()]
     if "--markdown" in line.flags:
         print("\n\n".join(map(format_markdown, tables)))
@@ -42,12 +42,12 @@ def list_tables(line: Arguments) -> int:
 
 
 def list_table_names() -> list[str]:
-    """The tables: models first, recipes last."""
+    """Return the names of the tables: models first, recipes last."""
     return ["models", "accelerations", *(group for group in list_groups() if group != "model"), "recipes"]
 
 
 def make_table(name: str) -> Table:
-    """One table by its name; `model` and `recipe` will do too."""
+    """Build a table by name; the singular `model` and `recipe` are accepted too. Raises UsageError."""
     if name in ("models", "model"):
         return _make_models_table()
     if name == "accelerations":
@@ -64,7 +64,7 @@ def make_table(name: str) -> Table:
 
 
 def read_first_comment(file: Path) -> str:
-    """The first comment line of a YAML file that says something; headers such as `# @package` do not."""
+    """Return the first comment line with text in a YAML file, skipping headers such as `# @package`."""
     for line in file.read_text(encoding="utf-8").splitlines():
         if match := re.match(r"#\s*(?!@)(\S.*)", line):
             return match[1]
@@ -90,13 +90,13 @@ def _make_accelerations_table() -> Table:
 
 
 def compose_models() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each model option, and what it is composed to by itself."""
+    """Yield each model option with the configuration that it composes to by itself."""
     for file in sorted((resources.find_folder("conf") / "model").glob("*.yaml")):
         yield file.stem, compose_unchecked([f"model={file.stem}"])[0]
 
 
 def format_guidance(sampling: dict[str, Any]) -> str:
-    """The scales that a model has by itself; of two experts the high noise's first."""
+    """Format a model's default guidance scales; with two experts, that of the high-noise expert comes first."""
     names = {"true_cfg_scale": "", "guidance_scale": "", "guidance_scale_2": ""}
     if sampling["true_cfg_scale"] is not None and sampling["guidance_scale"] is not None:
         names["guidance_scale"] = " (embedded)"
@@ -105,7 +105,7 @@ def format_guidance(sampling: dict[str, Any]) -> str:
 
 
 def format_size(sampling: dict[str, Any]) -> str:
-    """Width x height as a model has them by itself, and frames or layers; of sounds their seconds."""
+    """Format a model's default width x height and its frames or layers; for sounds, the seconds."""
     if sampling["audio_start_in_s"] is not None:
         end = sampling["audio_end_in_s"]
         return "the longest" if end is None else f"{end - sampling['audio_start_in_s']:g} s"
@@ -116,7 +116,10 @@ def format_size(sampling: dict[str, Any]) -> str:
 
 
 def format_method_support(config: dict[str, Any], name: str) -> str:
-    """Whether the model goes with this parallel method as it is (two pictures are drawn), or with guidance on."""
+    """Return whether the model supports a parallel method: `yes`, the guidance that it needs, or `-`.
+
+    Two pictures are drawn, so that the data degree applies.
+    """
     degrees = {**config["parallel"], f"{name}_degree": 2}
     scale, off = find_cfg_scale(config)[0], get_unguided_scale(config)
     for answer, more in (("yes", {}), (f"{scale} > {off:g}", {scale: off + 1})):
@@ -127,7 +130,7 @@ def format_method_support(config: dict[str, Any], name: str) -> str:
 
 
 def format_group_options(config: dict[str, Any], group: str) -> str:
-    """The options of `group` that the model goes with; `all` of them, or `-` for none."""
+    """List the options of `group` that the model supports; `all`, or `-` for none."""
     files = sorted(file for file in (resources.find_folder("conf") / group).glob("*.yaml") if file.stem != "none")
     names: list[str] = []
     others: list[str] = []

@@ -1,4 +1,4 @@
-"""`hydrarun plan`: what a run would take, whether it fits, and the cheapest settings that do. No weights are read."""
+"""`hydrarun plan`: what a run needs, whether it fits, and the cheapest settings that fit. Reads no weights."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from hydrarun.engine.plan.planner import Plan, make_plan, plan_to_json
 USAGE = """\
 usage: hydrarun plan [KEY=VALUE ...] [plan.device=h100] [--json]
 
-Says what the run of these settings would take, on each rank and in each phase: bytes of weights, activations and cache,
-operations, bytes to other ranks, and seconds at the device's rates with nothing lost between; whether it fits; and the
-three cheapest settings that fit, as overrides to paste. It reads configs, no weights, and needs no GPU: where the model
-has not been downloaded, its published shapes. plan.device names a GPU; without it this machine's is taken.
-The exit code is 0 if the run fits, 1 if it does not, 2 for settings that do not go together."""
+Shows what a run with these settings needs on each rank and in each phase: bytes of weights, activations and cache,
+operations, bytes sent to other ranks, and seconds at the peak rates of the device; whether it fits; and the three
+cheapest settings that fit, as overrides to paste. It reads only configs, or published shapes if the model is not
+downloaded, and needs no GPU. plan.device names a GPU; the default is the device of this machine.
+Exit code: 0 the run fits, 1 it does not fit, 2 the settings cannot be combined."""
 
 
-#: what is drawn where no prompt is given: its length is what counts
+#: the prompt to plan with if none is given; only its length matters
 PROMPT = "a photograph of an old lighthouse on a rocky coast at dusk, waves below it, warm light in its windows"
 
 
 def show_plan(line: Arguments) -> int:
-    """Print the plan of the line's settings; the exit code. Raises UsageError."""
+    """Print the plan of the given settings; return the exit code. Raises UsageError."""
     config, origin = compose_unchecked(quote_overrides(line.words))
     if config["plan"]["auto"]:
         raise UsageError("plan=auto is for a run, which then takes the first suggestion; `hydrarun plan` shows all")
@@ -46,14 +46,14 @@ def show_plan(line: Arguments) -> int:
 
 
 def fill_prompt(config: dict[str, Any]) -> dict[str, Any]:
-    """The same with a prompt of usual length, if there is none."""
+    """Return the configuration with a prompt of usual length if it has none."""
     if config["sampling"]["prompt"] != MISSING:
         return config
     return {**config, "sampling": {**config["sampling"], "prompt": PROMPT}}
 
 
 def format_plan(made: Plan) -> Iterator[str]:
-    """The plan for people."""
+    """Format the plan as text lines."""
     if made.conflicts:
         yield from made.conflicts
         return
@@ -68,14 +68,14 @@ def format_plan(made: Plan) -> Iterator[str]:
         yield "the cheapest settings that fit:"
         for one in made.suggestions:
             words = " ".join(one.overrides) or "(as it is)"
-            said = "" if one.lossless else ", other numbers"
+            said = "" if one.lossless else ", changes results"
             yield f"  {words:44} {format_gib(one.peak)}{format_duration(one.seconds, ', ')}{said}"
     elif not made.fits:
-        yield "no setting of offload, quantization and vae.tiling fits: a smaller size, more ranks, or another device"
+        yield "no setting of offload, quantization and vae.tiling fits: try a smaller size, more ranks, another device"
 
 
 def format_phases(made: Plan) -> Iterator[str]:
-    """Phases in columns."""
+    """Format the phases as a table."""
     assert made.asked is not None
     header = ("phase", "weights", "activations", "of them cache", "together", "TFLOP", "sent", "at least")
     rows = [
@@ -97,7 +97,7 @@ def format_phases(made: Plan) -> Iterator[str]:
 
 
 def describe_fit(made: Plan) -> str:
-    """Whether it fits, in a sentence."""
+    """Describe in one sentence whether the run fits."""
     assert made.asked is not None
     host = f", and {format_gib(made.asked.host)} on the host" if made.asked.host else ""
     steps = made.asked.phases[1]
@@ -107,5 +107,5 @@ def describe_fit(made: Plan) -> str:
 
 
 def format_duration(seconds: float | None, before: str = "") -> str:
-    """Seconds for people; nothing if they are not known."""
+    """Format seconds after the text `before`; empty if they are unknown."""
     return "" if seconds is None else f"{before}{seconds:,.2f} s"

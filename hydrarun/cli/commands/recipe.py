@@ -20,23 +20,23 @@ usage: hydrarun recipe list [hydra.searchpath=[DIR]] [--json]
        hydrarun recipe verify FILE|NAME [model.path=...] [hydra.run.dir=DIR]
        hydrarun recipe schema
 
-list     shows the shipped recipes, and those of collections
-run      one received from a stranger: shows what it will do, asks, runs it; --yes does not ask
-export   writes the recipe of a finished run: what differs from the defaults, and what came of it as evidence
-verify   runs a recipe, compares pixels, times and quality with its evidence, and writes the result into it; one without
-         evidence is run twice and gets it. Exit code: 0 verified, 1 not, 2 it cannot be run as it is
+list     lists the shipped recipes, and those of collections
+run      runs a recipe from somebody else: shows what it will do and asks first; --yes skips the question
+export   writes the recipe of a finished run: the settings that differ from the defaults, and its results as evidence
+verify   runs a recipe, compares pixels, times and quality with its evidence, and writes the result into the file. A
+         recipe without evidence is run twice to create it. Exit code: 0 verified, 1 not verified, 2 cannot be run
 schema   prints the JSON schema with which editors check and complete recipes
-docs/recipes.md says more."""
+See docs/recipes.md."""
 
 
 def show_usage(line: Arguments) -> int:
-    """`hydrarun recipe` alone."""
+    """Print the usage for `hydrarun recipe` without a verb."""
     print(USAGE)
     return 2
 
 
 def list_recipes(line: Arguments) -> int:
-    """The recipes that have a name."""
+    """List the named recipes: shipped ones and those of collections."""
     from hydrarun.cli.commands.list import make_table
     from hydrarun.config.recipes import catalogue, search
 
@@ -51,7 +51,7 @@ def list_recipes(line: Arguments) -> int:
 
 
 def run_recipe(line: Arguments) -> int:
-    """Show what a stranger's recipe does, ask, and run it as `recipe=FILE` is run."""
+    """Show what an untrusted recipe does, ask for consent, and run it like `recipe=FILE`."""
     from hydrarun.cli.commands.run import run_overrides
     from hydrarun.cli.recipe.preview import describe_recipe, quote_recipe
     from hydrarun.config.compose import check_composed, compose_unchecked
@@ -75,7 +75,7 @@ def run_recipe(line: Arguments) -> int:
 
 
 def find_recipe_file(path: Path) -> Path:
-    """The recipe that a file or a folder is. Raises UsageError."""
+    """Return the recipe file for a file, or a folder with a single recipe. Raises UsageError."""
     if path.is_dir():
         found = sorted(path.glob("*.yaml"))
         if len(found) != 1:
@@ -90,13 +90,13 @@ def find_recipe_file(path: Path) -> Path:
 
 
 def describe_destination(overrides: Sequence[str]) -> str:
-    """Where the run will write, as far as it is known before."""
+    """Return the output folder, as far as it is known before the run."""
     given = [override.partition("=")[2] for override in overrides if override.startswith("hydra.run.dir=")]
     return given[-1] if given else os.path.join(os.getcwd(), "outputs/…")
 
 
 def ask_consent() -> bool:
-    """Whether the user, asked on the terminal, says yes."""
+    """Ask the user on the terminal; return whether the answer is yes."""
     print("run this? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
@@ -111,7 +111,7 @@ def export_recipe(line: Arguments) -> int:
 
 
 def verify_recipe(line: Arguments) -> int:
-    """Run a recipe and compare."""
+    """Run a recipe and compare it with its evidence."""
     from hydrarun.cli.recipe.verify import verify_evidence
 
     (name,) = _take_names(line, 1, 1)
@@ -119,17 +119,17 @@ def verify_recipe(line: Arguments) -> int:
 
 
 def print_schema(line: Arguments) -> int:
-    """Print the JSON schema."""
+    """Print the JSON schema of recipes."""
     from hydrarun.cli.recipe.json_schema import format_schema
 
     if line.words:
-        raise UsageError(f"recipe schema: {line.words[0]}: it takes nothing.")
+        raise UsageError(f"recipe schema: {line.words[0]}: it takes no arguments.")
     print(format_schema(), end="")
     return 0
 
 
 def _take_names(line: Arguments, least: int, most: int) -> list[str]:
-    """The words that are files, folders or names."""
+    """Return the words that are files, folders or names. Raises UsageError for a wrong count."""
     names = [word for word in line.words if _is_name(word)]
     if not least <= len(names) <= most:
         raise UsageError(f"{line.verb} takes {'one file' if most == 1 else 'a folder, and a file to write'}.\n{USAGE}")
@@ -137,7 +137,7 @@ def _take_names(line: Arguments, least: int, most: int) -> list[str]:
 
 
 def _take_settings(line: Arguments) -> list[str]:
-    """The words that are `key=value`."""
+    """Return the words that are `key=value`."""
     return [word for word in line.words if not _is_name(word)]
 
 

@@ -1,7 +1,7 @@
-"""`hydrarun replay FILE`: draw what is in a file again from the recipe inside it, and say whether it is the same.
+"""`hydrarun replay FILE`: draws the content of a file again from its embedded recipe and compares the two.
 
-The recipe may come from a stranger. It passes the same checks as a configuration from the command line; it never goes
-through OmegaConf, so no interpolation in it is resolved.
+The recipe is untrusted. It passes the same checks as a configuration from the command line. It never goes through
+OmegaConf, so no interpolation in it is resolved.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ Draws FILE again from the recipe inside it and compares the pixels or samples. F
 video (MP4, a folder of frames, or one frame-00000.png of it), a folder of layers or one layer-0.png of it, or the
 run.json of a whole run.
 KEY=VALUE changes how it is drawn: device=cuda, dtype=bfloat16, attention=sdpa, model.path=/elsewhere
-input.images=[/elsewhere/a.png] says where the input images lie on this machine.
+input.images=[/elsewhere/a.png] sets the paths of the input images on this machine.
 Exit code: 0 identical, 1 different, 2 FILE cannot be replayed."""
 
 RUN_DIR = "hydra.run.dir="
 
-# the groups that say how to draw; `model` and `sampling` say what, which is the file's to say
+# the groups that set how to draw; `model` and `sampling` set what to draw, which comes from the file
 GROUPS = ("scheduler", "parallel", "cache", "attention", "compile", "quantization", "offload")
 
 
-# what is given as a whole list
+# keys whose value is a whole list
 LISTS = ("input.images", "report.metrics", "report.noise_floor")
 
 
 def replay_file(line: Arguments) -> int:
-    """Replay the line's file; the exit code. Raises UsageError, and RunError from the run itself."""
+    """Replay a file; return the exit code. Raises UsageError, and RunError from the run itself."""
     file, output_dir, overrides = split_words(line.words)
     recorded = load_recorded_run(file)
     config = rebuild_config(recorded, overrides)
@@ -73,7 +73,7 @@ def replay_file(line: Arguments) -> int:
 
 
 def split_words(words: Sequence[str]) -> tuple[Path, Path, list[str]]:
-    """The file, where to write, and the other overrides."""
+    """Return the file, the output folder and the other overrides. Raises UsageError."""
     files = [word for word in words if "=" not in word or os.path.exists(word)]
     overrides = [word for word in words if word not in files]
     if len(files) != 1:
@@ -90,14 +90,14 @@ def split_words(words: Sequence[str]) -> tuple[Path, Path, list[str]]:
 
 
 def rebuild_config(recorded: RecordedRun, overrides: Sequence[str]) -> dict[str, Any]:
-    """The recorded configuration with `overrides`, checked like one from the command line.
+    """Apply `overrides` to the recorded configuration and check it like one from the command line.
 
-    Raises UsageError with all that is wrong.
+    Raises UsageError that lists all mistakes.
     """
     try:
         config = schema.fill_defaults(copy.deepcopy(recorded.config))
         _pin_config(config, recorded.facts)
-        config["report"] = asdict(Report())  # a replay compares with the file; and a stranger names no folder here
+        config["report"] = asdict(Report())  # a replay compares with the file; an untrusted file must not name folders
         config["warmup"] = 0
         if isinstance(config.get("compile"), dict) and "cache_dir" in config["compile"]:
             config["compile"]["cache_dir"] = None
@@ -111,7 +111,7 @@ def rebuild_config(recorded: RecordedRun, overrides: Sequence[str]) -> dict[str,
 
 
 def _pin_config(config: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Ask for what was really used where the configuration left it open: the hub commit, an `auto` device and dtype."""
+    """Replace open settings by the recorded ones: the hub commit, and an `auto` device and dtype."""
     weights, model = facts["weights"], config.get("model")
     if isinstance(weights, dict) and weights.get("revision") and isinstance(model, dict):
         model["revision"] = weights["revision"]
@@ -150,7 +150,7 @@ def _parse_override(text: str) -> Override:
 
 
 def check_frames(recorded: RecordedRun, output_format: str) -> None:
-    """A single frame must be drawn again as frames: no other format would hold its pixels."""
+    """Check that a single frame is replayed as frames, since no other format keeps its pixels. Raises UsageError."""
     for picture in recorded.pictures:
         if picture.part is not None and output_format not in frames.STEMS:
             raise UsageError(
@@ -160,15 +160,15 @@ def check_frames(recorded: RecordedRun, output_format: str) -> None:
 
 
 def check_picture_indices(recorded: RecordedRun, count: int) -> None:
-    """Each recorded picture must be one of the `count` that its configuration draws."""
+    """Check that each recorded picture is one of the `count` that its configuration draws. Raises UsageError."""
     for picture in recorded.pictures:
         if picture.index not in range(count):
             name = make_printable(picture.name)
-            raise UsageError(f"{name}: said to be number {picture.index} (from 0) of a run that draws {count}")
+            raise UsageError(f"{name}: recorded as number {picture.index} (from 0) of a run that draws {count}")
 
 
 def describe_config(config: dict[str, Any]) -> Iterator[str]:
-    """Lines that say what a stranger's file is about to make this machine do, and which images it reads for it."""
+    """Describe what an untrusted file makes this machine do, and which images it reads."""
     model, sampling, output = config["model"], config["sampling"], config["output"]
     revision = f" at {model['revision']}" if model["revision"] else ""
     kind = kinds.find_model_kind(config["model"])
@@ -181,7 +181,7 @@ def describe_config(config: dict[str, Any]) -> Iterator[str]:
 
 
 def compare_picture(picture: RecordedPicture, record: dict[str, Any], folder: Path) -> bool:
-    """Say how the redrawn picture, listed in `record` and lying in `folder`, compares; whether it is identical."""
+    """Compare with the redrawn picture in `record` and `folder`; print the result, return whether it is identical."""
     name = make_printable(picture.name)
     output = next(output for output in record["outputs"] if output["index"] == picture.index)
     file, digest = folder / output["path"], output["pixels_sha256"]
@@ -199,15 +199,15 @@ def compare_picture(picture: RecordedPicture, record: dict[str, Any], folder: Pa
 
 def _format_distance(old: np.ndarray | None, new: np.ndarray) -> str:
     if old is None:
-        return "by their hash; the pixels that were recorded are no longer there to measure how far"
+        return "according to their hash; the recorded pixels are no longer available to measure the distance"
     if old.shape != new.shape:
         return f"{_format_size(old)} then, {_format_size(new)} now"
-    # frame by frame: a whole video as wide numbers would not fit beside itself
+    # frame by frame, because int32 and int64 copies of a whole video need too much memory
     pairs = zip(old.reshape(-1, *old.shape[-3:]), new.reshape(-1, *new.shape[-3:]), strict=True)
     apart = (a.astype(np.int32) - b for a, b in pairs)
     measured = [(int(np.abs(d).max()), float(np.square(d, dtype=np.int64).mean())) for d in apart]
     largest, error = max(most for most, _ in measured), sum(mean for _, mean in measured) / len(measured)
-    if largest == 0:  # of two lossy files of different pixels
+    if largest == 0:  # lossy files can decode to equal pixels although the originals differ
         return "too little to be measured"
     levels = kinds.find_array_kind(old).levels
     return f"largest difference {largest} of {levels}, PSNR {10 * math.log10(levels**2 / error):.1f} dB"
@@ -222,7 +222,7 @@ def _format_size(pixels: np.ndarray) -> str:
 
 
 def list_differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """One line for each fact about the two runs (versions, hardware, weights, device...) that is not the same."""
+    """Yield a line for each fact (versions, hardware, weights, device…) that differs between the two runs."""
     old = dict(_flatten_facts({key: then.get(key) for key in FACTS}))
     new = dict(_flatten_facts({key: now.get(key) for key in FACTS}))
     for key in sorted(old.keys() | new.keys()):

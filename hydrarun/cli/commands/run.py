@@ -1,4 +1,4 @@
-"""The verb `run`: one run or a sweep, or what Hydra's flags show. Nothing heavy is imported before a run starts."""
+"""The verb `run`: a run, a sweep, or the output of Hydra's flags. Heavy packages are imported only by a run."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from hydrarun.outputs.provenance import hash_config
 DRY_RUN = "--dry-run"
 FAIL_FAST = "--fail-fast"
 
-#: flags with which Hydra runs nothing
+#: flags that make Hydra print something instead of running
 SHOWING = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
 
 
 def run_command(line: Arguments) -> int:
-    """The verb `run`: what a line without a verb means."""
+    """Execute the verb `run`, the default verb."""
     return run_overrides(quote_overrides(line.words), line.flags)
 
 
 def run_overrides(overrides: list[str], flags: list[str]) -> int:
-    """Compose and run; or, by a flag, sweep, show the configuration, help, complete."""
+    """Compose and run; flags select a sweep, the configuration, help or shell completion. Return the exit code."""
     if "--version" in flags:
         print(f"hydrarun {__version__}")
         return 0
     if sorted(flags) == ["--cfg", "--resolve", "job"]:
-        # Hydra's own printing reads a literal `${` in a prompt as an interpolation.
+        # Hydra's own printing treats a literal `${` in a prompt as an interpolation
         config, _ = compose_unchecked(overrides)
         yaml.safe_dump(config, sys.stdout, sort_keys=False, allow_unicode=True, width=1000)
         return 0
@@ -67,9 +67,9 @@ def run_overrides(overrides: list[str], flags: list[str]) -> int:
 
 
 def run_once(overrides: list[str], flags: list[str]) -> int:
-    """Compose, check and run; returns the exit code. Raises UsageError before there is an output directory."""
+    """Compose, check and run; return the exit code. Raises UsageError before an output directory is created."""
     loader, composed = load_configuration(overrides, flags)
-    if composed.hydra.mode is RunMode.MULTIRUN:  # asked for by a setting
+    if composed.hydra.mode is RunMode.MULTIRUN:  # set by `hydra.mode`
         from hydrarun.cli.sweep import driver
 
         return driver.run_sweep(overrides, [*flags, "-m"], fail_fast=False)
@@ -91,12 +91,12 @@ def run_once(overrides: list[str], flags: list[str]) -> int:
 
 
 def is_sweep(flags: list[str]) -> bool:
-    """Whether points are run, not shown or completed."""
+    """Return whether the flags ask for a sweep that runs, and not for printing or completion."""
     return bool({"-m", "--multirun"} & set(flags)) and not {flag.partition("=")[0] for flag in flags} & SHOWING
 
 
 def choose_resume_dir(config: dict[str, Any], overrides: list[str]) -> str | None:
-    """Where a run of `input.prompts` goes if nothing else is said: always to the same place, so that it is resumed."""
+    """Return the default output folder of an `input.prompts` run: always the same one, so that the run is resumed."""
     file = config["input"]["prompts"]
     if not isinstance(file, str) or any(override.startswith("hydra.run.dir=") for override in overrides):
         return None
@@ -106,13 +106,13 @@ def choose_resume_dir(config: dict[str, Any], overrides: list[str]) -> str | Non
 
 
 def run_hydra_flags(overrides: list[str], flags: list[str]) -> int:
-    """Let Hydra show what its flags ask for: nothing runs."""
+    """Let Hydra print what its flags ask for, without a run."""
     run_with_hydra(lambda _: None, overrides, flags)
     return 0
 
 
 def show_help(overrides: list[str], flags: list[str]) -> int:
-    """Hydra's help page; its lists of options are one line each, however many there are."""
+    """Print Hydra's help page. Hydra puts all options of a group into one line, so long lines are wrapped."""
     page = io.StringIO()
     with redirect_stdout(page), suppress(SystemExit):
         run_hydra_flags(overrides, flags)
@@ -123,8 +123,8 @@ def show_help(overrides: list[str], flags: list[str]) -> int:
 
 
 def complete_line(overrides: list[str], flags: list[str]) -> int:
-    """Answer the shell. The line is half typed, so mistakes in it are no errors."""
-    # Hydra completes overrides; it would read the verb as one
+    """Print shell completions. Ignores mistakes, because the command line is incomplete."""
+    # Hydra completes overrides and would take the verb for one
     line = os.environ.get("COMP_LINE", "")
     os.environ["COMP_LINE"] = re.sub(r"^(\s*\S+\s+)run\s", r"\1", line)
     with suppress(UsageError):

@@ -1,1 +1,1 @@
-"""What the verb `recipe` does: run, export, verify, list, schema."""
+"""Implements the verb `recipe`: run, export, verify, list, schema."""

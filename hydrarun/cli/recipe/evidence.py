@@ -1,4 +1,4 @@
-"""From a finished run to the evidence of a recipe, and how a later run compares with it."""
+"""Builds the evidence of a recipe from a finished run, and compares a later run with it."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from hydrarun.outputs.media.read import read_output
 from hydrarun.outputs.reader import is_lossy
 from hydrarun.outputs.writer import hash_pixels
 
-#: dB between fingerprints from which on an output is near; on the demo model bfloat16 for float32 has 64, a seed 15
+#: PSNR in dB between fingerprints from which an output is near. On the demo model, bfloat16 instead of float32 gives
+#: 64 dB, another seed 15 dB
 NEAR = 30.0
-#: times as long as before, from which on a run on the same hardware is slow
+#: ratio of times above which a run on the same hardware is slow
 SLOW = 1.5
-#: what a later run may lose of a quality's mean
+#: how much lower the mean of a quality measure of a later run may be
 LOSS = {"psnr": 0.5, "ssim": 0.005, "snr": 0.5}
-#: of an output, how large it is
+#: the recorded keys for the size of an output
 EXTENT = ("width", "height", "frames", "samples")
-#: equal where a picture must be equal to the last bit
+#: facts that must be equal to expect bit-identical outputs
 EXACT = ("hardware", "versions", "device", "dtype")
 
 
 class Comparison(NamedTuple):
-    """A status, each output's verdict, and sentences about the rest."""
+    """The status, the verdict of each output, and sentences about everything else."""
 
     status: Status
     outputs: list[OutputVerdict]
@@ -38,14 +39,14 @@ class Comparison(NamedTuple):
 
 
 def measure_run(record: Mapping[str, Any], folder: Path, sample: str | None) -> Measurement:
-    """The evidence of a run: its run.json, and the files beside it; `sample`: the name of its thumbnail.
+    """Build the evidence of a run from its run.json and output files. `sample` is the name of the thumbnail.
 
-    Raises RunError where something is missing or is not as the run left it.
+    Raises RunError if something is missing or was changed after the run.
     """
     try:
         return parse_dataclass(Measurement, {**_read_facts(record, folder), "sample": sample}, "run.json")
     except (LookupError, TypeError, AttributeError) as error:
-        raise RunError(f"{folder}: its run.json is not a whole one ({type(error).__name__}: {error})") from None
+        raise RunError(f"{folder}: its run.json is incomplete ({type(error).__name__}: {error})") from None
     except RecipeError as refused:
         raise RunError(f"{folder}: {refused}") from None
 
@@ -73,12 +74,12 @@ def _read_facts(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def is_local_path(path: str) -> bool:
-    """Whether a recorded path is of the machine that recorded it, and says nothing to others."""
+    """Return whether a recorded path is a local one, which has no meaning on other machines."""
     return path.startswith(("/", "~"))
 
 
 def read_first_output(record: Mapping[str, Any], folder: Path) -> np.ndarray:
-    """The pixels of a run's first output, as its file holds them."""
+    """Return the pixels of a run's first output, decoded from its file."""
     return read_output(folder / Path(record["outputs"][0]["path"]).name)[0]
 
 
@@ -87,7 +88,7 @@ def _measure_output(output: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     path = folder / Path(output["path"]).name
     found = read_output(path)[0]
     if not is_lossy(path) and hash_pixels(found) != output["pixels_sha256"]:
-        raise RunError(f"{path}: holds other pixels than the run drew")
+        raise RunError(f"{path}: its pixels differ from those that the run drew")
     return {
         **{key: output[key] for key in kept if key in output},
         "fingerprint": pixel_digest.compute_fingerprint(found),
@@ -95,9 +96,9 @@ def _measure_output(output: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def compare_evidence(old: Measurement, new: Measurement) -> Comparison:
-    """How a new run of the recipe stands to its evidence.
+    """Compare a new run of the recipe with its evidence.
 
-    `broken`: other pixels, or worse ones. `unverified`: far slower on the same hardware. Else `verified`.
+    `broken`: the pixels are different or worse. `unverified`: much slower on the same hardware. Otherwise `verified`.
     """
     exact = all(getattr(old, key) == getattr(new, key) for key in EXACT)
     verdicts = [judge_output(one, other) for one, other in zip(old.outputs, new.outputs, strict=False)]
@@ -108,7 +109,7 @@ def compare_evidence(old: Measurement, new: Measurement) -> Comparison:
 
 
 def judge_output(old: Any, new: Any) -> OutputVerdict:
-    """How one output compares: by its hash, else by what is kept of its pixels."""
+    """Compare one output by its hash, or else by its fingerprint and size."""
     if old.pixels_sha256 == new.pixels_sha256:
         return OutputVerdict(old.index, "identical")
     distance = round(pixel_digest.compare_fingerprints(old.fingerprint, new.fingerprint), 1)
@@ -129,7 +130,7 @@ def _explain_mismatch(old: Measurement, new: Measurement, verdicts: list[OutputV
 
 
 def compare_timings(old: Measurement, new: Measurement) -> tuple[str, bool]:
-    """A sentence about the times, and whether they are far longer on the same hardware."""
+    """Return a sentence about the times, and whether they are much longer on the same hardware."""
     now = f"{new.timings.step_s:.3g} s a step, {new.timings.total_s:.3g} s in all"
     if old.hardware != new.hardware:
         return f"times are not compared, the evidence is from other hardware: {now}", False
@@ -140,9 +141,9 @@ def compare_timings(old: Measurement, new: Measurement) -> tuple[str, bool]:
 
 
 def list_quality_losses(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for each quality that the new run has less of, by more than chance.
+    """Yield a sentence for each quality measure that is lower than in the evidence by more than its tolerance.
 
-    A mean above the noise floor's is good enough: runs without any cache are no nearer to each other.
+    A mean above that of the noise floor is good enough: uncached runs do not match each other better.
     """
     floors = list((new.get("noise_floor") or {}).values())
     for name, loss in LOSS.items():
@@ -156,7 +157,7 @@ def list_quality_losses(old: Mapping[str, Any], new: Mapping[str, Any]) -> Itera
 
 
 def format_quality(new: Measurement) -> Iterator[str]:
-    """What was measured of quality, in a sentence."""
+    """Format the quality measures as one sentence; nothing if there are none."""
     means = [(name, read_number(new.quality or {}, name, "mean")) for name in LOSS]
     words = [f"{name} {mean:.4g}" for name, mean in means if mean is not None]
     if (share := read_number(new.quality or {}, "accuracy", "outputs")) is not None:
@@ -166,7 +167,7 @@ def format_quality(new: Measurement) -> Iterator[str]:
 
 
 def read_number(block: Mapping[str, Any], *path: str) -> float | None:
-    """What stands there in a stranger's evidence, if it is a number."""
+    """Return the number under `path` in untrusted evidence, or None."""
     value: Any = block
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None

@@ -1,4 +1,4 @@
-"""`hydrarun recipe export`: a finished run as a recipe, with what came of it as evidence."""
+"""`hydrarun recipe export`: writes a finished run as a recipe, with its results as evidence."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from hydrarun.core.resources import read_options
 from hydrarun.outputs.provenance import expand_home, keep_pixel_settings
 from hydrarun.outputs.reader import read_run_json
 
-MAX_IMAGES = 16 * 2**20  # bytes of input images that are copied beside a recipe
+MAX_IMAGES = 16 * 2**20  # most bytes of input images that are copied next to a recipe
 
 
 def export_run(run_dir: Path, path: Path) -> None:
-    """Write the recipe of the run in `run_dir` to `path`, its thumbnail and input images beside it, and say so.
+    """Write the recipe of the run in `run_dir` to `path`, with its thumbnail and input files, and print a summary.
 
-    Raises UsageError for a run that no recipe can say, and for files that are there already.
+    Raises UsageError for a run that no recipe can reproduce, and for files that already exist. Raises RunError if
+    outputs of the run are missing or changed.
     """
     if path.suffix != ".yaml":
         raise UsageError(f"recipe export: {path}: the name of a recipe ends in .yaml.")
@@ -61,7 +62,7 @@ def export_run(run_dir: Path, path: Path) -> None:
 
 
 def read_finished_run(run_dir: Path) -> dict[str, Any]:
-    """The run.json of a complete run. Raises UsageError."""
+    """Read the run.json of a complete run. Raises UsageError."""
     where = f"recipe export: {run_dir}"
     points = sorted(point.parent.name for point in run_dir.glob("*/run.json"))
     if not (run_dir / "run.json").is_file():
@@ -71,13 +72,13 @@ def read_finished_run(run_dir: Path) -> dict[str, Any]:
     record = read_run_json(run_dir / "run.json")
     if record.get("status") != "complete":
         raise UsageError(
-            f"{where}: the run did not finish (status {record.get('status')!r}); a recipe is of one that did."
+            f"{where}: the run did not finish (status {record.get('status')!r}); only a finished run can be exported."
         )
     return record
 
 
 def check_recorded_config(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The run's configuration, which may be a stranger's, checked as one from the command line."""
+    """Check the untrusted configuration in run.json like one from the command line. Raises UsageError."""
     config = record.get("config")
     if not isinstance(config, dict):
         raise UsageError("recipe export: run.json holds no configuration.")
@@ -91,7 +92,7 @@ def check_recorded_config(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def collect_images(config: Mapping[str, Any], measured: Measurement, path: Path) -> dict[Path, bytes]:
-    """The input images under the names that they get beside the recipe. Raises UsageError for ones that changed."""
+    """Return the input images by their new paths next to the recipe. Raises UsageError for images that changed."""
     found: dict[Path, bytes] = {}
     for index, (name, known) in enumerate(zip(image_paths(config), measured.inputs, strict=False)):
         try:
@@ -109,7 +110,7 @@ def collect_images(config: Mapping[str, Any], measured: Measurement, path: Path)
 
 
 def collect_prompts(config: Mapping[str, Any], path: Path) -> dict[Path, bytes]:
-    """The lines of `input.prompts` as the file that the recipe names; nothing where there are none."""
+    """Return the lines of `input.prompts` as the .jsonl file that the recipe names; empty if there are none."""
     lines = config["input"]["prompts"]
     if lines is None:
         return {}
@@ -118,9 +119,9 @@ def collect_prompts(config: Mapping[str, Any], path: Path) -> dict[Path, bytes]:
 
 
 def pin_config(config: Mapping[str, Any], measured: Measurement) -> dict[str, Any]:
-    """What the recipe must compose to: the run's configuration with what was really used, without its machine's places.
+    """Return the configuration that the recipe must compose to: the one of the run, without paths of the machine.
 
-    Pixels depend on the kind of device and on the dtype, so both are said.
+    Device kind and dtype are set to the ones that the run used, because pixels depend on both.
     """
     model = {**config["model"]}
     if evidence.is_local_path(model["path"]):
@@ -132,20 +133,20 @@ def pin_config(config: Mapping[str, Any], measured: Measurement) -> dict[str, An
 
 
 def format_recipe(content: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """The recipe's file, without its evidence."""
+    """Format the recipe as YAML, without its evidence."""
     about = {"about": {"description": f"{config['model']['name']}: {describe_outputs(config)}"}}
     parts = ({key: value} for key, value in {**about, **content}.items())
     return "\n".join(map(dump_yaml, parts))
 
 
 def parse_recipe(path: Path, text: str) -> file.Recipe:
-    """A recipe that is not on the disk yet."""
+    """Build a recipe that is not on disk yet."""
     _, whole = parse_sections(text.encode())
     return file.Recipe(path, text, whole, whole, None, None)
 
 
 def write_recipe_files(path: Path, text: str, beside: Mapping[Path, bytes], wanted: Mapping[str, Any]) -> None:
-    """Write all files, if what the recipe composes to is what is wanted; else none of them."""
+    """Write all files, and remove them again if the recipe does not compose to `wanted`. Raises UsageError."""
     files = {**beside, path: text.encode()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +154,7 @@ def write_recipe_files(path: Path, text: str, beside: Mapping[Path, bytes], want
             write_atomically(target, data)
         composed = compose_config([quote_recipe(str(path.absolute()))])
         if found := list_differences(composed, wanted):
-            raise UsageError(f"recipe export: a recipe cannot say this run: {', '.join(found)} would be another.")
+            raise UsageError(f"recipe export: a recipe cannot reproduce this run: {', '.join(found)} would differ.")
     except BaseException as error:
         for target in files:
             with suppress(OSError):
@@ -164,14 +165,14 @@ def write_recipe_files(path: Path, text: str, beside: Mapping[Path, bytes], want
 
 
 def list_differences(composed: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """The sections in which what reaches the pixels is not the same; the input apart, which are copies."""
+    """Return the sections whose settings for the pixels differ. `input` is left out, since its files are copies."""
     one, other = (keep_pixel_settings({**config, "input": None}) for config in (composed, wanted))
     return [key for key in one if one[key] != other.get(key)]
 
 
 def print_summary(path: Path, config: Mapping[str, Any], beside: list[Path]) -> None:
-    """What was written, and what is left to do."""
-    print(f"{path}, and beside it {', '.join(one.name for one in beside)}")
+    """Print the written files and the next step."""
+    print(f"{path}, and next to it {', '.join(one.name for one in beside)}")
     if evidence.is_local_path(config["model"]["path"]):
-        print("the run's weights are a folder, which the recipe does not name; its evidence is of those all the same")
-    print(f"unverified yet: hydrarun recipe verify {path}")
+        print("the run's weights are a folder, which the recipe does not name; its evidence was measured with them")
+    print(f"not verified yet; run: hydrarun recipe verify {path}")

@@ -1,4 +1,4 @@
-"""The JSON schema of recipes, for editors: made from hydrarun.config.schema and the comments in conf/."""
+"""The JSON schema of recipes for editors, generated from hydrarun.config.schema and the comments in conf/."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ Schema = dict[str, Any]
 
 PLAIN = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
 
-#: sections that are filled by the options of a group of `_target_` nodes
+#: sections that hold a `_target_` node from the options of a group
 NODES = ("scheduler", "cache", "attention", "compile", "quantization", "offload")
 
-#: what a recipe may not set
+#: fields that a recipe may not set
 BARRED = ("report.twins", "compile.cache_dir")
 
 FIELD = re.compile(r"^( *)(?:- )?([A-Za-z_]\w*):")
 
 
 def format_schema() -> str:
-    """recipes/schema.json."""
+    """Return the text of recipes/schema.json."""
     return json.dumps(make_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 def make_schema() -> Schema:
-    """The JSON schema (draft 7) of a recipe."""
+    """Build the JSON schema (draft 7) of a recipe."""
     properties = {
         "about": make_class_schema(metadata.About, "about"),
         "defaults": make_defaults_schema(),
@@ -56,13 +56,13 @@ def make_schema() -> Schema:
 
 
 def make_defaults_schema() -> Schema:
-    """The list `defaults`."""
+    """Build the schema of the list `defaults`."""
     entries = [{"const": "_self_"}, *(make_choice_schema(group) for group in list_groups())]
     return {"type": "array", "items": {"anyOf": entries}, "description": "Options of groups: `hydrarun list`."}
 
 
 def make_choice_schema(group: str) -> Schema:
-    """An entry of it."""
+    """Build the schema of an entry of `defaults`: one option of a group."""
     names = sorted(file.stem for file in (resources.find_folder("conf") / group).glob("*.yaml"))
     key = f"override /{group}"
     return {
@@ -74,7 +74,7 @@ def make_choice_schema(group: str) -> Schema:
 
 
 def make_class_schema(kind: Any, path: str) -> Schema:
-    """A section by its dataclass; no key is required, as a recipe says only what differs."""
+    """Build the schema of a section from its dataclass. No key is required: a recipe sets only what differs."""
     properties = {}
     for name, hint in typing.get_type_hints(kind).items():
         here = f"{path}.{name}" if path else name
@@ -90,11 +90,14 @@ def make_class_schema(kind: Any, path: str) -> Schema:
 
 
 def make_group_schema(group: str) -> Schema:
-    """A `_target_` node: the arguments of all options, as any value; which go together the run says."""
+    """Build the schema of a `_target_` node: the arguments of all options, with any value.
+
+    The run checks which arguments can be combined.
+    """
     properties: Schema = {}
     root = resources.find_folder("conf") / group
     for file in sorted(root.rglob("*.yaml")):
-        inner = file.parent.relative_to(root).parts  # the predictor's options are in cache/predictor
+        inner = file.parent.relative_to(root).parts  # options of the predictor are in cache/predictor
         for key, text in sorted(read_comments(file).items()):
             node = properties
             *above, name = (*inner, *key.split("."))
@@ -106,7 +109,7 @@ def make_group_schema(group: str) -> Schema:
 
 
 def make_hint_schema(hint: Any) -> Schema:
-    """A type annotation."""
+    """Build the schema of a type annotation."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return {"type": [PLAIN[one] for one in inner]}
@@ -118,17 +121,17 @@ def make_hint_schema(hint: Any) -> Schema:
 
 
 def describe_field(path: str) -> Schema:
-    """What conf/ says of a field."""
+    """Return the description of a field in conf/, if there is one."""
     text = read_descriptions().get(path)
     return {"description": text} if text else {}
 
 
 @cache
 def read_descriptions() -> dict[str, str]:
-    """The comment of each field of the fixed sections."""
+    """Read the comment of each field of the fixed sections."""
     conf = resources.find_folder("conf")
     default = conf / "model" / f"{resources.read_defaults()['model']}.yaml"
-    base = yaml.safe_load(default.read_text(encoding="utf-8"))["defaults"][0]  # it says what each field is
+    base = yaml.safe_load(default.read_text(encoding="utf-8"))["defaults"][0]  # the base option has the comments
     found = read_comments(conf / "config.yaml") | read_comments(default.with_stem(base))
     found |= {f"plan.{key}": text for key, text in read_comments(conf / "plan" / "none.yaml").items()}
     return (
@@ -139,15 +142,15 @@ def read_descriptions() -> dict[str, str]:
 
 
 def read_listed_fields(file: Path) -> Iterator[tuple[str, str]]:
-    """The fields that an option explains in a list at its head: `#   name, name   what it is`."""
+    """Yield the fields that an option describes in a list at its head: `#   name, name   description`."""
     for names, text in re.findall(r"^#   ([\w, ]+?)  +(\S.*)$", file.read_text(encoding="utf-8"), re.MULTILINE):
         yield from ((f"{file.parent.name}.{name}", text) for name in names.split(", "))
 
 
 def read_comments(file: Path) -> dict[str, str]:
-    """The comment above each field of a YAML file, by the field's path."""
+    """Read the comment above each field of a YAML file, by the path of the field."""
     found: dict[str, str] = {}
-    above: list[tuple[int, str]] = []  # indent and name of the fields that this one is in
+    above: list[tuple[int, str]] = []  # indent and name of the enclosing fields
     said: list[str] = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if match := FIELD.match(line):

@@ -1,4 +1,4 @@
-"""The fewest choices and values that compose to a given configuration."""
+"""Finds the fewest choices and values that compose to a given configuration."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from hydrarun.config.schema import Parallel
 from hydrarun.core import resources
 from hydrarun.outputs.provenance import keep_pixel_settings
 
-#: groups whose option is found by what the configuration has; `model` goes by its name, `cache/predictor` comes after
+#: groups whose option is found from the values in the configuration; `model` is found by name, `cache/predictor` after
+#: `cache`
 GROUPS = ("scheduler", "parallel", "attention", "compile", "quantization", "offload", "cache")
 PREDICTOR = "cache/predictor"
 TARGET = "_target_"
 
 
 class InexpressibleError(Exception):
-    """Why a recipe cannot say it, in a sentence."""
+    """A recipe cannot express the configuration. The message is a sentence with the reason."""
 
 
 def make_minimal_recipe(wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The `defaults` and values of a recipe that composes to `wanted`. Raises Inexpressible."""
+    """Return the `defaults` and values of a recipe that composes to `wanted`. Raises InexpressibleError."""
     name = wanted["model"]["name"]
     if not (resources.find_folder("conf") / "model" / f"{name}.yaml").is_file():
-        raise InexpressibleError(f"the model '{name}' is none of the shipped options, and a recipe brings none along.")
+        raise InexpressibleError(f"the model '{name}' is not a shipped option, and a recipe cannot add one.")
     chosen = {"model": name, **{group: find_nearest_option(group, wanted, wanted[group]) for group in GROUPS}}
     base = compose_options(chosen)
     predictor = wanted["cache"].get("predictor")
@@ -46,18 +47,18 @@ def make_minimal_recipe(wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compose_options(chosen: Mapping[str, str]) -> dict[str, Any]:
-    """The configuration of these options alone."""
+    """Compose the configuration of these options alone."""
     return compose_unchecked([f"{group}={option}" for group, option in chosen.items()])[0]
 
 
 def select_kept_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe repeats: what reaches the pixels, if only to rounding, and how files are written."""
+    """Return the settings that a recipe keeps: those that change pixels, if only by rounding, and the file format."""
     output = {key: config["output"][key] for key in ("format", "fps")}
     return {**keep_pixel_settings(dict(config)), "output": output, "batch_size": config["batch_size"]}
 
 
 def find_nearest_option(group: str, wanted: Mapping[str, Any], node: Mapping[str, Any]) -> str:
-    """The option from which the fewest values differ. Raises Inexpressible if all are of another class."""
+    """Return the option with the fewest differing values. Raises InexpressibleError if none has the same classes."""
     inner = {"predictor"} if group == "cache" else set()
     own = flatten_values({key: value for key, value in node.items() if key not in inner})
     usual = resources.read_defaults().get(group)
@@ -71,18 +72,18 @@ def find_nearest_option(group: str, wanted: Mapping[str, Any], node: Mapping[str
             found.append((count, path.stem != usual, path.stem))
     if not found:
         raise InexpressibleError(
-            f"its {group} is a {node.get(TARGET)}, which is no shipped option's, and a recipe brings no code."
+            f"its {group} is a {node.get(TARGET)}, which no shipped option uses, and a recipe cannot contain code."
         )
     return min(found)[2]
 
 
 def find_classes(values: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
-    """The `_target_`s among them."""
+    """Return only the `_target_` values."""
     return {path: value for path, value in values.items() if path[-1:] == (TARGET,)}
 
 
 def flatten_values(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """The values of nested mappings by their paths."""
+    """Return the values of nested mappings by their paths."""
     if not isinstance(node, dict) or not node:
         return {path: node}
     return {key: value for name, child in node.items() for key, value in flatten_values(child, (*path, name)).items()}
@@ -91,9 +92,9 @@ def flatten_values(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...
 def find_differing_values(
     base: Mapping[str, Any], want: Mapping[str, Any], path: tuple[str, ...]
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The values of `want` that `base` has not, by their paths. Raises Inexpressible for what no recipe may set."""
+    """Yield the values of `want` that differ from `base`, by path. Raises InexpressibleError for unsettable values."""
     for key in base.keys() - want.keys():
-        raise InexpressibleError(f"{'.'.join((*path, key))} was taken out, which no recipe can.")
+        raise InexpressibleError(f"{'.'.join((*path, key))} was removed, and a recipe cannot remove keys.")
     for key, value in want.items():
         here = (*path, key)
         if key in base and isinstance(value, dict) and isinstance(base[key], dict):
@@ -104,9 +105,9 @@ def find_differing_values(
 
 
 def check_value(value: Any, path: tuple[str, ...]) -> None:
-    """Raises Inexpressible for a class, or a place on this machine."""
+    """Raise InexpressibleError for a class or a local path."""
     for part, leaf in flatten_values(value, path).items():
         if any(name.startswith("_") for name in part):
-            raise InexpressibleError(f"{'.'.join(part)} is {leaf}, and a recipe brings no code.")
+            raise InexpressibleError(f"{'.'.join(part)} is {leaf}, and a recipe cannot contain code.")
         if isinstance(leaf, str) and path[0] != "sampling" and is_local_path(leaf):
-            raise InexpressibleError(f"{'.'.join(part)} is {leaf}, a place on this machine.")
+            raise InexpressibleError(f"{'.'.join(part)} is {leaf}, a path on this machine.")

@@ -1,4 +1,4 @@
-"""What a recipe keeps of its outputs' pixels beside their hash: block means, small enough for text; and a thumbnail."""
+"""Fingerprints of outputs for recipes: block means that are small enough for text, and thumbnails."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from PIL import Image
 
 from hydrarun.outputs.media import kinds
 
-SIDE = 16  # blocks to each side
-SAMPLE = 256  # pixels of the longer side of a thumbnail
-CAP = 100.0  # dB; also stands for equal block means
+SIDE = 16  # blocks per side
+SAMPLE = 256  # most pixels of the longer side of a thumbnail
+CAP = 100.0  # dB; also the value for equal block means
 
 
 def compute_fingerprint(pixels: np.ndarray) -> str:
-    """The mean colours of 16 x 16 blocks of a picture (uint8 [H, W, 3]) as base64: 768 bytes.
+    """Return the mean colours of 16 x 16 blocks of a picture (uint8 `[H, W, 3]`) as base64: 768 bytes.
 
-    Of a video ([F, H, W, 3]) those of its first, middle and last frame; of layers ([L, H, W, 4]) of each, with alpha;
-    of a sound ([samples, channels]) how loud it is in each of 768 parts of its time.
+    A video (`[F, H, W, 3]`) uses its first, middle and last frame, layers (`[L, H, W, 4]`) each layer with alpha, and
+    a sound (`[samples, channels]`) its loudness in each of 768 parts of its duration.
     """
     kind = kinds.find_array_kind(pixels)
     if kind is kinds.SOUND:
@@ -33,14 +33,14 @@ def compute_fingerprint(pixels: np.ndarray) -> str:
 
 
 def measure_loudness(samples: np.ndarray) -> np.ndarray:
-    """The loudest sample in each of 768 parts of a sound, in decibels: 255 is full scale, 0 silence."""
+    """Return the loudest sample in each of 768 parts of a sound on a decibel scale: 255 is full scale, 0 silence."""
     starts = np.arange(3 * SIDE * SIDE) * len(samples) // (3 * SIDE * SIDE)
     loudest = np.maximum.reduceat(np.abs(samples.astype(np.int32)).max(axis=1), starts)
     return np.round(255 * (1 + 20 * np.log10(np.maximum(loudest, 1) / 32768) / 90.309)).astype(np.uint8)
 
 
 def compare_fingerprints(one: str, other: str) -> float:
-    """dB between two fingerprints, 0 for those that cannot be compared. Detail finer than a block does not count."""
+    """Return the PSNR in dB between two fingerprints, or 0 if they cannot be compared. Ignores detail within blocks."""
     try:
         first, second = (np.frombuffer(base64.b64decode(text, validate=True), np.uint8) for text in (one, other))
     except ValueError:
@@ -52,7 +52,7 @@ def compare_fingerprints(one: str, other: str) -> float:
 
 
 def make_thumbnail(pixels: np.ndarray) -> bytes:
-    """A WEBP file of what stands for an output (`Kind.still`), at most 256 pixels wide and high."""
+    """Encode the preview picture of an output (`Kind.still`) as WEBP, at most 256 pixels wide and high."""
     image = Image.fromarray(kinds.find_array_kind(pixels).still(pixels))
     image.thumbnail((SAMPLE, SAMPLE))
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What a recipe is about to make this machine do, in a few lines for its owner."""
+"""Describes in a few lines what a recipe is about to do on this machine."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from hydrarun.core.inputs import image_paths
 from hydrarun.core.quoting import escape_interpolation, make_printable
 from hydrarun.outputs.media import kinds
 
-MAX_TEXT = 100  # characters of a value that are shown
+MAX_TEXT = 100  # most characters of a value that are shown
 
 
 def quote_recipe(name: str) -> str:
-    """`recipe=name` for Hydra's grammar, whatever is in a path."""
+    """Return `recipe=name`, quoted for Hydra's grammar if needed."""
     if re.fullmatch(r"[\w./-]+", name):
         return f"recipe={name}"
     return f"recipe={QuotedString(escape_interpolation(name), Quote.double).with_quotes()}"
 
 
 def describe_recipe(recipe: Recipe, name: str, config: Mapping[str, Any], folder: str) -> Iterator[str]:
-    """Lines, each fit for a terminal: what is drawn, with what weights, which files are read and written.
+    """Return lines, safe to print on a terminal: what is drawn, with which weights, which files are read and written.
 
-    `config`: what it composes to here; `folder`: where the outputs go.
+    `config` is the configuration that the recipe composes to here, `folder` the output folder.
     """
     lines = [f"recipe {name}" + (f": {' '.join(recipe.about.description.split())}" if recipe.about else "")]
     lines += [f"  by {recipe.about.author}"] if recipe.about and recipe.about.author else []
@@ -46,7 +46,7 @@ def describe_recipe(recipe: Recipe, name: str, config: Mapping[str, Any], folder
 
 
 def describe_weights(model: Mapping[str, Any]) -> str:
-    """Which weights, and whether they are here."""
+    """Describe the weights, and whether they are local, cached or to be downloaded."""
     path, revision = model["path"], model["revision"]
     if find_local_folder(path, revision) is not None:
         return f"weights {path}"
@@ -58,13 +58,13 @@ def describe_weights(model: Mapping[str, Any]) -> str:
 
 
 def list_input_images(config: Mapping[str, Any]) -> list[str]:
-    """The input images of all items, each once."""
+    """Return the input images of all items without duplicates."""
     each = (image_paths({"input": {"images": item.images}}) for item in batches.list_items(dict(config)))
     return list(dict.fromkeys(path for paths in each for path in paths))
 
 
 def describe_outputs(config: Mapping[str, Any]) -> str:
-    """How much, and how large."""
+    """Describe the number, size and steps of the outputs."""
     sampling, count = config["sampling"], len(batches.list_items(dict(config)))
     kind = kinds.find_model_kind(config["model"])
     length = kind.length(sampling)
@@ -73,7 +73,7 @@ def describe_outputs(config: Mapping[str, Any]) -> str:
 
 
 def format_settings(content: Mapping[str, Any]) -> Iterator[str]:
-    """The recipe's own choices and values, as overrides."""
+    """Yield the choices and values of the recipe as overrides."""
     for entry in content.get("defaults", []):
         if isinstance(entry, dict):
             yield from (f"{key.removeprefix('override /')}={option}" for key, option in entry.items())
@@ -92,14 +92,16 @@ def _format_values(path: str, value: Any) -> Iterator[str]:
 
 
 def format_status(recipe: Recipe) -> str:
-    """The status, and by whose word."""
+    """Describe the status, with the date and hardware that the recipe itself states."""
     evidence = recipe.evidence
     if evidence is None:
         return "unverified: it brings no evidence"
     measured = evidence.measured
     words = [recipe.status]
     if evidence.verified and recipe.genuine:
-        words.append(f"on {evidence.verified.date} with {name_machine(evidence.verified.hardware)}, by its own word")
+        words.append(
+            f"on {evidence.verified.date} with {name_machine(evidence.verified.hardware)}, as the recipe states"
+        )
     if measured:
         peak = measured.memory.get("peak_device_bytes") or measured.memory.get("peak_host_bytes", 0)
         words.append(

@@ -1,4 +1,4 @@
-"""`hydrarun recipe verify`: run a recipe, compare with its evidence, and write down what was found."""
+"""`hydrarun recipe verify`: runs a recipe, compares it with its evidence, and writes the result into the file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hydrarun.outputs.provenance import collect_versions, describe_hardware, red
 
 RUN_DIR = "hydra.run.dir"
 
-#: what may be said differently: where, and what is measured beside it; all else is the recipe's to say
+#: keys that may be overridden: where the recipe runs, and what is measured; all other settings come from the recipe
 ALLOWED = (
     "model.path",
     "device",
@@ -37,12 +37,12 @@ ALLOWED = (
 
 
 def verify_evidence(name: str, overrides: Sequence[str]) -> int:
-    """Run the recipe of that name or path; the exit code: 0 if it is now verified, else 1.
+    """Run the recipe with this name or path; return the exit code: 0 if it is now verified, else 1.
 
-    Raises UsageError for a recipe that cannot be run as it is, RunError where its weights are not here or are others.
+    Raises UsageError for a recipe that cannot be run as it is, and RunError for missing or different weights.
     """
     recipe, folder = search.load_recipe(name), choose_run_dir(overrides)
-    file.replace_evidence(recipe, Evidence(FORMAT, "unverified", ""))  # one that cannot take any is refused now
+    file.replace_evidence(recipe, Evidence(FORMAT, "unverified", ""))  # refuses a file without room for it
     old = recipe.evidence.measured if recipe.evidence and recipe.genuine else None
     config = compose_config([quote_recipe(name), *choose_overrides(overrides, old)])
     for line in describe_recipe(recipe, name, config, str(folder)):
@@ -54,22 +54,22 @@ def verify_evidence(name: str, overrides: Sequence[str]) -> int:
 
 
 def choose_run_dir(overrides: Sequence[str]) -> Path:
-    """Where to draw."""
+    """Return the output folder."""
     given = [override.partition("=")[2] for override in overrides if override.startswith(f"{RUN_DIR}=")]
     return Path(given[-1] if given else f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-verify")
 
 
 def choose_overrides(overrides: Sequence[str], old: Measurement | None) -> list[str]:
-    """The overrides for the composition; what the evidence has of quality is measured again.
+    """Return the overrides for the composition, with those that measure the quality metrics of the evidence again.
 
-    Raises UsageError for one that would make another recipe of it.
+    Raises UsageError for an override that would change the recipe.
     """
     for override in overrides:
         key = override.partition("=")[0]
         if key not in ALLOWED:
             raise UsageError(
                 f"{override}: a recipe is verified as it is.{suggest_name(key, ALLOWED)}"
-                f" You may say: {', '.join(ALLOWED)}."
+                f" You may set: {', '.join(ALLOWED)}."
             )
     kept = [override for override in overrides if not override.startswith(f"{RUN_DIR}=")]
     if old and old.quality and not any(override.startswith("report.") for override in kept):
@@ -81,9 +81,9 @@ def choose_overrides(overrides: Sequence[str], old: Measurement | None) -> list[
 
 
 def check_weights(config: dict[str, Any], old: Measurement | None) -> None:
-    """Find the weights, downloading what is missing. Raises RunError if they are not those of the evidence.
+    """Find the weights and download missing ones. Raises RunError if they are not the weights of the evidence.
 
-    Raises UsageError, before anything is downloaded, where the device is not there.
+    Raises UsageError before any download if the device is not available.
     """
     from hydrarun.core.device import choose_device
     from hydrarun.core.progress import Progress
@@ -93,18 +93,18 @@ def check_weights(config: dict[str, Any], old: Measurement | None) -> None:
     found = fingerprint_weights(hub.resolve_weights(config["model"]).folder)
     if old and found != old.weights.fingerprint:
         raise RunError(
-            f"model.path={config['model']['path']}: the evidence is of other weights: their fingerprint is"
-            f" {make_printable(old.weights.fingerprint)}, that of these {found}. Name the right ones by model.path=…,"
-            " or take the section `evidence` out of the recipe to begin anew"
+            f"model.path={config['model']['path']}: the evidence was measured with other weights: fingerprint"
+            f" {make_printable(old.weights.fingerprint)} there, {found} here. Set model.path=… to the right weights,"
+            " or remove the section `evidence` from the recipe to start over"
         )
 
 
 def judge_recipe(
     recipe: Recipe, config: dict[str, Any], old: Measurement | None, folder: Path
 ) -> tuple[Evidence, bytes | None]:
-    """Run it, twice where there is no evidence yet, and compare; with a new thumbnail, if it needs one."""
+    """Run the recipe, twice if it has no evidence, and compare. Return the evidence, and a thumbnail if it is new."""
     from hydrarun.cli.recipe import (
-        evidence,  # numpy and Pillow only now
+        evidence,  # imports numpy and Pillow
         pixel_digest,
     )
 
@@ -129,26 +129,26 @@ def judge_recipe(
 
 
 def format_now() -> str:
-    """ISO 8601, UTC."""
+    """Return the current time in ISO 8601, UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def read_hardware() -> dict[str, Any]:
-    """What a run that failed was tried on."""
+    """Return the hardware of a run that failed."""
     import torch
 
     return describe_hardware("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def choose_thumbnail_name(recipe: Recipe) -> str | None:
-    """The name for a thumbnail beside the recipe; None where a file that is none of ours has it."""
+    """Return the name for a thumbnail next to the recipe; None if an unrelated file already has this name."""
     place = recipe.path.with_suffix(".webp")
     measured = recipe.evidence.measured if recipe.evidence else None
     return place.name if not place.exists() or (measured and measured.sample == place.name) else None
 
 
 def save_evidence(recipe: Recipe, evidence: Evidence, thumbnail: bytes | None) -> None:
-    """Say what was found and write it into the recipe, or print it where that cannot be written."""
+    """Print the results and write them into the recipe; print the evidence if the file cannot be written."""
     assert evidence.verified is not None
     for verdict in evidence.verified.outputs:
         psnr = "" if verdict.psnr is None else f", {verdict.psnr} dB between block means"

@@ -1,1 +1,1 @@
-"""Many runs from one command line: points, their order, dry runs, the driver."""
+"""Sweeps, many runs from one command line: points, their order, dry runs and the driver."""

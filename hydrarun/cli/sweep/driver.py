@@ -1,4 +1,4 @@
-"""A sweep: hands its points to Hydra, and says in the end which of them failed."""
+"""Runs a sweep: passes its points to Hydra, lists the failed ones at the end and writes the report."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ PLACE = "hydra.sweep.dir"
 
 
 def run_sweep(overrides: list[str], flags: list[str], fail_fast: bool) -> int:
-    """Run a sweep of quoted overrides; the highest exit code of its points. Raises UsageError.
+    """Run a sweep of quoted overrides; return the highest exit code of its points. Raises UsageError.
 
-    `fail_fast`: end at the first point that fails.
+    `fail_fast`: stop at the first failed point.
     """
     words = [*overrides, *choose_sweep_dir(overrides)]
     sweep = read_sweep(words, flags)
@@ -43,7 +43,7 @@ def run_sweep(overrides: list[str], flags: list[str], fail_fast: bool) -> int:
     try:
         run_with_hydra(task, words, flags)
     except point.PointFailedError:
-        pass  # Optuna's sweeper gives up after too many; they have been printed
+        pass  # Optuna's sweeper stops after too many failures, which are printed already
     except point.SweepStopped:
         enough = True
     finally:
@@ -52,7 +52,7 @@ def run_sweep(overrides: list[str], flags: list[str], fail_fast: bool) -> int:
 
 
 def choose_sweep_dir(overrides: Sequence[str]) -> list[str]:
-    """Where a sweep with `input.prompts` goes if nothing else is said: to the same place again, to be resumed."""
+    """Return the override for the default folder of an `input.prompts` sweep: always the same, so that it resumes."""
     keys = {order.parse_key(one) for one in overrides}
     if "input.prompts" not in keys or PLACE in keys:
         return []
@@ -61,7 +61,7 @@ def choose_sweep_dir(overrides: Sequence[str]) -> list[str]:
 
 
 def finish_sweep(sweep: Sweep, before: dict[Path, Stamp | None]) -> list[Point]:
-    """What is done when the sweep has ended, however it has: with failed points, or by Ctrl-C too."""
+    """List the failed points and write the report, also after Ctrl-C. Return the points that ran."""
     places = [place for place, seen in read_stamps(sweep.folder).items() if before.get(place) != seen]
     ended = sorted(
         (collect.read_point(sweep.folder, place) for place in places),
@@ -79,7 +79,7 @@ def finish_sweep(sweep: Sweep, before: dict[Path, Stamp | None]) -> list[Point]:
 
 
 def write_sweep_report(folder: Path) -> None:
-    """Write the report. What goes wrong with it is said, and changes nothing about the points."""
+    """Write the report. Print an error instead of raising it, so that the result of the sweep stays."""
     try:
         print(f"report: {report.write_report(folder)}", file=sys.stderr)
     except Exception as error:
@@ -88,27 +88,27 @@ def write_sweep_report(folder: Path) -> None:
 
 
 def get_point_code(point: Point) -> int:
-    """As `cli.main` returns it for a single run."""
+    """Return the exit code that `cli.main` gives for a single run with this result."""
     if point.status == "complete":
         return 0
     return 2 if collect.get_value(point.record, "error", "type", kind=str) == UsageError.__name__ else 1
 
 
 def format_point_name(sweep: Sweep, point: Point) -> str:
-    """A point's directory, and what tells it from the others."""
+    """Return the folder of a point with its swept overrides."""
     swept = order.list_swept_keys(sweep.overrides)
     own = [one for one in point.overrides or () if order.parse_key(one) in swept]
     return f"{point.name} ({' '.join(own)})" if own else point.name
 
 
 def shorten_error(error: str) -> str:
-    """One line of an error: the first, but of a traceback the last."""
+    """Return one line of an error: the last line of a traceback, otherwise the first line."""
     lines = error.strip().splitlines() or [""]
     return lines[-1 if lines[0].startswith("Traceback") else 0]
 
 
 def check_missing_points(sweep: Sweep, ended: Sequence[Point]) -> int:
-    """1, and a line, if there are points that left no record where this process looks for it; else 0."""
+    """Print a line and return 1 if points left no run.json in the sweep's folder; otherwise return 0."""
     lost = len(sweep.points or []) - len(ended)
     if lost <= 0 and ended:
         return 0
@@ -118,14 +118,14 @@ def check_missing_points(sweep: Sweep, ended: Sequence[Point]) -> int:
 
 
 def check_objectives(sweep: Sweep, fail_fast: bool) -> None:
-    """Raises UsageError for objectives that nobody reads, or that are not as many as the sweeper's directions.
+    """Raise UsageError for objectives that no sweeper reads, or whose number differs from the sweeper's directions.
 
-    And for `fail_fast` where points run beside each other.
+    Also raises it for `fail_fast` with a launcher that runs points in parallel.
     """
     if fail_fast and sweep.engine("launcher") != BASIC:
-        raise UsageError(f"--fail-fast: hydra/launcher={sweep.engine('launcher')} runs points beside each other")
+        raise UsageError(f"--fail-fast: hydra/launcher={sweep.engine('launcher')} runs points in parallel")
     objectives, sweeper = list(sweep.shared.report.objectives), sweep.engine("sweeper")
-    _ = sweep.points  # refuses what cannot be swept over
+    _ = sweep.points  # raises for values that cannot be swept
     if sweeper == BASIC and objectives:
         raise UsageError("report.objectives: for a sweeper that searches: add hydra/sweeper=optuna, or leave it out")
     if sweeper == "optuna":
@@ -139,7 +139,7 @@ def check_objectives(sweep: Sweep, fail_fast: bool) -> None:
 
 
 def make_shared_overrides(sweep: Sweep) -> list[str]:
-    """Overrides that are the same for whoever runs a point: the sweep's folder, and that Ray's workers stay."""
+    """Return overrides for every process that runs points: the absolute sweep folder, and reuse of Ray workers."""
     folder = QuotedString(escape_interpolation(str(sweep.folder)), Quote.double).with_quotes()
     words = [f"hydra.sweep.dir={folder}"]
     if sweep.engine("launcher") == "ray":
@@ -151,5 +151,5 @@ def make_shared_overrides(sweep: Sweep) -> list[str]:
 
 
 def read_stamps(folder: Path) -> dict[Path, Stamp | None]:
-    """The points' directories, and when their records were written."""
+    """Return the folders of the points, with the file stamps of their records."""
     return {place: get_file_stamp(place / collect.RECORD) for place in collect.find_run_folders(folder)}

@@ -1,4 +1,4 @@
-"""`--dry-run`: the points of a command line in their order, what each loads, and whether it would fit. Nothing runs."""
+"""`--dry-run`: lists the points in order, what each loads, and whether it fits, without running anything."""
 
 from __future__ import annotations
 
@@ -16,32 +16,34 @@ from hydrarun.engine.plan.fast_imports import skip_optional_imports
 from hydrarun.engine.plan.planner import Plan, find_plan_device, make_plan
 from hydrarun.engine.ranks import launch, worker
 
-#: flags that say where options are, with which a run can be foreseen
+#: flags that a dry run accepts: -m, and those for the location of options
 TAKEN = ("-m", "--multirun", "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
 
 NO_PLAN = {"auto": False, "device": None}
 
 
 class PlannedPoint(NamedTuple):
-    """A point before it runs."""
+    """A point that is planned but does not run."""
 
-    #: what tells it from the others
+    #: the overrides that differ between points
     overrides: list[str]
-    #: what is loaded for it, in words, and `worker.build_key`; None if it is refused
+    #: the description of its load and `worker.build_key`; None if it is refused
     load: tuple[str, str] | None
     verdict: str
     good: bool
 
 
 def list_points(overrides: list[str], flags: list[str]) -> int:
-    """List what quoted overrides would run; 0 if all of it would and fits, else 1. Raises UsageError."""
+    """List the points of quoted overrides; return 0 if all of them are valid and fit, else 1. Raises UsageError."""
     if strange := [flag for flag in flags if flag.startswith("-") and flag.partition("=")[0] not in TAKEN]:
-        raise UsageError(f"--dry-run: shows what would run, which {strange[0]} does not: leave one of them out")
+        raise UsageError(f"--dry-run cannot be combined with {strange[0]}: leave one of them out")
     sweep = read_sweep(overrides, flags)
     many = bool({"-m", "--multirun"} & set(flags))
     points = sweep.points if many else [list(sweep.shared.hydra.overrides.task)]
     if points is None:
-        raise UsageError(f"--dry-run: hydra/sweeper={sweep.engine('sweeper')} decides on its points while it runs")
+        raise UsageError(
+            f"--dry-run: hydra/sweeper={sweep.engine('sweeper')} chooses points during the run; they cannot be listed"
+        )
     own = order.list_swept_keys(sweep.overrides)
     for note in order.describe_reorder(overrides, sweep.overrides) if many else ():
         print(note, file=sys.stderr)
@@ -49,14 +51,14 @@ def list_points(overrides: list[str], flags: list[str]) -> int:
         found = list(judge_points(((point, *sweep.compose(point)) for point in points), own if many else None))
     print("\n".join(format_points(found)))
     if many and sweep.engine("launcher") != BASIC:
-        print(f"hydra/launcher={sweep.engine('launcher')}: each of its processes loads for itself")
+        print(f"hydra/launcher={sweep.engine('launcher')}: each of its processes loads the weights separately")
     return int(not all(point.good for point in found))
 
 
 def judge_points(
     points: Iterable[tuple[Sequence[str], dict[str, Any], ConfigOrigin]], own: Sequence[str] | None
 ) -> Iterator[PlannedPoint]:
-    """Each point with what is to be said of it; equal plans are made once. `own`: keys that are shown; None: all."""
+    """Yield each point with its verdict. Equal plans are made once. `own`: the keys to show, or None for all."""
     plans: dict[str, Plan] = {}
     for overrides, config, origin in points:
         shown = [one for one in overrides if own is None or order.parse_key(one) in own]
@@ -75,9 +77,9 @@ def judge_points(
 
 
 def plan_point(config: dict[str, Any], origin: ConfigOrigin, plans: dict[str, Plan]) -> Plan:
-    """The plan of a point, from `plans` if one that differs by its seeds alone has it.
+    """Return the plan of a point, from `plans` if a point that differs only by seeds has one.
 
-    Raises UsageError with what a run on the planned device would be refused for.
+    Raises the UsageError that a run on the planned device would raise.
     """
     asked = check_composed({**config, "device": find_plan_device(config).kind, "plan": NO_PLAN}, origin)
     launch.check_rank_count(config["parallel"])
@@ -90,7 +92,7 @@ def plan_point(config: dict[str, Any], origin: ConfigOrigin, plans: dict[str, Pl
 
 
 def describe_fit(made: Plan) -> str:
-    """Whether it fits, by how much not, and what would."""
+    """Describe whether a point fits; if not, the missing memory and settings that fit."""
     assert made.asked is not None
     needs = f"{format_gib(made.asked.peak)} of {format_gib(made.device.memory)}"
     if made.fits:
@@ -102,7 +104,7 @@ def describe_fit(made: Plan) -> str:
 
 
 def format_points(points: Sequence[PlannedPoint]) -> Iterator[str]:
-    """The list for people; points that share a load are below it."""
+    """Format the list; points that share a load are listed below it."""
     texts = [" ".join(point.overrides) for point in points]
     width = max(map(len, texts))
     loads = 0
@@ -120,5 +122,5 @@ def format_points(points: Sequence[PlannedPoint]) -> Iterator[str]:
 
 
 def format_count(count: int, thing: str) -> str:
-    """`1 point`, `2 points`…"""
+    """Format a count: `1 point`, `2 points`…"""
     return f"{count} {thing}{'' if count == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""The numbers of a run that a sweeper searches by (`report.objectives`)."""
+"""Reads the numbers of a run that a sweeper optimizes (`report.objectives`)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from hydrarun.config.checks.report import PAIRED
 
 
 def read_objectives(record: dict[str, Any], objectives: Sequence[str]) -> float | list[float]:
-    """What run.json says of them; a single one is a plain number, as Optuna's sweeper wants it."""
+    """Return the values of the objectives in run.json; a single one as a plain number, as Optuna's sweeper needs it."""
     found = [read_objective(record, name) for name in objectives]
     return found[0] if len(found) == 1 else found
 
 
 def read_objective(record: dict[str, Any], name: str) -> float:
-    """One of `hydrarun.config.checks.report.OBJECTIVES`."""
+    """Return one objective: a name of `MEASURED` or `METRICS` in `hydrarun.config.checks.report`."""
     if name == "steady_step_s":
         steps = record["timings"]["steps_s"]
-        return statistics.median(steps[1:] or steps)  # the first pays for what happens once
+        return statistics.median(steps[1:] or steps)  # the first step includes one-time costs
     if name == "accuracy":
         return record["quality"][name]["outputs"]
     if name in PAIRED:

@@ -1,4 +1,4 @@
-"""One point of a sweep. It may run in another process, or on another machine, which Hydra's launchers send it to."""
+"""Runs one point of a sweep. Hydra's launchers may send it to another process or another machine."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from hydrarun.outputs.failure_record import record_failure
 
 
 class PointFailedError(RunError):
-    """What a sweeper that searches is told of a point that failed; the user has been told the reason."""
+    """Reports a failed point to a searching sweeper. The reason is printed before this is raised."""
 
 
 class SweepStopped(BaseException):
-    """The sweep ends with this point, which failed."""
+    """Stops the sweep after a failed point (`--fail-fast`)."""
 
 
 def run_point(allowed: Sequence[str], fail_fast: bool, composed: DictConfig) -> Any:
-    """Run a point; returns what `report.objectives` names of it: None, a number or a list.
+    """Run a point; return its values for `report.objectives`: None, a number or a list.
 
-    `allowed`: classes that the user allows by `--allow-target`. A failure is printed, and recorded in the point's
-    directory. Raises Enough for it with `fail_fast`, PointFailedError where there are objectives.
+    `allowed`: classes that the user allows with `--allow-target`. A failure is printed and recorded in the
+    folder of the point. Raises SweepStopped for it with `fail_fast`, and PointFailedError if there are objectives.
     """
     for name in allowed:
         targets.allow_target(name)
@@ -53,7 +53,7 @@ def run_point(allowed: Sequence[str], fail_fast: bool, composed: DictConfig) -> 
 
 
 def run_composed(composed: DictConfig) -> dict[str, Any]:
-    """Run what Hydra composed, in the output directory that it made; returns run.json. Raises UsageError, RunError."""
+    """Run a configuration from Hydra in its output directory; return run.json. Raises UsageError and RunError."""
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
     print(f"[{settings.job.num}] {' '.join(settings.overrides.task)}", file=sys.stderr)
@@ -66,5 +66,5 @@ def run_composed(composed: DictConfig) -> dict[str, Any]:
 
 @cache
 def _close_at_exit() -> None:
-    """In a process that is a launcher's, which keeps what is loaded from point to point, let it go in the end."""
+    """Close the executor at exit, in a launcher's process that keeps the loaded model from point to point."""
     atexit.register(launch.close_executor)

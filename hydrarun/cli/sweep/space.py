@@ -1,4 +1,4 @@
-"""A sweep before it runs: its settings, and its points in the order in which Hydra will take them."""
+"""A sweep before it runs: its settings, and its points in the order in which Hydra runs them."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ BASIC = "basic"
 
 @dataclass
 class Sweep:
-    """What a command line with `-m` asks for."""
+    """The sweep of a command line with `-m`."""
 
-    #: quoted (`hydrarun.core.quoting.literal`), slow keys first
+    #: quoted (`hydrarun.core.quoting.quote_overrides`), slow keys first
     overrides: list[str]
     loader: ConfigLoaderImpl
-    #: what all points share
+    #: the configuration that all points share
     shared: DictConfig
 
     @property
     def folder(self) -> Path:
-        """Where the points' directories are, absolute."""
+        """The absolute folder that holds the folders of the points."""
         return Path(self.shared.hydra.sweep.dir).absolute()
 
     def engine(self, kind: str) -> str:
-        """The option of Hydra's `launcher` or `sweeper`."""
+        """Return the chosen option of Hydra's group `kind`: `launcher` or `sweeper`."""
         return self.shared.hydra.runtime.choices[f"hydra/{kind}"]
 
     @cached_property
     def points(self) -> list[list[str]] | None:
-        """The overrides of each point, in order; None: a sweeper other than Hydra's own decides while it runs.
+        """The overrides of each point, in order; None for other sweepers, which choose points while they run.
 
-        Raises UsageError for values that Hydra's own cannot sweep over.
+        Raises UsageError for values that Hydra's basic sweeper does not support.
         """
         if self.engine("sweeper") != BASIC:
             return None
@@ -57,14 +57,14 @@ class Sweep:
         return points
 
     def compose(self, point: Sequence[str]) -> tuple[dict[str, Any], ConfigOrigin]:
-        """The configuration of a point, unchecked. Raises UsageError."""
+        """Compose the configuration of a point, unchecked. Raises UsageError."""
         with translate_errors(point):
             composed = self.loader.load_sweep_config(self.shared, list(point))
             return split_composed(composed, composed.hydra)
 
 
 def read_sweep(overrides: Sequence[str], flags: Sequence[str]) -> Sweep:
-    """The sweep of quoted overrides, in the order that loads least, and Hydra's flags. Raises UsageError."""
+    """Read the sweep of quoted overrides and Hydra's flags, ordered for the fewest loads. Raises UsageError."""
     with translate_errors(overrides):
         words = order.order_overrides(overrides)
     return Sweep(words, *load_configuration(words, flags, RunMode.MULTIRUN))

@@ -1,1 +1,1 @@
-"""What a configuration must satisfy before weights are read."""
+"""Checks that a configuration must pass before weights are read."""

@@ -1,4 +1,4 @@
-"""Does a request fit a checkpoint? Reads JSON only, so that what cannot be is refused before anything heavy."""
+"""Checks a request against a checkpoint. Reads only JSON, so that errors appear before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from typing import Any
 
 from hydrarun.core.errors import UsageError
 
-#: what a transformer's config.json calls the lengths of its lists of blocks
+#: keys of a transformer's config.json for the number of blocks
 DEPTHS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")
-#: and its heads
+#: keys for the number of attention heads
 HEADS = ("num_attention_heads", "n_heads")
-#: and heads that groups of those share
+#: key for the number of key/value heads, each shared by a group of heads
 SHARED_HEADS = "num_key_value_attention_heads"
 
 
 def check_folder_fit(config: dict[str, Any], folder: Path) -> None:
-    """Refuse what the checkpoint in `folder` cannot make or would ignore; says nothing where its JSON does not tell."""
+    """Raise `UsageError` for settings that the checkpoint in `folder` does not support or would ignore.
+
+    Checks only what the checkpoint's JSON files contain.
+    """
     vae, transformer = (read_json(folder / name / "config.json") for name in ("vae", "transformer"))
     check_checkpoint_configs(config, read_json(folder / "model_index.json"), vae, transformer)
 
@@ -27,7 +30,7 @@ def check_folder_fit(config: dict[str, Any], folder: Path) -> None:
 def check_checkpoint_configs(
     config: dict[str, Any], index: Mapping[str, Any], vae: Mapping[str, Any], transformer: Mapping[str, Any]
 ) -> None:
-    """The same for a checkpoint with this index and these configs."""
+    """Do the same for a checkpoint with this model_index.json and these configs."""
     check_heads(config["parallel"]["tensor_degree"], transformer)
     depth = sum(transformer.get(key) or 0 for key in DEPTHS)
     check_offloaded_blocks(config["offload"], depth)
@@ -40,9 +43,9 @@ def check_checkpoint_configs(
 def check_request_fit(
     sampling: Mapping[str, Any], vae: Mapping[str, Any], transformer: Mapping[str, Any], patch: int
 ) -> None:
-    """Refuse what the checkpoint with these configs cannot make; `patch` is the number of latent pixels per token side.
+    """Check sizes, frames, seconds and guidance; `patch` is the number of latent pixels per token side.
 
-    Raises `UsageError` naming what would do.
+    Raises `UsageError`, which suggests valid values.
     """
     frames, side = read_vae_factors(vae)
     multiple = find_size_multiple(side or 0, transformer, patch)
@@ -55,7 +58,7 @@ def check_request_fit(
         places = transformer.get("pos_embed_max_size")
         if side and value is not None and places and value > side * patch * places:
             raise UsageError(
-                f"sampling.{key}={value}: this checkpoint has places for {places} tokens to a side;"
+                f"sampling.{key}={value}: this checkpoint has positions for {places} tokens per side;"
                 f" sampling.{key}={side * patch * places} at most"
             )
     count = sampling["num_frames"]
@@ -72,7 +75,7 @@ def check_request_fit(
 
 
 def check_sound_seconds(sampling: Mapping[str, Any], vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> None:
-    """Raises `UsageError` for seconds of a sound that the checkpoint does not make, or none of them."""
+    """Raise `UsageError` for an end beyond the checkpoint's longest sound, or an empty range of seconds."""
     most = max_sound_seconds(vae, transformer)
     start, end = sampling["audio_start_in_s"] or 0.0, sampling["audio_end_in_s"]
     if end is not None and end > most:
@@ -89,23 +92,23 @@ def check_sound_seconds(sampling: Mapping[str, Any], vae: Mapping[str, Any], tra
 
 
 def max_sound_seconds(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> float:
-    """Seconds of a whole sound."""
+    """Return the length of the checkpoint's longest sound in seconds."""
     return transformer["sample_size"] * math.prod(vae["downsampling_ratios"]) / vae["sampling_rate"]
 
 
 def check_experts(model: Mapping[str, Any], index: Mapping[str, Any]) -> None:
-    """Raises `UsageError` for a checkpoint that has more or fewer transformers than the model option runs."""
+    """Raise `UsageError` if the checkpoint has more or fewer transformers than the model option runs."""
     second = (index.get("transformer_2") or [None])[0] is not None
     if index and (second != (model["experts"] > 1) or second != (index.get("boundary_ratio") is not None)):
         raise UsageError(
             f"model.path={model['path']}: model {model['name']} runs {model['experts']} transformer(s), and this"
             f" checkpoint's model_index.json has transformer_2={index.get('transformer_2')} and"
-            f" boundary_ratio={index.get('boundary_ratio')}: it is another model's"
+            f" boundary_ratio={index.get('boundary_ratio')}: it belongs to another model"
         )
 
 
 def check_teacache_scheduler(config: Mapping[str, Any], index: Mapping[str, Any]) -> None:
-    """Raises `UsageError` for TeaCache coefficients that were fitted with another scheduler than the run's."""
+    """Raise `UsageError` if TeaCache's coefficients were fitted with another scheduler than the run's."""
     fit = (config["cache"].get("gate") or {}).get("fit")
     chosen = config["scheduler"].get("_target_") or (config["model"]["scheduler"] or {}).get("_target_")
     name = chosen.rpartition(".")[2] if chosen else (index.get("scheduler") or [None, None])[1]
@@ -117,31 +120,31 @@ def check_teacache_scheduler(config: Mapping[str, Any], index: Mapping[str, Any]
 
 
 def check_heads(ranks: int, transformer: Mapping[str, Any]) -> None:
-    """Raises `UsageError` for more ranks of tensor parallel than heads, which stay whole."""
+    """Raise `UsageError` for more tensor-parallel ranks than heads: a head is not split."""
     heads = next((transformer[key] for key in (SHARED_HEADS, *HEADS) if key in transformer), None)
     if heads is not None and ranks > heads:
         kind = "groups of heads" if SHARED_HEADS in transformer else "heads"
         raise UsageError(
-            f"parallel.tensor_degree={ranks}: this checkpoint has {heads} {kind}, and each stays whole;"
+            f"parallel.tensor_degree={ranks}: this checkpoint has {heads} {kind}, and none is split;"
             f" parallel.tensor_degree={heads} at most"
         )
 
 
 def check_offloaded_blocks(offload: Mapping[str, Any], depth: int) -> None:
-    """Raises `UsageError` where none of `depth` blocks waits: those that stay and those in turn are all of them.
+    """Raise `UsageError` if no block is offloaded: the resident and the buffered blocks cover all `depth` blocks.
 
-    A depth of 0 is unknown.
+    A depth of 0 means unknown.
     """
     resident, ahead = offload.get("resident_blocks"), offload.get("prefetch_blocks")
     if depth and isinstance(resident, int) and isinstance(ahead, int) and resident + ahead + 1 >= depth:
         raise UsageError(
-            f"offload.resident_blocks={resident} offload.prefetch_blocks={ahead}: {resident} blocks that stay and"
-            f" {ahead + 1} in turn leave none of this checkpoint's {depth} to wait: use offload=model, or fewer"
+            f"offload.resident_blocks={resident} offload.prefetch_blocks={ahead}: {resident} resident and"
+            f" {ahead + 1} buffered blocks cover all {depth} blocks of this checkpoint: use offload=model, or fewer"
         )
 
 
 def check_skipped_layers(layers: Any, depth: int) -> None:
-    """Raises `UsageError` for blocks to be left out that are not there. A depth of 0 is unknown."""
+    """Raise `UsageError` if guidance skips blocks that do not exist. A depth of 0 means unknown."""
     wrong = [layer for layer in layers if layer not in range(depth)] if isinstance(layers, list) else []
     if depth and wrong:
         raise UsageError(
@@ -151,8 +154,8 @@ def check_skipped_layers(layers: Any, depth: int) -> None:
 
 
 def read_vae_factors(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Frames per latent frame and pixels per latent pixel side; None for what the VAE's config does not tell."""
-    halvings = config.get("temperal_downsample")  # sic: one entry per halving of the sides, true: of the frames too
+    """Return frames per latent frame and pixels per latent pixel side; None if the VAE's config lacks it."""
+    halvings = config.get("temperal_downsample")  # sic; one entry per halving of the sides; true: also the frames
     if halvings is not None:
         frames, side = 2 ** sum(map(bool, halvings)), 2 ** len(halvings)
         return config.get("scale_factor_temporal") or frames, config.get("scale_factor_spatial") or side
@@ -161,22 +164,22 @@ def read_vae_factors(config: Mapping[str, Any]) -> tuple[int | None, int | None]
 
 
 def find_size_multiple(side: int, transformer: Mapping[str, Any], patch: int) -> int:
-    """What height and width are a multiple of: a token's pixels, or those of two where a prior model draws first.
+    """Return the number that height and width must be a multiple of: the pixels per token side.
 
-    Each of its tokens stands for two by two. `side`: pixels of a latent pixel's side.
+    Twice as many with a prior model, whose tokens each cover 2 x 2 tokens. `side`: pixels per latent pixel side.
     """
     return side * patch * (2 if "prior_vq_quantizer_codebook_size" in transformer else 1)
 
 
 def suggest_multiples(key: str, value: int, multiple: int) -> str:
-    """What would do instead of `value`."""
+    """Name the nearest valid values below and above `value`."""
     below, above = value // multiple * multiple, (value // multiple + 1) * multiple
     choice = f"sampling.{key}={below} or sampling.{key}={above}" if below else f"sampling.{key}={above}"
     return f"multiple of {multiple}: {choice}"
 
 
 def check_guidance_scale(scale: float | None, distilled: bool) -> None:
-    """Raises `UsageError` for a scale that a checkpoint ignores, not being guidance-distilled, or needs and lacks."""
+    """Raise `UsageError` for a scale that the checkpoint ignores, or for null if a guidance-distilled one needs it."""
     if scale is not None and not distilled:
         raise UsageError(
             f"sampling.guidance_scale={scale}: this checkpoint is not guidance-distilled and would ignore it;"
@@ -190,7 +193,7 @@ def check_guidance_scale(scale: float | None, distilled: bool) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where there is none to read: loading says what is wrong with it."""
+    """Read a JSON object; return an empty one if the file cannot be read. Loading the checkpoint reports that error."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
-"""What goes together: a table of rules over a configuration, checked before weights are read.
+"""Compatibility of settings: a table of rules over a configuration, checked before weights are read.
 
-Each rule says what it is about, when it is broken, in a sentence, and the override that fixes it.
+Each rule has a group or key, a condition under which it is broken, a sentence, and the override that fixes it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from hydrarun.outputs.media import kinds
 Config = Mapping[str, Any]
 
 
-#: offloads that bring weights to the device and let them go, by `offloads`' names
+#: offloads that move weights to the device and off it, as names for `uses_offload`
 MOVING = ("Expert", "Model", "Layerwise", "Disk", "TextEncoder")
 
 
 class CompatibilityRule(NamedTuple):
-    """`broken(config)` tells whether the rule is; sentence and fix may name `{model}`, `{steps}` and `{off}`."""
+    """One rule, broken if `broken(config)` is true. `sentence` and `fix` may use `{model}`, `{steps}` and `{off}`."""
 
     group: str
     broken: Callable[[Config], bool]
@@ -31,99 +31,99 @@ class CompatibilityRule(NamedTuple):
 
 
 def uses_option(config: Config, group: str, name: str) -> bool:
-    """Whether the option of `group` is the class `name`."""
+    """Return whether the option of `group` is the class `name`."""
     return str(config[group].get("_target_", "")).rpartition(".")[2] == name
 
 
 def find_quantized(config: Config) -> Sequence[str]:
-    """The components whose weights are quantized."""
+    """Return the components whose weights are quantized."""
     return config["quantization"].get("components") or ()
 
 
 def uses_float8_activations(config: Config) -> bool:
-    """Whether activations are float8 too."""
+    """Return whether activations are float8 too."""
     return config["quantization"].get("activations") == "float8"
 
 
 def uses_offload(config: Config, *whats: str) -> bool:
-    """Whether the offload is that of one of these."""
+    """Return whether the offload option is the class `{what}Offload` for one of `whats`."""
     return any(uses_option(config, "offload", f"{what}Offload") for what in whats)
 
 
 def uses_cuda_graphs(config: Config) -> bool:
-    """Whether compiled blocks are CUDA graphs."""
+    """Return whether compiled blocks run as CUDA graphs."""
     return config["compile"].get("mode") in ("reduce-overhead", "max-autotune")
 
 
 def get_degree(config: Config, name: str) -> int:
-    """Ranks of one dimension."""
+    """Return the number of ranks of a parallel method."""
     return config["parallel"][f"{name}_degree"]
 
 
 def uses_guidance(config: Config) -> bool:
-    """Whether there are two branches to predict."""
+    """Return whether guidance is on, so that a step predicts two branches."""
     name, scale = find_cfg_scale(config)
     return name in config["model"]["takes"] and scale is not None and scale > get_unguided_scale(config)
 
 
 def draws_sounds(config: Config) -> bool:
-    """Whether the model draws sounds."""
+    """Return whether the model draws sounds."""
     return kinds.find_model_kind(config["model"]) is kinds.SOUND
 
 
 def find_skipped_layers(config: Config) -> Sequence[int]:
-    """Blocks that a third prediction of some steps is made without."""
+    """Return the blocks that skip-layer guidance leaves out in its third prediction; empty with guidance off."""
     return as_sequence(config["model"]["guidance"].get("layers")) if uses_guidance(config) else ()
 
 
 def count_batch_pictures(config: Config) -> int:
-    """How many are drawn together."""
+    """Return the number of pictures in a batch."""
     return config["batch_size"] or len(expand_prompts(config["sampling"]))
 
 
 def encodes_prompts_singly(config: Config) -> bool:
-    """Whether the text encoder runs once for each prompt, so that ranks with other prompts run it other times."""
+    """Return whether the text encoder runs once per prompt, so that ranks may run it different numbers of times."""
     stages = (str(stage.get("_target_", "")) for stage in config["model"]["stages"])
     return any(stage.endswith((".EncodePromptWithImages", ".EncodePromptAndDrawPrior")) for stage in stages)
 
 
 def get_gate(config: Config) -> Config:
-    """The node of the cache's gate, empty where there is none."""
+    """Return the node of the cache's gate, empty if there is none."""
     return config["cache"].get("gate") or {}
 
 
 def uses_gate(config: Config, name: str) -> bool:
-    """Whether the cache's gate is the class `name`."""
+    """Return whether the cache's gate is the class `name`."""
     return str(get_gate(config).get("_target_", "")).rpartition(".")[2] == name
 
 
 def get_teacache_fit(config: Config) -> Config | None:
-    """What TeaCache's coefficients were fitted on; None where there are none or they are not asked for."""
+    """Return TeaCache's coefficients and the conditions of their fit; None without TeaCache or without a fit."""
     return get_gate(config).get("fit") if uses_gate(config, "TeaCache") else None
 
 
 def get_step_count(config: Config) -> int:
-    """Steps of the schedule."""
+    """Return the number of steps in the schedule."""
     return config["sampling"]["num_inference_steps"]
 
 
 def as_whole_number(value: Any) -> int:
-    """A whole number; 0 for anything else, which is refused where it is taken."""
+    """Return an int unchanged, and 0 for anything else: the class that takes the value refuses other types."""
     return value if isinstance(value, int) else 0
 
 
 def as_sequence(value: Any) -> Sequence[Any]:
-    """A list; an empty one for anything else."""
+    """Return a list unchanged, and an empty sequence for anything else."""
     return value if isinstance(value, list) else ()
 
 
 def is_in_range(value: int, ends: Sequence[int] | None) -> bool:
-    """Whether a value lies between two; None: any does."""
+    """Return whether a value lies within `[least, most]`; True if `ends` is None."""
     return ends is None or ends[0] <= value <= ends[1]
 
 
 def uses_step_density(config: Config) -> bool:
-    """Whether the computed steps are a density of SCM's."""
+    """Return whether a density of SCM chooses the computed steps."""
     return (get_gate(config).get("density") or config["cache"].get("steps_computation_mask")) is not None
 
 
@@ -157,12 +157,12 @@ RULES = (
             as_whole_number(get_gate(config).get("first")) + as_whole_number(get_gate(config).get("last"))
             >= get_step_count(config)
         ),
-        "the first and last steps, which are always computed, are all {steps}: there is none to skip",
+        "the first and last steps are always computed and cover all {steps}: there is none to skip",
         "cache.gate.first=1, or more sampling.num_inference_steps",
     ),
     CompatibilityRule(
         "cache.gate.steps",
-        # a scheduler of Heun's kind has twice the steps
+        # a Heun scheduler has up to twice as many steps
         lambda config: any(
             as_whole_number(step) >= 2 * get_step_count(config) - 1
             for step in as_sequence(get_gate(config).get("steps"))
@@ -198,7 +198,7 @@ RULES = (
             and get_degree(config, "hsdp") > 1
             and get_degree(config, "cfg") > 1
         ),
-        "cache-dit decides for each branch by itself: ranks with the other branch would not be there to lend their"
+        "cache-dit decides for each branch by itself: ranks of different branches would not all join HSDP's gathers of"
         " weights",
         "parallel.cfg_degree=1, or one of cache=teacache, first_block, mask, every_n",
     ),
@@ -207,7 +207,7 @@ RULES = (
         lambda config: (
             bool(find_skipped_layers(config)) and get_degree(config, "hsdp") > 1 and get_degree(config, "cfg") > 1
         ),
-        "ranks that predict the negative prompt make one forward less, and would not be there to lend their weights",
+        "ranks that predict the negative prompt run one forward less, and would miss HSDP's gathers of weights",
         "parallel.cfg_degree=1, or model.guidance.layers=null",
     ),
     CompatibilityRule(
@@ -233,19 +233,19 @@ RULES = (
         lambda config: (
             get_degree(config, "hsdp") > 1 and get_degree(config, "data") > 1 and encodes_prompts_singly(config)
         ),
-        "model {model} encodes one prompt at a time: ranks with fewer prompts would not be there to lend their weights",
+        "model {model} encodes one prompt at a time: ranks with fewer prompts would miss HSDP's gathers of weights",
         "parallel.data_degree=1",
     ),
     CompatibilityRule(
         "parallel.ring_degree",
         lambda config: get_degree(config, "ring") > 1 and not uses_option(config, "attention", "SDPA"),
-        "a ring needs the log-sum of the weights, which this attention kernel does not give here",
+        "ring attention needs the log-sum-exp of the scores, which this attention kernel does not return here",
         "attention=sdpa, or parallel.ulysses_degree instead",
     ),
     CompatibilityRule(
         "report.noise_floor",
         lambda config: get_degree(config, "ring") > 1 and bool({*config["report"]["noise_floor"]} - {REPEAT}),
-        "a ring needs the log-sum of the weights, which the other attention kernels do not give here",
+        "ring attention needs the log-sum-exp of the scores, which the other attention kernels do not return here",
         "report.noise_floor=[repeat], or parallel.ulysses_degree instead",
     ),
     CompatibilityRule(
@@ -257,13 +257,13 @@ RULES = (
     CompatibilityRule(
         "vae.channels_last",
         lambda config: config["vae"]["channels_last"] and draws_sounds(config),
-        "it is a layout of pictures, and the VAE of model {model} has none",
+        "it is a layout of pictures, and model {model} draws sounds",
         "vae.channels_last=false",
     ),
     CompatibilityRule(
         "parallel.vae_degree",
         lambda config: get_degree(config, "vae") > 1 and config["vae"]["tiling"],
-        "the ranks' rows take the place of tiles",
+        "each rank decodes its rows of the picture, which replaces tiles",
         "vae.tiling=false",
     ),
     CompatibilityRule(
@@ -272,37 +272,37 @@ RULES = (
             uses_option(config, "compile", "CompileFull")
             and any(get_degree(config, name) > 1 for name in ("ring", "ulysses", "tensor", "hsdp"))
         ),
-        "ranks talk between the layers of a transformer that is to be one graph",
+        "ranks communicate between the layers, and compile=full makes the transformer one graph",
         "compile=blocks, or parallel.cfg_degree or parallel.data_degree instead",
     ),
     CompatibilityRule(
         "compile",
         lambda config: uses_option(config, "compile", "CompileFull") and uses_option(config, "cache", "CacheDiT"),
-        "cache-dit runs block by block what is to be one graph",
+        "cache-dit runs the transformer block by block, and compile=full makes it one graph",
         "compile=blocks, or one of cache=teacache, first_block, mask, every_n",
     ),
     CompatibilityRule(
         "quantization",
         lambda config: "transformer" in find_quantized(config) and get_degree(config, "tensor") > 1,
-        "each rank's share of a row would have a scale of its own, and the picture would depend on the number of ranks",
+        "each rank's shard of a row would have a scale of its own, and the picture would depend on the number of ranks",
         "quantization=none, or parallel.tensor_degree=1 and parallel.ulysses_degree instead",
     ),
     CompatibilityRule(
         "quantization",
         lambda config: bool(find_quantized(config)) and get_degree(config, "hsdp") > 1,
-        "HSDP cannot cut quantized weights into shares",
+        "HSDP cannot shard quantized weights",
         "quantization=none, or parallel.hsdp_degree=1",
     ),
     CompatibilityRule(
         "quantization",
         lambda config: config["quantization"].get("weights") == "int8" and config["dtype"] == "float16",
-        "products with int8 weights leave float16's range before they are scaled",
+        "products with int8 weights exceed float16's range before they are scaled",
         "quantization=none, or dtype=bfloat16",
     ),
     CompatibilityRule(
         "quantization",
         lambda config: uses_float8_activations(config) and config["dtype"] not in ("auto", "bfloat16"),
-        "products of float8 weights and activations, with a scale for each row, come out in bfloat16",
+        "products of float8 weights and activations, with a scale for each row, have dtype bfloat16",
         "quantization=none, or dtype=bfloat16",
     ),
     CompatibilityRule(
@@ -314,7 +314,7 @@ RULES = (
     CompatibilityRule(
         "offload",
         lambda config: uses_offload(config, *MOVING) and get_degree(config, "hsdp") > 1,
-        "HSDP's shares of the weights stay where they are",
+        "HSDP keeps each rank's shard of the weights on its device",
         "offload=none",
     ),
     CompatibilityRule(
@@ -332,19 +332,19 @@ RULES = (
     CompatibilityRule(
         "offload",
         lambda config: uses_offload(config, "Disk") and "transformer" in find_quantized(config),
-        "the blocks are read from their files in every step, and would be quantized anew each time",
+        "the blocks are read from their files in every step, and would be quantized again each time",
         "quantization=none, or offload=layerwise, which keeps them quantized on the host",
     ),
     CompatibilityRule(
         "compile",
         lambda config: uses_offload(config, "Layerwise", "Disk") and uses_option(config, "compile", "CompileFull"),
-        "in one graph no block could wait for its turn",
+        "in one graph no block can wait until its weights are loaded",
         "compile=blocks",
     ),
     CompatibilityRule(
         "compile.mode",
         lambda config: uses_offload(config, "Layerwise", "Disk") and uses_cuda_graphs(config),
-        "a CUDA graph reads weights where they were when it was recorded, and those of the blocks change places",
+        "a CUDA graph reads weights at the addresses it was recorded with, and the blocks' weights move",
         "compile.mode=default",
     ),
     CompatibilityRule(
@@ -359,12 +359,12 @@ RULES = (
 
 
 def find_violations(config: Config) -> Iterator[CompatibilityRule]:
-    """The rules that are broken."""
+    """Yield the broken rules."""
     return (rule for rule in RULES if rule.broken(config))
 
 
 def format_violations(config: Config) -> list[str]:
-    """One line for each broken rule."""
+    """Return one line for each broken rule."""
     names = {
         "model": config["model"]["name"],
         "steps": get_step_count(config),
@@ -374,5 +374,5 @@ def format_violations(config: Config) -> list[str]:
 
 
 def check_compatibility(config: Config) -> None:
-    """Raise `UsageError` with one line for each broken rule, whatever line of `input.prompts` breaks it."""
+    """Raise `UsageError` with one line for each rule that any line of `input.prompts` breaks."""
     raise_mistakes(text for _, one in iterate_lines(dict(config)) for text in format_violations(one))

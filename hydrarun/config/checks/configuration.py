@@ -1,4 +1,4 @@
-"""All that a configuration by itself must satisfy, whoever it comes from: the one door that every run goes through."""
+"""All checks of a configuration by itself. Every run calls them, whatever the source of its configuration."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ Origin = Callable[[str], str]
 
 
 def check_configuration(config: dict[str, Any], origin: Origin | None = None) -> None:
-    """Refuse classes that are not allowed, values that cannot be, and settings that do not go together.
+    """Check for classes that are not allowed, invalid values, and incompatible settings.
 
-    Reads no files but those that it names as missing. `origin` tells where the value of a key came from. Raises
-    UsageError.
+    Reads no checkpoint and no input images. `origin` returns where the value of a key came from. Raises UsageError.
     """
     check_sections(config, origin)
     compatibility.check_compatibility(config)
 
 
 def check_sections(config: dict[str, Any], origin: Origin | None = None) -> None:
-    """The same without what does not go together, for a plan, which lists that."""
+    """Check classes and values, but not compatibility: a plan lists incompatible settings itself."""
     targets.check_targets(config, origin)
     check_values(config, origin)

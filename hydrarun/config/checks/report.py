@@ -1,4 +1,4 @@
-"""The section `report`: what can be measured of a run, and what is refused before anything heavy is imported."""
+"""Checks the section `report`: metrics, judge, noise floor and objectives. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from hydrarun.core import resources
 from hydrarun.core.errors import suggest_name
 from hydrarun.outputs.media import kinds
 
-#: between an output and its twin, and of all outputs
+#: metrics between an output and its reference run; METRICS adds those of an output by itself
 PAIRED = ("psnr", "ssim", "snr")
 METRICS = (*PAIRED, "accuracy")
 
-#: numbers of every run, beside the metrics, that a sweeper can search by
+#: numbers of every run that a sweeper can search by, in addition to the metrics
 MEASURED = ("total_s", "denoise_s", "steady_step_s", "peak_host_bytes", "peak_device_bytes")
 
-#: of the noise floor: the plain run once more; its other entries are options of `attention`
+#: the entry of the noise floor that draws the reference run again; other entries are options of `attention`
 REPEAT = "repeat"
 
-#: what `model.judge` can name
+#: allowed values of `model.judge`
 JUDGES = ("scenes",)
 
-#: pixels a side that the judge needs
+#: smallest side, in pixels, that the judge accepts
 SMALLEST_SIDE = 64
 
 LPIPS = (
@@ -31,11 +31,11 @@ LPIPS = (
     "from torchvision, would have to be downloaded, and nothing is downloaded to measure. Use psnr, ssim."
 )
 
-Problem = tuple[str, str]  # the key, and the sentence about it
+Problem = tuple[str, str]  # key, sentence
 
 
 def find_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Every violation in `report`; the rest of the configuration is known to be right."""
+    """Yield every violation in `report`. The rest of the configuration must be valid."""
     report = config["report"]
     names = [name for name in report["metrics"] if name != "lpips"]
     if len(names) < len(report["metrics"]):
@@ -59,17 +59,17 @@ def _check_names(key: str, names: Sequence[str], known: Sequence[str]) -> Iterat
 
 
 def _check_metric_kinds(config: Mapping[str, Any], names: Sequence[str]) -> Iterator[Problem]:
-    """Pictures and sounds are compared in other ways."""
+    """Yield the metrics that do not apply to what the model draws: pictures and sounds have different ones."""
     kind, model = kinds.find_model_kind(config["model"]), config["model"]["name"]
     for name in names:
         if name in PAIRED and name not in kind.metrics:
             others = ", ".join(other.many for other in kinds.KINDS if name in other.metrics)
             known = ", ".join(kind.metrics)
-            yield "report.metrics", f"{name!r} is of {others}, and model {model} draws {kind.many}. Use {known}."
+            yield "report.metrics", f"{name!r} measures {others}, but model {model} draws {kind.many}. Use {known}."
 
 
 def _check_judge(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """`accuracy` is for the pictures, and the prompts, that the judge understands."""
+    """Check that the judge of `accuracy` supports the picture size and the prompts."""
     model, sampling = config["model"], config["sampling"]
     if model["judge"] is None:
         known = ", ".join(kinds.find_model_kind(config["model"]).metrics)
@@ -81,7 +81,7 @@ def _check_judge(config: Mapping[str, Any]) -> Iterator[Problem]:
             "report.metrics",
             f"'accuracy' judges square pictures of at least {SMALLEST_SIDE} pixels a side, not {width}x{height}.",
         )
-    from hydrarun.outputs.quality.scenes import parse_caption  # numpy and Pillow only then
+    from hydrarun.outputs.quality.scenes import parse_caption  # imports numpy and Pillow only here
 
     prompts = sampling["prompt"]
     for prompt in prompts if isinstance(prompts, list) else [prompts]:
@@ -100,7 +100,7 @@ def _check_noise_floor(config: Mapping[str, Any]) -> Iterator[Problem]:
         yield "report.noise_floor", "without report.metrics it has no effect: report.metrics=[psnr,ssim]"
     for name in names:
         if attention.get(name) == config["attention"]:
-            yield "report.noise_floor", f"{name!r} is the run's own attention: {REPEAT} draws with that again."
+            yield "report.noise_floor", f"{name!r} is the run's own attention: use {REPEAT} to draw with it again."
 
 
 def _check_objectives(report: Mapping[str, Any]) -> Iterator[Problem]:

@@ -1,6 +1,6 @@
-"""Checks of the values in a composed configuration: presence, types, ranges, and how fields fit together.
+"""Checks the values of a composed configuration: presence, types, ranges, and consistency between fields.
 
-What depends on the checkpoint (sizes its VAE can make) is checked by the runner, before it loads weights.
+`checkpoint.py` checks what depends on the checkpoint, such as the sizes that its VAE supports.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hydrarun.outputs.media import kinds
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_SEED = 2**63 - 1
 EXPERTS = ("transformer", "transformer_2")
-#: fields of `sampling` that not every model takes, and those of them that a model that does cannot do without
+#: fields of `sampling` that not every model takes; NEEDED are those that must be set if the model takes them
 OPTIONAL = (
     "negative_prompt",
     "true_cfg_scale",
@@ -38,13 +38,13 @@ OPTIONAL = (
     "audio_end_in_s",
 )
 NEEDED = ("num_frames", "layers", "resolution", "max_sequence_length", "audio_start_in_s")
-MAX_PROMPTS = 100_000  # characters of all prompts of a run: with room to spare in a picture's metadata
+MAX_PROMPTS = 100_000  # characters of all prompts of a run, which fit into a picture's metadata
 
-Problem = tuple[str, str]  # the key, and the sentence about it
+Problem = tuple[str, str]  # key, sentence
 
 
 def check_values(config: Mapping[str, Any], origin: Callable[[str], str] | None = None) -> None:
-    """Raise UsageError with one line for each violation; `origin` tells where a key's value came from."""
+    """Raise UsageError with one line for each violation. `origin` returns where a key's value came from."""
 
     def place(line: batches.Line | None, key: str) -> str:
         if line and key.partition(".")[2] in line:
@@ -55,12 +55,12 @@ def check_values(config: Mapping[str, Any], origin: Callable[[str], str] | None 
 
 
 def find_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Every violation in a plain, resolved configuration."""
+    """Yield every violation in a plain, resolved configuration."""
     return ((key, text) for _, key, text in _find_line_problems(config))
 
 
 def _find_line_problems(config: Mapping[str, Any]) -> Iterator[tuple[batches.Line | None, str, str]]:
-    """Every violation; with the line of `input.prompts` that asks for what is wrong, where it is one that does."""
+    """Yield every violation, with the line of `input.prompts` that causes it, or None."""
     shape = list(_check_shape(config))
     yield from ((None, *problem) for problem in shape)
     if shape:
@@ -68,14 +68,14 @@ def _find_line_problems(config: Mapping[str, Any]) -> Iterator[tuple[batches.Lin
     yield from ((None, *problem) for problem in _check_settings(config))
     broken = list(_check_model(config["model"])) or list(_check_batches(config))
     yield from ((None, *problem) for problem in broken)
-    if not broken:  # what follows goes by what the model says of itself
+    if not broken:  # the checks below rely on a valid section `model`
         yield from ((None, *problem) for problem in _check_output(config))
         for line, one in batches.iterate_lines(dict(config)):
             yield from ((line, *problem) for problem in _check_request(one))
 
 
 def _check_shape(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Keys, types, and what is missing; where prompts are listed, there need be no other."""
+    """Check keys, types and missing values. With `input.prompts`, `sampling.prompt` may be missing."""
     wrong = list(_check_structure(config, Config, ""))
     yield from wrong
     prompted = not wrong and config["input"]["prompts"] is not None
@@ -83,7 +83,7 @@ def _check_shape(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _check_settings(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """What is wrong whatever the model."""
+    """Check the settings that do not depend on the request: device, dtype, degrees, plan and TeaCache's fit."""
     yield from _check_device(config["device"])
     yield from _check_dtype(config["dtype"])
     yield from ((f"parallel.{key}", text) for key, text in degrees.find_degree_problems(config["parallel"]))
@@ -95,7 +95,7 @@ def _check_settings(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _check_request(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """What is wrong with what is drawn, and with what is measured of it."""
+    """Check a request: `sampling`, input images and `report`."""
     yield from _check_taken_fields(config["model"], config["sampling"])
     yield from _check_sampling(config["sampling"], config["model"])
     yield from _check_warmup(config["warmup"], config["sampling"]["num_inference_steps"])
@@ -106,13 +106,13 @@ def _check_request(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _check_batches(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """What makes of a run one of batches."""
+    """Check the settings of batch runs, and the lines of `input.prompts`."""
     yield from _check_minimum("batch_size", config["batch_size"], 1)
     yield from _check_minimum("retry", config["retry"], 0)
     if not batches.is_batch_run(config):
         for name in ("retry", "fail_fast"):
             if config[name]:
-                yield name, "without input.prompts or batch_size it has no effect: what is drawn is drawn at once."
+                yield name, "without input.prompts or batch_size it has no effect: all pictures are one batch."
     lines = config["input"]["prompts"]
     if lines is None:
         return
@@ -128,28 +128,28 @@ def _check_batches(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def find_cfg_scale(config: Mapping[str, Any]) -> tuple[str, float | None]:
-    """The field of `sampling` that is the scale of classifier-free guidance for this model, and its value."""
+    """Return the name and value of the field of `sampling` that holds the model's classifier-free guidance scale."""
     name = config["model"]["guidance"].get("scale", "true_cfg_scale")
     return name, config["sampling"].get(name)
 
 
 def get_unguided_scale(config: Mapping[str, Any]) -> float:
-    """The scale up to which this model is not guided."""
+    """Return the largest scale that means no guidance for this model."""
     return config["model"]["guidance"].get("unguided", 1)
 
 
 def is_video(config: Mapping[str, Any]) -> bool:
-    """Whether the model draws videos."""
+    """Return whether the model draws videos."""
     return kinds.find_model_kind(config["model"]) is kinds.VIDEO
 
 
 def has_captioner(model: Mapping[str, Any]) -> bool:
-    """Whether the model describes its input image by itself where the prompt is blank."""
+    """Return whether the model captions its input image when the prompt is blank."""
     return any(str(stage.get("_target_", "")).endswith(".EncodePromptOrCaption") for stage in model["stages"])
 
 
 def _check_structure(node: Any, section: type, path: str) -> Iterator[Problem]:
-    """Keys and types of the fixed sections; what a composed configuration has anyhow, unless `+` added to it."""
+    """Check keys and types of the fixed sections. Hydra checks them too, except for keys added with `+`."""
     if not isinstance(node, Mapping):
         yield path or "configuration", "is not a mapping."
         return
@@ -197,7 +197,7 @@ def _check_vae_dtype(dtype: str | None) -> Iterator[Problem]:
 
 def _check_plan(plan: Mapping[str, Any]) -> Iterator[Problem]:
     if plan["device"] is not None and not plan["auto"]:
-        yield "plan.device", "a run takes the device that is there: use it with `hydrarun plan`, or with plan=auto."
+        yield "plan.device", "a run uses the device of this machine: set it with `hydrarun plan`, or with plan=auto."
 
 
 def _check_model(model: Mapping[str, Any]) -> Iterator[Problem]:
@@ -219,7 +219,7 @@ def _check_model(model: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _check_teacache_fit(where: str, fit: Any, experts: int) -> Iterator[Problem]:
-    """What TeaCache goes by, wherever it stands."""
+    """Check a `TeaCacheFit` at the key `where`."""
     if fit is None:
         return
     broken = list(_check_structure(fit, TeaCacheFit, f"{where}."))
@@ -235,13 +235,13 @@ def _check_teacache_fit(where: str, fit: Any, experts: int) -> Iterator[Problem]
 
 
 def _check_taken_fields(model: Mapping[str, Any], sampling: Mapping[str, Any]) -> Iterator[Problem]:
-    """What the model does not take must not be set, and what it cannot do without must be."""
+    """Check that fields the model does not take are null, and that fields it needs are set."""
     for key in OPTIONAL:
         value = sampling[key]
         if key not in model["takes"]:
             if value is not None:
                 taken = ", ".join(model["takes"])
-                yield f"sampling.{key}", f"model {model['name']} does not take it; of such fields it takes {taken}."
+                yield f"sampling.{key}", f"model {model['name']} does not take it; its optional fields: {taken}."
         elif value is None and key in NEEDED:
             yield f"sampling.{key}", f"null, and model {model['name']} needs it."
         elif key in model["limits"] and value is not None:
@@ -249,7 +249,7 @@ def _check_taken_fields(model: Mapping[str, Any], sampling: Mapping[str, Any]) -
 
 
 def _check_limit(key: str, value: float, limit: Any, name: str) -> Iterator[Problem]:
-    """A number is the most that a model takes, a list all that it takes."""
+    """Check a value against a limit: a number is the maximum, a list holds all allowed values."""
     if isinstance(limit, list):
         if value not in limit:
             yield key, f"{value} is none of {', '.join(map(str, limit))}, which model {name} takes."
@@ -282,7 +282,7 @@ def _check_warmup(count: int, steps: int) -> Iterator[Problem]:
     if count > max(steps, 0):
         yield (
             "warmup",
-            f"{count} is above sampling.num_inference_steps={steps}, of which it runs the first.",
+            f"{count} is above sampling.num_inference_steps={steps}: it runs the first steps of a run.",
         )
 
 
@@ -345,13 +345,13 @@ def _check_output(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _check_texts(sampling: Mapping[str, Any], captioned: bool) -> Iterator[Problem]:
-    """`captioned`: prompts may be empty, or null."""
+    """Check prompts and negative prompts. `captioned`: prompts may be empty or null."""
     prompt, negative = sampling["prompt"], sampling["negative_prompt"]
     prompts = prompt if isinstance(prompt, list) else ["" if captioned and prompt is None else prompt]
     if not prompts or not all(isinstance(text, str) and (text or captioned) for text in prompts):
         yield "sampling.prompt", f"{format_value(prompt)} is not a non-empty text, or a list of them."
     elif sum(map(len, prompts)) > MAX_PROMPTS:
-        yield "sampling.prompt", f"more than {MAX_PROMPTS} characters in all, and each picture carries them."
+        yield "sampling.prompt", f"more than {MAX_PROMPTS} characters in all, and each picture's metadata holds them."
     if negative is None:
         return
     negatives = negative if isinstance(negative, list) else [negative]

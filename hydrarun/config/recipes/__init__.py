@@ -1,1 +1,1 @@
-"""Recipes as untrusted files: found, read, vetted."""
+"""Recipes as untrusted files: finding, reading and vetting them."""

@@ -1,4 +1,4 @@
-"""The recipes that have a name, with what each says about itself."""
+"""The named recipes, each with its description, model and status."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEADER = ("recipe=", "what it is", "model", "status", "evidence from")
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """One recipe; `status` says why where it is refused."""
+    """One recipe. For a refused recipe, `status` holds the reason."""
 
     name: str
     status: str
@@ -24,19 +24,19 @@ class CatalogueEntry:
     date: str | None = None
 
     def cells(self) -> tuple[str, ...]:
-        """A row of the table."""
+        """Return the entry as a table row."""
         return tuple(
             make_printable(text or "") for text in (self.name, self.description, self.model, self.status, self.hardware)
         )
 
 
 def list_entries() -> list[CatalogueEntry]:
-    """All of them; one that may not be used is listed with the reason."""
+    """Return an entry for every named recipe. A refused recipe is listed with the reason."""
     return [read_entry(name) for name in search.list_recipe_names()]
 
 
 def read_entry(name: str) -> CatalogueEntry:
-    """One of them."""
+    """Return the entry of one recipe."""
     try:
         recipe = search.load_recipe(name)
     except UsageError as error:
@@ -54,5 +54,5 @@ def read_entry(name: str) -> CatalogueEntry:
 
 
 def name_machine(hardware: dict[str, object]) -> str:
-    """The GPU, or else the processor, of run.json's `hardware`."""
+    """Return the GPU, or without one the processor, of the `hardware` section of run.json."""
     return str(hardware.get("gpu") or hardware.get("cpu") or "?")

@@ -1,4 +1,4 @@
-"""A recipe's file: read and vetted, and its evidence rewritten with all else left byte for byte."""
+"""Recipe files: reads and vets them, and rewrites the evidence. The rest of a file stays unchanged byte for byte."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from hydrarun.core.errors import UsageError
 from hydrarun.core.files import write_atomically
 from hydrarun.core.quoting import make_printable
 
-MAX_MESSAGE = 1000  # characters; a refusal quotes what it refuses
+MAX_MESSAGE = 1000  # characters; an error message quotes the recipe
 
 MARK = "# written by `hydrarun recipe`, not by hand: a change shows"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A vetted recipe. `content`: its choices and values as Hydra composes them; `whole`: all sections as written."""
+    """A vetted recipe. `content`: the choices and values that Hydra composes; `whole`: all sections as written."""
 
     path: Path
     text: str
@@ -42,25 +42,25 @@ class Recipe:
 
     @property
     def model(self) -> str | None:
-        """The option of `model` that it chooses."""
+        """The chosen option of the group `model`."""
         chosen = [entry["override /model"] for entry in self.content.get("defaults", []) if "override /model" in entry]
         return chosen[-1] if chosen else None
 
     @property
     def genuine(self) -> bool:
-        """Whether the evidence was written for what the file holds now."""
+        """Whether the evidence was written for the current content of the file."""
         return self.evidence is not None and self.evidence.digest == compute_digest(self.whole)
 
     @property
     def status(self) -> str:
-        """`unverified`, `verified`, `broken`, or that it was changed since."""
+        """`unverified`, `verified`, `broken`, or `CHANGED` if the file was changed after its evidence was written."""
         if self.evidence is None:
             return "unverified"
         return self.evidence.status if self.genuine else CHANGED
 
 
 def read_recipe(path: Path, name: str) -> Recipe:
-    """The recipe in a file. Raises UsageError, which calls it `name`, for what it may not hold."""
+    """Read and vet the recipe in a file. Raises UsageError, with `name` in the message, for forbidden content."""
     try:
         return _read_bytes(path)
     except RecipeError as refused:
@@ -86,39 +86,39 @@ def _read_bytes(path: Path) -> Recipe:
 
 
 def sign_evidence(recipe: Recipe, evidence: Evidence) -> dict[str, Any]:
-    """The evidence as data, with the digest of it and of the recipe."""
+    """Return the evidence as plain data, with the digest that covers the recipe and the evidence."""
     unsigned = yaml.load(format_evidence({**to_plain_data(evidence), "digest": ""}), StrictLoader)
     return {**unsigned["evidence"], "digest": compute_digest({**recipe.whole, **unsigned})}
 
 
 def format_evidence(evidence: dict[str, Any]) -> str:
-    """The section as it stands in a file."""
+    """Format the section `evidence` as YAML, with `MARK` above it."""
     return f"{MARK}\n" + dump_yaml({"evidence": evidence})
 
 
 def replace_evidence(recipe: Recipe, evidence: Evidence) -> str:
-    """The recipe's text with this evidence in the place of an older one. Raises UsageError if it grows too large."""
+    """Return the recipe's text with this evidence instead of the old one. Raises UsageError if it becomes too large."""
     start, end = _find_evidence_section(recipe.text)
     before, after = recipe.text[:start], recipe.text[end:]
-    if start == end and before:  # it had none
+    if start == end and before:  # no evidence yet
         before = before.rstrip("\n") + "\n\n"
     section = sign_evidence(recipe, evidence)
     text = before + format_evidence(section) + after
     if not holds_sections(text, {**recipe.whole, "evidence": section}):
         raise UsageError(
-            f"recipe {recipe.path}: evidence has no place in it; write each of its sections on lines of its own"
+            f"recipe {recipe.path}: cannot insert the evidence; write each section of the recipe on lines of its own"
         )
     if len(text.encode()) > MAX_BYTES:
         count = len(evidence.measured.outputs) if evidence.measured else 0
         raise UsageError(
-            f"recipe {recipe.path}: with the evidence of {count} outputs larger than {MAX_BYTES // 1024} KiB; a recipe"
-            " draws a few, as a sample"
+            f"recipe {recipe.path}: the evidence of {count} outputs makes it larger than {MAX_BYTES // 1024} KiB;"
+            " let it draw fewer outputs"
         )
     return text
 
 
 def holds_sections(text: str, whole: dict[str, Any]) -> bool:
-    """Whether a text of any length is the YAML of these sections."""
+    """Return whether `text`, of any length, is the YAML of these sections."""
     try:
         return bool(yaml.load(text, StrictLoader) == whole)
     except yaml.YAMLError:
@@ -126,12 +126,12 @@ def holds_sections(text: str, whole: dict[str, Any]) -> bool:
 
 
 def write_evidence(recipe: Recipe, evidence: Evidence) -> None:
-    """Put the evidence into the file. Raises OSError where it cannot be written."""
+    """Write the evidence into the recipe's file. Raises OSError if the file cannot be written."""
     write_atomically(recipe.path, replace_evidence(recipe, evidence).encode())
 
 
 def _find_evidence_section(text: str) -> tuple[int, int]:
-    """Where the section `evidence` stands in the text, with the mark above it; at its end if there is none."""
+    """Return start and end of the section `evidence` with `MARK` above it; without one, the end of the text twice."""
     root = yaml.compose(text, StrictLoader)
     for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
         if key.value != "evidence":
@@ -139,7 +139,7 @@ def _find_evidence_section(text: str) -> tuple[int, int]:
         start = key.start_mark.index
         lines = text[start : value.end_mark.index].splitlines(keepends=True)
         while lines and (not lines[-1].strip() or lines[-1].startswith("#")):
-            lines.pop()  # what follows a section counts as its own up to the next key
+            lines.pop()  # the parser counts blank lines and comments up to the next key as part of a section
         end = start + len("".join(lines))
         return start - len(MARK) - 1 if text[:start].endswith(f"{MARK}\n") else start, end
     return len(text), len(text)

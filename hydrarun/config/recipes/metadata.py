@@ -1,6 +1,6 @@
-"""What a recipe says about itself, beside its choices and values: `about`, by hand, and `evidence`, by `verify` alone.
+"""Metadata of a recipe: the section `about`, written by hand, and `evidence`, written by `hydrarun recipe` only.
 
-Neither reaches the configuration.
+Neither section is part of the composed configuration.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hydrarun.config.recipes.yaml_loader import RecipeError
 from hydrarun.config.type_check import describe_hint, format_value, matches_hint
 from hydrarun.core.errors import suggest_name
 
-FORMAT = 1  # of the evidence; grows when a key changes its meaning
+FORMAT = 1  # version of the evidence; grows when the meaning of a key changes
 Status = Literal["unverified", "verified", "broken"]
 METADATA = ("about", "evidence")
 CHANGED = "unverified (changed since it was verified)"
@@ -25,7 +25,7 @@ CHANGED = "unverified (changed since it was verified)"
 
 @dataclass
 class About:
-    """For people."""
+    """Description and author, for readers."""
 
     description: str
     author: Optional[str] = None  # noqa: UP045 - dataclasses here are read with typing.get_type_hints on Python 3.10
@@ -33,23 +33,23 @@ class About:
 
 @dataclass
 class RecordedOutput:
-    """A picture, video or sound that was drawn."""
+    """One output: a picture, video, layered picture or sound."""
 
     index: int
     prompt: str
     seed: int
     pixels_sha256: str
-    fingerprint: str  # what is kept of its pixels: hydrarun.cli.recipe.fingerprint
+    fingerprint: str  # block means of the pixels: hydrarun.cli.recipe.pixel_digest
     width: Optional[int] = None  # noqa: UP045
     height: Optional[int] = None  # noqa: UP045
     frames: Optional[int] = None  # noqa: UP045
-    samples: Optional[int] = None  # noqa: UP045 - of a sound, which has no width and no height
+    samples: Optional[int] = None  # noqa: UP045 - of a sound, which has no width or height
     layers: Optional[int] = None  # noqa: UP045
 
 
 @dataclass
 class RecordedWeights:
-    """As run.json has them; `path` is null for a folder of the author's."""
+    """The weights as run.json records them; `path` is null for a local folder of the author."""
 
     fingerprint: str
     path: Optional[str] = None  # noqa: UP045
@@ -68,7 +68,7 @@ class RecordedTimings:
 
 @dataclass
 class Measurement:
-    """A run of the recipe: where, with what, how fast, what came of it."""
+    """One run of the recipe: date, weights, machine, versions, timings, memory and outputs."""
 
     date: str
     config_hash: str
@@ -81,33 +81,33 @@ class Measurement:
     memory: dict[str, int]
     inputs: list[str]  # sha256 of each input image
     outputs: list[RecordedOutput]
-    quality: Optional[dict[str, Any]] = None  # noqa: UP045 - of run.json, without the twin's folder
-    sample: Optional[str] = None  # noqa: UP045 - name of a small picture beside the recipe
+    quality: Optional[dict[str, Any]] = None  # noqa: UP045 - as in run.json, without the folder of the reference run
+    sample: Optional[str] = None  # noqa: UP045 - file name of a small picture next to the recipe
 
 
 @dataclass
 class OutputVerdict:
-    """How an output that was drawn again compares."""
+    """Comparison of one output with the recorded one."""
 
     index: int
     result: Literal["identical", "near", "different"]
-    psnr: Optional[float] = None  # noqa: UP045 - dB, of the fingerprints; null: the hashes are equal
+    psnr: Optional[float] = None  # noqa: UP045 - dB, of the fingerprints; null: the pixel hashes are equal
 
 
 @dataclass
 class Verification:
-    """When and where `verify` ran it, and what it found."""
+    """Date, machine and result of a `hydrarun recipe verify`."""
 
     date: str
     hardware: dict[str, Any]
     versions: dict[str, Any]
     outputs: list[OutputVerdict]
-    found: list[str]  # sentences: timings, quality, the error of a run that failed
+    found: list[str]  # sentences: timings, quality, the error of a failed run
 
 
 @dataclass
 class Evidence:
-    """The section that is never typed by hand. `digest`: see `digest`."""
+    """The section `evidence`, never written by hand. `digest`: see `compute_digest`."""
 
     format: int
     status: Status
@@ -117,7 +117,7 @@ class Evidence:
 
 
 def parse_dataclass(kind: Any, node: Any, path: str) -> Any:
-    """An instance of the dataclass `kind` from plain data. Raises Refused for a key or value that does not belong."""
+    """Build an instance of the dataclass `kind` from plain data. Raises RecipeError for a wrong key or value."""
     if not isinstance(node, dict):
         raise RecipeError(f"{path}: is not a mapping.")
     fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -144,7 +144,7 @@ def _parse_value(hint: Any, value: Any, path: str) -> Any:
 
 
 def parse_evidence(node: Any) -> Evidence:
-    """The section `evidence`. Raises Refused."""
+    """Parse the section `evidence`. Raises RecipeError."""
     evidence = parse_dataclass(Evidence, node, "evidence")
     if evidence.format != FORMAT:
         raise RecipeError(f"evidence.format: {evidence.format}; this version of hydrarun reads {FORMAT}.")
@@ -152,7 +152,7 @@ def parse_evidence(node: Any) -> Evidence:
 
 
 def to_plain_data(instance: Any) -> dict[str, Any]:
-    """A dataclass as data, without what is null."""
+    """Convert a dataclass to plain data, without null values."""
     return dataclasses.asdict(instance, dict_factory=_drop_null)
 
 
@@ -161,10 +161,10 @@ def _drop_null(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def compute_digest(content: Mapping[str, Any]) -> str:
-    """sha256 of a whole recipe as JSON (sorted keys), without `about` and without the digest in its evidence.
+    """Return the sha256 of a recipe as JSON (sorted keys), without `about` and without the digest in its evidence.
 
-    It tells that the choices, the values or the evidence were changed since the evidence was written. It is no
-    signature: who wants to can make one that fits.
+    It shows that choices, values or evidence were changed after the evidence was written. It is not a signature: anyone
+    can compute a matching digest.
     """
     evidence = {key: value for key, value in content["evidence"].items() if key != "digest"}
     covered = {key: value for key, value in content.items() if key != "about"} | {"evidence": evidence}

@@ -1,4 +1,4 @@
-"""Files that a recipe names: only those in its own folder, by paths that are relative to it."""
+"""Files that a recipe names: only files in its own folder, by relative paths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OWN = "a recipe reads only files in its own folder"
 
 
 def locate_files(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The content with absolute paths of what it names in `folder`, the recipe's own. Raises Refused."""
+    """Return `content` with absolute paths of the files it names in `folder`, the recipe's own. Raises RecipeError."""
     given, model = content.get("input"), content.get("model")
     if isinstance(given, dict):
         own = {key: READERS[key](value, folder) if key in READERS else value for key, value in given.items()}
@@ -26,7 +26,7 @@ def locate_files(content: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def resolve_inside(key: str, name: str, folder: Path) -> Path:
-    """The absolute path of a file or folder in `folder`. Raises Refused for one that is not, and says why."""
+    """Return the absolute path of a file or folder in `folder`. Raises RecipeError, with the reason, for any other."""
     path = PurePosixPath(name)
     if name.startswith("~"):
         raise RecipeError(f"{key}: '{name}' is in a home folder; {OWN}.")
@@ -40,14 +40,17 @@ def resolve_inside(key: str, name: str, folder: Path) -> Path:
 
 
 def locate_weights(path: str, folder: Path) -> str:
-    """`model.path`: weights of the package, a repository of the hub, or a folder beside the recipe, then absolute."""
+    """Return `model.path`: shipped weights or a hub repository unchanged, a folder next to the recipe as absolute path.
+
+    Raises RecipeError for a path outside the recipe's folder.
+    """
     if path.startswith(PACKAGE):
         return path
     if HUB_ID.fullmatch(path) and not {".", ".."} & set(path.split("/")) and not (folder / path).exists():
         if Path(path).exists():
             raise RecipeError(
-                f"model.path: '{path}' is a repository of the hub, but a folder of that name is here, which would be"
-                " taken: run it from another folder."
+                f"model.path: '{path}' is a repository of the hub, but a folder of that name is here and would be"
+                " used instead: run it from another folder."
             )
         return path
     own = resolve_inside("model.path", path, folder)
@@ -67,11 +70,11 @@ def _locate_images(value: Any, folder: Path) -> Any:
 
 
 def _locate_prompts(value: Any, folder: Path) -> str | None:
-    """The file's path; the images that its lines name are in the folder too."""
+    """Return the absolute path of a prompts file. The images that its lines name must be in the folder too."""
     if value is None:
         return None
     if not isinstance(value, str):
-        raise RecipeError("input.prompts: names a file; a few texts go into sampling.prompt.")
+        raise RecipeError("input.prompts: is not the path of a file; a few texts go into sampling.prompt.")
     path = resolve_inside("input.prompts", value, folder)
     try:
         lines = prompts.read_prompts(str(path))

@@ -1,6 +1,6 @@
-"""Which recipes there are, and Hydra's group `recipe`, in which only vetted files stand.
+"""Finds recipes, and provides Hydra's group `recipe`, which contains vetted files only.
 
-`recipe=NAME` is a shipped file of `recipes/`, or one of the folder `recipes` of a collection in `hydra.searchpath`;
+`recipe=NAME` is a shipped file in `recipes/`, or a file in the folder `recipes` of a collection in `hydra.searchpath`.
 `recipe=PATH.yaml` is a file anywhere.
 """
 
@@ -26,38 +26,38 @@ from hydrarun.core.errors import UsageError, suggest_name
 
 SEARCHPATH = "hydra.searchpath"
 
-#: folders of collections, in the order of `hydra.searchpath`: what the last composition was told
+#: folders of the collections in the last composition's `hydra.searchpath`, in its order
 _collections: list[Path] = []
 
 
 def set_collections(overrides: Sequence[str]) -> None:
-    """Take the recipes of the collections that these overrides name in `hydra.searchpath`, and of no others."""
+    """Use the recipes of the collections that these overrides name in `hydra.searchpath`, and of no others."""
     _collections[:] = []
     for override in overrides:
         if override.lstrip("+").startswith(f"{SEARCHPATH}="):
             try:
                 places = OverridesParser.create().parse_override(override).value()
-            except HydraException:  # Hydra says so when it reads it
+            except HydraException:  # Hydra reports it when it reads the override
                 continue
             folders = [str(place).removeprefix("file://") for place in (places if isinstance(places, list) else [])]
             _collections.extend(Path(folder) for folder in folders if "://" not in folder)
 
 
 def list_roots() -> list[Path]:
-    """The folders that hold recipes by name; the shipped one first."""
+    """Return the folders of named recipes, the shipped one first."""
     own = [folder / "recipes" for folder in _collections]
     return [resources.find_folder("recipes"), *(folder for folder in own if folder.is_dir())]
 
 
 def list_recipe_names() -> list[str]:
-    """The recipes that have a name: their paths below a root, without `.yaml`."""
+    """Return the names of all named recipes: their paths below a root, without `.yaml`."""
     return sorted(
         {path.relative_to(root).with_suffix("").as_posix() for root in list_roots() for path in root.rglob("*.yaml")}
     )
 
 
 def find_recipe_file(name: str) -> Path:
-    """The file that `recipe=name` means. Raises UsageError if there is none, or more than one."""
+    """Return the file of `recipe=name`. Raises UsageError if there is none, or more than one."""
     if name.endswith(".yaml"):
         path = Path(name).expanduser()
         if not path.is_file():
@@ -77,17 +77,17 @@ def find_recipe_file(name: str) -> Path:
 
 
 def load_recipe(name: str) -> Recipe:
-    """The vetted recipe of that name or path. Raises UsageError that names it and says what it may not do."""
+    """Read and vet the recipe with this name or path. Raises UsageError with the name and the reason."""
     return read_recipe(find_recipe_file(name), name)
 
 
 def load_choices(name: str) -> dict[str, Any]:
-    """Its choices and values as Hydra composes them; `none` has none. Raises UsageError."""
+    """Return the choices and values that Hydra composes, empty for `none`. Raises UsageError."""
     return {} if name == "none" else load_recipe(name).content
 
 
 class RecipeSource(ConfigSource):
-    """Hydra's group `recipe`: every path below it is answered here, so that no unvetted file can stand in."""
+    """Hydra's group `recipe`. It answers every path below `recipe`, so that Hydra never loads an unvetted file."""
 
     @staticmethod
     def scheme() -> str:
@@ -120,7 +120,7 @@ class RecipeSource(ConfigSource):
 
 
 class RecipeSearchPath(SearchPathPlugin):
-    """Puts the recipes before conf/: Hydra's own file source would follow `recipe=../../anywhere`."""
+    """Puts the recipes before conf/, because Hydra's own file source would follow `recipe=../../anywhere`."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         search_path.prepend("hydrarun", "recipe://")
@@ -128,6 +128,6 @@ class RecipeSearchPath(SearchPathPlugin):
 
 @cache
 def register_recipe_source() -> None:
-    """Make `recipe=` known to Hydra, once per process."""
+    """Register the group `recipe` with Hydra, once per process."""
     Plugins.instance().register(RecipeSource)
     Plugins.instance().register(RecipeSearchPath)

@@ -1,7 +1,7 @@
-"""What a recipe may hold: choices of options and plain values. It is data, never code.
+"""Vets the content of recipes: choices of options and plain values only. A recipe is data, never code.
 
-No `_key_`s, no `hydra` section (Hydra runs callbacks and writes files before the program starts), no interpolations or
-resolvers, no folders that are written to.
+Not allowed: keys of the form `_key_`, the section `hydra` (Hydra runs callbacks and writes files before the program
+starts), interpolations and resolvers, and folders that the run writes to.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from hydrarun.core.resources import list_groups
 NAME = re.compile(r"[\w-]+(/[\w-]+)*")
 KEY = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
-#: what is taken to the letter: texts, and paths once they are absolute
+#: keys whose values are literal text: prompts, and paths after they are made absolute
 LITERAL = (*TEXT_KEYS, "input.images", "input.prompts", "model.path")
 
 
 def find_problems(text: str, content: Mapping[str, Any]) -> Iterator[str]:
-    """What a recipe, its metadata apart, may not hold: a sentence for each."""
+    """Yield a sentence for each forbidden item in a recipe. `content` excludes the metadata."""
     for line in text.splitlines():
         if re.match(r"\s*#\s*@", line) and not re.fullmatch(r"\s*#\s*@package\s+_global_\s*", line):
             yield f"the header '{line.strip()}' is not allowed; a recipe needs none."
@@ -34,7 +34,7 @@ def find_problems(text: str, content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def escape_texts(node: Any, path: str = "") -> Any:
-    """The content with `${` in prompts, and in the folders of what it names, made literal."""
+    """Return the content with `${` escaped in prompts and paths, so that OmegaConf does not interpolate it."""
     if isinstance(node, dict):
         return {key: escape_texts(value, f"{path}.{key}" if path else key) for key, value in node.items()}
     if isinstance(node, list):
@@ -68,7 +68,7 @@ def _check_value(node: Any, path: str) -> Iterator[str]:
             if not isinstance(key, str) or not KEY.fullmatch(key) or here == "hydra":
                 yield f"'{here}' is not allowed: a recipe chooses options and sets values, it cannot bring code."
             elif here in ("report.twins", "compile.cache_dir"):
-                yield f"'{here}' is not allowed: where files are written is for the command line to say."
+                yield f"'{here}' is not allowed: only the command line sets where files are written."
             elif key in FORBIDDEN_ARGUMENTS:
                 yield f"'{here}' is not allowed: it would run code that comes with a checkpoint."
             else:

@@ -1,4 +1,4 @@
-"""Plain YAML, and no more than that: what a recipe's text holds."""
+"""Reads and writes recipes as plain YAML, without aliases or repeated keys."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ MAX_BYTES = 64 * 1024
 
 
 class RecipeError(Exception):
-    """Why a recipe is not taken: one sentence; who catches it puts the recipe's name in front."""
+    """The reason why a recipe is refused, as one sentence. The caller adds the recipe's name."""
 
 
 def parse_sections(data: bytes) -> tuple[str, dict[str, Any]]:
-    """The text of a recipe's file and its top-level sections. Raises Refused."""
+    """Return the text of a recipe's file and its top-level sections. Raises RecipeError."""
     if len(data) > MAX_BYTES:
-        raise RecipeError(f"larger than {MAX_BYTES // 1024} KiB, which no recipe is.")
+        raise RecipeError(f"larger than {MAX_BYTES // 1024} KiB, the limit for recipes.")
     try:
         text = data.decode()
         content = yaml.load(text, StrictLoader) if text else {}
@@ -35,7 +35,7 @@ def parse_sections(data: bytes) -> tuple[str, dict[str, Any]]:
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Plain YAML: no aliases (a few of them unfold to gigabytes), no repeated keys (the last would win silently)."""
+    """Loads plain YAML. Refuses aliases (they can expand to gigabytes) and repeated keys (the last one would win)."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -52,7 +52,7 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# A date or `1e-3` must come out as what it looks like in the rest of the configuration: text and a float.
+# Load a date as text and `1e-3` as a float, as OmegaConf does in the rest of the configuration.
 StrictLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -63,19 +63,19 @@ StrictLoader.add_implicit_resolver(
 
 
 class StrictDumper(yaml.SafeDumper):
-    """Writes what `Loader` reads as the same: a text such as `1e3` in quotes."""
+    """Writes YAML that `StrictLoader` reads back unchanged: quotes a text such as `1e3`."""
 
 
 StrictDumper.yaml_implicit_resolvers = StrictLoader.yaml_implicit_resolvers
 
 
 def dump_yaml(content: dict[str, Any]) -> str:
-    """YAML in the order of the keys, a text in one line."""
+    """Format as YAML in the order of the keys, with each text on one line."""
     return yaml.dump(content, Dumper=StrictDumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def _describe_yaml_error(error: yaml.YAMLError) -> str:
-    """One line from a YAML error: what is wrong, in which line."""
+    """Format a YAML error as one line: the line number and the problem."""
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     return f"line {mark.line + 1}: {problem}" if mark else problem

@@ -1,1 +1,1 @@
-"""Ranks: their places, degrees, mesh and collectives."""
+"""Ranks: positions, degrees, mesh and collectives."""

@@ -1,7 +1,7 @@
-"""The collectives that the methods use, with a counter of the bytes that this rank sends to others.
+"""The collectives that the parallel methods use, with a counter of the bytes that this rank sends to others.
 
-Formulas for n ranks and a tensor of b bytes on each: all_gather (n - 1) b; all_reduce 2 (n - 1) / n b (reduce-scatter,
-then all-gather); all_to_all and exchange: what goes to other ranks.
+Formulas for n ranks with a tensor of b bytes each: all_gather (n - 1) b; all_reduce 2 (n - 1) / n b (reduce-scatter,
+then all-gather); all_to_all and exchange: the bytes addressed to other ranks.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ sent_bytes: Counter[str] = Counter()
 
 
 def get_world_group() -> Group:
-    """The group of all ranks."""
+    """Return the process group of all ranks."""
     return dist.group.WORLD
 
 
 @torch.compiler.disable
 def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int], group: Group) -> list[Tensor]:
-    """Send `parts[r]` to rank r and get one from each: flat tensors, of `sizes[r]` elements from rank r."""
+    """Send `parts[r]` to rank r and receive a flat tensor of `sizes[r]` elements from each rank r."""
     rank = group.rank()
     sent_bytes["all_to_all"] += sum(part.nbytes for other, part in enumerate(parts) if other != rank)
     counts = [part.numel() for part in parts]
@@ -42,7 +42,7 @@ def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int], group: Group) -> l
 
 @torch.compiler.disable
 def all_gather(x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
-    """Join every rank's `x` along `dim`, where rank r has `sizes[r]`; shorter ones are padded on the way."""
+    """Concatenate every rank's `x` along `dim`, where rank r has `sizes[r]`; shorter ones are padded in transit."""
     longest, count = max(sizes), len(sizes)
     missing = longest - x.shape[dim]
     if missing:
@@ -57,7 +57,7 @@ def all_gather(x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tenso
 
 @torch.compiler.disable
 def all_reduce(x: Tensor, group: Group) -> Tensor:
-    """The sum over all ranks, in place."""
+    """Sum `x` over all ranks, in place."""
     count = group.size()
     sent_bytes["all_reduce"] += 2 * (count - 1) * x.nbytes // count
     dist.all_reduce(x, group=group)
@@ -65,7 +65,7 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
 
 
 def broadcast_text(text: str, device: torch.device) -> str:
-    """Rank 0's text, on every rank."""
+    """Return rank 0's text on every rank."""
     own = list(text.encode()) if dist.get_rank() == 0 else []
     size = int(all_reduce(torch.tensor([len(own)], device=device), get_world_group()).item())
     letters = torch.zeros(size, dtype=torch.int32, device=device)
@@ -74,7 +74,7 @@ def broadcast_text(text: str, device: torch.device) -> str:
 
 
 class RingExchange:
-    """Tensors on their way to the next rank of a ring, and from the one before; the caller computes meanwhile."""
+    """Sends tensors to the next rank of a ring and receives the previous rank's; the caller computes meanwhile."""
 
     def __init__(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], group: Group) -> None:
         rank, count = group.rank(), group.size()
@@ -82,14 +82,14 @@ class RingExchange:
         previous = dist.get_global_rank(group, (rank - 1) % count)
         sent_bytes["exchange"] += sum(x.nbytes for x in outgoing)
         self.incoming = list(incoming)
-        self.outgoing = [x.contiguous() for x in outgoing]  # kept until they have left
+        self.outgoing = [x.contiguous() for x in outgoing]  # kept alive until they are sent
         sends = [dist.P2POp(dist.isend, x, following, group) for x in self.outgoing if x.numel()]
         receives = [dist.P2POp(dist.irecv, x, previous, group) for x in self.incoming if x.numel()]
         operations = sends + receives
         self.works = dist.batch_isend_irecv(operations) if operations else []
 
     def wait(self) -> list[Tensor]:
-        """The tensors that came in."""
+        """Wait for the exchange and return the received tensors."""
         for work in self.works:
             work.wait()
         return self.incoming

@@ -1,28 +1,28 @@
-"""How many ranks each method takes, and how many that makes. No torch here: it is checked before anything heavy."""
+"""Degrees of the parallel methods and the ranks they need. No torch here: checked before heavy imports."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
 
-#: the dimensions whose product does different work, from the outermost (ranks far apart) to the innermost
+#: dimensions that split the work, from the outermost (ranks far apart) to the innermost
 DIMENSIONS = ("data", "cfg", "ring", "ulysses", "tensor")
 
 Degrees = Mapping[str, int]
 
 
 def count_worker_ranks(degrees: Degrees) -> int:
-    """Ranks that do different work."""
+    """Return the number of ranks that do different work."""
     return math.prod(degrees[f"{name}_degree"] for name in DIMENSIONS)
 
 
 def world_size(degrees: Degrees) -> int:
-    """Ranks in all. HSDP and the VAE share what these ranks hold and do; alone they bring ranks of their own."""
+    """Return the total number of ranks. HSDP and the VAE reuse these ranks; larger degrees add ranks."""
     return max(count_worker_ranks(degrees), degrees["hsdp_degree"] * degrees["tensor_degree"], degrees["vae_degree"])
 
 
 def find_degree_problems(degrees: Degrees) -> Iterator[tuple[str, str]]:
-    """Keys and what is wrong with them."""
+    """Yield a key and a message for each invalid degree."""
     for key, value in degrees.items():
         if value < 1:
             yield key, f"{value} is below 1."
@@ -30,7 +30,7 @@ def find_degree_problems(degrees: Degrees) -> Iterator[tuple[str, str]]:
     ranks, work = world_size(degrees), count_worker_ranks(degrees)
     layout = " x ".join(f"{name} {degrees[f'{name}_degree']}" for name in DIMENSIONS)
     if ranks % work:
-        yield "hsdp_degree", f"{ranks} ranks are no multiple of the {work} of {layout}."
+        yield "hsdp_degree", f"{ranks} ranks in total, which is not a multiple of the {work} ranks of {layout}."
     holders = ranks // degrees["tensor_degree"]
     if holders % degrees["hsdp_degree"]:
         yield "hsdp_degree", f"{holders} ranks hold equal weights, which is no multiple of {degrees['hsdp_degree']}."
@@ -40,5 +40,5 @@ def find_degree_problems(degrees: Degrees) -> Iterator[tuple[str, str]]:
 
 
 def split_evenly(length: int, ranks: int) -> list[int]:
-    """`length` things over `ranks` ranks, as evenly as can be; the first ranks have one more."""
+    """Split `length` items over `ranks` ranks as evenly as possible; the first ranks get one more."""
     return [length // ranks + (rank < length % ranks) for rank in range(ranks)]

@@ -1,4 +1,4 @@
-"""Where a rank stands in each dimension, and the groups that it talks in."""
+"""A rank's position in each dimension of the mesh, and its process groups."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hydrarun.core.distributed.degrees import DIMENSIONS, Degrees, count_worker_
 
 @dataclass(frozen=True)
 class Axis:
-    """One dimension, as this rank sees it: its group, its place in it and how many are in it."""
+    """One dimension of the mesh for this rank: its group, its rank in the group and the group's size."""
 
     group: Group
     rank: int
@@ -26,25 +26,28 @@ _device_meshes: dict[Any, DeviceMesh] = {}
 
 
 def get_device_mesh(ranks: torch.Tensor, names: tuple[str, ...], device: torch.device) -> DeviceMesh:
-    """All ranks in this arrangement. One that was made before is taken again: its groups have threads of their own, or
-    communicators with buffers on the device, which a sweep over many layouts would pile up."""
+    """Return the device mesh of all ranks in this arrangement.
+
+    Meshes are cached: their groups hold threads, or communicators with buffers on the device, which would pile up in a
+    sweep over many layouts.
+    """
     key = dist.group.WORLD, device.type, names, ranks.shape, *ranks.flatten().tolist()
     if key not in _device_meshes:
         for old in [old for old in _device_meshes if old[0] is not dist.group.WORLD]:
-            del _device_meshes[old]  # of another set of processes
+            del _device_meshes[old]  # made for an earlier process group
         _device_meshes[key] = DeviceMesh(device.type, ranks, mesh_dim_names=names)
     return _device_meshes[key]
 
 
 class Mesh:
-    """The ranks of a run: `mesh["ulysses"]` is this rank's axis of that dimension, or None where its degree is 1.
+    """The mesh of a run: `mesh["ulysses"]` is this rank's axis of that dimension, or None if its degree is 1.
 
-    Neighbours in the innermost dimension (tensor) have neighbouring ranks, so that the most talkative share a machine.
-    Where HSDP or the VAE bring more ranks than there is different work, the dimension `replica` repeats it.
+    Neighbours in the innermost dimension (tensor) have neighbouring ranks, so that the ranks that communicate most
+    share a machine. If HSDP or the VAE need more ranks than split the work, the dimension `replica` repeats the work.
     """
 
     def __init__(self, degrees: Degrees, device: torch.device) -> None:
-        """Needs an initialised process group of `world_size(degrees)` ranks."""
+        """The process group must be initialised with `world_size(degrees)` ranks."""
         self.degrees = degrees
         self.device = device
         self.world = world_size(degrees)
@@ -58,7 +61,7 @@ class Mesh:
             for name, size in zip(names, shape, strict=True)
         }
         self.rank = dist.get_rank()
-        #: ranks that hold equal weights, as replicas x shards
+        #: ranks that hold equal weights, `[tensor, replicas, shards]`
         holders = ranks.view(-1, sizes["tensor"]).t().reshape(sizes["tensor"], -1, degrees["hsdp_degree"])
         self.hsdp = get_device_mesh(holders, ("tensor", "replicate", "shard"), device)
         self.vae = self._vae_axis(ranks)
@@ -68,7 +71,7 @@ class Mesh:
         return axis if axis.size > 1 else None
 
     def _vae_axis(self, ranks: torch.Tensor) -> Axis | None:
-        """The ranks that decode together: `vae_degree` neighbours."""
+        """Return the axis of the `vae_degree` neighbouring ranks that decode together; None for a degree of 1."""
         degree = self.degrees["vae_degree"]
         if degree == 1:
             return None

@@ -1,4 +1,4 @@
-"""Which of the ranks this process is, from its environment."""
+"""The rank of this process, read from its environment variables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class RankInfo(NamedTuple):
-    """Where this process stands among the ranks, in all and on its machine."""
+    """The rank of this process and the number of ranks, in total and on this machine."""
 
     rank: int
     size: int
@@ -16,12 +16,12 @@ class RankInfo(NamedTuple):
 
 
 def is_rank() -> bool:
-    """Whether torchrun, or the driver of a group, started this process as a rank."""
+    """Return whether torchrun, or the driver of a group, started this process as a rank."""
     return {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
 
 
 def rank_info() -> RankInfo:
-    """This process among the ranks; a process that is no rank is alone."""
+    """Return this process's rank info; a process that is not a rank counts as the only one."""
     if not is_rank():
         return RankInfo(0, 1, 0, 1)
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -29,6 +29,6 @@ def rank_info() -> RankInfo:
 
 
 def threads_per_rank(ranks: int) -> int:
-    """Threads for each of `ranks` processes on this machine."""
+    """Return the number of threads for each of `ranks` processes on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // ranks)

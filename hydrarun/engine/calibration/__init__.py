@@ -1,1 +1,1 @@
-"""Fits and searches that make a cache's settings for a model."""
+"""Fits and searches a cache's settings for a model."""

@@ -1,4 +1,4 @@
-"""What a calibration is asked for."""
+"""The settings of a calibration."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any, NamedTuple
 
 
 class CalibrationJob(NamedTuple):
-    """What is calibrated."""
+    """A calibration of one cache for one model."""
 
     config: dict[str, Any]  # checked, without a cache
-    cache: dict[str, Any]  # the node of the one that is calibrated
+    cache: dict[str, Any]  # the node of the cache to calibrate
     prompts: list[str]
     folder: Path
-    words: list[str]  # of the command line, those that a run with the result needs too
+    words: list[str]  # command-line arguments that a run with the result needs too
     budget: float  # share of computed steps, for a mask
-    evaluations: int  # most masks that are tried
+    evaluations: int  # maximum number of masks to try
 
     def option(self, kind: str) -> Path:
-        """The file of the option that comes out."""
+        """Return the file of the option to write."""
         name = re.sub(r"\W+", "_", self.config["model"]["name"])
         return self.folder / "cache" / f"{kind}_{name}.yaml"
 
     def command(self, file: Path) -> str:
-        """The line that draws with what was written."""
+        """Return the command line that draws with the option in `file`."""
         return shlex.join(["hydrarun", "--config-dir", str(self.folder), *self.words, f"cache={file.stem}"])

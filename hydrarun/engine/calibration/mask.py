@@ -1,4 +1,4 @@
-"""A mask for given prompts: the computed steps with which their latents are nearest to those of the uncached runs."""
+"""Searches the mask of computed steps whose latents are nearest to those of uncached runs of the prompts."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from hydrarun.pipeline.state import State
 if TYPE_CHECKING:
     from hydrarun.engine.calibration.job import CalibrationJob
 
-#: the spreads that a search starts from: as every_n's steps lie, and denser at the start, as SCM's do
+#: the spacings that a search starts from: even, as every_n's, and denser at the start, as SCM's
 POWERS = (1.0, 1.5, 2.0)
 
 
 def calibrate_mask(job: CalibrationJob) -> Path:
-    """Search, report; the option that was written. Raises UsageError."""
-    instantiate(make_cache_node(job, (0,)), "cache")  # here for what is wrong with it
+    """Search a mask, print a report, write the option and return its file. Raises UsageError."""
+    instantiate(make_cache_node(job, (0,)), "cache")  # raises for an invalid node before the model is loaded
     progress = Progress()
     twins = ReferenceRuns(job, TrialRunner(job.config, progress))
     ledger = ScoreLedger(job.folder / "scores.jsonl", make_identity(job, twins))
@@ -52,10 +52,10 @@ def calibrate_mask(job: CalibrationJob) -> Path:
 
 
 class ReferenceRuns:
-    """The prompts, prepared, and their uncached runs."""
+    """The prepared prompts and their uncached runs."""
 
     def __init__(self, job: CalibrationJob, draws: TrialRunner) -> None:
-        """Raises UsageError for a budget that is no search."""
+        """Draw the uncached runs. Raises UsageError for a budget that leaves nothing to search."""
         self.job, self.draws = job, draws
         self.prepared: list[State] = []
         self.uncached: list[State] = []
@@ -68,7 +68,7 @@ class ReferenceRuns:
                 advance()
 
     def _plan(self) -> None:
-        """How many steps there are, how many of them are computed, and which must be."""
+        """Set the number of steps, the number of computed ones, and the steps that must be computed."""
         whole = Schedule(make_schedule(self.uncached[0].timesteps, self.draws.parts.experts))
         self.steps, self.firsts = len(whole.steps), whole.firsts
         self.count = round(self.job.budget * self.steps)
@@ -79,11 +79,11 @@ class ReferenceRuns:
             )
 
     def denoise(self, index: int, steps: Steps) -> State:
-        """A prompt with these steps computed."""
+        """Denoise a prompt with these steps computed."""
         return self.draws.denoise(self.prepared[index], instantiate(make_cache_node(self.job, steps), "cache"))
 
     def score(self, steps: Steps) -> float:
-        """The mean squared error of the latents, over all prompts."""
+        """Return the mean squared error of the latents, over all prompts."""
         errors = [
             (self.denoise(index, steps).latents.float() - twin.latents.float()).square().mean().item()
             for index, twin in enumerate(self.uncached)
@@ -91,7 +91,7 @@ class ReferenceRuns:
         return sum(errors) / len(errors)
 
     def nearness(self, steps: Steps) -> str:
-        """PSNR in dB, of sounds SNR: the mean over all that is drawn."""
+        """Format the mean PSNR in dB over all outputs; for sounds SNR."""
         measure = kinds.find_model_kind(self.job.config["model"]).metrics[0]
         pairs = [
             pair
@@ -103,12 +103,12 @@ class ReferenceRuns:
 
 
 def make_cache_node(job: CalibrationJob, steps: Steps) -> dict[str, Any]:
-    """The cache with these steps computed."""
+    """Return the cache node with these steps computed."""
     return {**job.cache, "gate": {**job.cache["gate"], "steps": list(steps), "density": None}}
 
 
 def make_identity(job: CalibrationJob, twins: ReferenceRuns) -> dict[str, Any]:
-    """All that a score depends on beside the steps; in every version the same, so that an older search goes on."""
+    """Return what a score depends on, except the steps. Equal in every version, so that an older search continues."""
     facts = twins.draws.runner.collect_facts()
     known = {
         **{key: job.config[key] for key in ("model", "sampling", "input", "compile", "quantization")},
@@ -122,7 +122,7 @@ def make_identity(job: CalibrationJob, twins: ReferenceRuns) -> dict[str, Any]:
 
 
 def format_report(found: SearchResult, near: dict[Steps, str], job: CalibrationJob, twins: ReferenceRuns) -> str:
-    """What the search came to, for the user."""
+    """Format the result of the search for the user."""
     at_limit = found.count >= job.evaluations
     why = "cache.evaluations is reached" if at_limit else "no move of a single step is better"
     rows = (("start", found.start, found.start_score), ("best", found.best, found.best_score))
@@ -135,7 +135,7 @@ def format_report(found: SearchResult, near: dict[Steps, str], job: CalibrationJ
 
 
 def write_mask_option(file: Path, job: CalibrationJob, twins: ReferenceRuns, found: SearchResult, near: str) -> None:
-    """The option."""
+    """Write the option of the mask."""
     name = job.config["model"]["name"]
     about = (
         f"{twins.count} of {twins.steps} steps of {name} (budget {job.budget}), searched by hydrarun calibrate on"
@@ -150,12 +150,10 @@ def write_mask_option(file: Path, job: CalibrationJob, twins: ReferenceRuns, fou
 
 
 def format_predictor(predictor: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """The entry of the defaults list and the fields that make this predictor."""
+    """Return the entry of the defaults list and the fields that make this predictor."""
     shipped = read_options("cache/predictor")
     names = [name for name, option in shipped.items() if option["_target_"] == predictor["_target_"]]
     base = shipped[names[0]] if names else {}
     other = {key: value for key, value in predictor.items() if base.get(key) != value}
-    body = (
-        format_entry("what stands in for the blocks of a skipped step", "predictor", other, indent=0) if other else []
-    )
+    body = format_entry("what replaces the blocks of a skipped step", "predictor", other, indent=0) if other else []
     return [f"override predictor: {name}" for name in names[:1]], body

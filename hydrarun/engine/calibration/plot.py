@@ -1,4 +1,4 @@
-"""TeaCache's fit as an SVG: a panel for each expert, with the recorded pairs and the polynomial through them."""
+"""Draws TeaCache's fit as an SVG: a panel for each expert, with the recorded pairs and the polynomial through them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Pair = tuple[float, float]  # relative change of the signal, and of the output
 
 WIDTH, HEIGHT = 640, 440  # of a panel
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 34, 52
-LINE = 20  # from one line of the legend to the next
+LINE = 20  # line height of the legend
 COLOURS = ("#2758c9", "#d9822b", "#2f7d4f", "#ab2f24")  # of the branches, in their order
 
 STYLE = """\
@@ -40,7 +40,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Scales:
-    """From changes to pixels in the panel whose left edge is at `left`. The highest pair is the top of the axis."""
+    """Maps changes to pixels in the panel whose left edge is at `left`. `top` is the upper end of the axis."""
 
     left: float
     low: float
@@ -48,16 +48,16 @@ class Scales:
     top: float
 
     def x(self, value: float) -> float:
-        """Pixels from the left."""
+        """Return the pixels from the left."""
         return self.left + LEFT + (WIDTH - LEFT - RIGHT) * (value - self.low) / (self.high - self.low)
 
     def y(self, value: float) -> float:
-        """Pixels from the top. A polynomial that leaves the axis is cut off at its ends."""
+        """Return the pixels from the top. Values beyond the axis are clipped to its ends."""
         return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * min(max(value / self.top, 0.0), 1.0)
 
 
 def draw_fit(panels: Sequence[Panel], degree: int) -> str:
-    """The SVG, a file of its own. `degree`: the polynomials'."""
+    """Return a standalone SVG. `degree`: the degree of the polynomials."""
     size = f"{WIDTH * len(panels)} {HEIGHT}"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" role="img" aria-label="TeaCache\'s fit">'
     body = [line for number, panel in enumerate(panels) for line in draw_panel(panel, WIDTH * number, degree)]
@@ -65,7 +65,7 @@ def draw_fit(panels: Sequence[Panel], degree: int) -> str:
 
 
 def draw_panel(panel: Panel, left: float, degree: int) -> Iterator[str]:
-    """One expert's axes, pairs, polynomial and legend."""
+    """Draw one expert's axes, pairs, polynomial and legend."""
     found = [pair for pairs in panel.pairs.values() for pair in pairs]
     low, high = min(x for x, _ in found), max(x for x, _ in found)
     room = 0.03 * (high - low) or 0.5
@@ -81,7 +81,7 @@ def draw_panel(panel: Panel, left: float, degree: int) -> Iterator[str]:
 
 
 def draw_axes(scales: Scales, title: str) -> Iterator[str]:
-    """Grid lines, their numbers, and what the axes are."""
+    """Draw grid lines, their numbers, and the titles of the axes."""
     first, last, bottom = scales.left + LEFT, scales.left + WIDTH - RIGHT, HEIGHT - BOTTOM
     for value in plot.choose_ticks(0, scales.top):
         yield plot.draw_line(first, scales.y(value), last, scales.y(value), "grid" if value else "axis")
@@ -95,7 +95,7 @@ def draw_axes(scales: Scales, title: str) -> Iterator[str]:
 
 
 def draw_legend(panel: Panel, left: float, degree: int) -> Iterator[str]:
-    """The branches with the number of their pairs, and the polynomial."""
+    """Draw the legend: the branches with their numbers of pairs, and the polynomial."""
     x, y = left + LEFT + 12, TOP + 14
     for (branch, pairs), colour in zip(panel.pairs.items(), cycle(COLOURS), strict=False):
         yield f'<circle fill="{colour}" cx="{x + 8}" cy="{y - 4}" r="4"/>'

@@ -1,4 +1,4 @@
-"""The scores of a search on disk, so that one that was stopped goes on where it was."""
+"""Keeps the scores of a search on disk, so that an interrupted search continues where it stopped."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hydrarun.outputs.journal import Ledger
 
 
 class ScoreLedger:
-    """Scores by steps, in `file`."""
+    """Scores by computed steps, stored in `file`."""
 
     def __init__(self, file: Path, identity: Mapping[str, Any]) -> None:
-        """Raises `UsageError` for a file of another `identity` (what JSON can hold), and a damaged one."""
+        """Open or create `file`. Raises `UsageError` if it is damaged, or of another `identity` (JSON data)."""
         self.ledger = Ledger(file, identity, "scores")
         self.scores: dict[Steps, float] = {}
         for number, row in enumerate(self.ledger.rows):
@@ -24,6 +24,6 @@ class ScoreLedger:
                 raise self.ledger.damage_error(number) from None
 
     def add(self, steps: Steps, score: float) -> None:
-        """Keep a score; when this returns the disk has it."""
+        """Add a score. When this returns, it is on disk."""
         self.scores[steps] = score
         self.ledger.add({"steps": steps, "score": score})

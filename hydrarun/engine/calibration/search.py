@@ -1,4 +1,4 @@
-"""Searches the steps to compute: from a spread over the schedule, one step moved at a time."""
+"""Searches the steps to compute: starts from a spread over the schedule and moves one step at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Steps = tuple[int, ...]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best of the starts and the best of all, with their scores, and how many were scored."""
+    """The best start and the best mask, with their scores, and the number of masks that were scored."""
 
     start: Steps
     start_score: float
@@ -23,16 +23,16 @@ class SearchResult:
 def search_steps(
     score: Callable[[Steps], float], starts: Sequence[Steps], steps: int, fixed: frozenset[int], limit: int
 ) -> SearchResult:
-    """The steps of least `score`, of a run of `steps`; those in `fixed` stay. At most `limit` are scored.
+    """Find the mask of least `score` for a run of `steps`. Steps in `fixed` stay; at most `limit` masks are scored.
 
-    From the best of `starts` on, the nearest move of a single step that is better is taken, until there is none.
+    Starts from the best of `starts` and takes the nearest better move of a single step, until no move is better.
     """
     known = {start: score(start) for start in list(dict.fromkeys(starts))[:limit]}
     start = best = min(known, key=known.__getitem__)
     better = True
     while better:
         better = False
-        # what is known is no better than the best
+        # known masks are no better than the best
         for moved in [other for other in list_moves(best, steps, fixed) if other not in known][: limit - len(known)]:
             known[moved] = score(moved)
             if known[moved] < known[best]:
@@ -42,7 +42,7 @@ def search_steps(
 
 
 def list_moves(mask: Steps, steps: int, fixed: frozenset[int]) -> Iterator[Steps]:
-    """All masks with one step of `mask` in another place, the nearest places first."""
+    """Yield all masks with one step of `mask` moved, the nearest moves first."""
     free = sorted(set(range(steps)) - set(mask))
     pairs = ((away, to) for away in mask if away not in fixed for to in free)
     for away, to in sorted(pairs, key=lambda pair: (abs(pair[1] - pair[0]), pair)):
@@ -50,9 +50,9 @@ def list_moves(mask: Steps, steps: int, fixed: frozenset[int]) -> Iterator[Steps
 
 
 def spread_steps(count: int, steps: int, fixed: frozenset[int], power: float) -> Steps:
-    """`count` of `steps` steps from the first to the last, `fixed` among them.
+    """Choose `count` of `steps` steps, from the first to the last and including `fixed`.
 
-    Evenly (`power` 1), or denser at the start (above 1).
+    The spacing is even (`power` 1), or denser at the start (above 1).
     """
     places: list[int] = []
     for index in range(count):

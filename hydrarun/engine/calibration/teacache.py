@@ -1,4 +1,4 @@
-"""TeaCache's polynomial: how far the output changes, told from how far the first block's modulated input does."""
+"""Fits TeaCache's polynomial: predicts the change of the output from that of the first block's modulated input."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 DEGREE = 4
 
-#: fewer pairs than this are worth a warning
+#: warn below this number of pairs
 FEW = 100
 
-#: and so is a correlation of fitted and real changes below this
+#: warn below this correlation of fitted and measured changes
 POOR = 0.5
 
 Pairs = Mapping[Owner, Sequence[tuple[float, float]]]
@@ -34,7 +34,7 @@ Coefficients = dict[str, list[float]]
 
 
 def calibrate_teacache(job: CalibrationJob) -> Path:
-    """Draw, fit, report; the option that was written. Raises UsageError where there are too few steps to fit."""
+    """Record, fit, print a report, write the option and return its file. Raises UsageError for too few steps to fit."""
     draws = TrialRunner(job.config, Progress())
     pairs = record_changes(draws, job.prompts)
     coefficients = fit_polynomials(pairs)
@@ -49,54 +49,54 @@ def calibrate_teacache(job: CalibrationJob) -> Path:
 
 
 def record_changes(draws: TrialRunner, prompts: Sequence[str]) -> Pairs:
-    """The changes from step to step in uncached runs of the prompts, one after the other."""
+    """Record the changes from step to step in uncached runs of the prompts."""
     recording = RecordingCache()
     with draws.progress.phase("recording", total=len(prompts)) as advance:
         for index, prompt in enumerate(prompts):
             draws.denoise(draws.prepare(prompt), recording)
-            if index == 0:  # every prompt gives as many
+            if index == 0:  # every prompt gives the same number
                 check_pair_count(recording, draws, len(prompts))
             advance()
     return recording.pairs
 
 
 def check_pair_count(recording: RecordingCache, draws: TrialRunner, prompts: int) -> None:
-    """Raises UsageError if `prompts` like the first one give some expert too few pairs to fit."""
+    """Raise UsageError if `prompts` times the pairs of the first prompt are too few to fit some expert."""
     for expert in draws.parts.experts.transformers:
         count = prompts * sum(len(found) for owner, found in recording.pairs.items() if owner[0] == expert)
         if count <= DEGREE:
             raise UsageError(
-                f"calibrate: {expert} gives {count} pairs of consecutive steps, and {DEGREE + 1} are the least to fit:"
-                " more prompts, or more sampling.num_inference_steps"
+                f"calibrate: {expert} gives {count} pairs of consecutive steps, but a fit needs {DEGREE + 1}:"
+                " use more prompts, or more sampling.num_inference_steps"
             )
 
 
 def select_expert_pairs(pairs: Pairs, expert: str) -> np.ndarray:
-    """All pairs of an expert, `[N, 2]`."""
+    """Return all pairs of an expert, `[N, 2]`."""
     return np.array([pair for owner, found in pairs.items() if owner[0] == expert for pair in found])
 
 
 def fit_polynomials(pairs: Pairs) -> Coefficients:
-    """For each expert the polynomial of least squares through the pairs of all its branches, highest power first."""
+    """Fit each expert's least-squares polynomial to the pairs of all its branches, highest power first."""
     coefficients = {}
     for expert in dict.fromkeys(expert for expert, _ in pairs):
         x, y = select_expert_pairs(pairs, expert).T
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the rank: `complaints` looks at what came out
+            warnings.simplefilter("ignore")  # RankWarning: `list_warnings` checks the result
             coefficients[expert] = [float(value) for value in np.polyfit(x, y, DEGREE)]
     return coefficients
 
 
 @dataclass(frozen=True)
 class FitQuality:
-    """How well a polynomial tells the changes: their correlation with the real ones, and the share of variance."""
+    """How well a polynomial predicts the changes: correlation with the measured ones, and explained variance."""
 
     correlation: float
     r_squared: float
 
 
 def measure_fit(found: Sequence[tuple[float, float]], coefficients: Sequence[float]) -> FitQuality:
-    """Of one branch's pairs. Where nothing varies there is nothing to tell: 0."""
+    """Measure the fit of one branch's pairs. 0 where nothing varies."""
     x, y = np.array(found).T
     told = np.polyval(coefficients, x)
     if not (y.std() and told.std()):
@@ -105,7 +105,7 @@ def measure_fit(found: Sequence[tuple[float, float]], coefficients: Sequence[flo
 
 
 def make_fit_table(pairs: Pairs, coefficients: Coefficients) -> Table:
-    """What was recorded and how it is fitted, for the user."""
+    """Return a table of the recorded pairs and their fit, for the user."""
     rows = []
     for (expert, branch), found in pairs.items():
         x, y = np.array(found).T
@@ -117,19 +117,19 @@ def make_fit_table(pairs: Pairs, coefficients: Coefficients) -> Table:
 
 
 def list_warnings(pairs: Pairs, coefficients: Coefficients) -> Iterator[str]:
-    """What the user should know before they trust the fit."""
+    """Yield warnings about the fit, for the user."""
     for (expert, branch), found in pairs.items():
         if len(found) < FEW:
             yield f"{expert}, {branch}: {len(found)} pairs; {FEW} or more make a fit that holds for other prompts"
         correlation = measure_fit(found, coefficients[expert]).correlation
         if correlation < POOR:
-            yield f"{expert}, {branch}: correlation {correlation:.2f}: the signal hardly tells the change of the output"
+            yield f"{expert}, {branch}: correlation {correlation:.2f}: the signal barely predicts the output's change"
     for expert, polynomial in coefficients.items():
         yield from _check_shape(expert, polynomial, select_expert_pairs(pairs, expert))
 
 
 def _check_shape(expert: str, polynomial: Sequence[float], points: np.ndarray) -> Iterator[str]:
-    """A polynomial that bends where its data lie."""
+    """Yield warnings about a polynomial that leaves the range of its data, or falls."""
     x, y = points.T
     at = np.linspace(x.min(), x.max(), 201)
     curve = np.polyval(polynomial, at)
@@ -148,7 +148,7 @@ def _check_shape(expert: str, polynomial: Sequence[float], points: np.ndarray) -
 
 
 def collect_facts(job: CalibrationJob, used: Mapping[str, Any], pairs: Pairs) -> dict[str, Any]:
-    """What the coefficients hold for, by the names of `schema.Fit`. `used`: what the runner says of itself."""
+    """Return what the coefficients are valid for, by the fields of `schema.TeaCacheFit`. `used`: the runner's facts."""
     count = job.config["sampling"]["num_inference_steps"]
     return {
         "model": job.config["model"]["name"],
@@ -163,7 +163,7 @@ def collect_facts(job: CalibrationJob, used: Mapping[str, Any], pairs: Pairs) ->
 def write_teacache_option(
     file: Path, told: Mapping[str, Any], coefficients: Coefficients, found: Sequence[str]
 ) -> None:
-    """The option; `told` as `facts` gives it, `found` as `complaints` does."""
+    """Write the option. `told`: from `collect_facts`; `found`: from `list_warnings`."""
     rounded = {expert: [float(f"{value:.9g}") for value in values] for expert, values in coefficients.items()}
     fields = {
         "model": ("the model it is for, by its name; another is refused", told["model"]),
@@ -178,7 +178,7 @@ def write_teacache_option(
     steps = told["num_inference_steps"][0]
     about = f"TeaCache with the coefficients of {told['model']} at {steps} steps, fitted by hydrarun calibrate"
     warned = [f"  # warning: {line}" for line in found]
-    write_option(file, about, ["teacache"], ["gate:", *warned, "  # what TeaCache goes by", "  fit:", *lines])
+    write_option(file, about, ["teacache"], ["gate:", *warned, "  # the fitted polynomial", "  fit:", *lines])
 
 
 def plot_pairs(file: Path, pairs: Pairs, coefficients: Coefficients) -> None:

@@ -1,4 +1,4 @@
-"""What both calibrations do: draw prompt after prompt with caches of their own, and write an option of `cache`."""
+"""Shared by both calibrations: draws prompts with a given cache, and writes an option of `cache`."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from hydrarun.pipeline.state import State
 
 
 class TrialRunner:
-    """Draws with a runner in parts, so that a prompt is encoded once however often it is denoised."""
+    """Runs a runner's stages in parts, so that a prompt is encoded once and denoised many times."""
 
     def __init__(self, config: dict[str, Any], progress: Progress) -> None:
-        """Loads the model. Raises what `Runner` raises."""
+        """Load the model. Raises what `Runner` raises."""
         self.config, self.progress = config, progress
         self.runner = Runner(config, progress)
         self.parts = self.runner.built.parts
-        self.parts.progress = Progress(quiet=True)  # a calibration shows its own
+        self.parts.progress = Progress(quiet=True)  # a calibration shows its own progress
         self.images = self.runner.read_images(config)
         stages = self.runner.built.stages
-        # the scheduler counts its steps: it starts anew for each time that the loop is run
+        # the scheduler counts its steps, so the stage that restarts it runs again with every loop
         loop = next((index for index, stage in enumerate(stages) if "timesteps" in stage.gives), 0)
         end = 1 + max((index for index, stage in enumerate(stages) if stage.phase == "denoise"), default=loop)
         self.before, self.loop, self.after = stages[:loop], stages[loop:end], stages[end:]
 
     def prepare(self, prompt: str) -> State:
-        """All that comes before the loop."""
+        """Run the stages before the loop."""
         sampling = {**self.config["sampling"], "prompt": prompt}
         return self._run(self.before, self.runner.prepare_state({**self.config, "sampling": sampling}, self.images))
 
     def denoise(self, prepared: State, cache: Cache) -> State:
-        """A copy with the final latents, computed with `cache`."""
+        """Return a copy with the final latents, denoised with `cache`."""
         self.parts.cache = cache
         return self._run(self.loop, replace(prepared))
 
     def decode(self, denoised: State) -> np.ndarray:
-        """The frames of a copy: uint8 `[N, F, H, W, 3]`."""
+        """Decode a copy and return its frames, uint8 `[N, F, H, W, 3]`."""
         return self._run(self.after, replace(denoised)).frames
 
     def _run(self, stages: Sequence[Stage], state: State) -> State:
@@ -56,13 +56,13 @@ class TrialRunner:
 
 
 def format_prompt_count(prompts: Sequence[str]) -> str:
-    """`1 prompt`, `2 prompts`…"""
+    """Format a number of prompts: `1 prompt`, `2 prompts`…"""
     return f"{len(prompts)} prompt{'' if len(prompts) == 1 else 's'}"
 
 
 def format_entry(comment: str, key: str, value: Any, indent: int) -> list[str]:
-    """A field of YAML below the comment that explains it."""
-    # texts in quotes: a fingerprint may look like a number
+    """Format a field of YAML below the comment that explains it."""
+    # strings are quoted: a fingerprint may look like a number
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else _format_flow(value)
     return [f"{' ' * indent}# {comment}", f"{' ' * indent}{key}: {text}"]
 
@@ -73,7 +73,7 @@ def _format_flow(value: Any) -> str:
 
 
 def write_option(file: Path, about: str, defaults: Iterable[str], body: Iterable[str]) -> None:
-    """Write an option of `conf/cache`: what it is, its defaults list, and the lines of its fields."""
+    """Write an option of `cache`: a comment, its defaults list, and the lines of its fields."""
     lines = [f"# {about}", "defaults:", *(f"  - {name}" for name in (*defaults, "_self_")), "", *body]
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, ("\n".join(lines) + "\n").encode())

@@ -1,1 +1,1 @@
-"""What a run would take, before its weights are read: memory, time, and the settings that fit."""
+"""Estimates a run's memory and time before its weights are read, and finds settings that fit."""

@@ -1,4 +1,4 @@
-"""`python -m hydrarun.engine.plan`: a plan in its own process, for one that has no memory left. JSON in, JSON out."""
+"""`python -m hydrarun.engine.plan`: plans for a process that is out of memory. JSON in, JSON out."""
 
 import json
 import sys

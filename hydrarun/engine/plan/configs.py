@@ -1,4 +1,4 @@
-"""What a checkpoint's JSON files say, from its folder or, where it has not been downloaded, from what was published."""
+"""Reads a checkpoint's JSON configs, from its folder or, if it is not downloaded, from the published shapes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hydrarun.core.errors import UsageError
 from hydrarun.core.resources import PACKAGE
 from hydrarun.pipeline.components import LIBRARIES, find_component_class, find_components
 
-#: what was published of checkpoints, one file each
+#: published configs of checkpoints, one file each
 SHAPES = PACKAGE / "models" / "shapes"
-#: files of a component that say how it is built
+#: a component's config files
 FILES = ("config.json", "scheduler_config.json")
 
 
@@ -24,36 +24,36 @@ FILES = ("config.json", "scheduler_config.json")
 class ComponentConfigs:
     """The JSON of a checkpoint's components."""
 
-    #: where tokenizers and weights are too; None: nothing was downloaded
+    #: the checkpoint's folder, with tokenizers and weights; None: not downloaded
     folder: Path | None
     #: model_index.json
     index: dict[str, Any]
     #: {component: config}
     components: dict[str, dict[str, Any]]
-    #: where this comes from, for the user
+    #: the source of the configs, for messages
     said: str
 
     def __post_init__(self) -> None:
-        """The components that there are, by name: what else is in an index are settings."""
+        """Find the components by name; the other entries of an index are settings."""
         self.entries = find_components(self.index)
 
     def cls(self, name: str) -> Any:
-        """The class of a component, imported. Raises `UsageError` for one that is not loaded."""
+        """Import and return the class of a component. Raises `UsageError` if it is not supported."""
         library, called = self.entries[name]
         found = find_component_class(library, called) if library in LIBRARIES else None
         if found is None:
-            raise UsageError(f"{self.said}: {name} is of {library}'s class {called}, which is not loaded here")
+            raise UsageError(f"{self.said}: {name} is of {library}'s class {called}, which is not supported")
         return found
 
     def config(self, name: str) -> dict[str, Any]:
-        """The config of a component. Raises `UsageError` if it is not there."""
+        """Return the config of a component. Raises `UsageError` if it is missing or damaged."""
         if not self.components.get(name):
             raise UsageError(f"{self.said}: there is no {name}/config.json, which a plan reads, or it is damaged")
         return self.components[name]
 
 
 def find_configs(model: dict[str, Any]) -> ComponentConfigs:
-    """Of the folder or the hub's local cache, else the published ones. Raises `UsageError` where there are neither."""
+    """Read the configs of the folder or the hub's cache, else the published ones. Raises `UsageError` if none exist."""
     path = find_local_folder(model["path"], model["revision"]) or find_cached_snapshot(model["path"], model["revision"])
     if path is not None:
         return read_folder_configs(path)
@@ -67,7 +67,7 @@ def find_configs(model: dict[str, Any]) -> ComponentConfigs:
 
 
 def read_folder_configs(path: Path) -> ComponentConfigs:
-    """Raises `UsageError` for a folder without an index."""
+    """Read the configs of a checkpoint folder. Raises `UsageError` if it has no index."""
     index = read_json(path / "model_index.json")
     if not index:
         raise UsageError(f"{path / 'model_index.json'}: not the index of a diffusers pipeline")
@@ -82,14 +82,14 @@ def read_folder_configs(path: Path) -> ComponentConfigs:
 
 
 def read_known_shapes(name: str) -> ComponentConfigs:
-    """The shapes of that name in `hydrarun/models/shapes`, over those that they say they are `like`."""
+    """Read the published shapes `name` of `hydrarun/models/shapes`."""
     content = load_shapes(name)
     index = content.pop("model_index")
     return ComponentConfigs(None, index, content, "published shapes: not downloaded")
 
 
 def load_shapes(name: str) -> dict[str, dict[str, Any]]:
-    """`{component: config}` and the `model_index`."""
+    """Load `{component: config}` and the `model_index`. Values override those of the shapes that `like` names."""
     content = yaml.safe_load((SHAPES / f"{name}.yaml").read_text())
     like = content.pop("like", None)
     base = load_shapes(like) if like else {}

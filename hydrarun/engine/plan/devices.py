@@ -1,4 +1,4 @@
-"""What a device can do, as data: published ones, and this machine's."""
+"""Memory and rates of devices: published figures, and this machine's."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 2**30
-#: bytes that CUDA and its libraries take for themselves
+#: bytes reserved for CUDA and its libraries
 RESERVED = GIB
 
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """A device; rates in units per second, None where they are not known."""
+    """A device. Rates are in units per second, or None if unknown."""
 
     name: str
-    memory: int  # bytes that a run may take
-    kind: str  # of torch's devices: cuda or cpu
+    memory: int  # bytes available to a run
+    kind: str  # torch device type: cuda or cpu
     float16: float | None = None  # floating-point operations of matrix products
     float8: float | None = None
     link: float | None = None  # bytes to another device
@@ -32,13 +32,13 @@ class DeviceSpec:
 
 
 def read_devices() -> dict[str, DeviceSpec]:
-    """The devices of devices.yaml."""
+    """Read the devices of devices.yaml."""
     content = yaml.safe_load(Path(__file__).with_name("devices.yaml").read_text())
     return {name: parse_device(name, values) for name, values in content.items()}
 
 
 def parse_device(name: str, values: dict[str, float]) -> DeviceSpec:
-    """One entry, in units."""
+    """Convert one entry of devices.yaml to bytes and units per second."""
     return DeviceSpec(
         name,
         round(values["memory"] * GIB) - RESERVED,
@@ -51,7 +51,7 @@ def parse_device(name: str, values: dict[str, float]) -> DeviceSpec:
 
 
 def find_device(name: str) -> DeviceSpec:
-    """The published device of that name. Raises `UsageError` for another one."""
+    """Return the published device `name`. Raises `UsageError` if it is unknown."""
     known = read_devices()
     if name not in known:
         raise UsageError(f"plan.device={name}: not known here.{suggest_name(name, known)} Known: {', '.join(known)}")
@@ -59,7 +59,7 @@ def find_device(name: str) -> DeviceSpec:
 
 
 def read_local_device(device: torch.device) -> DeviceSpec:
-    """A device that is there, with what is published of its kind."""
+    """Describe a device of this machine, with published rates if its model is known."""
     import torch
 
     from hydrarun.core.device import read_total_bytes
@@ -76,5 +76,5 @@ def read_local_device(device: torch.device) -> DeviceSpec:
 
 
 def format_gib(size: float) -> str:
-    """Bytes for people."""
+    """Format bytes as GiB, or as MiB below 0.01 GiB."""
     return f"{size / GIB:,.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:,.1f} MiB"

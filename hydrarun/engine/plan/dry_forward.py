@@ -1,6 +1,6 @@
-"""A rehearsal: the run's own stages on the meta device, where nothing has numbers and everything has its size.
+"""The dry forward: runs a run's own stages on the meta device, where tensors have sizes but no values.
 
-Of the loop as many steps are rehearsed as a cache needs to fill, of equal blocks two; their work counts as all.
+The loop runs only as many steps as fill the cache, and a few of equal blocks. Their work counts for all.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from hydrarun.pipeline.state import State
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """One stage, rehearsed."""
+    """The estimate of one stage."""
 
     phase: str
     uses: tuple[str, ...]
-    #: the most bytes that were alive beside weights: activations, and what the stages before left behind
+    #: peak bytes in addition to weights: activations, and results of earlier stages
     activations: int
-    #: in all steps, for denoising those that compute the blocks
+    #: work of all steps; for denoising, of those that compute the blocks
     work: Work
-    #: how often the components that it uses are run
+    #: number of forwards of the components that it uses
     forwards: int = 1
-    #: of denoising: of the activations, what a cache keeps from step to step
+    #: for denoising, the part of the activations that a cache keeps from step to step
     cache: int = 0
 
 
 class DryForward:
-    """The stages of a run with parts on the meta device."""
+    """Runs the stages of a run with components on the meta device."""
 
     def __init__(self, stages: Sequence[Stage], parts: Components, meter: Meter) -> None:
         self.stages = stages
@@ -53,7 +53,7 @@ class DryForward:
         self.meter = meter
 
     def run(self, state: State) -> list[StageEstimate]:
-        """Every stage in order. `state` is this rank's request; what stages give is on the meta device afterwards."""
+        """Run every stage in order. `state` is this rank's request; the stages' results go to the meta device."""
         acts = []
         with torch.inference_mode(), self.meter:
             for stage in self.stages:
@@ -65,7 +65,7 @@ class DryForward:
         return acts
 
     def run_stage(self, stage: Stage, state: State) -> StageEstimate:
-        """A stage as it is. Prompts are encoded on the host, by stand-ins; pixels and latents are on the device."""
+        """Run a stage unchanged. Meta components encode prompts from the host; pixels and latents are on the device."""
         there, before = META if {"vae", "transformer"} & set(stage.uses) else HOST, self.meter.so_far()
         self.meter.host_too = "text_encoder" in stage.uses
         with suppress(HostReadError):
@@ -75,9 +75,9 @@ class DryForward:
         return StageEstimate(stage.phase, stage.uses, 0, self.meter.so_far() - before, forwards)
 
     def denoise(self, stage: Denoise, state: State) -> StageEstimate:
-        """As many first steps as fill the cache, and one of each kind; their work counts for all steps.
+        """Run as many first steps as fill the cache, and one of each kind. Their work counts for all steps.
 
-        A prediction without some of the blocks counts as one with all of them.
+        A prediction that skips some blocks counts as one with all blocks.
         """
         parts = self.parts
         shared = {name: expand_rows(getattr(state, name), len(state.latents)) for name in stage.passes}
@@ -105,19 +105,19 @@ class DryForward:
 
 
 def count_unrun_bytes(transformer: Transformer) -> int:
-    """Bytes that blocks keep which are not rehearsed: as much each as those that are."""
+    """Return the bytes kept by the blocks that the dry forward omits: per block as much as by those that run."""
     depth = sum(transformer.config.get(key) or 0 for key in DEPTHS)
     return transformer.kept_bytes() * (depth - transformer.depth) // transformer.depth
 
 
 def is_computed(cache: Any, step: Step) -> bool:
-    """Whether the blocks are computed in a step; where a gate decides by the numbers, perhaps."""
+    """Return whether a step computes the blocks. True if the gate decides from values, which are unknown here."""
     planned = isinstance(cache, StepCache) and getattr(cache.gate, "planned", None)
     return not planned or step.index in planned
 
 
 def count_fill_steps(cache: Cache) -> int:
-    """Steps after which a cache holds all that it ever will."""
+    """Return the number of steps after which a cache is full."""
     if isinstance(cache, StepCache):
         return cache.predictor.keeps + 1
     order = getattr(cache, "taylorseer_order", None)
@@ -125,13 +125,13 @@ def count_fill_steps(cache: Cache) -> int:
 
 
 def start_cache(cache: Any, steps: tuple[Step, ...], branches: list[str], mesh: Any) -> None:
-    """A request in which every step is computed: there are no numbers to compare."""
+    """Start a request in which every step is computed: there are no values to compare."""
     cache.start(Schedule(steps), branches, mesh)
     if isinstance(cache, StepCache):
         cache.firsts = frozenset(range(len(steps)))
 
 
 def move_to_meta(state: State) -> None:
-    """What stages gave is on the device; the schedule stays on the host, where the scheduler reads it."""
+    """Move the stages' results to the meta device. The timesteps stay on the host, where the scheduler reads them."""
     for name in State.stage_fields() - {"timesteps", "frames"}:
         setattr(state, name, tree_map(lambda x: x.to(META) if isinstance(x, Tensor) else x, getattr(state, name)))

@@ -1,4 +1,4 @@
-"""One rehearsal of a configuration: its components' sizes, and what each stage takes beside them. For rank 0."""
+"""Runs one dry forward of a configuration: component sizes, and each stage's activations and work. For rank 0."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ from hydrarun.pipeline.vae import configure_vae
 
 @dataclass(frozen=True)
 class DryForwardResult:
-    """What all settings of a plan share: the components, and the stages with everything on the device."""
+    """The part of a plan that all its settings share: components, and stages with everything on the device."""
 
     components: tuple[ComponentSize, ...]
     acts: tuple[StageEstimate, ...]
-    #: rows that modulation tables would have
+    #: rows of the modulation tables
     table_rows: int
 
 
 def run_dry_forward(config: dict[str, Any], configs: ComponentConfigs, dtype: torch.dtype) -> DryForwardResult:
-    """Run the stages on the meta device. Raises `UsageError` for what cannot be run."""
+    """Run the stages on the meta device. Raises `UsageError` for a configuration that cannot run."""
     model, vae_dtype = config["model"], DTYPES.get(config["vae"]["dtype"], dtype)
     meter = Meter()
     with fake_process_group(config["parallel"]) as mesh, quiet_libraries():
@@ -98,7 +98,7 @@ def run_dry_forward(config: dict[str, Any], configs: ComponentConfigs, dtype: to
 def build_meta_transformer(
     cls: type[Transformer], configs: ComponentConfigs, name: str, dtype: torch.dtype, mesh: Mesh | None
 ) -> Transformer:
-    """One transformer on the meta device, of which this rank has its share."""
+    """Build one transformer on the meta device: this rank's tensor-parallel shard."""
     known = inspect.signature(cls).parameters
     arguments = {key: value for key, value in configs.config(name).items() if key in known}
     with torch.device("meta"):
@@ -111,25 +111,25 @@ def build_meta_transformer(
 
 
 def shorten_blocks(transformer: Transformer, meter: Meter, kept: int) -> None:
-    """Keep a few blocks of each list, which count for all."""
+    """Keep `kept` blocks of each kind in each list of blocks. They count for all."""
     for name in transformer.block_lists:
         RepeatedBlocks(getattr(transformer, name), meter, kept)
 
 
 def count_always_run(cache: Cache) -> int:
-    """Blocks that a cache needs besides those that it skips."""
+    """Return the number of blocks that a cache always runs, even in skipped steps."""
     return getattr(cache, "always", 0)
 
 
 def count_table_rows(transformer: Transformer, state: State) -> int:
-    """Rows of modulation tables for a step: one, or one for each item and branch if they are conditioned on."""
+    """Count a step's rows of modulation tables: one, or one per item and branch if they depend on the conditioning."""
     accepted = inspect.signature(transformer.make_temb).parameters
     conditioned = any(accepted.keys() & one.keys() for one in state.conditioning.values())
     return len(state.conditioning) * len(state.latents) if conditioned else 1
 
 
 def load_input_images(config: dict[str, Any]) -> list[Image.Image]:
-    """The input images; where they are yet to be given, as many blank ones of a megapixel as there must be."""
+    """Load the input images. If none are given, return the required number of blank one-megapixel images."""
     paths, alpha = image_paths(config), kinds.find_model_kind(config["model"]).alpha
     if paths:
         return [images.read_image(path, alpha).image for path in paths]
@@ -138,7 +138,7 @@ def load_input_images(config: dict[str, Any]) -> list[Image.Image]:
 
 @contextmanager
 def fake_process_group(degrees: Degrees) -> Iterator[Mesh | None]:
-    """The mesh of rank 0 among ranks that are not there: what is sent to them is counted, and nothing comes back."""
+    """Yield rank 0's mesh in a fake process group: bytes sent are counted, nothing is received. None for one rank."""
     if world_size(degrees) == 1:
         yield None
         return

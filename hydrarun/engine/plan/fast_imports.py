@@ -1,4 +1,4 @@
-"""Imports of the libraries without what a plan never calls."""
+"""Skips optional packages, which a plan never calls, while importing the libraries."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from contextlib import contextmanager
 
 from hydrarun.core.errors import UsageError
 
-#: optional packages of the libraries
+#: optional dependencies of the libraries
 NEVER_CALLED = ("torchao", "scipy")
 
 
 @contextmanager
 def skip_optional_imports() -> Iterator[None]:
-    """Makes importing the libraries faster, which takes most of a plan's time.
+    """Speed up importing the libraries, which takes most of a plan's time.
 
-    Packages that they import only if installed, and a plan never calls, count as not installed. The garbage collector
-    pauses.
+    Hides packages that the libraries import only if installed and that a plan never calls. Pauses the garbage
+    collector.
     """
     hidden = [name for name in NEVER_CALLED if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
@@ -28,7 +28,7 @@ def skip_optional_imports() -> Iterator[None]:
         yield
     except ImportError as error:
         raise UsageError(
-            f"plan: {error} A plan does without {' and '.join(hidden)}, which this seems to need"
+            f"plan: {error} A plan does not import {' and '.join(hidden)}, which this run seems to need"
         ) from None
     finally:
         if collects:

@@ -1,4 +1,4 @@
-"""What a setting takes on a device: bytes and seconds by phase."""
+"""Estimates the bytes and seconds of a setting on a device, by phase."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from hydrarun.engine.plan.weights import (
 from hydrarun.models.experts import LOW_NOISE
 
 PHASES = ("encode", "denoise", "decode")
-#: bytes per second that blocks are read with from a disk: a usual NVMe one
+#: bytes per second for reading blocks from disk, as of a typical NVMe drive
 DISK = 3e9
 
 
 @dataclass(frozen=True)
 class Phase:
-    """The largest stage of a phase, in bytes; and the work of all its stages."""
+    """The bytes of a phase's largest stage, and the work of all its stages."""
 
     name: str
     weights: int
     activations: int
-    #: of the activations, what a cache keeps from step to step
+    #: the part of the activations that a cache keeps from step to step
     cache: int
     #: floating-point operations
     flops: float
-    #: bytes to other ranks
+    #: bytes sent to other ranks
     sent: float
-    #: at the device's rates, with nothing lost between; None: they are not known
+    #: lower bound at the device's rates; None: the rates are unknown
     seconds: float | None
 
     @property
@@ -54,33 +54,33 @@ class Phase:
 
 @dataclass(frozen=True)
 class WeightSettings:
-    """What of a configuration decides how weights are held."""
+    """The parts of a configuration that decide the size and place of weights."""
 
     offload: NoOffload
-    #: the node of the group
+    #: the config node of the group
     quantization: Mapping[str, Any]
     hsdp_degree: int = 1
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> WeightSettings:
-        """That of a configuration."""
+        """Read the settings of a configuration."""
         offload = instantiate(config["offload"], "offload")
         return cls(offload, config["quantization"], config["parallel"]["hsdp_degree"])
 
     def make_layout(self, rehearsed: DryForwardResult) -> WeightLayout:
-        """How they are."""
+        """Return the layout of the weights."""
         rows = rehearsed.table_rows if isinstance(self.offload, ModulationOffload) else None
         quantized = frozenset(self.quantization.get("components") or ())
         return WeightLayout(quantized, ROW_BYTES.get(self.quantization.get("weights", ""), 0), rows, self.hsdp_degree)
 
 
 class Estimate:
-    """A rehearsed configuration with one setting on one device."""
+    """The estimate of a dry forward with one setting on one device."""
 
     def __init__(self, rehearsed: DryForwardResult, setting: WeightSettings, device: DeviceSpec) -> None:
         self.rehearsed, self.setting, self.device = rehearsed, setting, device
         self.held = setting.make_layout(rehearsed)
-        #: bytes on the host of what waits for its turn there
+        #: bytes of offloaded weights on the host
         self.host = count_host_bytes(rehearsed.components, self.held, setting.offload) if device.kind != "cpu" else 0
         weights = list_device_bytes(
             rehearsed.components, [act.uses for act in rehearsed.acts], self.held, setting.offload
@@ -89,7 +89,7 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """The most bytes that are on the device."""
+        """Peak bytes on the device."""
         return max(phase.peak for phase in self.phases)
 
     @property
@@ -98,12 +98,12 @@ class Estimate:
 
     @property
     def seconds(self) -> float | None:
-        """Of all phases."""
+        """Seconds of all phases; None: unknown."""
         each = [phase.seconds for phase in self.phases]
         return None if None in each else sum(each)  # type: ignore[arg-type]
 
     def phase(self, name: str, weights: Sequence[int]) -> Phase:
-        """One phase; `weights`: bytes on the device in each stage."""
+        """Estimate one phase. `weights`: bytes of weights on the device in each stage."""
         own = [(size, act) for size, act in zip(weights, self.rehearsed.acts, strict=True) if act.phase == name]
         size, largest = max(own, key=lambda one: one[0] + self.count_activations(one[1]))
         work = sum((act.work for _, act in own), Work())
@@ -113,16 +113,16 @@ class Estimate:
         return Phase(name, size, self.count_activations(largest), largest.cache, work.flops, sent, total)
 
     def list_used(self, act: StageEstimate) -> Iterator[ComponentSize]:
-        """The components that a stage runs; of experts, which take turns, the first."""
+        """Yield the components that a stage runs. Of two experts, which run one at a time, yields the first."""
         return (c for c in self.rehearsed.components if find_use(c.name) in act.uses and c.name != LOW_NOISE)
 
     def count_activations(self, act: StageEstimate) -> int:
-        """Bytes beside the weights: activations, and a quantized weight unpacked while it is multiplied with."""
+        """Return the bytes in addition to weights: activations, and one weight dequantized for its matrix product."""
         unpacked = (c.largest for c in self.list_used(act) if find_use(c.name) in self.held.quantized)
         return act.activations + max(unpacked, default=0)
 
     def count_gathered_bytes(self, act: StageEstimate) -> float:
-        """Bytes that HSDP sends: of every component that runs, this rank's share to each of the others."""
+        """Return the bytes that HSDP sends: this rank's shard of each component that runs, to every other rank."""
         ranks = self.held.shards
         return sum(
             sum(self.held.count_sizes(c)[1]) * (ranks - 1) / ranks * act.forwards
@@ -131,7 +131,7 @@ class Estimate:
         )
 
     def seconds_of(self, act: StageEstimate) -> float | None:
-        """Compute, or weights that come meanwhile, if that takes longer; then what is sent to other ranks."""
+        """Return the longer of compute and prefetched blocks, plus onloading weights and sending to other ranks."""
         device = self.device
         if device.float16 is None or device.link is None or device.host is None:
             return None
@@ -156,5 +156,5 @@ class Estimate:
         return max(compute, blocks) + moved + (act.work.sent_bytes + self.count_gathered_bytes(act)) / device.link
 
     def is_offloaded(self, component: ComponentSize) -> bool:
-        """Whether it is away from the device while it is not used."""
+        """Return whether a component is off the device while it is not in use."""
         return find_use(component.name) in self.setting.offload.moves

@@ -1,6 +1,6 @@
-"""What takes the place of components with weights while a plan is made: the same classes, without numbers.
+"""Meta components: replace a pipeline's components in a plan, with the same classes but no values.
 
-Text encoders take real token ids and give zeros, so that a pipeline's own prompt encoding runs as it is; between, they
+Text encoders take real token ids and return zeros, so that a pipeline's own prompt encoding runs unchanged. Inside they
 run on the meta device, where the meter counts.
 """
 
@@ -24,13 +24,13 @@ from hydrarun.engine.plan.configs import ComponentConfigs
 from hydrarun.engine.plan.meter import META, Meter
 from hydrarun.pipeline.components import OURS, load_component, quiet_libraries, read_model_index
 
-#: a token is about so many bytes of text, where there is no tokenizer to ask; or one such word
+#: assumed bytes of text per token without a tokenizer; a special token counts as one
 BYTES_PER_TOKEN = 4
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")
 
 
 def make_meta_modules(configs: ComponentConfigs, dtype: torch.dtype, vae_dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The text encoders and the VAE on the meta device, by their names in the checkpoint."""
+    """Build the text encoders and the VAE on the meta device, by their names in the checkpoint."""
     found = {}
     for name, (library, _) in configs.entries.items():
         if name not in OURS and issubclass(cls := configs.cls(name), nn.Module):
@@ -44,13 +44,13 @@ def make_meta_modules(configs: ComponentConfigs, dtype: torch.dtype, vae_dtype: 
 
 
 def find_float32_modules(module: nn.Module, dtype: torch.dtype) -> set[str]:
-    """Names of modules that their library keeps in float32: some always, others beside float16 alone."""
+    """Return names of modules that their library keeps in float32: some always, others only for float16."""
     names = ["_keep_in_fp32_modules_strict"] + ["_keep_in_fp32_modules"] * (dtype == torch.float16)
     return {one for name in names for one in getattr(module, name, None) or ()}
 
 
 def cast_module(module: nn.Module, dtype: torch.dtype, kept: Collection[str]) -> nn.Module:
-    """The module with its parameters in `dtype`, but for those below the names that are `kept` in float32."""
+    """Cast the module's parameters to `dtype`, except those under the names in `kept`, which are float32."""
     for name, parameter in module.named_parameters():
         kind = torch.float32 if set(name.split(".")) & set(kept) else dtype
         parameter.data = torch.empty(parameter.shape, dtype=kind, device=META)
@@ -60,9 +60,9 @@ def cast_module(module: nn.Module, dtype: torch.dtype, kept: Collection[str]) ->
 def make_meta_pipeline(
     cls: Any, configs: ComponentConfigs, made: dict[str, nn.Module], scheduler: Any | None, meter: Meter
 ) -> Any:
-    """The diffusers pipeline around the stand-ins; its scheduler is real, and its tokenizers where there are files."""
+    """Build the diffusers pipeline from meta components. The scheduler is real; tokenizers are if their files exist."""
     if configs.folder is not None:
-        read_model_index(configs.folder, cls)  # for what is wrong with it
+        read_model_index(configs.folder, cls)  # raises if the index does not fit
     components: dict[str, Any] = {}
     for name, value in configs.index.items():
         if name.startswith("_"):
@@ -83,14 +83,14 @@ def make_meta_pipeline(
 
 
 def make_meta_component(name: str, module: nn.Module, meter: Meter, configs: ComponentConfigs) -> Any:
-    """What is called in a module's place."""
+    """Return the object that the pipeline calls instead of a module."""
     if name == "vae":
         return module
     return MetaTextEncoder(module, meter) if configs.entries[name][0] == "transformers" else MetaProjection(module)
 
 
 def load_tool(configs: ComponentConfigs, name: str, made: dict[str, nn.Module]) -> Any:
-    """A component without weights: from its files, or what stands for it."""
+    """Load a component without weights from its files, or return its meta component."""
     cls = configs.cls(name)
     if configs.folder is not None:
         return load_component(configs.folder, name, configs.entries[name], device=HOST, dtype=torch.float32)
@@ -100,7 +100,7 @@ def load_tool(configs: ComponentConfigs, name: str, made: dict[str, nn.Module]) 
 
 
 class MetaTextEncoder:
-    """A text encoder on the meta device that is called from the host: ids in, zeros of the right shape out."""
+    """A text encoder on the meta device, called from the host: takes ids, returns zeros of the right shape."""
 
     device = HOST
 
@@ -112,33 +112,33 @@ class MetaTextEncoder:
         return getattr(self.module, name)
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Any:
-        """Images are in the ids as placeholders; what the encoder does with their pixels before is not counted."""
+        """Encode ids. Images are placeholder ids; the encoder's work on their pixels is not counted."""
         taken = ("output_hidden_states", "logits_to_keep")
         wants = {name: value for name, value in settings.items() if name in taken}
         if attention_mask is not None:
-            self.meter.answer = bool(attention_mask.all())  # where nothing is padded, encoders do without a mask
+            self.meter.answer = bool(attention_mask.all())  # encoders skip the mask if nothing is padded
             wants["attention_mask"] = attention_mask.to(META)
         shapes = tree_map(TensorShape.of, self.module(input_ids=input_ids.to(META), **wants))
         self.meter.answer = True
-        return tree_map(TensorShape.zeros, shapes)  # once the outputs themselves are gone: they count only once
+        return tree_map(TensorShape.zeros, shapes)  # after the outputs are freed, so that they count once
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, **_: Any) -> Tensor:
-        """The ids and zeros. All are read in one pass: as much work as one after the other, though in less time."""
+        """Return the ids and zeros. One pass reads all tokens: the same work as token by token, in less time."""
         whole = F.pad(input_ids, (0, max_new_tokens))
         self(whole, logits_to_keep=1)
         return whole
 
     def get_image_features(self, pixels: Tensor, grids: Tensor) -> Any:
-        """Of pictures with these grids of patches, the grids."""
+        """Return the pictures' patch grids in place of their features."""
         return SimpleNamespace(pooler_output=grids)
 
     def get_image_tokens(self, grids: Tensor) -> Tensor:
-        """An id for each patch."""
+        """Return an id for each patch."""
         return torch.zeros(int(grids.prod(-1).sum()), dtype=torch.long)
 
 
 class MetaProjection:
-    """What a pipeline has behind its text encoders, on the meta device and called from the host."""
+    """A module after the text encoders, such as a projection, on the meta device and called from the host."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -153,26 +153,26 @@ class MetaProjection:
 
 @dataclass(frozen=True)
 class TensorShape:
-    """What there is to know of a tensor without numbers."""
+    """Shape and dtype of a tensor."""
 
     shape: torch.Size
     dtype: torch.dtype
 
     @classmethod
     def of(cls, value: Any) -> Any:
-        """Of a tensor; anything else is left as it is."""
+        """Return the shape of a tensor, or any other value unchanged."""
         return cls(value.shape, value.dtype) if isinstance(value, Tensor) else value
 
     @staticmethod
     def zeros(value: Any) -> Any:
-        """A tensor of that shape; anything else is left as it is."""
+        """Return a tensor of that shape, or any other value unchanged."""
         return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, TensorShape) else value
 
 
 class MetaTokenizer:
-    """Ids of as many tokens as a text probably has."""
+    """Returns as many ids as a text probably has tokens."""
 
-    model_max_length = 77  # CLIP's; the others are told
+    model_max_length = 77  # CLIP's; for others the caller passes max_length
 
     def __call__(
         self,
@@ -202,7 +202,7 @@ class MetaTokenizer:
         return 1
 
     def tokenize(self, text: str) -> list[str]:
-        """None of a text's tokens is one that a textual inversion added."""
+        """Return no tokens: none was added by textual inversion."""
         return []
 
     def batch_decode(self, ids: Tensor) -> list[str]:
@@ -210,7 +210,7 @@ class MetaTokenizer:
 
 
 class MetaProcessor:
-    """Tokens of a text and of the pictures in it, for encoders that see pictures as a grid of merged patches."""
+    """Counts tokens of a text and its pictures, for encoders that read a picture as a grid of merged patches."""
 
     image_token = "<|image_pad|>"
 
@@ -231,7 +231,7 @@ class MetaProcessor:
 
 
 class MetaImageProcessor:
-    """The grid of patches of one picture."""
+    """Computes the patch grid of one picture."""
 
     def __init__(self, config: Any) -> None:
         self.patch_size, self.merge_size = config.patch_size, config.spatial_merge_size
@@ -243,7 +243,7 @@ class MetaImageProcessor:
 
 
 def make_encoding(rows: int, columns: int) -> Any:
-    """What tokenizers return."""
+    """Return ids and masks as tokenizers do."""
     from transformers import BatchFeature
 
     ids = torch.ones(rows, columns, dtype=torch.long)

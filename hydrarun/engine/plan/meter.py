@@ -1,6 +1,6 @@
-"""Counts what is done on the meta device: bytes that are alive, floating-point operations, bytes sent to other ranks.
+"""Measures work on the meta device: live bytes, floating-point operations, bytes sent to other ranks.
 
-Tensors there have shapes and no numbers, so a model of any size runs in a moment, by the code that would really run.
+Meta tensors have shapes and no values, so the real code of a model of any size runs in a moment.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from hydrarun.core.distributed import collectives
 
 META = torch.device("meta")
 aten = torch.ops.aten
-#: operations that ask for a number, and those that copy
+#: operations that read a value on the host, and operations that copy
 ASKS = (aten._local_scalar_dense, aten.item, aten.is_nonzero)
 COPIES = (aten._to_copy, aten.to)
 
 
-#: of an argument, that it may decide more than its shape tells
+#: marks an argument whose value, not only its shape, may change the result's shape
 UNKNOWN = object()
 
 
 class HostReadError(Exception):
-    """Numbers were asked for on the host, and there are none: what follows is not the device's."""
+    """The host read values of a meta tensor, which has none. The work that follows is the host's."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a part of a run takes."""
+    """The work of a part of a run."""
 
     linear_flops: float = 0.0  # matrix products and convolutions
     attention_flops: float = 0.0
@@ -57,28 +57,28 @@ class Work:
 
 
 class Meter(TorchDispatchMode):
-    """While it is active: `live` and `peak` bytes on the meta device, and the `work` that was done there.
+    """Counts `live` and `peak` bytes on the meta device while it is active, and the work done there (`so_far`).
 
-    Attention counts as its output: what a fused kernel holds.
+    Attention allocates only its output, as a fused kernel does.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        #: whether what is on the host counts, because it stands for what would be on the device
+        #: whether host tensors count too, because they represent tensors that would be on the device
         self.host_too = False
-        #: what code is told that asks whether numbers are all right, or all true
+        #: the answer when code reads a boolean: whether all values are finite, or all true
         self.answer = True
-        self.known: dict[int, weakref.ref] = {}  # storages that are counted, or are not to be, by address
+        self.known: dict[int, weakref.ref] = {}  # storages that are counted or excluded, by address
         self.alive: set[weakref.ref] = set()
         self.results: dict[Any, tuple[Any, ...]] = {}
         self.sent_before = collectives.sent_bytes.total()
         self.linear_flops = self.attention_flops = 0
-        #: work that was not done here but counts
+        #: work of blocks that are not run, which counts too
         self.extra = Work()
 
     def leave_out(self, module: nn.Module) -> None:
-        """The weights of a module are not counted, which views of them would be."""
+        """Exclude a module's weights, which would otherwise be counted through their views."""
         for tensor in (*module.parameters(), *module.buffers()):
             storage = tensor.untyped_storage()
             self.known[storage._cdata] = weakref.ref(storage)
@@ -106,11 +106,11 @@ class Meter(TorchDispatchMode):
         return made
 
     def run_operation(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """What an operation comes to; of one that was seen with such arguments before, what it came to then."""
+        """Run an operation. Reuse the known result shape if it has run with such arguments before."""
         key = (func, freeze_arguments(args), freeze_arguments(kwargs)) if is_pure(func) else None
         if key is None or UNKNOWN in key:
             return func(*args, **kwargs)
-        if key in self.results:  # torch works out the shapes in Python, which takes most of a rehearsal
+        if key in self.results:  # torch infers shapes in Python, which takes most of a dry forward
             shape, stride, dtype = self.results[key]
             return torch.empty_strided(shape, stride, dtype=dtype, device=META)
         made = func(*args, **kwargs)
@@ -119,7 +119,7 @@ class Meter(TorchDispatchMode):
         return made
 
     def fake_attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """What a fused kernel makes: the meta device has none of its own, and would hold all pairs."""
+        """Return a fused kernel's output. The meta device has no such kernel and would allocate all query-key pairs."""
         pairs = query[..., 0].numel() * key.shape[-2]
         self.attention_flops += 2 * pairs * (query.shape[-1] + value.shape[-1])
         return query.new_empty(*query.shape[:-1], value.shape[-1])
@@ -134,9 +134,9 @@ class Meter(TorchDispatchMode):
             self.linear_flops += formula(*args, **kwargs, out_val=made)
 
     def track(self, storage: torch.UntypedStorage) -> None:
-        """The storage is alive until nobody holds it."""
+        """Count the storage as live until it is freed."""
         known = self.known.get(storage._cdata)
-        if known is None or known() is not storage:  # an address may be used again before the old one is struck off
+        if known is None or known() is not storage:  # the address of a freed storage may be reused
             self.live += storage.nbytes()
             self.peak = max(self.peak, self.live)
             self.known[storage._cdata] = alive = weakref.ref(storage, partial(self.release, storage.nbytes()))
@@ -147,25 +147,25 @@ class Meter(TorchDispatchMode):
         self.live -= size
 
     def so_far(self) -> Work:
-        """The work until now."""
+        """Return the work done so far."""
         sent = collectives.sent_bytes.total() - self.sent_before
         return Work(self.linear_flops, self.attention_flops, sent) + self.extra
 
 
 def is_copy_off_meta(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a copy goes from the meta device to another."""
+    """Return whether a copy goes from the meta device to another device."""
     places = [x for x in (*args[1:], kwargs.get("device")) if isinstance(x, torch.device)]
     return args[0].is_meta and any(place.type != "meta" for place in places)
 
 
 @cache
 def is_pure(func: Any) -> bool:
-    """Whether an operation changes nothing and makes something new."""
+    """Return whether an operation modifies no input and returns new tensors."""
     return not func._schema.is_mutable and all(made.alias_info is None for made in func._schema.returns)
 
 
 def freeze_arguments(value: Any) -> Any:
-    """What of arguments decides the shape of a result; `UNKNOWN` where that is not sure."""
+    """Return the parts of the arguments that determine the result's shape; `UNKNOWN` if unsure."""
     if isinstance(value, Tensor):
         return (value.shape, value.stride(), value.dtype) if value.is_meta else UNKNOWN
     if isinstance(value, dict):
@@ -173,26 +173,26 @@ def freeze_arguments(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         parts = tuple(map(freeze_arguments, value))
         return UNKNOWN if UNKNOWN in parts else parts
-    return (type(value), value) if isinstance(value, Hashable) else UNKNOWN  # 1 is equal to 1.0, and not alike
+    return (type(value), value) if isinstance(value, Hashable) else UNKNOWN  # 1 equals 1.0, but differs in type
 
 
 @cache
 def is_composite(func: Any) -> bool:
-    """Whether an operation is composed of other ones, which are counted then."""
+    """Return whether an operation is composed of other operations, which are counted instead."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 def make_full_index(index: Tensor | None) -> Tensor | None:
-    """A mask as indices, all of its places."""
+    """Replace a boolean mask by the indices of all its elements."""
     if index is None or index.dtype != torch.bool or not index.is_meta:
         return index
     return torch.arange(index.numel(), device=index.device)
 
 
 class RepeatedBlocks:
-    """A list of blocks of which a few of each kind are run, and count as all; of what is alive two show as much as all.
+    """Shortens a list of blocks to a few of each kind, whose work counts for all. Two suffice for peak bytes.
 
-    Of a kind are those whose weights have equal names and shapes.
+    Blocks are of one kind if their weights have equal names and shapes.
     """
 
     def __init__(self, blocks: nn.ModuleList, meter: Meter, kept: int) -> None:

@@ -1,4 +1,4 @@
-"""The message when memory runs out: where, what the plan expects beside what was there, and what would fit."""
+"""The out-of-memory message: the phase, the memory in use, the plan's estimate, and settings that would fit."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from hydrarun.core.distributed.degrees import world_size
 from hydrarun.core.errors import OutOfMemoryError
 from hydrarun.engine.plan.devices import DeviceSpec, format_gib
 
-#: seconds that a plan may take, on a machine that may be short of host memory too
+#: timeout of the plan in seconds; host memory may be short too
 PATIENCE = 120
 
 
 def make_memory_error(config: Mapping[str, Any], phase: str, device: torch.device) -> OutOfMemoryError:
-    """What to raise when `device` had no memory left in a phase of this run."""
+    """Return the error to raise when `device` runs out of memory in a phase of this run."""
     total, peak = read_total_bytes(device), read_peak_bytes(device)
     first = f"out of memory in {phase}: {device} has {format_gib(total)}, and at most {format_gib(peak)} were in use"
     try:
         made = run_plan_process(config, DeviceSpec(str(device), total, "cpu" if device.type == "cpu" else "cuda"))
     except (OSError, ValueError, subprocess.SubprocessError):
-        return OutOfMemoryError(f"{first}; no plan could be made of it. Try offload=model, or a smaller size")
+        return OutOfMemoryError(f"{first}; no plan could be made. Try offload=model, or a smaller size")
     return OutOfMemoryError("\n".join([first, *format_expected(made, phase), *format_fixes(made)]))
 
 
 def run_plan_process(config: Mapping[str, Any], device: DeviceSpec) -> dict[str, Any]:
-    """The plan of `config` by another process. Raises `SubprocessError` or `ValueError` if there is none."""
+    """Plan `config` in another process. Raises `SubprocessError` or `ValueError` if that fails."""
     plain = {**config, "device": device.kind, "plan": {"auto": False, "device": None}}
     ranks = world_size(config["parallel"])
     asked = {"config": plain, "device": asdict(device), "ranks": ranks, "targets": targets.list_user_allowed()}
@@ -45,7 +45,7 @@ def run_plan_process(config: Mapping[str, Any], device: DeviceSpec) -> dict[str,
 
 
 def format_expected(made: Mapping[str, Any], phase: str) -> list[str]:
-    """The plan's numbers of that phase, or of all where it is none of them."""
+    """Format the plan's numbers for `phase`, or for all phases if the plan does not have it."""
     phases = [one for one in made["phases"] if one["phase"] == phase] or made["phases"]
     return [
         f"the plan expects in {one['phase']}: weights {format_gib(one['weights_bytes'])}, activations"
@@ -55,8 +55,8 @@ def format_expected(made: Mapping[str, Any], phase: str) -> list[str]:
 
 
 def format_fixes(made: Mapping[str, Any]) -> list[str]:
-    """What would fit."""
+    """Format the settings that would fit."""
     found = [" ".join(one["overrides"]) for one in made["suggestions"] if one["overrides"]]
     if not found:
-        return ["nothing else of offload, quantization and vae.tiling fits: a smaller size, or more ranks"]
+        return ["no other setting of offload, quantization and vae.tiling fits: use a smaller size, or more ranks"]
     return [f"it fits with {' | '.join(found)}"]

@@ -1,4 +1,4 @@
-"""A plan of a configuration: what it takes, what is wrong with it, and what would fit."""
+"""Plans a configuration: its memory and time, its conflicts, and settings that would fit."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `hydrarun plan` says."""
+    """The result of `hydrarun plan`."""
 
     model: str
     device: DeviceSpec
     ranks: int
-    #: rules that are broken, each with its fix; then nothing else is known
+    #: violated rules, each with its fix; if there are any, the fields below are empty
     conflicts: list[str]
-    #: where the shapes are from
+    #: the source of the shapes
     source: str = ""
-    #: of the configuration as it is
+    #: the estimate of the configuration as given
     asked: Estimate | None = None
     steps: int = 0
-    #: bytes of each component's weights, in all
+    #: bytes of each component's weights
     components: dict[str, int] = field(default_factory=dict)
     suggestions: list[Suggestion] = field(default_factory=list)
 
@@ -45,7 +45,7 @@ class Plan:
 
 
 def make_plan(config: dict[str, Any], origin: ConfigOrigin | None = None) -> Plan:
-    """The plan of a composed configuration. Raises `UsageError` for values that cannot be."""
+    """Plan a composed configuration. Raises `UsageError` for invalid values."""
     device = find_plan_device(config)
     config = batches.resolve_prompts({**config, "device": device.kind, "plan": {"auto": False, "device": None}})
     check_sections(fill_images(config), origin)
@@ -59,7 +59,7 @@ def make_plan(config: dict[str, Any], origin: ConfigOrigin | None = None) -> Pla
 
 
 def find_largest_batch(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of the batch with the most pixels; of a run that is one batch that run itself."""
+    """Return the configuration of the batch with the most pixels; for a single run, that of the run."""
     if not batches.is_batch_run(config):
         return config
     every = batches.group_batches(batches.list_items(config), batches.max_batch_size(config))
@@ -72,7 +72,7 @@ def find_largest_batch(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def fill_images(config: dict[str, Any]) -> dict[str, Any]:
-    """The same with as many names of images as there must be, if none is given: blank ones are planned for."""
+    """Fill in the required number of image names if none are given. The plan then uses blank images."""
     least = config["model"]["input_images"][0]
     if config["input"]["images"] is not None or not least:
         return config
@@ -80,11 +80,11 @@ def fill_images(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_plan_device(config: dict[str, Any]) -> DeviceSpec:
-    """What is planned for: a published device, or this machine's. Raises `UsageError` for one that is not there."""
+    """Return the device to plan for: a published one, or this machine's. Raises `UsageError` if it is not there."""
     name = config["plan"]["device"]
     if name is not None:
         if config["device"] == "cpu":
-            raise UsageError(f"device=cpu is no {name}: leave out plan.device, or device=cpu")
+            raise UsageError(f"plan.device={name} conflicts with device=cpu: leave out one of them")
         return find_device(name)
     from hydrarun.core.device import choose_device
     from hydrarun.core.progress import Progress
@@ -93,7 +93,7 @@ def find_plan_device(config: dict[str, Any]) -> DeviceSpec:
 
 
 def plan_configuration(config: dict[str, Any], device: DeviceSpec, ranks: int) -> Plan:
-    """A plan of what goes together."""
+    """Plan a configuration that has no conflicts."""
     import torch
 
     from hydrarun.core.device import choose_dtype
@@ -128,14 +128,14 @@ def plan_configuration(config: dict[str, Any], device: DeviceSpec, ranks: int) -
 
 
 def can_tile(config: dict[str, Any]) -> bool:
-    """Whether tiles could be used and are not."""
+    """Return whether VAE tiling could be used and is not."""
     return not config["vae"]["tiling"] and config["parallel"]["vae_degree"] == 1
 
 
 def fit_configuration(config: dict[str, Any], note: Callable[[str], None]) -> dict[str, Any]:
-    """What `plan=auto` runs: the configuration if it fits, else with the first suggestion, which `note` says.
+    """Return what `plan=auto` runs: the configuration if it fits, else that with the first suggestion.
 
-    Raises `UsageError` if nothing fits.
+    Passes the choice to `note`. Raises `UsageError` for conflicts, and if nothing fits.
     """
     if not config["plan"]["auto"]:
         return config
@@ -154,7 +154,7 @@ def fit_configuration(config: dict[str, Any], note: Callable[[str], None]) -> di
 
 
 def plan_to_json(made: Plan) -> dict[str, Any]:
-    """The plan for programs; docs/plan.md says what the keys mean."""
+    """Return the plan as JSON data. docs/plan.md documents the keys."""
     return {
         "model": made.model,
         "device": {"name": made.device.name, "memory_bytes": made.device.memory},

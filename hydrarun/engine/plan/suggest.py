@@ -1,4 +1,4 @@
-"""The cheapest settings that fit: of offload, quantization and tiles, those that go together and with the rest."""
+"""Finds the cheapest settings that fit: compatible combinations of offload, quantization and VAE tiling."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from hydrarun.engine.plan.estimate import DryForwardResult
 from hydrarun.engine.plan.memory_model import Estimate, WeightSettings
 from hydrarun.models.experts import HIGH_NOISE
 
-#: options of offload, from the one that costs least; and of quantization those that save memory and little else
+#: options of offload, cheapest first; and options of quantization that mainly save memory
 OFFLOADS = ("none", "modulation", "text_encoder", "expert", "model", "layerwise", "disk")
 QUANTIZATIONS = ("none", "fp8_weight_only", "int8_weight_only")
 COUNT = 3
-#: settings whose times differ by less than this share cost the same: less changed, and lossless, comes first then
+#: times within this share of each other count as equal; then lossless, then fewer changes come first
 SAME = 0.02
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A setting that fits, by what is to be changed for it."""
+    """A setting that fits, and the changes that it needs."""
 
     overrides: tuple[str, ...]
-    #: what takes the place of the configuration's sections
+    #: config sections that it replaces
     changes: dict[str, dict[str, Any]]
     #: whether the pictures stay the same
     lossless: bool
@@ -40,7 +40,7 @@ class Suggestion:
 def find_suggestions(
     config: dict[str, Any], rehearsed: DryForwardResult, device: DeviceSpec, tiled: DryForwardResult | None = None
 ) -> list[Suggestion]:
-    """At most three, the cheapest first; `tiled`: a rehearsal with tiles in the VAE, to be considered too."""
+    """Return at most three, the cheapest first. `tiled`: a dry forward with VAE tiling, to be considered too."""
     fitting = list(list_candidates(config, config["vae"]["tiling"], rehearsed, device))
     if tiled:
         fitting += list_candidates(config, True, tiled, device)
@@ -51,7 +51,7 @@ def find_suggestions(
 def list_candidates(
     config: dict[str, Any], tiling: bool, rehearsed: DryForwardResult, device: DeviceSpec
 ) -> Iterator[Suggestion]:
-    """Everything that fits and goes together."""
+    """Yield every compatible setting that fits."""
     offloads, quantizations = (
         list_options(config, "offload", OFFLOADS),
         list_options(config, "quantization", QUANTIZATIONS),
@@ -72,7 +72,7 @@ def list_candidates(
 
 
 def has_enough_blocks(offload: dict[str, Any], rehearsed: DryForwardResult) -> bool:
-    """Whether the model has as many blocks as an offload with blocks in turn needs."""
+    """Return whether the model has enough blocks for an offload that prefetches blocks."""
     try:
         check_offloaded_blocks(offload, next(len(one.blocks) for one in rehearsed.components if one.name == HIGH_NOISE))
     except UsageError:
@@ -81,14 +81,14 @@ def has_enough_blocks(offload: dict[str, Any], rehearsed: DryForwardResult) -> b
 
 
 def list_options(config: dict[str, Any], group: str, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """The options of those names, and what is asked for, if it is none of them."""
+    """Return the options in `names`, and the configured one if it is none of them."""
     shipped = read_options(group)
     found = {name: shipped[name] for name in names}
     return found if config[group] in found.values() else found | {"as asked": config[group]}
 
 
 def make_sort_key(one: Suggestion, least: float) -> tuple[Any, ...]:
-    """What to sort by: time, in steps within which all is the same; then other numbers; then how much is changed."""
+    """Return the sort key: time in steps of `SAME`, lossless first, fewest changes, cheapest offload."""
     steps = 0 if not least else round(((one.seconds or 0) / least - 1) / SAME)
     chosen = [override.removeprefix("offload=") for override in one.overrides]
     place = sum(OFFLOADS.index(name) for name in chosen if name in OFFLOADS)

@@ -1,4 +1,4 @@
-"""What the weights of a run take on the device in each of its stages, and what waits on the host."""
+"""Computes the bytes of weights on the device in each stage, and of offloaded weights on the host."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hydrarun.models.transformer import Transformer
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of a block, of a list's repeated layers, or of what is around them."""
+    """Bytes of a block, of a repeated layer, or of the weights outside them."""
 
-    #: everything
+    #: all weights
     plain: int
-    #: of it, weights that quantization takes, and how many rows (outputs) they have together
+    #: of these, weights that are quantized, and their total number of rows (outputs)
     taken: int = 0
     rows: int = 0
-    #: of it, modulation weights
+    #: of these, modulation weights
     modulation: int = 0
 
     def __add__(self, other: WeightBytes) -> WeightBytes:
@@ -36,13 +36,13 @@ class ComponentSize:
     """A transformer, text encoder or VAE."""
 
     name: str
-    #: of the dtype that it is held in
+    #: bytes of an element in the loaded dtype
     itemsize: int
     around: WeightBytes
     blocks: tuple[WeightBytes, ...] = ()
-    #: the largest weight that quantization takes, in bytes
+    #: bytes of the largest weight that is quantized
     largest: int = 0
-    #: bytes of a row in all modulation tables
+    #: bytes of one row in all modulation tables together
     table_row: int = 0
 
     @property
@@ -51,7 +51,7 @@ class ComponentSize:
 
 
 def measure_transformer(name: str, transformer: Transformer) -> ComponentSize:
-    """A transformer, or this rank's share of it."""
+    """Measure a transformer, or this rank's shard of it."""
     kept = find_unquantized(transformer)
     blocks = list(transformer.all_blocks())
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
@@ -67,7 +67,7 @@ def measure_transformer(name: str, transformer: Transformer) -> ComponentSize:
 
 
 def measure_encoder(name: str, module: nn.Module) -> ComponentSize:
-    """A text encoder: quantization takes the linear layers of its repeated layers."""
+    """Measure a text encoder or VAE. Quantization applies to the linear layers of its repeated layers."""
     layers = list(find_repeated_layers(module))
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     around = [(n, m, p) for n, m, p in list_parameters(module) if id(p) not in inside]
@@ -85,7 +85,7 @@ def measure_encoder(name: str, module: nn.Module) -> ComponentSize:
 
 
 def list_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
-    """Name, owner and tensor of each parameter and buffer; tied ones once."""
+    """Yield name, owner and tensor of each parameter and buffer; tied tensors once."""
     seen: set[int] = set()
     for path, owner in module.named_modules():
         for leaf, tensor in (*owner._parameters.items(), *owner._buffers.items()):
@@ -95,7 +95,7 @@ def list_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, torch.T
 
 
 def sum_bytes(tensors: Iterable[tuple[str, nn.Module, torch.Tensor]], kept: Collection[str] | None) -> WeightBytes:
-    """The sum; nothing is taken where `kept` is None."""
+    """Sum the bytes. Nothing is quantized if `kept` is None."""
     total = WeightBytes(0)
     for name, owner, tensor in tensors:
         quantized = kept is not None and is_quantizable(name, owner, kept)
@@ -111,19 +111,19 @@ def sum_bytes(tensors: Iterable[tuple[str, nn.Module, torch.Tensor]], kept: Coll
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """How weights are held: the settings that change their size."""
+    """The settings that change the size of weights."""
 
-    #: what of `hydrarun.acceleration.offload.strategies.USES` is held in 8 bits
+    #: entries of `hydrarun.acceleration.offload.strategies.USES` that are quantized to 8 bits
     quantized: frozenset[str] = frozenset()
-    #: bytes that go with each row of it
+    #: additional bytes for each row of a quantized weight
     row_bytes: int = 0
-    #: rows of modulation tables that stand for modulation weights; None: the weights are there
+    #: rows of the modulation tables that replace the modulation weights; None: the weights are loaded
     table_rows: int | None = None
-    #: ranks that share one copy
+    #: number of ranks that share one copy (HSDP)
     shards: int = 1
 
     def size(self, component: ComponentSize, one: WeightBytes) -> int:
-        """Bytes of a part."""
+        """Return the bytes of one part of `component`."""
         size = one.plain
         if find_use(component.name) in self.quantized:
             size += one.taken // component.itemsize - one.taken + one.rows * self.row_bytes
@@ -132,16 +132,16 @@ class WeightLayout:
         return size
 
     def count_sizes(self, component: ComponentSize) -> tuple[int, list[int]]:
-        """Bytes around the blocks, tables included, and of each block."""
+        """Return the bytes outside the blocks, tables included, and those of each block."""
         around = self.size(component, component.around) + (self.table_rows or 0) * component.table_row
         return around, [self.size(component, block) for block in component.blocks]
 
 
 def count_active_bytes(component: ComponentSize, held: WeightLayout, offload: NoOffload) -> int:
-    """Bytes of a component on the device while it is used."""
+    """Return a component's bytes on the device while it is in use."""
     around, blocks = held.count_sizes(component)
     if held.shards > 1 and component.blocks and is_sharded(component.name):
-        # a share of everything; what is around the blocks whole; the block that computes and the one that comes
+        # the shard of all weights, the whole weights outside the blocks, and the current and the next block
         return (around + sum(blocks)) // held.shards + around + 2 * max(blocks)
     if find_use(component.name) == "transformer":
         return around + offload.blocks_bytes(blocks)
@@ -149,7 +149,7 @@ def count_active_bytes(component: ComponentSize, held: WeightLayout, offload: No
 
 
 def count_idle_bytes(component: ComponentSize, held: WeightLayout, offload: NoOffload) -> int:
-    """Bytes of a component on the device while another is used."""
+    """Return a component's bytes on the device while another one is in use."""
     around, blocks = held.count_sizes(component)
     if find_use(component.name) in offload.moves:
         return around if isinstance(offload, DiskOffload) and find_use(component.name) == "transformer" else 0
@@ -161,12 +161,12 @@ def count_idle_bytes(component: ComponentSize, held: WeightLayout, offload: NoOf
 def list_device_bytes(
     components: Iterable[ComponentSize], uses: Iterable[tuple[str, ...]], held: WeightLayout, offload: NoOffload
 ) -> list[int]:
-    """Bytes of weights on the device in each stage, by what the stages use, in order."""
+    """Return the bytes of weights on the device in each stage. `uses`: what each stage uses, in order."""
     components = list(components)
     found: list[int] = []
     last: tuple[str, ...] = ()
     for used in uses:
-        last = used or last  # a stage that uses nothing leaves everything where it is
+        last = used or last  # a stage that uses nothing moves nothing
         at_work = [c for c in components if find_use(c.name) in last]
         resting = sum(count_idle_bytes(c, held, offload) for c in components if c not in at_work)
         found.append(resting + count_stage_bytes(at_work, held, offload))
@@ -174,7 +174,7 @@ def list_device_bytes(
 
 
 def count_stage_bytes(components: list[ComponentSize], held: WeightLayout, offload: NoOffload) -> int:
-    """Bytes of what a stage uses; of experts that take turns the larger."""
+    """Return the bytes of the components in use. If experts are swapped, only one is active at a time."""
     sizes = {c.name: count_active_bytes(c, held, offload) for c in components}
     experts = [size for name, size in sizes.items() if find_use(name) == "transformer"]
     others = sum(sizes.values()) - sum(experts)
@@ -185,14 +185,14 @@ def count_stage_bytes(components: list[ComponentSize], held: WeightLayout, offlo
 
 
 def count_host_bytes(components: Iterable[ComponentSize], held: WeightLayout, offload: NoOffload) -> int:
-    """Bytes on the host of what waits there for its turn."""
+    """Return the bytes of offloaded components on the host."""
     return sum(
         sum(held.count_sizes(c)[1]) + held.count_sizes(c)[0] for c in components if find_use(c.name) in offload.moves
     )
 
 
 def count_streamed_bytes(component: ComponentSize, held: WeightLayout, offload: NoOffload) -> int:
-    """Bytes of blocks that come to the device in each forward."""
+    """Return the bytes of blocks that are copied to the device in each forward."""
     _, blocks = held.count_sizes(component)
     if find_use(component.name) != "transformer":
         return 0

@@ -1,1 +1,1 @@
-"""The processes that a run takes: started, given jobs, ended."""
+"""Starts the processes of a run, sends them jobs and ends them."""

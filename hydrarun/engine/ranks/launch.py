@@ -1,4 +1,4 @@
-"""Where a configuration is run: in this process, on ranks started for it, or on those that torchrun started."""
+"""Runs a configuration in this process, on ranks started for it, or on ranks that torchrun started."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
 
 
 class LocalExecutor:
-    """This process alone."""
+    """Runs jobs in this process."""
 
     def __init__(self) -> None:
         self.session = worker.RankSession(None)
 
     def run_job(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
-        """A job for this process. What is loaded stays for the next one. Raises UsageError and RunError."""
+        """Run a job in this process. The model stays loaded for the next one. Raises UsageError and RunError."""
         try:
             return self.session.run_job(action, config, arguments)
         except BaseException as error:
-            if type(error) is not RunError:  # such a one is raised between stages: what is loaded is as it was
+            if type(error) is not RunError:  # a RunError is raised between stages: the model is intact
                 self.close()
             raise
 
     def close(self) -> None:
-        """Let the model go, and its memory."""
+        """Free the model and its memory."""
         self.session.close()
 
 
 class TorchrunExecutor:
-    """Rank 0 of ranks that torchrun started: driver and rank at once. A failure ends this process too."""
+    """Rank 0 of torchrun's ranks: both driver and rank. A failure ends this process too."""
 
     def __init__(self) -> None:
         self.store = worker.open_torchrun_store()
@@ -56,7 +56,7 @@ class TorchrunExecutor:
         signal.signal(signal.SIGTERM, delay_exit)
 
     def run_job(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
-        """A job for all ranks; returns this rank's result. Of a run that fails there is a record before the end."""
+        """Run a job on all ranks and return this rank's result. Records a failed run before the process ends."""
         job = json.dumps({"action": action, "config": config, "arguments": arguments})
         self.store.set(f"job/{self.jobs}", job)
         self.jobs += 1
@@ -67,7 +67,7 @@ class TorchrunExecutor:
             worker.abort(self.store, 0, error, tell=True)
 
     def _own(self, **job: Any) -> Any:
-        """This rank's part. Raises what failed first, on whichever rank."""
+        """Run this rank's part. Raises the first failure of any rank."""
         try:
             self.session = self.session or worker.RankSession(self.store)
             return self.session.run_job(**job)
@@ -76,18 +76,18 @@ class TorchrunExecutor:
             raise worker.read_failure(self.store)[1] from error
 
     def close(self) -> None:
-        """Let the other ranks go."""
+        """End the other ranks."""
         from torch.distributed import DistError
 
         self.store.set(f"job/{self.jobs}", "null")
         if self.session:
             self.session.close()
-        with suppress(DistError):  # this process may be the store's host: the others must have read it
+        with suppress(DistError):  # this process may host the store: wait until the others have read it
             self.store.wait([f"left/{rank}" for rank in range(1, rank_info().size)], timedelta(seconds=FAREWELL))
 
 
 def record_job_failure(action: str, config: dict[str, Any], arguments: dict[str, Any]) -> AbstractContextManager[None]:
-    """What keeps a record of a job that fails, where a failure is the end of this process."""
+    """Return a context manager that records a failed job, for a process that ends at a failure."""
     if action == "run":
         return record_failure(config, Path(arguments["output_dir"]))
     if action == "batches":
@@ -101,7 +101,7 @@ def record_job_failure(action: str, config: dict[str, Any], arguments: dict[str,
 
 
 def delay_exit(*_: Any) -> None:
-    """When torchrun ends what is left after a failure, rank 0 gets some time to write down what it was."""
+    """Delay the exit on SIGTERM, so that rank 0 can record the failure when torchrun ends the other ranks."""
     end = threading.Timer(GRACE, os._exit, [128 + signal.SIGTERM])
     end.daemon = True
     end.start()
@@ -111,13 +111,13 @@ class RemoteRunner:
     """A model on ranks that were started for it, with the methods of a `Runner`. Call it from the main thread."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        """Raises what `Runner` raises."""
+        """Start the ranks and load the model. Raises what `Runner` raises."""
         self.config = config
         self.ranks = RanksExecutor()
         self.ranks.run_job("build", config, {})
 
     def generate(self, **sampling: Any) -> list[Picture]:
-        """As `Runner.generate`. After an error the next call starts new ranks."""
+        """Draw as `Runner.generate` does. After an error the next call starts new ranks."""
         import numpy as np
 
         from hydrarun.outputs.writer import Picture
@@ -131,12 +131,12 @@ class RemoteRunner:
         return [Picture(pixels=drawn, **item) for drawn, item in zip(pixels, items, strict=True)]
 
     def close(self) -> None:
-        """Let the ranks go, and their memory."""
+        """End the ranks and free their memory."""
         self.ranks.close()
 
 
 def _format_paths(images: Any) -> Any:
-    """Paths as text, one or many."""
+    """Convert one path or several to strings."""
     return [str(image) for image in images] if isinstance(images, (list, tuple)) else str(images)
 
 
@@ -144,9 +144,9 @@ _kept: LocalExecutor | RanksExecutor | TorchrunExecutor | None = None
 
 
 def run_configuration(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
-    """Draw what `config` (checked) asks for into `output_dir`, here or on ranks; what is loaded stays for the next run.
+    """Run `config` (checked) here or on ranks and write into `output_dir`. The model stays loaded for the next run.
 
-    Returns run.json. Raises UsageError and RunError. Whoever calls this calls `close` in the end.
+    Returns the content of run.json. Raises UsageError and RunError. Call `close_executor` in the end.
     """
     config = fit_plan(config)
     check_rank_count(config["parallel"])
@@ -158,18 +158,18 @@ def run_configuration(config: dict[str, Any], output_dir: Path) -> dict[str, Any
 
 
 def find_executor(config: dict[str, Any]) -> LocalExecutor | RanksExecutor | TorchrunExecutor:
-    """What runs `config`: what ran the last one, if that will do."""
+    """Return the executor of `config`: the last run's, if it is of the right kind."""
     global _kept
     kind = LocalExecutor if world_size(config["parallel"]) == 1 else TorchrunExecutor if is_rank() else RanksExecutor
     if not isinstance(_kept, kind):
         if _kept:
-            close_executor()  # its memory may be needed here
+            close_executor()  # its memory may be needed for this run
         _kept = kind()
     return _kept
 
 
 def fit_plan(config: dict[str, Any]) -> dict[str, Any]:
-    """With `plan=auto` the configuration that fits, which is said; else the same."""
+    """Return the configuration that fits if `plan=auto`, and print the choice; else return `config`."""
     if not config["plan"]["auto"]:
         return config
     from hydrarun.engine.plan import planner
@@ -178,21 +178,21 @@ def fit_plan(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def close_executor() -> None:
-    """Let the ranks of `run` go, and those that torchrun started, whether there was a run or not."""
+    """End the ranks of `run_configuration`, and torchrun's ranks, even if nothing was run."""
     global _kept
     kept, _kept = _kept, None
-    if record_job_failure is None and is_rank() and rank_info().size > 1:
+    if kept is None and is_rank() and rank_info().size > 1:
         kept = TorchrunExecutor()
     if kept:
         kept.close()
 
 
 def load_runner(config: dict[str, Any]) -> Runner | RemoteRunner:
-    """A loaded model: in this process, as this rank of torchrun's, or on ranks started for it."""
+    """Load a model: in this process, as this rank of torchrun's, or on ranks started for it."""
     if config["warmup"]:
-        raise UsageError("warmup: for what the command times; from Python the first call of generate() is one")
+        raise UsageError("warmup: only for the command; from Python, the first call of generate() is the warm-up")
     if batches.is_batch_run(config):
-        raise UsageError("input.prompts, batch_size: for the command; from Python call generate(prompt=…) for each")
+        raise UsageError("input.prompts, batch_size: only for the command; from Python, call generate(prompt=…)")
     config = fit_plan(config)
     check_rank_count(config["parallel"])
     if world_size(config["parallel"]) > 1 and not is_rank():
@@ -204,12 +204,12 @@ def load_runner(config: dict[str, Any]) -> Runner | RemoteRunner:
     from torch.distributed import is_initialized
 
     if is_initialized():
-        raise UsageError("load: this process has a process group already; under torchrun load one model with ranks")
+        raise UsageError("load: this process has a process group already; under torchrun, load one model only")
     return worker.RankSession(worker.open_torchrun_store()).build(config, quiet=True)
 
 
 def check_rank_count(degrees: Degrees) -> None:
-    """Raises UsageError if torchrun started another number of ranks than the degrees ask for."""
+    """Raise UsageError if torchrun started another number of ranks than the degrees ask for."""
     if not is_rank():
         return
     here, wanted = rank_info(), world_size(degrees)
@@ -224,7 +224,7 @@ def check_rank_count(degrees: Degrees) -> None:
 
 
 def format_layout(degrees: Degrees) -> str:
-    """`data 1 x cfg 2 x … = 2 ranks`."""
+    """Format the degrees: `data 1 x cfg 2 x … = 2 ranks`."""
     text = (
         " x ".join(f"{name} {degrees[f'{name}_degree']}" for name in DIMENSIONS)
         + f" = {format_ranks(count_worker_ranks(degrees))}"
@@ -236,12 +236,12 @@ def format_layout(degrees: Degrees) -> str:
 
 
 def format_ranks(count: int) -> str:
-    """`1 rank`, `2 ranks`…"""
+    """Format a number of ranks: `1 rank`, `2 ranks`…"""
     return f"{count} rank{'' if count == 1 else 's'}"
 
 
 def suggest_degree(degrees: Degrees, count: int) -> str:
-    """`, or parallel.ulysses_degree=2`: one degree that would make it that many ranks; "" if there is none."""
+    """Return `, or parallel.ulysses_degree=2`: a change of one degree that gives `count` ranks; "" if none does."""
     for key in sorted(degrees, key=lambda key: (-degrees[key], key != "ulysses_degree")):
         for value in range(1, count + 1):
             changed = {**degrees, key: value}

@@ -1,7 +1,7 @@
-"""The driver's side of several ranks: starts them, hands them jobs, says which of them failed and why.
+"""The driver's side of several ranks: starts them, sends them jobs, reports which one failed and why.
 
-Jobs and results travel as JSON through a store that listens on the loopback interface alone. torch's `elastic_launch`
-would start the ranks too, but its rendezvous listens on every interface.
+Jobs and results are sent as JSON through a store that listens only on the loopback interface. torch's `elastic_launch`
+could start the ranks too, but its rendezvous listens on every interface.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 #: the module that a rank runs
 WORKER = "hydrarun.engine.ranks.worker"
 
-#: seconds that ranks get to end by themselves: after a failure (rank 0 writes run.json), and after their last job
+#: seconds for ranks to end by themselves: after a failure (rank 0 writes run.json), and after their last job
 GRACE = 3.0
 FAREWELL = 10.0
 
@@ -39,12 +39,12 @@ LOG_LINES = 20
 
 
 class RankGroup:
-    """Ranks on this machine. They die with the thread that started them, so it should be the main one."""
+    """Ranks on this machine. They die with the thread that started them, so start them from the main thread."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.jobs = 0
-        # what each rank prints; without a name, so nothing is ever left behind
+        # output of each rank; unnamed files, so nothing is left behind
         self.logs = [tempfile.TemporaryFile() for _ in range(size)]  # noqa: SIM115
         listener = socket.create_server(("127.0.0.1", 0), backlog=size)
         port = listener.getsockname()[1]
@@ -74,9 +74,9 @@ class RankGroup:
         )
 
     def run_job(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
-        """Have all ranks do a job; returns rank 0's result. After any exception the group is of no more use.
+        """Run a job on all ranks and return rank 0's result. After any exception the group cannot be used.
 
-        Raises UsageError and RunError as a rank raised them; RunError for a rank that failed otherwise, or died.
+        Raises a rank's own UsageError or RunError; RunError for a rank that failed otherwise, or died.
         """
         number = self.jobs
         self.jobs += 1
@@ -92,23 +92,23 @@ class RankGroup:
         return json.loads(self.store.get(f"result/{number}"))
 
     def _ended(self) -> dict[int, int]:
-        """Exit codes of the ranks that are no more."""
+        """Return the exit codes of the ranks that have ended."""
         codes = {rank: process.poll() for rank, process in enumerate(self.processes)}
         return {rank: code for rank, code in codes.items() if code is not None}
 
     def _wait(self, ranks: int, seconds: float) -> None:
-        """Give the first `ranks` ranks so long to end."""
+        """Wait up to `seconds` for the first `ranks` ranks to end."""
         deadline = time.monotonic() + seconds
         while any(process.poll() is None for process in self.processes[:ranks]) and time.monotonic() < deadline:
             time.sleep(POLL)
 
     def _failure(self) -> Exception:
-        """What failed first. A rank that was killed could not say so; the others then speak of a lost connection."""
+        """Return the first failure. A killed rank reports none, and the others then report a lost connection."""
         self._wait(self.size, GRACE)
         ended = self._ended()
         said = worker.read_failure(self.store)[1] if self.store.check(["failure"]) else None
         for rank, code in ended.items():
-            # an abort is what NCCL and gloo may do when another rank is gone
+            # NCCL and gloo may abort when another rank has ended
             if code < 0 and (said is None or code != -signal.SIGABRT):
                 return RunError(f"rank {rank} was killed (signal {-code}){self._last_lines(rank)}")
         if said:
@@ -117,13 +117,13 @@ class RankGroup:
         return RunError(f"rank {rank} ended with exit code {code}{self._last_lines(rank)}")
 
     def _last_lines(self, rank: int) -> str:
-        """The end of what a rank that is no more has printed."""
+        """Return the last lines that a rank printed before it ended."""
         self.logs[rank].seek(0)
         lines = self.logs[rank].read().decode(errors="replace").splitlines()[-LOG_LINES:]
         return "".join(f"\n  {line}" for line in lines)
 
     def _interrupt(self) -> None:
-        """Ctrl-C: rank 0 may write in run.json that the run broke off."""
+        """Handle Ctrl-C: let rank 0 record the interruption in run.json, then end all ranks."""
         with suppress(ProcessLookupError):
             self.processes[0].send_signal(signal.SIGINT)
         try:
@@ -132,7 +132,7 @@ class RankGroup:
             self.kill()
 
     def kill(self) -> None:
-        """End the ranks at once, with whatever they started."""
+        """End the ranks at once, with their child processes."""
         for process in self.processes:
             with suppress(ProcessLookupError):
                 if process.poll() is None:
@@ -140,7 +140,7 @@ class RankGroup:
             process.wait()
 
     def close(self) -> None:
-        """Let the ranks go when they are done."""
+        """End the ranks after their last job."""
         try:
             self.store.set(f"job/{self.jobs}", "null")
             self._wait(self.size, FAREWELL)
@@ -156,19 +156,19 @@ def _make_store(listener: socket.socket, port: int) -> Store:
 
 
 def _list_module_paths() -> list[str]:
-    """Where modules are found here, for another process."""
+    """Return this process's module search path, for another process."""
     return [entry or os.getcwd() for entry in sys.path]
 
 
 class RanksExecutor:
-    """A group that stays up from job to job; another one where the build differs, or after a failure."""
+    """Keeps a group from job to job. Starts another one if the build differs, or after a failure."""
 
     def __init__(self) -> None:
         self.group: RankGroup | None = None
         self.key = ""
 
     def run_job(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
-        """A job for all ranks that `config` asks for; returns rank 0's result. Raises as `Group.do`."""
+        """Run a job on all ranks that `config` asks for and return rank 0's result. Raises as `RankGroup.run_job`."""
         key = worker.build_key(config)
         if key != self.key:
             self.close()
@@ -182,7 +182,7 @@ class RanksExecutor:
             raise
 
     def close(self) -> None:
-        """Let the ranks go."""
+        """End the ranks."""
         group, self.group = self.group, None
         if group:
             group.close()

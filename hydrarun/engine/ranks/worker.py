@@ -1,7 +1,7 @@
-"""The rank's side: build once, then do jobs in order until there are none. Knows nothing of Hydra.
+"""The rank's side: builds once, then runs jobs in order until there are none. Does not use Hydra.
 
-Driver and ranks share a store of texts: `job/0`, `job/1`… are jobs as JSON (`null`: no more), `result/0`… what rank 0
-says of them, `failure` is the first failure of all ranks.
+Driver and ranks share a key-value store: `job/0`, `job/1`… are jobs as JSON (`null`: no more jobs), `result/0`… are
+rank 0's results, `failure` is the first failure of all ranks.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from hydrarun.core.progress import Progress
     from hydrarun.engine.runner import Runner
 
-#: how long a rank waits for the others in a collective: one of them may be reading weights, or compiling
+#: timeout of a collective: another rank may be reading weights, or compiling
 COLLECTIVE = timedelta(hours=1)
 
-#: how long a rank waits for its next job
+#: timeout of the wait for the next job
 IDLE = timedelta(days=365)
 
-#: how long a rank looks for the store of a driver on its own machine
+#: timeout of connecting to the store of a driver on the same machine
 CONNECT = timedelta(minutes=2)
 
-#: what a runner is built from; jobs that agree in these share one
+#: config sections that a runner is built from; jobs with equal ones share a runner
 BUILT_FROM = (
     "model",
     "scheduler",
@@ -58,22 +58,22 @@ PR_SET_PDEATHSIG = 1
 
 
 def build_key(config: dict[str, Any]) -> str:
-    """Equal for configurations that one runner serves."""
+    """Return a key that is equal for configurations that can share a runner."""
     return json.dumps([config[name] for name in BUILT_FROM], sort_keys=True)
 
 
 def make_runner(config: dict[str, Any], progress: Progress, device: str | None) -> Runner:
-    """The runner of this rank; `device`: its own among those that `config` asks for."""
+    """Build the runner of this rank. `device`: this rank's own, where `config` names one for all ranks."""
     from hydrarun.engine.runner import Runner
 
     return Runner(config, progress, device)
 
 
 class RankSession:
-    """A process's runner, and its group with other ranks: built for a first job, kept while jobs are built alike."""
+    """A process's runner and process group: built for the first job, kept while jobs have equal build settings."""
 
     def __init__(self, store: Store | None) -> None:
-        """`store`: what the ranks share; None for a process that is alone."""
+        """`store`: the ranks' shared store; None for a single process."""
         self.store = store
         self.place = rank_info()
         self.runner: Runner | None = None
@@ -86,7 +86,7 @@ class RankSession:
             torch.set_num_threads(threads_per_rank(self.place.local_size))
 
     def run_job(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
-        """Do a job; on rank 0 returns its result, which JSON can hold."""
+        """Run a job. On rank 0, return its result as JSON data."""
         runner = self.build(config, quiet=action not in ("run", "batches"))
         if action == "run":
             from hydrarun.engine.runs.single import follow_single, run_single
@@ -105,7 +105,7 @@ class RankSession:
         return None
 
     def build(self, config: dict[str, Any], quiet: bool) -> Runner:
-        """A runner for `config`: the one that is there, or a new one; unless `quiet`, rank 0 shows its progress.
+        """Return the current runner if it fits `config`, else a new one. Rank 0 shows its progress unless `quiet`.
 
         Raises UsageError and RunError.
         """
@@ -148,7 +148,7 @@ class RankSession:
         )
 
     def close(self) -> None:
-        """Let go of the runner and the process group, once every rank is done with its jobs."""
+        """Free the runner and the process group. Call it when every rank has finished its jobs."""
         if not self.runner:
             return
         import torch
@@ -162,12 +162,12 @@ class RankSession:
 
 
 def choose_rank_device(name: str, place: RankInfo) -> str:
-    """What this rank computes on: `cpu`, or the CUDA device of its local rank. Raises UsageError."""
+    """Return this rank's device: `cpu`, or the CUDA device of its local rank. Raises UsageError."""
     import torch
 
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return "cpu"
-    if name not in ("auto", "cuda", "cuda:0"):  # cuda:0 is what a record of rank 0 says
+    if name not in ("auto", "cuda", "cuda:0"):  # rank 0 records cuda:0 in run.json
         raise UsageError(f"device={name}: each of {place.size} ranks has a device of its own; use device=cuda")
     count = torch.cuda.device_count()
     if count < place.local_size:
@@ -179,7 +179,7 @@ def choose_rank_device(name: str, place: RankInfo) -> str:
 
 
 def save_arrays(drawn: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
-    """Save pictures as 0.npy, 1.npy… in `folder` and return what else there is to know of each."""
+    """Save pictures as 0.npy, 1.npy… in `folder` and return their other fields."""
     import numpy as np
 
     for index, picture in enumerate(drawn):
@@ -188,7 +188,7 @@ def save_arrays(drawn: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
 
 
 def publish_failure(store: Store, rank: int, error: BaseException) -> None:
-    """Put the first failure of all ranks into the store; what fails later is its consequence."""
+    """Put the first failure of all ranks into the store. Later failures are its consequences."""
     if store.add("failures", 1) > 1:
         return
     if isinstance(error, (UsageError, RunError)):
@@ -201,15 +201,15 @@ def publish_failure(store: Store, rank: int, error: BaseException) -> None:
 
 
 def read_failure(store: Store) -> tuple[int, UsageError | RunError]:
-    """The rank that failed first, and what it said."""
+    """Return the rank that failed first, and its error."""
     said = json.loads(store.get("failure"))
     return said["rank"], (UsageError if said["usage"] else RunError)(said["text"])
 
 
 def abort(store: Store, rank: int, error: BaseException, tell: bool) -> NoReturn:
-    """End this process after a failure; if it was the first and `tell`, print it.
+    """End this process after a failure. If `tell` is set and this rank failed first, print the error.
 
-    Without destructors: those of gloo and NCCL abort, or wait for ranks that are gone.
+    Skips destructors: those of gloo and NCCL abort, or wait for ranks that have ended.
     """
     code = 1
     try:
@@ -228,7 +228,7 @@ def abort(store: Store, rank: int, error: BaseException, tell: bool) -> NoReturn
 
 
 def serve_rank(store: Store, tell: bool) -> None:
-    """Do jobs until there are no more; at the first failure the process ends."""
+    """Run jobs until there are no more. The process ends at the first failure."""
     rank = rank_info().rank
     if rank > 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to clean up, and no waiting in a collective
@@ -248,7 +248,7 @@ def serve_rank(store: Store, tell: bool) -> None:
 
 
 def open_torchrun_store() -> Store:
-    """The store that torchrun's ranks share."""
+    """Open the store that torchrun's ranks share."""
     from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -257,8 +257,8 @@ def open_torchrun_store() -> Store:
 
 
 def main(argv: Sequence[str]) -> None:
-    """A rank that a driver on this machine started: `argv` is the port of its store, and classes to allow."""
-    if sys.platform == "linux":  # a driver that is killed takes its ranks along
+    """Run a rank that a driver on this machine started. `argv`: the port of its store, then classes to allow."""
+    if sys.platform == "linux":  # the rank is killed when its driver is
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     from torch.distributed import PrefixStore, TCPStore
 

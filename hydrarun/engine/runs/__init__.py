@@ -1,1 +1,1 @@
-"""One run, a batch of many, and how good their pictures are."""
+"""Executes single runs and batches, and measures their quality."""

@@ -1,6 +1,6 @@
-"""The driver's side of a run of batches: has the ranks draw what is missing, retries what failed, writes run.json.
+"""The driver's side of a run of batches: sends missing pictures to the ranks, retries failed ones, writes run.json.
 
-The ledger says which pictures are there. The same command continues from it, however the last one ended.
+The ledger records which pictures exist. The same command continues from it, however the last one ended.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from hydrarun.outputs.writer import current_timestamp, write_run
 
 LOCK_FILE = ".lock"
 
-#: pictures, videos and run.json under their temporary names
+#: temporary names of pictures, videos and run.json
 HALF_WRITTEN = (".[0-9][0-9][0-9][0-9]*-*.tmp", ".run.json.*.tmp")
 
-#: has this process, or the ranks, do a `BatchJob` (as JSON)
+#: runs a `BatchJob` (as JSON) in this process or on the ranks
 DoJob = Callable[[dict[str, Any]], Any]
 
 
 def run_batches(config: Config, folder: Path, do_job: DoJob) -> dict[str, Any]:
-    """Draw every picture that is not in `folder` yet; returns run.json.
+    """Draw every picture that is not in `folder` yet; return the content of run.json.
 
-    Raises RunError at the end if any picture could not be made. Stops at once, and raises the error of `do_job`, if
-    that fails before any batch is begun, or with a UsageError, which other batches may well raise too.
+    Raises RunError at the end if any picture failed. Stops at once and raises the error of `do_job` if it fails before
+    any batch starts, or with a UsageError, which other batches would probably raise too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder):
@@ -45,13 +45,16 @@ def run_batches(config: Config, folder: Path, do_job: DoJob) -> dict[str, Any]:
         record = write_run(folder, plan.summarize(created, None))
     plan.progress.table(record, folder)
     if record["status"] == "failed":
-        raise RunError(f"{record['error']['message']}\nThe same command again tries them: {folder}")
+        raise RunError(f"{record['error']['message']}\nRun the same command again to retry them: {folder}")
     return record
 
 
 @contextmanager
 def recording_failures(open_plan: Callable[[], BatchPlan], created: str) -> Iterator[None]:
-    """Write run.json if the block raises, Ctrl-C included, and any batch was begun. `open_plan` is called only then."""
+    """Write run.json if the block raises, Ctrl-C included, after any process was ready to draw.
+
+    `open_plan` is called only if the block raises.
+    """
     try:
         yield
     except BaseException as error:
@@ -62,10 +65,10 @@ def recording_failures(open_plan: Callable[[], BatchPlan], created: str) -> Iter
 
 
 class BatchPlan:
-    """The items and batches of a run, and its ledger: what is there, and what is left to draw."""
+    """The items and batches of a run, and its ledger: which pictures exist, and which are missing."""
 
     def __init__(self, config: Config, folder: Path, progress: Progress) -> None:
-        """Opens the ledger. Raises UsageError as `BatchLedger` does."""
+        """Open the ledger. Raises UsageError as `BatchLedger` does."""
         self.config = config
         self.folder = folder
         self.progress = progress
@@ -76,14 +79,14 @@ class BatchPlan:
         self.verified: dict[int, dict[str, Any]] = {}
 
     def find_done(self) -> dict[int, dict[str, Any]]:
-        """The records of the pictures that are there, by index. A file that was verified is not read again."""
+        """Return the records of existing pictures, by index. A file that was verified is not read again."""
         self.verified = self.ledger.find_done(self.file_names, self.verified)
         return self.verified
 
     def find_missing(self, numbers: Iterable[int]) -> list[PendingBatch]:
-        """Those of these batches that are not complete.
+        """Return the incomplete ones of these batches.
 
-        Batches that were begun before come last: if one of them ends the process, the others are there by then.
+        Batches that were started before come last: if one of them ends the process, the others are already done.
         """
         done, starts = self.find_done(), self.ledger.count_starts()
         order = sorted(numbers, key=lambda number: starts[self.batches[number][0].index])
@@ -94,7 +97,7 @@ class BatchPlan:
         return [batch for batch in pending if batch.missing]
 
     def draw_all(self, do_job: DoJob) -> None:
-        """Draw everything that is missing, and what failed as often again as `retry` says."""
+        """Draw all missing pictures, and retry failed ones up to `retry` times."""
         self.print_done()
         for attempt in range(self.config["retry"] + 1):
             pending = self.find_missing(range(len(self.batches)))
@@ -102,12 +105,12 @@ class BatchPlan:
                 return
             if attempt:
                 count = sum(len(batch.missing) for batch in pending)
-                self.progress.note(f"once more, {attempt} of {self.config['retry']}: {count} failed")
+                self.progress.note(f"retry {attempt} of {self.config['retry']}: {count} failed")
             if not self.draw_once(do_job, pending) and self.config["fail_fast"]:
                 return
 
     def draw_once(self, do_job: DoJob, pending: list[PendingBatch]) -> bool:
-        """Draw these batches, and continue behind one that fails. Returns whether no picture failed."""
+        """Draw these batches, and continue after one that fails. Returns whether no picture failed."""
         failures = len(self.ledger.select_rows("failed"))
         while pending:
             row_count = self.ledger.row_count
@@ -121,7 +124,7 @@ class BatchPlan:
                 if number is None:
                     raise
                 self.record_failure(number, error, row_count)
-                if isinstance(error, UsageError):  # the other batches may well fail alike
+                if isinstance(error, UsageError):  # the other batches would probably fail too
                     raise UsageError(f"{self.format_line(number)}{error}") from None
                 if self.config["fail_fast"]:
                     break
@@ -130,7 +133,7 @@ class BatchPlan:
         return len(self.ledger.select_rows("failed")) == failures
 
     def send_job(self, do_job: DoJob, pending: list[PendingBatch]) -> None:
-        """Have these batches drawn, then read what rank 0 has added to the ledger, also after a failure."""
+        """Send these batches to be drawn, then read the rows that rank 0 added to the ledger, also after a failure."""
         job = BatchJob(self.folder, pending, len(self.batches))
         try:
             do_job(job.to_json(self.config))
@@ -138,19 +141,19 @@ class BatchPlan:
             self.ledger.refresh()
 
     def find_last_begun(self, row_count: int) -> int | None:
-        """The number of the last batch begun since the ledger had `row_count` rows; None if there was none."""
+        """Return the number of the last batch started since the ledger had `row_count` rows; None if there was none."""
         drawing = self.ledger.select_rows("drawing", row_count)
         if not drawing:
             return None
         return next(number for number, items in enumerate(self.batches) if items[0].index == drawing[-1][0])
 
     def format_line(self, number: int) -> str:
-        """The start of a message about a batch: the line of its first item; empty without a file of prompts."""
+        """Return the start of a message about a batch: the line of its first item; empty without a file of prompts."""
         line = self.batches[number][0].line
         return f"line {line} of input.prompts: " if line else ""
 
     def record_failure(self, number: int, error: Exception, row_count: int) -> None:
-        """Record and print that a batch failed, unless a rank has done so since the ledger had `row_count` rows."""
+        """Record and print that a batch failed, unless a rank has recorded it since the ledger had `row_count` rows."""
         recorded = {index for row in self.ledger.select_rows("failed", row_count) for index in row["indices"]}
         missing = [index for batch in self.find_missing([number]) for index in batch.missing]
         if new := [index for index in missing if index not in recorded]:
@@ -160,22 +163,22 @@ class BatchPlan:
             self.progress.note(f"failed: {text}")
 
     def print_done(self) -> None:
-        """Say how many pictures are there, and which files must be drawn again."""
+        """Print how many pictures exist, and which files must be drawn again."""
         done = self.find_done()
         if broken := self.ledger.list_broken(self.file_names, done):
-            self.progress.note(f"drawn again, because the file is gone or not what was written: {', '.join(broken)}")
+            self.progress.note(f"drawn again, because the file is missing or changed: {', '.join(broken)}")
         if done:
             known = f"{len(done)} of {len(self.items)} are there and verified"
             self.progress.note(f"{known}, {len(self.items) - len(done)} to draw: {self.folder}")
 
     def summarize(self, created: str, stopped: BaseException | None) -> dict[str, Any]:
-        """What run.json says of the run so far; `stopped`: the error that ended it early."""
+        """Return the content of run.json so far. `stopped`: the error that ended the run early."""
         return self.ledger.summarize(self.items, self.find_done(), created, stopped)
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other processes from drawing into `folder` while the block runs. Raises UsageError if one does already."""
+    """Keep other processes from drawing into `folder` while the block runs. Raises UsageError if another one draws."""
     with (folder / LOCK_FILE).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,7 +188,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def remove_half_written(folder: Path) -> None:
-    """Remove the temporary files that a killed run left; the user's own files stay."""
+    """Remove the temporary files that a killed run left. The user's own files stay."""
     for pattern in HALF_WRITTEN:
         for path in folder.glob(pattern):
             if path.is_dir():

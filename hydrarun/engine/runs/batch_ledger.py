@@ -1,8 +1,8 @@
-"""The ledger of a run of batches: what happened to each picture, on disk as it happens, summed up in run.json.
+"""The ledger of a run of batches: records on disk what happens to each picture; run.json summarizes it.
 
-Rows of `ledger.jsonl`, each an object with one key: `begun` (a process is ready to draw: what it uses, what loading
-took), `drawing` (a batch is begun: the indices of its pictures), `done` (a picture's record, once its file is there),
-`failed` (indices, and the error), `drawn` (a whole batch: timings, memory, cache, quality).
+Each row of `ledger.jsonl` is an object with one key: `begun` (a process is ready to draw: its facts and loading times),
+`drawing` (a batch starts: the indices of its pictures), `done` (a picture's record, once its file is written), `failed`
+(indices, and the error), `drawn` (a whole batch: timings, memory, cache, quality).
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ LEDGER_FILE = "ledger.jsonl"
 
 
 class BatchLedger:
-    """The ledger of the run of `config` in `folder`, and what its rows say. The driver has it; rank 0 appends to it."""
+    """The ledger of the run of `config` in `folder`. The driver reads and writes it; rank 0 only appends to it."""
 
     def __init__(self, folder: Path, config: Config) -> None:
-        """Creates or reads the ledger. Raises UsageError if it is damaged, or that of another configuration."""
+        """Create or read the ledger. Raises UsageError if it is damaged, or of another configuration."""
         self.folder = folder
         self.config = config
-        # a run of other prompts may use the same folder: pictures that both runs ask for are drawn once
+        # a run of other prompts may use the same folder: pictures that both runs share are drawn once
         sampling, given = {**config["sampling"], "prompt": None}, {**config["input"], "prompts": None}
         digest = hash_config(to_recorded_config({**config, "sampling": sampling, "input": given}))
         self.ledger = Ledger(folder / LEDGER_FILE, {"format": FORMAT, "config": digest}, "pictures")
 
     @property
     def row_count(self) -> int:
-        """How many rows were read or added so far."""
+        """Number of rows read or added so far."""
         return len(self.ledger.rows)
 
     def refresh(self) -> None:
@@ -47,7 +47,7 @@ class BatchLedger:
         self.ledger.refresh()
 
     def select_rows(self, kind: str, start: int = 0) -> list[Any]:
-        """The contents of the rows of one kind, from row `start` on."""
+        """Return the contents of the rows of one kind, from row `start` on."""
         return [row[kind] for row in self.ledger.rows[start:] if kind in row]
 
     def add_row(self, kind: str, content: Any) -> None:
@@ -55,11 +55,11 @@ class BatchLedger:
         self.ledger.add({kind: content})
 
     def record_failure(self, indices: Sequence[int], error: BaseException) -> None:
-        """Append that these pictures could not be made."""
+        """Append a row that these pictures failed."""
         self.add_row("failed", describe_failure(indices, error))
 
     def name_files(self, items: Iterable[BatchItem]) -> dict[int, str]:
-        """The file name of each item, by index."""
+        """Return the file name of each item, by index."""
         recorded_configs: dict[str, Any] = {}
         names = {}
         for item in items:
@@ -74,7 +74,7 @@ class BatchLedger:
     def find_done(
         self, file_names: Mapping[int, str], verified: Mapping[int, dict[str, Any]]
     ) -> dict[int, dict[str, Any]]:
-        """The records of the pictures whose files are there, as they were written, by index.
+        """Return the records of the pictures whose files exist unchanged, by index.
 
         The files of `verified` records are not read again.
         """
@@ -83,11 +83,11 @@ class BatchLedger:
         return {i: record for i, record in found.items() if verified.get(i) == record or self.is_intact(record)}
 
     def count_starts(self) -> Counter[int]:
-        """How often each batch was begun, by the index of its first picture."""
+        """Count how often each batch was started, by the index of its first picture."""
         return Counter(indices[0] for indices in self.select_rows("drawing"))
 
     def is_intact(self, record: Mapping[str, Any]) -> bool:
-        """Whether a picture's file is there as it was written, and measured if the run measures."""
+        """Return whether a picture's file exists unchanged, and is measured if the run measures."""
         file = self.folder / record["path"]
         if "quality" not in record and set(PAIRED) & set(self.config["report"]["metrics"]):
             return False
@@ -99,12 +99,12 @@ class BatchLedger:
             return False
 
     def list_broken(self, file_names: Mapping[int, str], done: Mapping[int, Any]) -> list[str]:
-        """The files of this run that were written once, and are now gone or changed."""
+        """Return the files of this run that were written once, and are now missing or changed."""
         written = {record["path"] for record in self.select_rows("done")}
         return [name for index, name in file_names.items() if name in written and index not in done]
 
     def find_last_errors(self) -> dict[int, dict[str, str]]:
-        """The last error of each picture that had one, by index."""
+        """Return the last error of each picture that had one, by index."""
         return {index: row["error"] for row in self.select_rows("failed") for index in row["indices"]}
 
     def summarize(
@@ -114,7 +114,7 @@ class BatchLedger:
         created: str,
         stopped: BaseException | None,
     ) -> dict[str, Any]:
-        """What run.json says of the run so far; `stopped`: the error that ended it early."""
+        """Return the content of run.json so far. `stopped`: the error that ended the run early."""
         begun, drawn = self.select_rows("begun"), self.select_rows("drawn")
         number = {index: place for place, batch in enumerate(drawn) for index in batch["outputs"]}
         lines = {item.index: {"line": item.line} if item.line else {} for item in items}
@@ -152,25 +152,25 @@ class BatchLedger:
 
 
 def describe_failure(indices: Sequence[int], error: BaseException) -> dict[str, Any]:
-    """The content of a `failed` row."""
+    """Return the content of a `failed` row."""
     return {"indices": list(indices), "error": describe_error(error)}
 
 
 def count_failures(failed: Sequence[Mapping[str, Any]], count: int) -> dict[str, str]:
-    """The error in run.json of a run in which some pictures failed."""
+    """Return the error for run.json of a run in which some pictures failed."""
     first = next((one["error"]["message"] for one in failed if one["error"]), "not drawn")
     return {"type": "RunError", "message": f"{len(failed)} of {count} failed; the first: {first}"}
 
 
 def list_distinct_images(images: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each input image once."""
+    """Return each input image once."""
     return list({image["path"]: image for image in images}.values())
 
 
 def sum_results(
     begun: Sequence[Mapping[str, Any]], drawn: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The run's total timings, peak memory, cache savings and quality; empty before any batch is drawn."""
+    """Return the run's total timings, peak memory, cache savings and quality; empty before any batch is drawn."""
     if not drawn:
         return {}
     found: dict[str, Any] = {
@@ -184,7 +184,7 @@ def sum_results(
 
 
 def sum_timings(timings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Sums of seconds and bytes, all steps in order, and the bytes per second over everything that was read."""
+    """Sum seconds and bytes, join all steps in order, and compute bytes per second over all that was read."""
     keys = dict.fromkeys(key for one in timings for key in one)
     total: dict[str, Any] = {key: sum(one.get(key) or 0 for one in timings) for key in keys if key != "steps_s"}
     total["steps_s"] = [step for one in timings for step in one.get("steps_s", ())]
@@ -195,7 +195,7 @@ def sum_timings(timings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def merge_caches(caches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Sums of blocks. Of the seconds for a step, the median of the batches' medians."""
+    """Sum the blocks. Seconds of a step are the median of the batches' medians."""
     if len(caches) == 1:
         return dict(caches[0])
     blocks = {key: sum(one["blocks"][key] for one in caches) for key in ("run", "all")}
@@ -207,7 +207,7 @@ def merge_caches(caches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def merge_quality(blocks: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The quality of all pictures, with the keys of a run of one batch. `blocks`: the quality of each batch."""
+    """Return the quality of all pictures, with the keys of a run of one batch. `blocks`: that of each batch."""
     from hydrarun.outputs.quality.metrics import summarize_measures
 
     each = [output["quality"] for output in outputs if "quality" in output]

@@ -1,4 +1,4 @@
-"""One rank's side of a run of batches: draws what the driver sends. Rank 0 writes files, and rows of the ledger."""
+"""One rank's side of a run of batches: draws the batches that the driver sends. Rank 0 writes files and ledger rows."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from hydrarun.outputs.writer import OutputWriter, Picture
 from hydrarun.pipeline.stage import Stage
 from hydrarun.pipeline.state import State
 
-#: how many batches have their prompts encoded before a text encoder that is offloaded leaves the device
+#: number of batches whose prompts are encoded before an offloaded text encoder leaves the device
 ENCODED_AHEAD = 32
 
 
 class EncodedBatch(NamedTuple):
-    """A batch whose prompts are encoded; `config`: that of a run of this batch alone."""
+    """A batch with encoded prompts. `config`: that of a run of this batch alone."""
 
     batch: PendingBatch
     config: Config
@@ -40,12 +40,12 @@ class EncodedBatch(NamedTuple):
     #: this rank's share of `state`
     local_state: State
     timings: Timings
-    #: what encoding took
+    #: seconds that encoding took
     seconds: float
 
 
 def draw_batches(runner: Runner, config: Config, job: BatchJob) -> None:
-    """Draw the batches of `job`, which are of the run that `config` asks for.
+    """Draw the batches of `job`, a part of the run of `config`.
 
     A picture that cannot be written is recorded as failed, and the others are drawn. Any other error ends the job.
     """
@@ -62,7 +62,7 @@ def draw_batches(runner: Runner, config: Config, job: BatchJob) -> None:
 def encode_batch(
     runner: Runner, config: Config, batch: PendingBatch, writer: BatchWriter | None, warm_up: bool
 ) -> EncodedBatch:
-    """Encode a batch's prompts; the result waits in host memory. `warm_up`: whether the run warms up before it."""
+    """Encode a batch's prompts and keep the result in host memory. `warm_up`: whether to warm up before."""
     own_config = derive_batch_config(config, batch.items)
     timings = Timings(runner.built.parts.device)
     start = time.perf_counter()
@@ -79,7 +79,7 @@ def encode_batch(
 
 
 def draw_batch(runner: Runner, encoded: EncodedBatch, writer: BatchWriter | None) -> None:
-    """Run the stages behind the encoding; rank 0 writes the pictures, the others take part in measuring them."""
+    """Run the stages after the encoding. Rank 0 writes the pictures, the others take part in measuring them."""
     start = time.perf_counter() - encoded.seconds
     if writer:
         writer.record_start(encoded.batch)
@@ -98,23 +98,23 @@ def draw_batch(runner: Runner, encoded: EncodedBatch, writer: BatchWriter | None
 
 
 def select_encoding(stages: Sequence[Stage]) -> Sequence[Stage]:
-    """The first stages, up to the last one that computes with the text encoder."""
+    """Return the first stages, up to the last one that uses the text encoder."""
     last = max((place for place, stage in enumerate(stages) if "text_encoder" in stage.uses), default=-1)
     return stages[: last + 1]
 
 
 def move_state(state: State, device: torch.device) -> None:
-    """Move the tensors that stages have put into `state` to `device`."""
+    """Move the tensors that stages have set in `state` to `device`."""
     for name in State.stage_fields():
         value = getattr(state, name)
         setattr(state, name, tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, value))
 
 
 class BatchWriter:
-    """Rank 0's files, and its rows of the ledger. It appends rows without reading any: the driver has done that."""
+    """Writes rank 0's files and ledger rows. Appends rows without reading any: the driver reads the ledger."""
 
     def __init__(self, runner: Runner, job: BatchJob, fail_fast: bool) -> None:
-        """Records that this process is ready to draw: what it uses, and what loading took."""
+        """Record that this process is ready to draw, with its facts and loading times."""
         self.runner = runner
         self.job = job
         self.fail_fast = fail_fast
@@ -132,13 +132,13 @@ class BatchWriter:
         append_row(self.job.output_dir / LEDGER_FILE, self.last_row)
 
     def record_start(self, batch: PendingBatch) -> None:
-        """Record that a batch is begun: if the process ends without another row, this batch is what failed."""
+        """Record that a batch starts. If the process ends without another row, this batch failed."""
         indices = [item.index for item in batch.items]
         if self.last_row != {"drawing": indices}:
             self.add_row("drawing", indices)
 
     def format_title(self, batch: PendingBatch) -> str:
-        """The line that announces a batch."""
+        """Return the line that announces a batch."""
         pairs = [(item.sampling["prompt"][:60], item.sampling["seed"]) for item in batch.items[:3]]
         texts = ", ".join(f"{prompt!r} (seed {seed})" for prompt, seed in pairs)
         more = f" and {len(batch.items) - 3} more" if len(batch.items) > 3 else ""
@@ -168,7 +168,7 @@ class BatchWriter:
     def write_pictures(
         self, writer: OutputWriter, batch: PendingBatch, drawn: list[Picture], timings: Any
     ) -> Iterator[RunError]:
-        """Write each picture that is missing; yields the errors of those that cannot be written."""
+        """Write each missing picture; yield the errors of those that cannot be written."""
         for item, picture in zip(batch.items, drawn, strict=True):
             if item.index not in batch.missing:
                 writer.skip()

@@ -1,6 +1,6 @@
-"""Measures a run against its uncached, unquantized twin, and how far apart such runs are anyway: the noise floor.
+"""Measures a run against its reference run (uncached, unquantized), and the noise floor: how far such runs differ.
 
-What is drawn for it is drawn on every rank, in one order; rank 0 alone knows whether the twin is on disk.
+Every rank draws in the same order. Only rank 0 knows whether the reference run is on disk.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class ReferenceDraw(NamedTuple):
-    """What was drawn without a cache, and the keys of run.json that say how."""
+    """Pictures that were drawn without a cache, and their results by the keys of run.json."""
 
     name: str
     pictures: list[Picture]
@@ -39,18 +39,18 @@ class ReferenceDraw(NamedTuple):
 
 @dataclass
 class QualityReport:
-    """The twin's pixels, the prompts, and what is measured."""
+    """The reference run's pixels, the prompts, and the metrics to compute."""
 
     twin: list[np.ndarray]
     prompts: list[str]
     metrics: list[str]
 
     def each(self, drawn: Sequence[Picture]) -> list[dict[str, float]]:
-        """The measures of each pair."""
+        """Return the measures of each pair."""
         return [compare_outputs(ours.pixels, twin, self.metrics) for ours, twin in zip(drawn, self.twin, strict=True)]
 
     def block(self, drawn: Sequence[Picture], each: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-        """The measures of all together; `each`: those of each pair."""
+        """Return the measures of all pictures together. `each`: those of each pair."""
         block = summarize_measures(each, self.metrics)
         if "accuracy" in self.metrics:
             shares = {"outputs": [picture.pixels for picture in drawn], "twins": self.twin}
@@ -60,16 +60,16 @@ class QualityReport:
 
 
 class MeasuredQuality(NamedTuple):
-    """What run.json says of a run's quality, and of that of each of its outputs."""
+    """The quality of a run and of each of its outputs, as in run.json."""
 
     quality: dict[str, Any]
     seconds: float
-    #: {measure: number}; and by the entries of the noise floor the same
+    #: {measure: number} for each output; in `floor`, for each entry of the noise floor too
     each: list[dict[str, float]]
     floor: dict[str, list[dict[str, float]]]
 
     def of_output(self, index: int) -> dict[str, Any]:
-        """The keys of the record of one output."""
+        """Return the quality keys of the record of one output."""
         floor = {name: numbers[index] for name, numbers in self.floor.items() if numbers[index]}
         own = {"quality": self.each[index], "noise_floor": floor}
         return {key: numbers for key, numbers in own.items() if numbers}
@@ -83,9 +83,10 @@ def measure_quality(
     facts: Mapping[str, Any],
     results: dict[str, Any],
 ) -> MeasuredQuality:
-    """Compare what a run drew with its twin. `facts` and `results`: as `OutputWriter` has and takes them.
+    """Compare a run's pictures with its reference run. `facts` and `results`: as for `OutputWriter`.
 
-    On rank 0, while the others `follow_measuring`. Raises RunError for a twin that cannot be drawn or kept.
+    Rank 0 calls it while the others call `follow_measuring`. Raises RunError if the reference run cannot be drawn or
+    kept.
     """
     start = time.perf_counter()
     facts = {**facts, "quantization": NoQuantization.name}
@@ -99,7 +100,7 @@ def measure_quality(
         made = next(others)
         reference.save_reference(config, facts, made.pictures, made.results)
         twin, note = [picture.pixels for picture in made.pictures], "made, kept"
-    runner.progress.note(f"the uncached twin: {note} in {place}")
+    runner.progress.note(f"the reference run: {note} in {place}")
 
     yardstick = QualityReport(twin, [picture.prompt for picture in ours], config["report"]["metrics"])
     each = yardstick.each(ours)
@@ -114,7 +115,7 @@ def measure_quality(
 
 
 def follow_measuring(runner: Runner, config: dict[str, Any], given: list[InputImage]) -> None:
-    """Do this rank's part of what rank 0 draws to `measure`."""
+    """Draw this rank's part of the runs that rank 0 measures (`measure_quality`)."""
     for _ in draw_references(runner, config, given, False):
         pass
 
@@ -122,13 +123,13 @@ def follow_measuring(runner: Runner, config: dict[str, Any], given: list[InputIm
 def draw_references(
     runner: Runner, config: dict[str, Any], given: list[InputImage], twin: bool
 ) -> Iterator[ReferenceDraw]:
-    """The twin, if rank 0 needs it, then the noise floor; in the same order on every rank."""
+    """Draw the reference run if rank 0 needs it, then the noise floor, in the same order on every rank."""
     twin, others = broadcast_decision(runner, twin), make_backends(config)
     if not (twin or others):
         return
     with load_unquantized(runner, config) as plain:
         if twin:
-            runner.progress.note("drawing the uncached twin")
+            runner.progress.note("drawing the reference run")
             yield ReferenceDraw("twin", *plain.redraw(config, given, reference.make_no_cache_node()))
         for name, backend in others.items():
             runner.progress.note(f"drawing for the noise floor: {name}")
@@ -139,15 +140,15 @@ def draw_references(
 
 @contextmanager
 def load_unquantized(runner: Runner, config: dict[str, Any]) -> Iterator[Runner]:
-    """A runner with the weights as they are loaded: this one, or, while the block runs, a second one beside it.
+    """Yield a runner with unquantized weights: this one, or a second one that exists while the block runs.
 
-    Raises RunError where the device has no room for both.
+    Raises RunError if the device has no memory for both.
     """
     plain = reference.strip_accelerations(config)
     if plain["quantization"] == config["quantization"]:
         yield runner
         return
-    runner.progress.note("loading the weights once more, unquantized: the uncached twin has those")
+    runner.progress.note("loading the unquantized weights too, for the reference run")
     try:
         second = type(runner)(plain, runner.progress, str(runner.built.parts.device))
         try:
@@ -156,13 +157,13 @@ def load_unquantized(runner: Runner, config: dict[str, Any]) -> Iterator[Runner]
             second.close()
     except OutOfMemoryError:
         raise RunError(
-            "the unquantized weights do not fit beside the quantized ones: draw the twin first, by the same command"
-            " with quantization=none"
+            "the unquantized weights do not fit next to the quantized ones: draw the reference run first, with the same"
+            " command and quantization=none"
         ) from None
 
 
 def broadcast_decision(runner: Runner, mine: bool) -> bool:
-    """Rank 0's answer, on every rank; the others' is False."""
+    """Return rank 0's answer on every rank. The others pass False."""
     parts = runner.built.parts
     if parts.mesh is None:
         return mine
@@ -172,7 +173,7 @@ def broadcast_decision(runner: Runner, mine: bool) -> bool:
 
 @contextmanager
 def use_attention(runner: Runner, backend: AttentionBackend | None) -> Iterator[None]:
-    """The transformers with another attention while the block runs."""
+    """Use another attention in the transformers while the block runs. None keeps the runner's own."""
     transformers = list(runner.built.parts.experts)
     try:
         for transformer in transformers:

@@ -1,5 +1,5 @@
-"""The uncached twin of a run: the same with `cache=none` and `quantization=none`, kept on disk as an ordinary run that
-can be replayed."""
+"""The reference run of a run: the same with `cache=none` and `quantization=none`, kept on disk as an ordinary run
+that can be replayed."""
 
 from __future__ import annotations
 
@@ -27,33 +27,34 @@ if TYPE_CHECKING:
 
 
 def make_no_cache_node() -> dict[str, Any]:
-    """The node of `cache=none`."""
+    """Return the node of `cache=none`."""
     return read_options("cache")["none"]
 
 
 def strip_accelerations(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, but for what may change the pixels to save time or memory: cache and quantization."""
+    """Return `config` without accelerations that may change the pixels: cache and quantization."""
     return {**config, "cache": make_no_cache_node(), "quantization": read_options("quantization")["none"]}
 
 
 def make_reference_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The twin's: plain, measured by nothing, drawn once, and written without loss."""
+    """Return the reference run's config: no accelerations, no metrics, no warm-up, and a lossless output format."""
     output = {**config["output"], "format": [*kinds.find_model_kind(config["model"]).formats][-1], "metadata": True}
     return {**strip_accelerations(config), "report": asdict(Report()), "output": output, "warmup": 0}
 
 
 def find_reference_dir(config: Mapping[str, Any]) -> Path:
-    """Where the twin of `config` is kept, absolute."""
+    """Return the absolute folder of the reference run of `config`."""
     return Path(config["report"]["twins"]).expanduser().resolve() / hash_config(
         to_recorded_config(make_reference_config(config))
     )
 
 
 def read_reference(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[np.ndarray] | None:
-    """The kept twin of `config`: the array (`hydrarun.outputs.media.kinds`) of each output, in order.
+    """Read the reference run of `config`: the array (`hydrarun.outputs.media.kinds`) of each output, in order.
 
-    None where there is none, or not the one that would be drawn now: not complete, another configuration, pixels other
-    than recorded, or made with others of the `facts` (`OutputWriter.facts`) about weights, versions, hardware, inputs….
+    Returns None if there is none, or if it differs from the run that would be drawn now: incomplete, another
+    configuration, pixels other than recorded, or other `facts` (`OutputWriter.facts`) about weights, versions,
+    hardware, inputs….
     """
     file = find_reference_dir(config) / "run.json"
     wanted = (
@@ -70,7 +71,7 @@ def read_reference(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[
         ) != wanted:
             return None
         pictures = reader.load_recorded_run(file).pictures
-    except (OSError, ValueError, LookupError, TypeError, UsageError):  # not as `keep` left it
+    except (OSError, ValueError, LookupError, TypeError, UsageError):  # not as `save_reference` wrote it
         return None
     pixels = [picture.pixels for picture in pictures if picture.pixels is not None]
     return pixels if len(pixels) == len(pictures) else None
@@ -79,9 +80,9 @@ def read_reference(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[
 def save_reference(
     config: Mapping[str, Any], facts: dict[str, Any], pictures: Sequence[Picture], results: dict[str, Any]
 ) -> None:
-    """Write the twin of `config` in the place of an older one. `results`: as `OutputWriter.finish` takes them.
+    """Write the reference run of `config`, replacing an older one. `results`: as for `OutputWriter.finish`.
 
-    Raises RunError for pixels that cannot be a picture, and for a folder that cannot be written.
+    Raises RunError for pixels that are not a valid picture, and for a folder that cannot be written.
     """
     place = find_reference_dir(config)
     try:
@@ -94,19 +95,19 @@ def save_reference(
             writer.finish(results)
             _replace_folder(new, place, Path(temporary, "old"))
     except RunError as error:
-        raise RunError(f"the uncached twin: {error}") from None
+        raise RunError(f"the reference run: {error}") from None
     except OSError as error:
         raise RunError(
-            f"the uncached twin cannot be kept in {place}: {error.strerror}; choose another folder: report.twins=…"
+            f"the reference run cannot be kept in {place}: {error.strerror}; choose another folder: report.twins=…"
         ) from None
 
 
 def _replace_folder(new: Path, place: Path, old: Path) -> None:
-    """Move `new` to `place`, and what was there to `old`."""
+    """Move `new` to `place`, and a folder that is already there to `old`."""
     with suppress(FileNotFoundError):
         os.replace(place, old)
     try:
         os.replace(new, place)
     except OSError:
-        if not (place / "run.json").exists():  # if it does, another run has just kept the same twin
+        if not (place / "run.json").exists():  # else another run has just kept the same reference run
             raise

@@ -1,4 +1,4 @@
-"""One run: what its configuration asks for, drawn together, with its files and run.json."""
+"""A single run: draws its configuration as one batch, and writes its files and run.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hydrarun.outputs.writer import OutputWriter, Picture
 
 
 def run_single(runner: Runner, config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
-    """Draw what `config` asks for with the loaded model, write it into `output_dir` and return what run.json says."""
+    """Draw `config` with the loaded model, write into `output_dir` and return the content of run.json."""
     start = time.perf_counter()
     timings = Timings(runner.built.parts.device)
     given = runner.read_images(config)
@@ -32,7 +32,7 @@ def run_single(runner: Runner, config: dict[str, Any], output_dir: Path) -> dict
             results = add_quality(results, measured)
             for index, record in enumerate(writer.outputs):
                 record.update(measured.of_output(index))
-    except BaseException as error:  # Ctrl-C and a full disk too: what was made stays, and run.json says so
+    except BaseException as error:  # Ctrl-C and a full disk too: keep what was written, and record it in run.json
         writer.fail(error, results or runner.collect_results(timings, start))
         raise
     record = writer.finish(results)
@@ -41,7 +41,7 @@ def run_single(runner: Runner, config: dict[str, Any], output_dir: Path) -> dict
 
 
 def follow_single(runner: Runner, config: dict[str, Any]) -> None:
-    """Do this rank's part of a run that rank 0 writes."""
+    """Run this rank's part of a run that rank 0 writes."""
     given = runner.read_images(config)
     timings = Timings(runner.built.parts.device)
     runner.warm_up(config, given, timings)
@@ -51,7 +51,7 @@ def follow_single(runner: Runner, config: dict[str, Any]) -> None:
 
 
 def save_pictures(runner: Runner, drawn: list[Picture], writer: OutputWriter, timings: dict[str, Any]) -> None:
-    """Write every picture that can be; then raise for the first that could not."""
+    """Write every picture that can be written, then raise the first error."""
     refused: list[RunError] = []
     with runner.progress.phase("saving", total=len(drawn)) as advance:
         for picture in drawn:
@@ -65,11 +65,11 @@ def save_pictures(runner: Runner, drawn: list[Picture], writer: OutputWriter, ti
 
 
 def add_quality(results: dict[str, Any], measured: MeasuredQuality) -> dict[str, Any]:
-    """`results` with what was measured beside."""
+    """Return `results` with the measured quality."""
     timings = {**results["timings"], "quality_s": measured.seconds}
     return {**results, "timings": timings, "quality": measured.quality}
 
 
 def describe_image(image: InputImage) -> dict[str, Any]:
-    """What run.json says about an input image."""
+    """Return what run.json records about an input image."""
     return {"path": str(image.path), "sha256": image.sha256, "width": image.image.width, "height": image.image.height}

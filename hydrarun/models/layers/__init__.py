@@ -1,1 +1,1 @@
-"""Layers that know how they are spread over devices, so that blocks do not have to."""
+"""Layers that handle their own sharding across devices, so that blocks do not have to."""

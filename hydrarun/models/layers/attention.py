@@ -1,7 +1,7 @@
-"""Attention: the only layers through which tokens see each other.
+"""Attention: the only layers in which tokens interact.
 
-Blocks hand over queries, keys and values; these layers compute with the chosen backend. `[B, S, H, D]` everywhere:
-batch, tokens, heads, channels of a head.
+Blocks pass queries, keys and values; these layers compute with the selected backend. Shapes are `[B, S, H, D]`: batch,
+tokens, heads, channels per head.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from hydrarun.models.layers.attention_backends import SDPA
 
 QKV = tuple[Tensor, Tensor, Tensor]
-#: keys and values `[1, P, H, D]` of tokens that attended before, of the heads that this rank attends with
+#: keys and values `[1, P, H, D]` of earlier tokens, for the heads that this rank computes
 Prefix = tuple[Tensor, Tensor]
 
 
 class AttentionBackend(Protocol):
-    """Computes attention. `mask` `[B, K]` bool says which keys are real; None: all are."""
+    """Computes attention. `mask` `[B, K]` bool is True for real keys; None: all are real."""
 
     name: str
 
@@ -28,7 +28,7 @@ class AttentionBackend(Protocol):
 
 
 class AttentionLayer(nn.Module):
-    """What all attention layers have: the backend."""
+    """Base class of the attention layers; holds the backend."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,9 +36,9 @@ class AttentionLayer(nn.Module):
 
 
 class Attention(AttentionLayer):
-    """Joint attention over one or more streams of tokens: each token attends to those of every stream.
+    """Joint attention over one or more streams of tokens: each token attends to the tokens of every stream.
 
-    `sequence`, where the tokens are spread over ranks, takes the place of the plain computation
+    If tokens are sharded across ranks, `sequence` replaces the plain computation
     (`hydrarun.acceleration.parallel.sequence`).
     """
 
@@ -52,12 +52,11 @@ class Attention(AttentionLayer):
         masks: Mapping[str, Tensor | None] | None = None,
         prefix: Prefix | None = None,
     ) -> list[Tensor]:
-        """(query, key, value) of each stream, each `[B, S, H, D]`, to each stream's output `[B, S, H * D]`.
+        """Map each stream's (query, key, value), `[B, S, H, D]` each, to its output `[B, S, H * D]`.
 
-        Keys and values may have fewer heads, which groups of the queries' heads then share.
-        Streams go by the names of their fields in `Tokens`. A stream's mask `[B, S]`, over all of its tokens wherever
-        they are, is True where a token is real; None, or no mask: all of them are. All attend to a `prefix` too, which
-        `keep` made.
+        Keys and values may have fewer heads, each shared by a group of query heads. Streams are named by their fields
+        in `Tokens`. A stream's mask `[B, S]` is True for real tokens and covers its tokens on all ranks; None, or no
+        mask: all tokens are real. All tokens also attend to the `prefix`, which `keep` returned.
         """
         masks = masks or {}
         streams = {name: repeat_kv_heads(*stream) for name, stream in streams.items()}
@@ -70,20 +69,20 @@ class Attention(AttentionLayer):
         return list(output.flatten(2).split([stream[0].shape[1] for stream in streams.values()], dim=1))
 
     def keep(self, stream: str, key: Tensor, value: Tensor) -> Prefix:
-        """Keys and values `[1, S, H, D]` of a stream's tokens as a prefix of later calls."""
+        """Return a stream's keys and values `[1, S, H, D]` as a prefix for later calls."""
         return (key, value) if self.sequence is None else self.sequence.keep(stream, key, value)
 
 
 class CrossAttention(AttentionLayer):
-    """Latent tokens attend to a context that every rank holds whole; the context does not attend."""
+    """Latent tokens attend to a context that is replicated on every rank; the context does not attend."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """`[B, S, H, D]`, twice `[B, T, H, D]` to `[B, S, H * D]`."""
+        """Map queries `[B, S, H, D]`, keys and values `[B, T, H, D]` to `[B, S, H * D]`."""
         return self.backend(*repeat_kv_heads(query, key, value), None).flatten(2)
 
 
 def repeat_kv_heads(query: Tensor, key: Tensor, value: Tensor) -> QKV:
-    """Keys and values for every head of the queries: where heads share them in groups, each group's again and again."""
+    """Repeat each key and value head for every query head in its group."""
     groups = query.shape[2] // key.shape[2]
     if groups == 1:
         return query, key, value
@@ -93,7 +92,7 @@ def repeat_kv_heads(query: Tensor, key: Tensor, value: Tensor) -> QKV:
 def prepend_prefix(
     prefix: Prefix | None, key: Tensor, value: Tensor, lengths: Mapping[str, int]
 ) -> tuple[Tensor, Tensor, Mapping[str, int]]:
-    """Keys and values `[B, S, H, D]`, and the lengths of their streams, behind those of a prefix, if there is one."""
+    """Prepend the prefix, if any, to keys and values `[B, S, H, D]` and to the lengths of their streams."""
     if prefix is None:
         return key, value, lengths
     before = [kept.expand(len(key), -1, -1, -1) for kept in prefix]
@@ -102,7 +101,7 @@ def prepend_prefix(
 
 
 def join_masks(masks: Mapping[str, Tensor | None], lengths: Mapping[str, int]) -> Tensor | None:
-    """One mask `[B, S]` over the keys of all streams of these lengths, or None when nothing is masked."""
+    """Join the masks into one `[B, S]` over the keys of all streams, or return None if nothing is masked."""
     given = [mask for mask in masks.values() if mask is not None]
     if not given:
         return None

@@ -1,7 +1,8 @@
-"""Attention backends: who multiplies. Each is an option of the `attention` group.
+"""Attention backends, the options of the `attention` group.
 
-A backend is made before weights are loaded and refuses there what this machine cannot do, with the command that brings
-it. Tensors are `[B, S, H, D]`; `mask` `[B, K]` bool is True for real keys.
+Backends are created before weights are loaded. The constructor raises `UsageError` if this machine cannot run the
+backend; the message includes the command that installs it. Tensors are `[B, S, H, D]`; `mask` `[B, K]` bool is True for
+real keys.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from hydrarun.core.errors import UsageError
 
 
 class SDPA:
-    """torch's `scaled_dot_product_attention`, which picks its own kernel."""
+    """torch's `scaled_dot_product_attention`, which selects its own kernel."""
 
     name = "sdpa"
 
@@ -28,7 +29,7 @@ class SDPA:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=wide).transpose(1, 2)
 
     def with_log_sum(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The same without a mask, and the logarithm of the sum of each query's weights, `[B, S, H]`."""
+        """Compute attention without a mask; also return the log-sum-exp of each query's scores, `[B, S, H]`."""
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         kernels = torch.ops.aten
         if query.device.type == "cpu":
@@ -75,7 +76,7 @@ class FlexAttention:
         return self.flex_attention(query, key, value, block_mask=block_mask).transpose(1, 2)
 
     def block_mask(self, mask: Tensor, queries: int) -> Any:
-        """The mask in the form that flex_attention takes."""
+        """Convert the mask to flex_attention's block mask."""
 
         def real(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return mask[batch, key]
@@ -84,10 +85,10 @@ class FlexAttention:
 
 
 class FlashAttention:
-    """flash-attention 4, 3 or 2 (https://arxiv.org/abs/2205.14135), the newest that is installed."""
+    """flash-attention 4, 3 or 2 (https://arxiv.org/abs/2205.14135), the newest version installed."""
 
     name = "flash"
-    #: module, function, what it is called
+    #: module, function, name of the backend
     versions = (
         ("flash_attn.cute", "flash_attn_func", "flash_attn4"),
         ("flash_attn_interface", "flash_attn_func", "flash_attn3"),
@@ -113,7 +114,7 @@ class FlashAttention:
 
 
 class SageAttention:
-    """SageAttention (https://arxiv.org/abs/2411.10958): queries and keys in 8 bits. Faster, and not lossless."""
+    """SageAttention (https://arxiv.org/abs/2411.10958): queries and keys in 8 bits. Faster, but not lossless."""
 
     name = "sage"
 
@@ -133,7 +134,7 @@ class SageAttention:
 
 
 def import_optional(module: str, function: str) -> Callable[..., Any] | None:
-    """The function, or None where its package is not installed or does not load on this machine."""
+    """Return the function, or None if its package is not installed or does not load on this machine."""
     try:
         return getattr(importlib.import_module(module), function, None)
     except (ImportError, OSError, RuntimeError):
@@ -141,7 +142,7 @@ def import_optional(module: str, function: str) -> Callable[..., Any] | None:
 
 
 def refuse_mask(name: str, mask: Tensor | None) -> None:
-    """These kernels cannot leave padding out; attending to it would change the picture silently."""
+    """Raise `UsageError` for a mask: these kernels would attend to padding, which silently changes the picture."""
     if mask is not None:
         raise UsageError(
             f"attention={name} cannot mask padding, and prompts of different length in one batch need it."

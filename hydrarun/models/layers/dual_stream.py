@@ -1,7 +1,7 @@
 """The dual-stream block (MMDiT; Stable Diffusion 3, https://arxiv.org/abs/2403.03206).
 
-Text and image tokens have weights of their own and meet in joint attention. Several families are made of it; their
-checkpoints differ in names only.
+Text and image tokens have separate weights and meet in joint attention. Several model families use this block; their
+checkpoints differ only in names.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 class ContextStream(nn.Module):
-    """A stream that is attended to, and no more: what its tokens become, nobody asks."""
+    """A stream that is only attended to. Its own output is not used."""
 
-    #: what its modulation makes: the shift and scale before attention, then what `finish` takes
+    #: number of modulation outputs: shift and scale before attention, then the `gates` of `finish`
     parts: ClassVar[int] = 2
 
     def __init__(self, dim: int, heads: int, head_dim: int) -> None:
@@ -36,18 +36,18 @@ class ContextStream(nn.Module):
         self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
 
     def project(self, hidden_states: Tensor, rope: Tensor | None, shift: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        """`[B, S, D]` to query, key and value `[B, S, H, d]`, normed and, where there is a `rope`, rotated."""
+        """Map `[B, S, D]` to query, key, value `[B, S, H, d]`. Norm query and key; rotate them by `rope`, if any."""
         query, key, value = self.qkv(modulate(hidden_states, shift, scale))
         query, key = self.norm_q(query), self.norm_k(key)
         return (query, key, value) if rope is None else (apply_rope(query, rope), apply_rope(key, rope), value)
 
     def finish(self, hidden_states: Tensor, attended: Tensor, gates: Sequence[Tensor]) -> Tensor:
-        """The tokens `[B, S, D]`, to which nothing is added."""
+        """Return the tokens `[B, S, D]` unchanged."""
         return hidden_states
 
 
 class TokenStream(ContextStream):
-    """One stream's share of a block: what happens to its tokens before and after the joint attention."""
+    """One stream's part of a block: the layers before and after the joint attention."""
 
     parts = 6
 
@@ -57,7 +57,7 @@ class TokenStream(ContextStream):
         self.feed_forward = FeedForward(dim, gated=gated)
 
     def finish(self, hidden_states: Tensor, attended: Tensor, gates: Sequence[Tensor]) -> Tensor:
-        """Add the attention's and the feed-forward's output to `[B, S, D]`."""
+        """Add the outputs of attention and feed-forward to `[B, S, D]`."""
         gate_attention, shift, scale, gate_feed_forward = gates
         hidden_states = torch.addcmul(hidden_states, gate_attention, self.out(attended))
         update = self.feed_forward(modulate(hidden_states, shift, scale))
@@ -65,7 +65,7 @@ class TokenStream(ContextStream):
 
 
 class DualStreamBlock(nn.Module):
-    """Text and image tokens with weights of their own, joined in attention. `image`, `text`: makers of the streams."""
+    """Text and image tokens with separate weights and joint attention. `image` and `text` build the streams."""
 
     def __init__(
         self,
@@ -81,12 +81,12 @@ class DualStreamBlock(nn.Module):
         self.attention = Attention()
 
     def modulated(self, tokens: Tokens) -> Tensor:
-        """The image tokens as the attention's projection sees them, `[B, S, D]`."""
+        """Return the image tokens as the attention projection sees them, `[B, S, D]`."""
         shift, scale, *_ = self.image.modulation(tokens.temb, tokens.temb_index)
         return modulate(tokens.hidden_states, shift, scale)
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """`[B, S, D]` and `[B, T, D]` to the same."""
+        """Map `[B, S, D]` and `[B, T, D]` to the same shapes."""
         shift, scale, *image_gates = self.image.modulation(tokens.temb, tokens.temb_index)
         image = self.image.project(hidden_states, tokens.rope, shift, scale)
         shift, scale, *text_gates = self.text.modulation(tokens.temb[:, :1])
@@ -101,14 +101,14 @@ class DualStreamBlock(nn.Module):
 
 
 def clip_to_float16(hidden_states: Tensor) -> Tensor:
-    """The same; later blocks' activations would leave float16's range."""
+    """Clip float16 tensors to their finite range, which later blocks' activations exceed; return others unchanged."""
     return hidden_states.clip(-FLOAT16_MAX, FLOAT16_MAX) if hidden_states.dtype == torch.float16 else hidden_states
 
 
 def map_dual_stream_weights(
     modulation: tuple[str, str], feed_forward: tuple[str, str], theirs: str = "transformer_blocks.*"
 ) -> dict[str, str | tuple[str, ...]]:
-    """The weight map of `blocks.*`, DualStreamBlocks, from a checkpoint whose joint attention has diffusers' names.
+    """Return the weight map of `blocks.*` (DualStreamBlocks) for a checkpoint with diffusers' joint attention names.
 
     `modulation` and `feed_forward` name the checkpoint's layers: the image's, then the text's.
     """

@@ -1,7 +1,7 @@
-"""Linear layers of a block, named by what they are to it; of their weights each rank can hold a share.
+"""Linear layers of a block, named by their role. Their weights can be sharded across ranks.
 
-A column-parallel layer computes some of the outputs, a row-parallel one takes some of the inputs: one after the other,
-they need one sum over the ranks.
+A column-parallel layer computes a shard of the outputs, a row-parallel layer takes a shard of the inputs. A pair of
+them needs a single sum over the ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hydrarun.models.layers.tensor_parallel import ShardedModule, ShardSpec
 
 
 class ColumnParallelLinear(ShardedModule, nn.Linear):
-    """`[..., D]` to this rank's share of the outputs, which consist of `runs`."""
+    """Maps `[..., D]` to this rank's shard of the outputs. `runs` are the consecutive parts of the outputs."""
 
     shared_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
 
@@ -27,7 +27,7 @@ class ColumnParallelLinear(ShardedModule, nn.Linear):
 
 
 class RowParallelLinear(ShardedModule, nn.Linear):
-    """This rank's share of the inputs, which consist of `runs`, to the whole output `[..., D]`."""
+    """Maps this rank's shard of the inputs to the whole output `[..., D]`. `runs` are the parts of the inputs."""
 
     shared_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
 
@@ -36,16 +36,16 @@ class RowParallelLinear(ShardedModule, nn.Linear):
         self.runs = runs
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[..., share]` to `[..., D]`."""
+        """Map `[..., shard]` to `[..., D]`."""
         if self.axis is None:
             return super().forward(hidden_states)
-        # the bias last: within one part, a large one would be rounded twice in half precision
+        # add the bias after the sum: added to one rank's part, a large bias would be rounded twice in half precision
         output = all_reduce(F.linear(hidden_states, self.weight), self.axis.group)
         return output if self.bias is None else output.add_(self.bias)
 
 
 class HeadsLinear(ColumnParallelLinear):
-    """One product for several projections that are cut into heads. Weight rows: all of the first, then the next."""
+    """Several projections into heads as one matrix product. Weight rows: all of the first, then the next."""
 
     parts = 1
 
@@ -54,7 +54,7 @@ class HeadsLinear(ColumnParallelLinear):
         self.head_dim = head_dim
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
-        """`[B, S, D]` to `parts` tensors `[B, S, H, d]`, H being this rank's heads."""
+        """Map `[B, S, D]` to `parts` tensors `[B, S, H, d]`, with H heads on this rank."""
         return super().forward(hidden_states).unflatten(-1, (self.parts, -1, self.head_dim)).unbind(2)
 
 
@@ -71,9 +71,9 @@ class KVLinear(HeadsLinear):
 
 
 class GatedColumnParallelLinear(ColumnParallelLinear):
-    """Out to the width inside a feed-forward, and through what is not linear there: GELU (tanh approximation).
+    """First layer of a feed-forward: projection to the inner width, then GELU (tanh approximation).
 
-    `gated`: two projections instead, whose product of the first and the second's SiLU it is (SwiGLU,
+    `gated`: two projections instead; the result is the first times the SiLU of the second (SwiGLU,
     https://arxiv.org/abs/2002.05202). Weight rows: all of the first, then the second.
     """
 
@@ -82,7 +82,7 @@ class GatedColumnParallelLinear(ColumnParallelLinear):
         self.gated = gated
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[B, S, D]` to this rank's share of the width inside."""
+        """Map `[B, S, D]` to this rank's shard of the inner width."""
         projected = super().forward(hidden_states)
         if not self.gated:
             return F.gelu(projected, approximate="tanh")
@@ -91,7 +91,7 @@ class GatedColumnParallelLinear(ColumnParallelLinear):
 
 
 class FeedForward(nn.Module):
-    """Out, through GELU or a gate, and back in. `inner`: the width inside, by default the usual fourfold."""
+    """Feed-forward layer with GELU or, if `gated`, SwiGLU. `inner`: the inner width, by default 4 * dim."""
 
     def __init__(self, dim: int, inner: int | None = None, gated: bool = False, bias: bool = True) -> None:
         super().__init__()
@@ -100,5 +100,5 @@ class FeedForward(nn.Module):
         self.down = RowParallelLinear(dim, ShardSpec(width), bias=bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[B, S, D]` to `[B, S, D]`."""
+        """Map `[B, S, D]` to `[B, S, D]`."""
         return self.down(self.up(hidden_states))

@@ -1,4 +1,4 @@
-"""Norms: adaptive ones, whose shift and scale come from the timestep (DiT, https://arxiv.org/abs/2212.09748), and one
+"""Norms: adaptive norms with shift and scale from the timestep (DiT, https://arxiv.org/abs/2212.09748), and an RMS norm
 over all heads of a query or key."""
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from hydrarun.models.layers.tensor_parallel import ShardedModule, ShardSpec
 class Modulation(nn.Module):
     """Shifts, scales and gates from the global conditioning.
 
-    It depends on `temb` alone, not on the tokens: a block keeps it under the name `modulation`, where a table of
-    precomputed values can take its place. `width`: channels of `temb`, by default the tokens'; `activated`: by SiLU.
+    The values depend on `temb` alone, not on the tokens. Blocks name this submodule `modulation`, so that a table of
+    precomputed values can replace it. `width`: channels of `temb`, by default `dim`. `activated`: apply SiLU to `temb`.
     """
 
     def __init__(self, dim: int, parts: int, width: int | None = None, activated: bool = True) -> None:
@@ -29,27 +29,27 @@ class Modulation(nn.Module):
         self.activated = activated
 
     def forward(self, temb: Tensor, index: Tensor | None = None) -> tuple[Tensor, ...]:
-        """`[B, K, D]` for K timesteps to `parts` tensors `[B, K, D]`, or `[B, S, D]` by each token's `index` `[S]`."""
+        """Map `[B, K, D]` to `parts` tensors `[B, K, D]`, or, given each token's `index` `[S]`, `[B, S, D]`."""
         return select_by_token(self.values(temb), index).chunk(self.parts, dim=-1)
 
     def values(self, temb: Tensor) -> Tensor:
-        """`[..., D]` to all parts, one after the other, `[..., parts * D]`."""
+        """Map `[..., D]` to all parts, concatenated: `[..., parts * D]`."""
         return self.linear(F.silu(temb) if self.activated else temb)
 
 
 def select_by_token(values: Tensor, index: Tensor | None) -> Tensor:
-    """`[B, K, ...]` to `[B, S, ...]`: for each token the value of its timestep; unchanged where all share one."""
+    """Select each token's timestep: `[B, K, ...]` to `[B, S, ...]`. Without an `index`, return `values` unchanged."""
     return values if index is None else values.index_select(1, index)
 
 
 def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """Layer norm without weights of its own, then `(1 + scale) * x + shift`. `[B, S, D]`."""
+    """Apply layer norm without weights to `[B, S, D]`, then `(1 + scale) * x + shift`."""
     normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=eps)
     return torch.addcmul(shift, normed, 1 + scale)
 
 
 class AdaLayerNorm(nn.Module):
-    """The norm before a transformer's last projection. Its weights hold the scale first, then the shift."""
+    """Norm before a transformer's last projection. Its weights hold the scale first, then the shift."""
 
     def __init__(self, dim: int, width: int | None = None, eps: float = 1e-6) -> None:
         super().__init__()
@@ -57,13 +57,13 @@ class AdaLayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        """`[B, S, D]`, `[B, 1, D]` to `[B, S, D]`."""
+        """Map `[B, S, D]` and `[B, 1, D]` to `[B, S, D]`."""
         scale, shift = self.modulation(temb)
         return modulate(hidden_states, shift, scale, self.eps)
 
 
 class RMSNormAcrossHeads(ShardedModule, nn.RMSNorm):
-    """RMS norm over the channels of all heads together; over ranks that have some of the heads each, by their sum."""
+    """RMS norm over the channels of all heads together. If heads are sharded, sums the squares over the ranks."""
 
     shared_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
 
@@ -72,13 +72,13 @@ class RMSNormAcrossHeads(ShardedModule, nn.RMSNorm):
         self.runs = (ShardSpec(heads, head_dim),)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, S, H, d]` to the same, H being this rank's heads."""
+        """Normalise `[B, S, H, d]`, with H heads on this rank."""
         channels = x.flatten(2)
         normed = super().forward(channels) if self.axis is None else self.over_ranks(channels, self.axis)
         return normed.unflatten(2, x.shape[2:])
 
     def over_ranks(self, x: Tensor, axis: Axis) -> Tensor:
-        """`[B, S, this rank's channels]` to the same; in float32, as the plain norm computes."""
+        """Normalise `[B, S, this rank's channels]`, in float32 like the plain norm."""
         wide = x.float()
         squares = all_reduce(wide.square().sum(-1, keepdim=True), axis.group)
         return (wide * torch.rsqrt(squares / len(self.runs[0]) + self.eps) * self.weight.float()).to(x.dtype)

@@ -1,14 +1,14 @@
-"""Tensor parallelism (Megatron-LM, https://arxiv.org/abs/1909.08053): each rank has its share of every block's weights.
+"""Tensor parallelism (Megatron-LM, https://arxiv.org/abs/1909.08053): each rank holds a shard of every block's weights.
 
-Layers that can be shared out say so themselves (`Shared`), so this knows no model. Between layers the activations are
-whole on every rank; embeddings, modulations, norms within a head and the head are, too.
+Layers that can be sharded derive from `ShardedModule`, so this module knows no model. Between layers, activations are
+replicated on every rank. So are embeddings, modulations, norms within a head and the head.
 
-Bytes that a rank of n sends in one forward, by all_reduce alone: 2 (n - 1) / n times, for each block, B batch, S latent
-tokens, T text tokens, D channels of e bytes:
+Bytes that one of n ranks sends in one forward, all by all_reduce: 2 (n - 1) / n times the following for each block,
+with batch B, S latent tokens, T text tokens, D channels of e bytes:
 
-- dual-stream, and Z-Image: 2 B (S + T) D e, the output of attention and of feed-forward;
+- dual-stream and Z-Image: 2 B (S + T) D e, for the outputs of attention and feed-forward;
 - single-stream: B (S + T) D e, both outputs in one sum;
-- Wan: 3 B S D e, with cross-attention, and 4 B (3 S + T) for the float32 sums of squares of queries and keys.
+- Wan: 3 B S D e, including cross-attention, and 4 B (3 S + T) for the float32 sums of squares of queries and keys.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hydrarun.core.errors import UsageError
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Rows or columns of a weight that are dealt out to ranks: `count` units (heads, say) of `width`, each whole."""
+    """Rows or columns of a weight that are split across ranks: `count` whole units (such as heads) of `width`."""
 
     count: int
     width: int = 1
@@ -35,7 +35,7 @@ class ShardSpec:
         return self.count * self.width
 
     def share(self, axis: Axis | None) -> tuple[int, int]:
-        """This rank's first, and the one after its last."""
+        """Return this rank's first index and the one after its last."""
         if axis is None:
             return 0, len(self)
         counts = split_evenly(self.count, axis.size)
@@ -44,16 +44,16 @@ class ShardSpec:
 
 
 class ShardedModule(nn.Module):
-    """A layer of whose weights each rank can hold a share. Without an axis it is the plain layer."""
+    """A layer whose weights can be sharded across ranks. Without an `axis` it is the plain layer."""
 
-    #: `{parameter: dimension}` of those that are shared out; the others are whole on every rank
+    #: `{parameter: dimension}` of the sharded parameters; the others are replicated on every rank
     shared_dims: ClassVar[Mapping[str, int]]
-    #: what that dimension consists of, one after the other; of each, a rank holds its share
+    #: consecutive parts of that dimension; a rank holds its shard of each part
     runs: tuple[ShardSpec, ...]
     axis: Axis | None = None
 
     def share(self, axis: Axis) -> None:
-        """Make the parameters, which are on the meta device, those of this rank."""
+        """Replace the sharded parameters, which are on the meta device, with this rank's shards."""
         self.axis = axis
         bounds = [run.share(axis) for run in self.runs]
         for name, dim in self.shared_dims.items():
@@ -66,15 +66,15 @@ class ShardedModule(nn.Module):
 
 
 def shard_layers(transformer: nn.Module, axis: Axis) -> None:
-    """Give every layer that can be shared out this rank's share; between building on meta and loading.
+    """Shard every layer that supports it, after building on the meta device and before loading.
 
-    Raises `UsageError` where there is nothing to share, or less than the ranks take.
+    Raises `UsageError` for more ranks than units (such as heads), or if there is nothing to shard.
     """
     layers = list(find_sharded_layers(transformer))
     most = min((run.count for layer in layers for run in layer.runs), default=1)
     if axis.size > most:
         raise UsageError(
-            f"parallel.tensor_degree={axis.size}: the weights of {type(transformer).__name__} can be shared out to"
+            f"parallel.tensor_degree={axis.size}: the weights of {type(transformer).__name__} can be split across"
             f" {most} ranks at most, because every head stays whole. Use parallel.tensor_degree={most} or less"
         )
     for layer in layers:
@@ -82,5 +82,5 @@ def shard_layers(transformer: nn.Module, axis: Axis) -> None:
 
 
 def find_sharded_layers(transformer: nn.Module) -> Iterator[Any]:
-    """Every layer that can be shared out."""
+    """Return the layers that can be sharded."""
     return (module for module in transformer.modules() if isinstance(module, ShardedModule))

@@ -1,1 +1,1 @@
-"""From checkpoint files to weights in place."""
+"""Loads weights from checkpoint files into models."""

@@ -1,4 +1,4 @@
-"""Are the files of weights those that were recorded? By their sha256, before they are loaded."""
+"""Verifies weight files against recorded sha256 checksums before they are loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hydrarun.core.errors import RunError, UsageError
 from hydrarun.core.progress import Progress
 from hydrarun.core.threads import ThreadPool
 
-#: a folder's record, as `sha256sum` writes it
+#: checksums of a folder, in the format of `sha256sum`
 SUMS = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -22,37 +22,39 @@ BLOCK = 2**20
 
 
 def verify_checksums(folder: Path, progress: Progress) -> None:
-    """Compare every file that is recorded with its sha256; all weights in the folders of `folder` must be.
+    """Compare every recorded file with its sha256. All weights in subfolders of `folder` must be recorded.
 
-    The record is the folder's SHA256SUMS or, without one, what the files are links to: the hub's cache names it by its
-    sha256. Raises `RunError` for the first file that differs, is missing or is not recorded, `UsageError` where nothing
-    is.
+    Checksums come from the folder's SHA256SUMS or, without it, from symlinks: the hub's cache names the target by its
+    sha256. Raises `RunError` for the first file that differs, is missing or is not recorded, and `UsageError` if
+    nothing is recorded.
     """
     listed = folder / SUMS
     weights = sorted(folder.glob("*/*.safetensors"))
     recorded = read_checksums(listed) if listed.is_file() else read_link_checksums(weights)
     if not recorded:
         raise UsageError(
-            f"verify=true: nothing records the weights in {folder}. If you trust them, record them:"
+            f"verify=true: no checksums of the weights in {folder}. If you trust the files, record them:"
             f" (cd {shlex.quote(str(folder))} && sha256sum */*.safetensors > {SUMS}); or use verify=false"
         )
     for path in weights:
         if path not in recorded:
             where = (
-                f"not in {listed}" if listed.is_file() else "no link to a file named by its sha256, as others here are"
+                f"not in {listed}"
+                if listed.is_file()
+                else "not a symlink to a file named by its sha256, unlike others here"
             )
             raise RunError(f"{path}: cannot be verified: {where}")
     with progress.reading("verifying weights") as tally, ThreadPool() as pool:
         for path in recorded:
             if not path.is_file():
-                raise RunError(f"{path}: not there, and {listed} lists it")
+                raise RunError(f"{path}: missing, but {listed} lists it")
             tally.expect(path.stat().st_size)
         for path, digest in recorded.items():
             pool.start(compare_checksum, path, digest, tally.add)
 
 
 def read_checksums(path: Path) -> dict[Path, str]:
-    """`{file: sha256}` of a SHA256SUMS. Raises `UsageError` for a line that is not as `sha256sum` writes it."""
+    """Read `{file: sha256}` from a SHA256SUMS. Raises `UsageError` for malformed lines and paths outside its folder."""
     found = {}
     for number, line in enumerate(path.read_text(errors="surrogateescape").splitlines(), start=1):
         match = LINE.fullmatch(line)
@@ -60,19 +62,19 @@ def read_checksums(path: Path) -> dict[Path, str]:
             raise UsageError(f"{path}, line {number}: not a sha256 and a file's name, as `sha256sum` writes them")
         name = PurePosixPath(match[2])
         if name.is_absolute() or ".." in name.parts:
-            raise UsageError(f"{path}, line {number}: {match[2]!r} does not lie in its folder")
+            raise UsageError(f"{path}, line {number}: {match[2]!r} is outside this folder")
         found[path.parent / name] = match[1]
     return found
 
 
 def read_link_checksums(paths: list[Path]) -> dict[Path, str]:
-    """`{file: sha256}` of the links to files that are named by theirs."""
+    """Return `{link: sha256}` of the symlinks to files that are named by their sha256."""
     targets = {path: os.path.basename(os.readlink(path)) for path in paths if path.is_symlink()}
     return {path: name for path, name in targets.items() if DIGEST.fullmatch(name)}
 
 
 def compare_checksum(path: Path, expected: str, count: Callable[[int], None]) -> None:
-    """Raises `RunError` for a file with another sha256; `count` is told of the bytes that are read."""
+    """Raise `RunError` for a file that differs or cannot be read. `count` receives the numbers of bytes read."""
     try:
         found = compute_sha256(path, count)
     except OSError as error:
@@ -85,7 +87,7 @@ def compare_checksum(path: Path, expected: str, count: Callable[[int], None]) ->
 
 
 def compute_sha256(path: Path, count: Callable[[int], None] = lambda _: None) -> str:
-    """Of the file's content; `count` is told of the bytes that are read."""
+    """Return the sha256 of the file's content. `count` receives the numbers of bytes read."""
     digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(block):

@@ -1,6 +1,6 @@
 """A component's weights for transformers' loader, each read from its file when the loader asks for it.
 
-The library by itself maps the files: pages of a mapped file count as this process's memory beside what is made of them.
+By default, the library maps the files. Mapped pages count as memory of this process, in addition to the tensors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hydrarun.models.weights.tensor_reader import (
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file, as the loader takes one of a safetensors file that it opened itself: `unread[...]`."""
+    """A tensor in a file, with the interface of the slices that the loader reads from safetensors: `unread[...]`."""
 
     header: Header
     piece: TensorPiece
@@ -45,10 +45,10 @@ class LazyTensor:
 
 
 def make_lazy_state_dict(checkpoint: Checkpoint, dtype: torch.dtype, add: Callable[[int], None]) -> dict[str, Any]:
-    """All of them, by name; `add` is told of the bytes that were read.
+    """Return all weights by name. `add` receives the numbers of bytes read.
 
-    They are read as `dtype` where that is wide enough for all that a library may keep in float32 (which transformers
-    does with some weights beside float16); then the loader narrows the others.
+    Floating-point weights are read as `dtype`, except for float16: transformers then keeps some weights in float32, so
+    all are read in their stored dtype and the loader converts the others.
     """
     found = {}
     for name, header in checkpoint.headers.items():

@@ -1,7 +1,7 @@
-"""Weights into a transformer: built on the meta device, then every tensor read straight into its place, in threads.
+"""Loads a transformer: builds it on the meta device, then reads every tensor directly into place, in threads.
 
-The libraries that build other parts meanwhile change torch's default dtype, and what setting a module's parameter does:
-the threads say every dtype, and change only the transformer's own dictionaries.
+Libraries that build other components meanwhile change torch's default dtype and patch how modules set parameters. So
+the threads pass every dtype explicitly, and write only to the transformer's own parameter dictionaries.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from hydrarun.models.weights.tensor_reader import (
 
 @dataclass(frozen=True)
 class Placement:
-    """One of our parameters, and what it is made of."""
+    """One of our parameters and the checkpoint pieces that fill it."""
 
     name: str
-    #: this rank's
+    #: shape on this rank
     shape: Shape
     pieces: tuple[TensorPiece, ...]
 
@@ -57,16 +57,15 @@ def load_transformer(
     left: Callable[[Transformer], Iterable[str]] = lambda _: (),
     loaded: Callable[[Transformer, str], None] | None = None,
 ) -> Transformer:
-    """Build `cls` from `folder`'s config.json and have `pool` fill it from its safetensors files: it is whole when the
-    pool is done.
+    """Build `cls` from `folder`'s config.json and start jobs in `pool` that fill it from the safetensors files.
 
-    With `axis`, only this rank's share of the weights is held (`layers.tensor_parallel`). The weights of
-    modules that `left` names are checked like all, but not read: they stay on the meta device. `loaded` is called
-    in a thread with the name of each parameter once it is in its place, and may replace it. `tally` counts bytes.
-    Raises `RunError` naming file and tensor for whatever is missing, not used or wrongly shaped (what cannot be read,
-    leaving the pool raises), and `UsageError` for more ranks than can share the weights.
+    It is complete when the pool is done. With `axis`, only this rank's shard of the weights is held
+    (`layers.tensor_parallel`). The weights of modules that `left` names are checked but not read: they stay on the meta
+    device. `loaded` is called in a thread with the name of each parameter once it is in place, and may replace it.
+    `tally` counts bytes. Raises `RunError` naming file and tensor if a tensor is missing, not used or wrongly shaped
+    (read errors are raised on leaving the pool), and `UsageError` for more ranks than can share the weights.
     """
-    device = torch.empty(0, device=device).device  # "cuda" is another one in another thread
+    device = torch.empty(0, device=device).device  # add the index: "cuda" may be another device in another thread
     arguments = read_config(cls, folder / "config.json", note)
     with torch.device("meta"):
         transformer = cls(**arguments).eval().requires_grad_(False)
@@ -92,12 +91,12 @@ def load_transformer(
 
 
 def find_parameter_dtype(transformer: Transformer, name: str, dtype: torch.dtype) -> torch.dtype:
-    """What the parameter `name` is held in, where most are held in `dtype`."""
+    """Return the dtype of the parameter `name`, by default `dtype`."""
     return torch.float32 if set(name.split(".")) & set(transformer.keep_in_float32) else dtype
 
 
 def read_parameter(placement: Placement, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The parameter, read from its files."""
+    """Read a parameter from its files."""
     tensor = allocate_tensor(placement.shape, dtype, device)
     for piece in placement.pieces:
         read_piece(checkpoint.headers[piece.source], piece, tensor[piece.put])
@@ -105,12 +104,12 @@ def read_parameter(placement: Placement, checkpoint: Checkpoint, device: torch.d
 
 
 def count_read_bytes(placement: Placement, checkpoint: Checkpoint) -> int:
-    """Bytes that are read for it."""
+    """Count the bytes that are read for a parameter."""
     return sum(count_piece_bytes(checkpoint.headers[piece.source], piece) for piece in placement.pieces)
 
 
 def read_config(cls: type, path: Path, note: Callable[[str], None]) -> dict[str, Any]:
-    """The constructor's arguments from a config.json; keys that it does not take are named in a note."""
+    """Read the constructor's arguments from a config.json. A note names the keys that it does not accept."""
     try:
         config = json.loads(path.read_text())
         given = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -126,7 +125,7 @@ def read_config(cls: type, path: Path, note: Callable[[str], None]) -> dict[str,
 
 
 def plan_placements(transformer: Transformer, checkpoint: Checkpoint) -> list[Placement]:
-    """Which of the checkpoint's tensors go where; every one must be used, and every place filled."""
+    """Assign the checkpoint's tensors to parameters. Every tensor must be used and every parameter filled."""
     parameters = transformer.named_parameters()
     placements = [find_placement(transformer, name, tuple(value.shape)) for name, value in parameters]
     shapes = checkpoint.shapes
@@ -145,7 +144,7 @@ def plan_placements(transformer: Transformer, checkpoint: Checkpoint) -> list[Pl
 
 
 def find_placement(transformer: Transformer, name: str, shape: Shape) -> Placement:
-    """Where our parameter `name`, on this rank of `shape`, comes from."""
+    """Find the checkpoint pieces of our parameter `name`, which has `shape` on this rank."""
     sources = find_source_names(name, transformer.weight_map)
     owner, _, leaf = name.rpartition(".")
     layer = transformer.get_submodule(owner)
@@ -156,9 +155,9 @@ def find_placement(transformer: Transformer, name: str, shape: Shape) -> Placeme
 
 
 def find_shard_pieces(layer: ShardedModule, dim: int, sources: tuple[str, ...], shape: Shape) -> Iterator[TensorPiece]:
-    """This rank's share of each of the layer's runs, along `dim`.
+    """Yield this rank's shard of each of the layer's runs, along `dim`.
 
-    Each run is a tensor of its own in the checkpoint, or a single tensor holds them all, one after the other.
+    In the checkpoint, each run is a separate tensor, or one tensor holds all runs, concatenated.
     """
     single = len(sources) == 1
     names = sources * len(layer.runs) if single else sources
@@ -178,12 +177,12 @@ def find_shard_pieces(layer: ShardedModule, dim: int, sources: tuple[str, ...], 
 
 
 def slice_dim(dim: int, start: int, stop: int) -> Index:
-    """The index of these places along `dim`."""
+    """Return the index of `start` to `stop` along `dim`."""
     return (*[slice(None)] * dim, slice(start, stop))
 
 
 def check_names(checkpoint: Checkpoint, *, missing: set[str], unexpected: set[str]) -> None:
-    """Raise for tensors that the checkpoint lacks, or has and the model does not use."""
+    """Raise `RunError` for tensors that the checkpoint lacks or that the model does not use."""
     where = checkpoint.index_path if checkpoint.index_path.is_file() else checkpoint.single_path
     if missing:
         name = min(missing)
@@ -200,12 +199,12 @@ def check_names(checkpoint: Checkpoint, *, missing: set[str], unexpected: set[st
 
 
 def find_source_names(name: str, weight_map: Mapping[str, str | tuple[str, ...]]) -> tuple[str, ...]:
-    """The checkpoint's names of our parameter `name`, by the transformer's weight map."""
+    """Return the checkpoint's names for our parameter `name`, by the transformer's weight map."""
     module, _, leaf = name.rpartition(".")
     parts = module.split(".")
     index = next((part for part in parts if part.isdecimal()), "")
     pattern = ".".join("*" if part.isdecimal() else part for part in parts)
-    # the longest prefix that the map knows; what follows it keeps its name
+    # the longest prefix in the map; the rest of the name is the same in the checkpoint
     for end in range(len(parts), 0, -1):
         prefix = ".".join(pattern.split(".")[:end])
         if prefix in weight_map:
@@ -220,6 +219,6 @@ def find_source_names(name: str, weight_map: Mapping[str, str | tuple[str, ...]]
 
 
 def set_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Replace the parameter `name`, which is on the meta device, by `tensor`."""
+    """Replace the parameter `name`, which is on the meta device, with `tensor`."""
     owner, _, leaf = name.rpartition(".")
     module.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

@@ -1,4 +1,4 @@
-"""Safetensors files on disk: which tensor is where, and whether the files are whole. Imports nothing heavy.
+"""Safetensors files on disk: where each tensor is, and whether files are complete. Imports nothing heavy.
 
 Format: 8 bytes little-endian header length, a JSON header `{tensor: {dtype, shape, data_offsets}}`, then the data
 (https://huggingface.co/docs/safetensors).
@@ -21,16 +21,16 @@ SAMPLE_BYTES = 1024
 
 @dataclass(frozen=True)
 class Header:
-    """What one file says it holds."""
+    """The header of one file."""
 
     path: Path
     tensors: dict[str, dict[str, Any]]
-    #: where in the file the data begins
+    #: offset of the data in the file
     start: int
 
     @classmethod
     def read(cls, path: Path) -> Header:
-        """Raises `RunError` naming the file when it is missing, truncated or no safetensors file."""
+        """Read a file's header. Raises `RunError` if the file is missing, truncated or not a safetensors file."""
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
@@ -52,7 +52,7 @@ class Header:
         return cls(path, tensors, 8 + length)
 
     def sample(self) -> bytes:
-        """The header and the first bytes of every tensor."""
+        """Return the header and the first bytes of every tensor."""
         content = [json.dumps(self.tensors, sort_keys=True).encode()]
         with self.path.open("rb") as file:
             for entry in sorted(self.tensors.values(), key=lambda entry: entry["data_offsets"]):
@@ -63,10 +63,10 @@ class Header:
 
 
 class Checkpoint:
-    """The weights of one component: a folder with one file, or with several and an index."""
+    """The weights of one component: a folder with one file, or with shards and an index."""
 
     def __init__(self, folder: Path, stem: str = "diffusion_pytorch_model") -> None:
-        """Raises `RunError` when the folder holds no safetensors weights under the names that diffusers writes."""
+        """Raise `RunError` if the folder holds no safetensors weights under the names that diffusers writes."""
         self.folder = folder
         self.index_path = folder / f"{stem}.safetensors.index.json"
         self.single_path = folder / f"{stem}.safetensors"
@@ -74,7 +74,7 @@ class Checkpoint:
             raise RunError(f"{folder}: no {stem}.safetensors and no index of shards; {self.present()}")
 
     def present(self) -> str:
-        """What is there instead, for the error."""
+        """Describe what the folder holds instead, for the error message."""
         if not self.folder.is_dir():
             return "the folder does not exist"
         if any(path.suffix in (".bin", ".pt", ".pth", ".ckpt") for path in self.folder.iterdir()):
@@ -83,7 +83,7 @@ class Checkpoint:
 
     @cached_property
     def headers(self) -> dict[str, Header]:
-        """`{tensor: header of its file}`. Raises `RunError` naming file and tensor when index and files disagree."""
+        """`{tensor: header of its file}`. Raises `RunError` naming file and tensor if index and files disagree."""
         if not self.index_path.is_file():
             header = Header.read(self.single_path)
             return dict.fromkeys(header.tensors, header)
@@ -114,15 +114,15 @@ class Checkpoint:
 
 
 def check_folder(folder: Path) -> None:
-    """Read the header of every safetensors file below `folder`; raises `RunError` for the first damaged one."""
+    """Read the header of every safetensors file below `folder`. Raises `RunError` for the first damaged file."""
     for path in sorted(folder.rglob("*.safetensors")):
         Header.read(path)
 
 
 def fingerprint_weights(folder: Path) -> str:
-    """16 hex digits that tell these weights from others: of every JSON file, and of a sample of every tensor.
+    """Return 16 hex digits that identify these weights: a hash of every JSON file and of a sample of every tensor.
 
-    The sample is a tensor's first bytes: enough to see retrained weights, fast for any size, and no proof of equality.
+    The sample is a tensor's first bytes: enough to detect retrained weights, fast at any size, no proof of equality.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):

@@ -1,6 +1,6 @@
-"""Bytes from a file into a tensor, on any device and in any dtype, with no second copy in the host's memory.
+"""Reads bytes from a file into a tensor, on any device and in any dtype, without a second copy in host memory.
 
-Files are read, not mapped: mapped pages would count as this process's memory beside what they are copied to.
+Files are read, not mapped: mapped pages would count as memory of this process, in addition to the tensors.
 """
 
 from __future__ import annotations
@@ -36,44 +36,44 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-#: bytes that are on their way at once, in each thread, where they cannot be read to where they belong
+#: bytes of the staging buffer in each thread, used if a tensor cannot be read directly into place
 CHUNK = 2**20
 
-#: a tensor of this size fills some of the system's huge pages
+#: minimum bytes of a tensor in huge pages; fills at least one of them
 LARGE = 2**22
 
 
 @dataclass(frozen=True)
 class TensorPiece:
-    """What one of the checkpoint's tensors gives to one of our parameters."""
+    """The part of a checkpoint tensor that goes into one of our parameters."""
 
     source: str
-    #: of the whole tensor
+    #: shape of the whole tensor
     shape: Shape
-    #: what is read of it, and where in the parameter that goes; (): all
+    #: slices that are taken from the tensor, and their position in the parameter; (): all
     taken: Index = ()
     put: Index = ()
 
     @property
     def rows(self) -> tuple[int, int]:
-        """The first place along dimension 0 that is read, and the one after the last."""
+        """First index along dimension 0 that is read, and the one after the last."""
         first, last, _ = (self.taken or (slice(None),))[0].indices(self.shape[0] if self.shape else 1)
         return first, last
 
 
 def count_row_bytes(header: Header, piece: TensorPiece) -> int:
-    """Bytes in the file of one place along the tensor's dimension 0."""
+    """Count the bytes in the file of one index along dimension 0."""
     return math.prod(piece.shape[1:]) * DTYPES[header.tensors[piece.source]["dtype"]].itemsize
 
 
 def count_piece_bytes(header: Header, piece: TensorPiece) -> int:
-    """Bytes that are read for the piece: whole rows, also where only some columns of them are taken."""
+    """Count the bytes that are read for the piece: whole rows, even if only some columns are taken."""
     first, last = piece.rows
     return (last - first) * count_row_bytes(header, piece)
 
 
 def check_piece(header: Header, piece: TensorPiece) -> None:
-    """Raises `RunError` for numbers of a kind that torch lacks, and for a place in the file that does not fit them."""
+    """Raise `RunError` for an unsupported dtype, or for data offsets that do not match the shape."""
     entry = header.tensors[piece.source]
     if entry["dtype"] not in DTYPES:
         raise RunError(f"{header.path}: {piece.source!r} has the dtype {entry['dtype']}, which cannot be read")
@@ -84,7 +84,7 @@ def check_piece(header: Header, piece: TensorPiece) -> None:
 
 
 def read_piece(header: Header, piece: TensorPiece, target: Tensor) -> None:
-    """Fill `target` with what the piece takes. Raises `RunError` naming file and tensor if it cannot be read."""
+    """Read the piece into `target`. Raises `RunError` naming file and tensor if it cannot be read."""
     first, last = piece.rows
     row = count_row_bytes(header, piece)
     entry = header.tensors[piece.source]
@@ -109,7 +109,7 @@ def read_piece(header: Header, piece: TensorPiece, target: Tensor) -> None:
 
 
 def read_into_tensor(file: BinaryIO, offset: int, tensor: Tensor) -> None:
-    """Fill a contiguous tensor on the host with the file's bytes from `offset` on; other threads run meanwhile."""
+    """Fill a contiguous tensor on the host with the file's bytes from `offset` on. Other threads can run meanwhile."""
     memory = memoryview(tensor.view(-1).view(torch.uint8).numpy())
     while len(memory):
         count = os.preadv(file.fileno(), [memory], offset)
@@ -119,12 +119,12 @@ def read_into_tensor(file: BinaryIO, offset: int, tensor: Tensor) -> None:
 
 
 def allocate_tensor(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for a weight. On the host in huge pages, where the system has them: new pages of 4 KiB each take longer
-    to get than to fill."""
+    """Allocate memory for a weight. On the host, large weights use huge pages if the system has them: 4 KiB pages take
+    longer to allocate than to fill."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
+    with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -1,1 +1,1 @@
-"""Reading and writing finished media: a file for each format, and `kinds` of what can be drawn."""
+"""Reading and writing media files: a module for each format, and `kinds`, the table of output kinds."""

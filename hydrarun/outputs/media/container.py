@@ -1,4 +1,4 @@
-"""Opening files that libav reads: a stranger's may be anything."""
+"""Opens untrusted media files that libav decodes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 def read_container(path: Path, kind: str, decode: Callable[[Path, BinaryIO], T]) -> T:
-    """What `decode` makes of the open file, called `kind` in sentences.
+    """Open the file and return the result of `decode`. `kind` names the format in error messages.
 
-    Everything that can be wrong with it is a `UsageError` of one line.
+    The file is untrusted: raises a one-line UsageError for anything wrong with it.
     """
     try:
         with open(path, "rb") as file:

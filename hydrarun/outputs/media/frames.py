@@ -1,6 +1,6 @@
-"""A folder of PNG files, each with its recipe inside: a video without loss, `frame-00000.png` and on; or layers.
+"""Folders of PNG files, each with its recipe inside: the frames of a lossless video, or layers with alpha.
 
-Those are `layer-0.png` and on, with alpha.
+Frames are named `frame-00000.png`, `frame-00001.png`…, layers `layer-0.png`, `layer-1.png`….
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from hydrarun.core.errors import UsageError
 from hydrarun.core.files import write_flushed
 from hydrarun.outputs.media.png import encode_png, read_png
 
-MAX_BYTES = 2**31  # of one decoded video that is read: about 770 frames of 1280x720
+MAX_BYTES = 2**31  # limit for one decoded video: about 770 frames of 1280x720
 
-#: what a file of a folder begins with, by `output.format`, and the digits of its number at least
+#: by `output.format`: the prefix of the file names, and the minimum number of digits
 STEMS = {"frames": ("frame", 5), "layers": ("layer", 1)}
 
 NAME = re.compile(r"frame-(\d{5,})\.png|layer-(\d+)\.png")
 
 
 def frame_file_name(number: int, output_format: str = "frames") -> str:
-    """The file name of a frame or layer, counted from 0."""
+    """Return the file name of a frame or layer; `number` counts from 0."""
     stem, digits = STEMS[output_format]
     return f"{stem}-{number:0{digits}d}.png"
 
@@ -35,9 +35,9 @@ def frame_file_name(number: int, output_format: str = "frames") -> str:
 def write_frames(
     folder: Path, pixels: np.ndarray, texts: Sequence[Mapping[str, str]], output_format: str = "frames"
 ) -> None:
-    """Write `pixels` (uint8 [F, H, W, 3], or [L, H, W, 4]) as the files of `folder`; `texts`: the chunks of each.
+    """Write `pixels` (uint8 [F, H, W, 3], or [L, H, W, 4]) as files of `folder`; `texts`: the text chunks of each file.
 
-    All or nothing: the folder appears when its last frame is on the disk, in the place of an older one.
+    Atomic: the folder appears, and replaces an older one, only when all its files are on disk.
     """
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as temporary:
         new = Path(temporary, "new")
@@ -50,9 +50,9 @@ def write_frames(
 
 
 def read_frames(folder: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
-    """The frames (uint8 [F, H, W, 3]) or layers ([L, H, W, 4]) of a folder by their numbers, and the first's recipe.
+    """Read the frames (uint8 [F, H, W, 3]) or layers ([L, H, W, 4]) of a folder by number, and the recipe of the first.
 
-    The folder may be a stranger's: everything that can be wrong with it is a `UsageError` of one line.
+    The folder is untrusted: raises a one-line UsageError for anything wrong with it.
     """
     try:
         entries = os.listdir(folder)
@@ -63,16 +63,16 @@ def read_frames(folder: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
     found = {form: sorted(int(one) for one in own if one) for form, own in numbers.items() if any(own)}
     if not found:
         first_frame, first_layer = frame_file_name(0), frame_file_name(0, "layers")
-        raise UsageError(f"{folder}: holds no {first_frame} and no {first_layer}, as folders that can be read do")
+        raise UsageError(f"{folder}: holds no {first_frame} and no {first_layer}: not a folder of frames or layers")
     form = next(iter(found))
     files = [folder / frame_file_name(number, form) for number in found[form]]
     return stack_frames(folder, (read_png(file)[0] for file in files)), read_png(files[0])[1]
 
 
 def stack_frames(path: Path, frames: Iterable[np.ndarray]) -> np.ndarray:
-    """One array [F, H, W, 3] of frames (uint8 [H, W, 3], layers with alpha) that are made one by one.
+    """Stack frames (uint8 [H, W, 3]; layers [H, W, 4]) from an iterator into one array with a leading axis.
 
-    Raises UsageError, naming `path`, as soon as they are too many bytes or not of one size.
+    Raises UsageError, naming `path`, as soon as the frames exceed `MAX_BYTES` or differ in size.
     """
     data, shape = bytearray(), None
     for frame in frames:

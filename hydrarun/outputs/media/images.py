@@ -1,4 +1,4 @@
-"""Input pictures: any local PNG, JPEG, WEBP, BMP or TIFF file as upright 8-bit sRGB."""
+"""Reads input pictures: a local PNG, JPEG, WEBP, BMP or TIFF file becomes an upright 8-bit sRGB image."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 MIN_SIDE = 16
 MAX_ASPECT = 20
 
-# what turns a picture upright, by its EXIF orientation
+# the transpose that turns a picture upright, by EXIF orientation
 UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -39,10 +39,10 @@ UPRIGHT = {
 
 @dataclass(frozen=True)
 class InputImage:
-    """`image`: mode RGB or, where it was asked for, RGBA; upright, without metadata. `path`: absolute.
+    """An input picture. `image`: mode RGB, or RGBA if requested; upright, without metadata. `path`: absolute.
 
-    `sha256`: of the file's bytes, in hex. `note`: what the user should know about the reading, such as `transparency
-    laid over white`, or None.
+    `sha256`: of the file's bytes, in hex. `note`: a remark for the user about how the file was read, such as
+    `transparency laid over white`, or None.
     """
 
     image: Image.Image
@@ -52,15 +52,15 @@ class InputImage:
 
 
 class _RefusedError(Exception):
-    """Why a file cannot be an input image; `read_image` puts the key and the path in front."""
+    """The reason why a file is refused; `read_image` prefixes the config key and the path."""
 
 
 def read_image(path: str | Path, alpha: bool = False) -> InputImage:
-    """The picture in a local file; `~` is the home folder. What is transparent is laid over white, or `alpha` kept.
+    """Read the picture in a local file; `~` is the home folder. Transparency is laid over white, or kept if `alpha`.
 
     Raises UsageError, one line that starts with `input.images: PATH: `, for a file that is missing, damaged, of another
     format, or with several frames, 16 bits per channel, too many pixels, a side below 16 or beyond 20 times the other.
-    The last pictures are kept: the checks before a run read the files that the run then takes.
+    The latest pictures are cached, because the checks before a run read the same files as the run.
     """
     local = Path(os.path.expanduser(path)).absolute()
     try:
@@ -72,7 +72,7 @@ def read_image(path: str | Path, alpha: bool = False) -> InputImage:
 
 @lru_cache(maxsize=4)
 def _read_cached(path: str, local: Path, alpha: bool, stamp: tuple[int, int, int] | None) -> InputImage:
-    """`stamp`: another one for every change of the file."""
+    """Read and decode the file; `stamp` changes whenever the file does, so that a stale cache entry is not used."""
     notes: list[str] = []
     try:
         with _open_file(local) as file:
@@ -105,7 +105,7 @@ def _describe_missing(path: Path) -> str:
     try:
         return f"no such file.{suggest_name(path.name, os.listdir(path.parent))}"
     except OSError:
-        return f"no such file, nor a folder {path.parent}"
+        return f"no such file, and no folder {path.parent}"
 
 
 def _hash_file(file: BinaryIO) -> str:
@@ -116,10 +116,10 @@ def _hash_file(file: BinaryIO) -> str:
 
 
 def _decode_image(file: BinaryIO, notes: list[str]) -> Image.Image:
-    """The image with all its pixels read."""
+    """Open the image and read all its pixels."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on odd metadata
+            warnings.simplefilter("ignore")  # warnings about unusual metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(file, formats=FORMATS)
             _check_header(image, notes)
@@ -136,12 +136,12 @@ def _decode_image(file: BinaryIO, notes: list[str]) -> Image.Image:
 
 
 def _check_header(image: Image.Image, notes: list[str]) -> None:
-    """Refuse by the header alone, before the pixels take time and memory."""
+    """Refuse an unsuitable image by its header, before decoding the pixels takes time and memory."""
     frames = getattr(image, "n_frames", 1)
-    if image.format == "MPO":  # a JPEG in which a camera left previews or depth behind the photo
+    if image.format == "MPO":  # a JPEG with previews or a depth map stored after the photo
         notes.append(f"the first of the {frames} pictures in this JPEG")
     elif frames > 1:
-        raise _RefusedError(f"{frames} frames or pages; save the one you want as a file of its own")
+        raise _RefusedError(f"{frames} frames or pages; save the one you want as a separate file")
     if image.mode.startswith(("I", "F")):
         raise _RefusedError(f"more than 8 bits per channel (mode {image.mode}): save it with 8 bits per channel")
     if image.mode not in MODES:
@@ -158,13 +158,13 @@ def _check_header(image: Image.Image, notes: list[str]) -> None:
 def _find_turn(image: Image.Image, notes: list[str]) -> Transpose | None:
     try:
         return UPRIGHT.get(image.getexif().get(Base.Orientation, 1))
-    except Exception:  # the parser raises nearly anything for damaged EXIF data, and the pixels are good
+    except Exception:  # damaged EXIF data raises nearly any exception, and the pixels are usable
         notes.append("its EXIF data cannot be read: taken as upright")
         return None
 
 
 def _lay_over_white(image: Image.Image, notes: list[str]) -> Image.Image:
-    """A new RGB image without metadata, lest somebody turns it or converts its colours again."""
+    """Return a new RGB image over white, without metadata so that no later code rotates or converts it again."""
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
@@ -176,7 +176,7 @@ def _lay_over_white(image: Image.Image, notes: list[str]) -> Image.Image:
 
 
 def _keep_alpha(image: Image.Image, notes: list[str]) -> Image.Image:
-    """A new RGBA image without metadata; one without transparency is opaque."""
+    """Return a new RGBA image without metadata; opaque if the source has no transparency."""
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")
     found = Image.merge("RGBA", (*_convert_to_srgb(image, notes).split(), Image.new("L", image.size, 255)))
@@ -186,7 +186,7 @@ def _keep_alpha(image: Image.Image, notes: list[str]) -> Image.Image:
 
 
 def _convert_to_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
-    """The colours (RGB), by the embedded profile if there is one that makes a difference."""
+    """Convert to RGB, applying the embedded colour profile if it makes a difference."""
     plain = image.convert("RGB")
     if not image.info.get("icc_profile"):
         return plain
@@ -195,7 +195,7 @@ def _convert_to_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
     except (ImageCms.PyCMSError, OSError):
         notes.append("its colour profile cannot be used: taken as sRGB")
         return plain
-    # two levels are rounding: that was an sRGB profile, by whatever name, and the pixels stay as they are
+    # up to two levels are rounding: the profile is equivalent to sRGB, so the pixels are kept
     spread = np.asarray(ImageChops.difference(plain, converted)).max()
     return converted if spread > 2 else plain
 

@@ -1,4 +1,4 @@
-"""What a model draws: pictures, videos, layers or sounds. Whatever differs between them stands in this one table.
+"""The kinds of output: pictures, videos, layers and sounds. All differences between them are defined in this table.
 
 Arrays are uint8 `[H, W, 3]`, uint8 `[F, H, W, 3]`, uint8 `[L, H, W, 4]` and int16 `[samples, channels]`.
 """
@@ -17,43 +17,43 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Kind:
-    """One of them."""
+    """The properties of one kind of output."""
 
-    one: str  # in sentences
-    nameless: str  # in the name of a file whose prompt has no letters for it
-    #: of `output.format`, those that hold it, with their files' suffixes, "" for a folder; the last is without loss
+    one: str  # its singular name in messages
+    nameless: str  # in file names, if the prompt has no Latin letters or digits
+    #: the values of `output.format` that can hold it, with file suffixes ("" for a folder); the last one is lossless
     formats: Mapping[str, str]
-    #: how near two of them are, of `report.metrics`
+    #: the values of `report.metrics` that compare two of them
     metrics: tuple[str, ...]
-    #: the largest difference of two numbers in its array
+    #: the largest possible difference between two values of its array
     levels: int
-    #: what a record says of its size; of the array, the section `output` and the facts of the run
+    #: returns the size fields of its record, given the array, the section `output` and the facts of the run
     extent: Callable[[np.ndarray, Mapping[str, Any], Mapping[str, Any]], Record]
-    #: what all of it is, if it is nothing but that
+    #: describes a constant array, such as `black` or `silence`; None for any other
     monotone: Callable[[np.ndarray], str | None]
-    #: a picture of it, uint8 `[H, W, 3]`
+    #: returns a picture that represents it, uint8 `[H, W, 3]`
     still: Callable[[np.ndarray], np.ndarray]
-    #: how large one will be that the section `sampling` asks for
+    #: formats the size that the section `sampling` requests
     size: Callable[[Mapping[str, Any]], str]
-    #: the field of `sampling` that no other model takes; None: any may be left
+    #: the field of `sampling` that only models of this kind take; None for the default kind
     field: str | None = None
-    #: what its parts are called, if that field is their number
+    #: the plural name of its parts, if `field` is their number
     parts: str | None = None
-    #: whether pixels are RGBA, those of input images too
+    #: whether pixels are RGBA, including those of input images
     alpha: bool = False
 
     @property
     def many(self) -> str:
-        """In sentences, of several."""
+        """Its plural name in messages."""
         return f"{self.one}s"
 
     @property
     def lossless(self) -> str:
-        """The format without loss: what twins are written in."""
+        """The lossless format, which reference runs are written in."""
         return [*self.formats][-1]
 
     def length(self, sampling: Mapping[str, Any]) -> str | None:
-        """How many parts it has, `81 frames`; None where it has none."""
+        """Format the number of parts, `81 frames`; None for a kind without parts."""
         return f"{sampling[self.field]} {self.parts}" if self.field and self.parts else None
 
 
@@ -72,8 +72,8 @@ def _measure_sound(samples: np.ndarray, output: Any, facts: Mapping[str, Any]) -
 
 
 def _find_single_colour(pixels: np.ndarray) -> str | None:
-    """Frames of one colour, each of another, are a video."""
-    planes = [pixels[..., channel] for channel in range(3)]  # one at a time is far faster
+    """Describe pixels of a single colour. A video whose frames have different single colours is not constant."""
+    planes = [pixels[..., channel] for channel in range(3)]  # one channel at a time is far faster
     if max(int(plane.max()) - int(plane.min()) for plane in planes) > 1:  # one level is rounding noise, not a picture
         return None
     first = tuple(int(value) for value in pixels.reshape(-1, 3)[0])
@@ -85,7 +85,7 @@ def _measure_layers(pixels: np.ndarray, *_: Any) -> Record:
 
 
 def _find_empty_layers(pixels: np.ndarray) -> str | None:
-    """One layer may well be of one colour, or wholly transparent, but not all."""
+    """Describe layers that are all constant; single layers may be of one colour or fully transparent."""
     import numpy as np
 
     from hydrarun.outputs.media.alpha import premultiply_alpha
@@ -125,7 +125,7 @@ def _format_size(sampling: Mapping[str, Any]) -> str:
 
 def _format_seconds(sampling: Mapping[str, Any]) -> str:
     end = sampling["audio_end_in_s"]
-    return f"from {sampling['audio_start_in_s']:g} s to " + ("the longest's end" if end is None else f"{end:g} s")
+    return f"from {sampling['audio_start_in_s']:g} s to " + ("the end of the longest" if end is None else f"{end:g} s")
 
 
 PICTURE = Kind(
@@ -174,20 +174,20 @@ SOUND = Kind(
     field="audio_end_in_s",
 )
 KINDS = (VIDEO, LAYERS, SOUND, PICTURE)
-#: by the number of the array's axes
+#: by the number of array dimensions
 _BY_AXES = {3: PICTURE, 4: VIDEO, 2: SOUND}
 
 
 def find_model_kind(model: Mapping[str, Any]) -> Kind:
-    """What the model of the section `model` draws."""
+    """Return the kind that the model of the section `model` generates."""
     return next(kind for kind in KINDS if kind.field is None or kind.field in model["takes"])
 
 
 def find_format_kind(output_format: str) -> Kind:
-    """The kind that a format is of."""
+    """Return the kind that an output format holds."""
     return next(kind for kind in KINDS if output_format in kind.formats)
 
 
 def find_array_kind(pixels: np.ndarray) -> Kind:
-    """What an array is."""
+    """Return the kind of an array, by its shape."""
     return LAYERS if pixels.ndim == 4 and pixels.shape[-1] == 4 else _BY_AXES[pixels.ndim]

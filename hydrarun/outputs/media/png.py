@@ -22,9 +22,9 @@ CHUNK = "hydrarun"
 
 
 def encode_png(pixels: np.ndarray, text: Mapping[str, str]) -> bytes:
-    """The bytes of a PNG file. `pixels`: uint8 [H, W, 3], or [H, W, 4] with alpha; `text`: chunks by keyword.
+    """Encode a PNG file. `pixels`: uint8 [H, W, 3], or [H, W, 4] with alpha; `text`: text chunks by keyword.
 
-    They are UTF-8 (iTXt) where latin-1 fails. Raises ValueError for a chunk that `read_png` would refuse.
+    Chunks that latin-1 cannot encode are UTF-8 (iTXt). Raises ValueError for a chunk that `read_png` would refuse.
     """
     check_text_sizes(text, "text chunk")
     chunks = PngImagePlugin.PngInfo()
@@ -36,9 +36,9 @@ def encode_png(pixels: np.ndarray, text: Mapping[str, str]) -> bytes:
 
 
 def read_png(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
-    """The pixels (uint8 [H, W, 3], or [H, W, 4]) of a PNG file and what its `hydrarun` chunk says; None without one.
+    """Read the pixels (uint8 [H, W, 3], or [H, W, 4]) and the recipe in the `hydrarun` chunk, None if there is none.
 
-    The file may be a stranger's: everything that can be wrong with it is a `UsageError` of one line.
+    The file is untrusted: raises a one-line UsageError for anything wrong with it.
     """
     try:
         with warnings.catch_warnings():
@@ -52,6 +52,6 @@ def read_png(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise UsageError(f"{path}: refused, more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except (OSError, SyntaxError, ValueError) as error:
-        system = getattr(error, "strerror", None)  # no such file, ...; the rest is what Pillow raises for damaged files
+        system = getattr(error, "strerror", None)  # no such file, ...; otherwise Pillow found damage
         raise UsageError(f"{path}: {system or f'damaged PNG file: {error}'}") from None
     return pixels, parse_recipe(path, text, f"{CHUNK!r} text chunk")

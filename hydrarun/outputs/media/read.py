@@ -1,4 +1,4 @@
-"""Any finished file or folder of ours, by its name."""
+"""Reads any output file or folder of a run; the path determines the format."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from hydrarun.outputs.media.png import read_png
 
 
 def read_output(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
-    """What a PNG, an MP4, a WAV or a folder of frames holds (`hydrarun.outputs.media.kinds`), and the recipe inside it.
+    """Read a PNG, MP4, WAV or folder of frames or layers: its array (`hydrarun.outputs.media.kinds`) and its recipe.
 
-    Raises UsageError of one line for a file that is not whole, or another.
+    Raises a one-line UsageError for a damaged file or another format.
     """
     suffix = path.suffix.lower()
     if path.is_dir():
         return read_frames(path)
     if suffix == ".mp4":
-        from hydrarun.outputs.media.mp4 import read_mp4  # and its library only for videos and sounds
+        from hydrarun.outputs.media.mp4 import read_mp4  # imports av, so only for videos and sounds
 
         return read_mp4(path)
     if suffix == ".wav":

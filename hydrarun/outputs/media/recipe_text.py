@@ -1,4 +1,4 @@
-"""The recipe inside a finished file: a text in JSON, of bounded size."""
+"""The recipe inside an output file: JSON text of bounded size."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from PIL import PngImagePlugin
 
 from hydrarun.core.errors import UsageError
 
-#: Pillow refuses compressed chunks of a PNG file that unpack to more; all other texts are held to the same bound
+#: Pillow refuses compressed PNG chunks that decompress to more; all other texts get the same limit
 MAX_TEXT_BYTES = PngImagePlugin.MAX_TEXT_CHUNK
 
 
 def check_text_sizes(texts: Mapping[str, str], holder: str) -> None:
-    """Raise ValueError for a text that `parse_recipe` would refuse. `texts`: by keyword; `holder`: what holds each."""
+    """Raise ValueError for a text that `parse_recipe` would refuse. `texts`: by keyword; `holder`: the container."""
     for keyword, value in texts.items():
         if len(value.encode()) > MAX_TEXT_BYTES:
             raise ValueError(f"the {keyword!r} {holder} is larger than {MAX_TEXT_BYTES} bytes")
 
 
 def parse_recipe(path: Path, text: str | None, holder: str) -> dict[str, Any] | None:
-    """The recipe in the text of a file; None where there is no text.
+    """Parse the recipe in the text of a file; None if there is no text.
 
-    `holder` is what holds the text, for messages. Raises UsageError, naming `path`, for a text that is no recipe.
+    `holder` names the container in messages. Raises UsageError, naming `path`, for a text that is not a recipe.
     """
     if text is None:
         return None

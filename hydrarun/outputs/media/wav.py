@@ -1,7 +1,7 @@
-"""WAV files (16-bit PCM) that carry their recipe in two fields of their list of information.
+"""WAV files (16-bit PCM) that carry their recipe in two fields of the INFO list.
 
-`ISBJ`, the subject, holds the plain text and the comment, `ICMT`, the JSON that `hydrarun replay` reads: the two text
-chunks of our PNG files. docs/outputs.md documents both.
+`ISBJ` (subject) holds the plain text and `ICMT` (comment) the JSON that `hydrarun replay` reads: the two text chunks of
+our PNG files. docs/outputs.md documents both.
 """
 
 from __future__ import annotations
@@ -21,21 +21,20 @@ from hydrarun.outputs.media.recipe_text import check_text_sizes, parse_recipe
 
 TAGS = {"parameters": "ISBJ", png.CHUNK: "comment"}
 
-MAX_BYTES = 2**30  # of samples that are read: an hour and a half of stereo at 48 kHz
+MAX_BYTES = 2**30  # limit for the samples of one file: an hour and a half of stereo at 48 kHz
 
 LAYOUTS = {1: "mono", 2: "stereo"}
 
-BLOCK = 2**16  # samples that are handed over at once
+BLOCK = 2**16  # samples per encoded frame
 
 
 def encode_wav(samples: np.ndarray, rate: int, text: Mapping[str, str]) -> bytes:
-    """The bytes of a WAV file. `samples`: int16 [samples, channels]; `rate`: of them, in Hz; `text`: by keyword, as for
-    `encode_png`.
+    """Encode a WAV file. `samples`: int16 [samples, channels]; `rate`: in Hz; `text`: by keyword, as for `encode_png`.
 
-    Raises RunError for more channels than two, ValueError for a text that `read_wav` would refuse.
+    Raises RunError for more than two channels, ValueError for a text that `read_wav` would refuse.
     """
     if samples.shape[1] not in LAYOUTS:
-        raise RunError(f"a wav holds one channel or two here, not {samples.shape[1]}")
+        raise RunError(f"wav output takes one or two channels, not {samples.shape[1]}")
     check_text_sizes(text, "text")
     file = io.BytesIO()
     with av.open(file, "w", format="wav") as container:
@@ -45,7 +44,7 @@ def encode_wav(samples: np.ndarray, rate: int, text: Mapping[str, str]) -> bytes
 
 
 def write_samples(container: Any, codec: str, samples: np.ndarray, rate: int, **options: Any) -> None:
-    """Put samples into an open container as a stream of this codec."""
+    """Encode samples into an open container as a stream with this codec."""
     layout = LAYOUTS[samples.shape[1]]
     stream = container.add_stream(codec, rate=rate, layout=layout, **options)
     for start in range(0, len(samples), BLOCK):
@@ -57,15 +56,15 @@ def write_samples(container: Any, codec: str, samples: np.ndarray, rate: int, **
 
 
 def read_wav(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
-    """The samples, int16 [samples, channels], and what the comment says; None when there is none.
+    """Read the samples, int16 [samples, channels], and the recipe in the comment, None if there is none.
 
-    The file may be a stranger's: everything that can be wrong with it is a `UsageError` of one line.
+    The file is untrusted: raises a one-line UsageError for anything wrong with it.
     """
     return read_container(path, "wav", _decode_wav)
 
 
 def _decode_wav(path: Path, file: BinaryIO) -> tuple[np.ndarray, dict[str, Any] | None]:
-    # an open file and a named format: no other format, no playlist and no network address is ever tried
+    # an open file and an explicit format: libav tries no other format, playlist or network address
     head, length = file.read(12), file.seek(0, io.SEEK_END)
     if head[:4] != b"RIFF" or head[8:] != b"WAVE":
         raise UsageError(f"{path}: not a wav file, or damaged at its start")

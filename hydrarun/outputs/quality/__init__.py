@@ -1,1 +1,1 @@
-"""How good a picture is: metrics, and a judge of captioned scenes."""
+"""Quality of outputs: metrics, and a judge of captioned scenes."""

@@ -1,4 +1,4 @@
-"""How far outputs are from their twins: PSNR and SSIM, of sounds SNR; and what share of them a judge finds right."""
+"""Quality measures: PSNR, SSIM and (for sounds) SNR against the reference run; accuracy according to a judge."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from hydrarun.outputs.media.alpha import make_comparable
 
-#: dB; what is closer, identical too, counts as this: JSON has no infinity, and a mean would drown in it
+#: upper bound in dB, also for identical arrays: JSON has no infinity, and it would dominate a mean
 PSNR_CAP = 100.0
 
 #: the window of Wang et al. 2004, which is 11 pixels wide
@@ -18,11 +18,11 @@ SIGMA, WINDOW = 1.5, 11
 
 
 def compare_outputs(ours: np.ndarray, twin: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """The measures among `names` of a pair of pictures, videos or sounds (arrays of `hydrarun.outputs.media.kinds`).
+    """Compute the measures in `names` for a pair of outputs (arrays of `hydrarun.outputs.media.kinds`).
 
-    Of layers the colours times alpha are compared, and alpha. `psnr`: dB over all frames together, at most `PSNR_CAP`.
-    `ssim`: at most 1, the mean over the frames. `snr`: the twin's power over that of the difference, in dB, at most
-    `PSNR_CAP`. `accuracy` is not about pairs and is left out. Raises ValueError for unequal shapes.
+    `twin` is the output of the reference run. Layers are compared with premultiplied alpha. `psnr`: dB over all frames
+    together, at most `PSNR_CAP`. `ssim`: at most 1, the mean over the frames. `snr`: power of `twin` over power of the
+    difference, in dB, at most `PSNR_CAP`. Ignores `accuracy`, which needs no pair. Raises ValueError if shapes differ.
     """
     if ours.shape != twin.shape:
         raise ValueError(f"{list(ours.shape)} and {list(twin.shape)} cannot be compared")
@@ -32,7 +32,7 @@ def compare_outputs(ours: np.ndarray, twin: np.ndarray, names: Sequence[str]) ->
 
 
 def measure_accuracy(pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> float:
-    """The share of the pictures (uint8 `[side, side, 3]`) that show all that their prompts say, from 0 to 1.
+    """Return the share, 0 to 1, of pictures (uint8 `[side, side, 3]`) that match their prompts (`SceneVerdict.right`).
 
     Raises ValueError for a prompt outside the grammar of `hydrarun.outputs.quality.scenes`.
     """
@@ -42,7 +42,7 @@ def measure_accuracy(pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> 
 
 
 def summarize_values(values: Sequence[float]) -> dict[str, float]:
-    """`mean`; `p95`: what 95 % of the values reach or exceed (linearly interpolated); `worst`: the smallest."""
+    """Return `mean`, `p95` (95 % of the values reach or exceed it, interpolated linearly) and `worst` (smallest)."""
     return {"mean": float(np.mean(values)), "p95": float(np.percentile(values, 5)), "worst": float(min(values))}
 
 
@@ -50,9 +50,9 @@ Pairs = Sequence[tuple[np.ndarray, np.ndarray]]
 
 
 def _measure_psnr(pairs: Pairs) -> float:
-    from skimage.metrics import mean_squared_error  # scipy comes with it: only when something is measured
+    from skimage.metrics import mean_squared_error  # imports scipy, so only when something is measured
 
-    # frame by frame: a whole video as wide numbers would not fit beside itself
+    # frame by frame: a wider copy of a whole video may not fit in memory
     error = float(np.mean([mean_squared_error(*pair) for pair in pairs]))
     return min(PSNR_CAP, 10 * math.log10(255**2 / error)) if error else PSNR_CAP
 
@@ -62,7 +62,7 @@ def _measure_ssim(pairs: Pairs) -> float:
 
     smallest = min(pairs[0][0].shape[:2])
     settings = {
-        "win_size": min(WINDOW, smallest - (smallest + 1) % 2),  # odd, and no wider than the picture
+        "win_size": min(WINDOW, smallest - (smallest + 1) % 2),  # odd, and at most the smaller side
         "gaussian_weights": True,
         "sigma": SIGMA,
         "use_sample_covariance": False,
@@ -83,5 +83,5 @@ MEASURES: dict[str, Callable[[Pairs], float]] = {"psnr": _measure_psnr, "ssim": 
 
 
 def summarize_measures(each: Sequence[Mapping[str, float]], metrics: Sequence[str]) -> dict[str, Any]:
-    """The measures of many pairs by their names: mean, p95 and worst."""
+    """Summarize the measures of many pairs: by name, mean, p95 and worst."""
     return {name: summarize_values([pair[name] for pair in each]) for name in metrics if name in MEASURES}

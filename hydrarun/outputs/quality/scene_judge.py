@@ -1,7 +1,7 @@
-"""A rule that judges a picture of a captioned scene: background, and place, colour, shape and size of every object.
+"""Judges a picture of a captioned scene by rules: background, and place, colour, shape and size of every object.
 
-It needs no model: the scenes are flat shapes in eight known colours, so thresholds on pixels are enough. It is meant to
-tell whether a change (a cache, a quantization, fewer steps) costs prompt accuracy, in whole pictures and by attribute.
+It needs no model: the scenes are flat shapes in eight known colours, so thresholds on pixels are enough. It measures
+whether a change (a cache, a quantization, fewer steps) costs prompt accuracy, in whole pictures and by attribute.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from hydrarun.outputs.quality.scenes import (
 
 Mask = NDArray[np.bool_]
 
-WORKING_SIDE = 256  # larger pictures are reduced to it first
+WORKING_SIDE = 256  # larger pictures are first reduced to it
 SMALLEST_SIDE = 64
 LEAST_OBJECT_AREA = 0.004  # of the picture; the smallest star covers 0.022
-STRAY_AREA = 0.003  # of the picture, a spot of 7 x 7 pixels in 128; what may lie outside the objects unnoticed
+STRAY_AREA = 0.003  # of the picture, 7 x 7 pixels of 128 x 128; stray marks below it are ignored
 PLACE_TOLERANCE = 0.07  # of the side
 SHAPE_OVERLAP = 0.75  # intersection over union with the ideal shape in the same box
-SQUEEZE = 1.25  # how far from its ideal proportions a shape may be drawn
+SQUEEZE = 1.25  # tolerated factor between the proportions of a shape and the ideal ones
 RADIUS_TOLERANCE = 0.03  # of the side
 _SAME_COLOR_SHARE = 0.6  # of an object's pixels
 _NAMES = list(COLORS)
 _PALETTE = np.array(list(COLORS.values()), np.float32)
-# Half the distance between the two closest colours (yellow and orange): nearer than that is background.
+# Half the distance between the closest colours (yellow, orange); pixels nearer to the border colour are background.
 _ROUGH_DISTANCE = 42.0
 
 
 @dataclass(frozen=True)
 class ObjectVerdict:
-    """What is right about one said object. An object that is not there has everything wrong."""
+    """The attributes of one object of the caption that are right. All are False for a missing object."""
 
     present: bool = False
     color: bool = False
@@ -58,7 +58,7 @@ class ObjectVerdict:
 
 @dataclass(frozen=True)
 class SceneVerdict:
-    """The judgement of one picture. `clean` is False when something stands where the caption has nothing."""
+    """The judgement of one picture. `clean` is False if there are marks outside the objects of the caption."""
 
     background: bool
     clean: bool
@@ -66,7 +66,7 @@ class SceneVerdict:
 
     @property
     def right(self) -> bool:
-        """Background, and colour, position and shape of every object, and nothing besides."""
+        """Whether the background, and colour, position and shape of every object are right, with no stray marks."""
         return self.background and self.clean and all(o.color and o.position and o.shape for o in self.objects)
 
     @property
@@ -76,7 +76,7 @@ class SceneVerdict:
 
 @dataclass(frozen=True)
 class SceneAccuracy:
-    """Shares between 0 and 1: of pictures (`right` to `clean`), of objects (the others)."""
+    """Number of pictures; shares from 0 to 1 of pictures (`right` to `clean`) and of objects (the others)."""
 
     pictures: int
     right: float
@@ -106,7 +106,7 @@ def judge_picture(image: NDArray[np.uint8], text: str) -> SceneVerdict:
         mask = _find_object_mask(pixels, distance, border, region)
         taken |= mask
         objects.append(_judge_object(pixels, mask, obj, scene))
-    # Edges of an object are blends and stick out a pixel beyond its half-way contour: they are no stray marks.
+    # Blended edges extend one pixel beyond the half-way contour of an object: they are not stray marks.
     stray = (distance > 1.5 * _ROUGH_DISTANCE) & ~_dilate_mask(_dilate_mask(taken))
     return SceneVerdict(background, bool(stray.mean() < STRAY_AREA), tuple(objects))
 
@@ -124,7 +124,7 @@ def _make_working_copy(image: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def _find_border_color(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The median colour along the four edges, where objects seldom reach: [3]."""
+    """Return the median colour along the four edges, which objects seldom reach: [3]."""
     width = max(2, len(pixels) // 32)
     edges = (pixels[:width], pixels[-width:], pixels[:, :width], pixels[:, -width:])
     return np.median(np.concatenate([edge.reshape(-1, 3) for edge in edges]), axis=0)
@@ -135,7 +135,7 @@ def _find_color_name(color: NDArray[np.float32]) -> str:
 
 
 def _find_regions(scene: Scene, side: int) -> list[tuple[slice, slice]]:
-    """The rows and columns in which each object is looked for."""
+    """Return the rows and columns to search for each object."""
     full = slice(0, side)
     halves = (slice(0, side // 2), slice(side // 2, side))
     thirds = [slice(round(side * k / 3), round(side * (k + 1) / 3)) for k in range(3)]
@@ -158,7 +158,7 @@ def _find_object_mask(
     border: NDArray[np.float32],
     region: tuple[slice, slice],
 ) -> Mask:
-    """Pixels of the largest thing in a region, over the whole picture: bool [side, side]. Empty if there is none."""
+    """Return the mask of the largest component in a region: bool [side, side], all False if there is none."""
     mask = np.zeros(distance.shape, bool)
     rough = distance[region] > _ROUGH_DISTANCE
     if rough.sum() < LEAST_OBJECT_AREA * mask.size:
@@ -173,7 +173,7 @@ def _find_object_mask(
 
 
 def _dilate_mask(mask: Mask) -> Mask:
-    """Grow by one pixel up, down, left and right."""
+    """Grow the mask by one pixel up, down, left and right."""
     grown = mask.copy()
     grown[1:] |= mask[:-1]
     grown[:-1] |= mask[1:]
@@ -183,7 +183,7 @@ def _dilate_mask(mask: Mask) -> Mask:
 
 
 def _find_largest_component(mask: Mask) -> Mask:
-    """The connected part (by edges) with the most pixels."""
+    """Return the 4-connected component with the most pixels."""
     remaining, best, best_area = mask.copy(), np.zeros_like(mask), 0
     while remaining.sum() > best_area:
         part = np.zeros_like(mask)
@@ -207,7 +207,7 @@ def _judge_object(pixels: NDArray[np.float32], mask: Mask, obj: SceneObject, sce
     height, width = int(bottom - top), int(right - left)
     outline = np.array(OUTLINES[obj.shape])
     low, high = outline.min(0), outline.max(0)
-    # The outline's box is not centred on the origin (a star's is not): compare the origin, not the box.
+    # The bounding box of an outline need not be centred on its origin (a star's is not): compare the origins.
     radius = 0.5 * (width / (high - low)[0] + height / (high - low)[1]) / side
     offset = radius * (low + high) / 2
     center = ((left + right) / 2 / side - offset[0], (top + bottom) / 2 / side - offset[1])
@@ -226,7 +226,7 @@ def _has_color(body: NDArray[np.float32], color: str) -> bool:
 
 
 def _has_position(center: tuple[float, float], obj: SceneObject, layout: str) -> bool:
-    """Near the place the layout gives; along the axis that the caption leaves open, within the scenes' own range."""
+    """Check the position: near the layout's place, with `JITTER` of slack along the axis the caption leaves open."""
     slack_x = JITTER if layout in ("one", "vertical", "column") else 0.0
     slack_y = JITTER if layout in ("horizontal", "row") else 0.0
     return bool(
@@ -249,7 +249,7 @@ def _measure_overlap(a: Mask, b: Mask) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def _draw_ideal_shape(shape: str, width: int, height: int) -> Mask:
-    """The shape filling a box: bool [height, width]."""
+    """Draw the shape so that it fills a box: bool [height, width]."""
     scale = 8
     outline = np.array(OUTLINES[shape])
     low, extent = outline.min(0), np.ptp(outline, axis=0)
@@ -260,7 +260,7 @@ def _draw_ideal_shape(shape: str, width: int, height: int) -> Mask:
 
 
 def _has_size(radius: float, obj: SceneObject, layout: str) -> bool:
-    """Near the radius the caption asks for and nearer to it than to that of any other size word."""
+    """Check the size: near the radius of the caption, and nearer to it than to the radius of any other size word."""
     if abs(radius - obj.radius) > RADIUS_TOLERANCE:
         return False
     if layout in ("row", "column"):
@@ -269,7 +269,7 @@ def _has_size(radius: float, obj: SceneObject, layout: str) -> bool:
 
 
 def sample_held_out_prompts(count: int = 200, seed: int = 2025) -> list[str]:
-    """Captions for testing, always the same ones: never trained on in any wording, all different, background said."""
+    """Sample distinct captions for testing, deterministically: held out in any wording, and with a background."""
     rng = random.Random(seed)
     prompts: dict[str, str] = {}
     while len(prompts) < count:
@@ -281,7 +281,7 @@ def sample_held_out_prompts(count: int = 200, seed: int = 2025) -> list[str]:
 
 
 def summarize_verdicts(verdicts: Iterable[SceneVerdict]) -> SceneAccuracy:
-    """The accuracy over many judged pictures."""
+    """Compute the accuracy over many judged pictures."""
     judged = list(verdicts)
     if not judged:
         raise ValueError("no picture to summarize")
@@ -298,5 +298,5 @@ def summarize_verdicts(verdicts: Iterable[SceneVerdict]) -> SceneAccuracy:
 
 
 def judge_pairs(pairs: Iterable[tuple[NDArray[np.uint8], str]]) -> SceneAccuracy:
-    """The accuracy over (picture, caption) pairs."""
+    """Judge (picture, caption) pairs and return the accuracy over all of them."""
     return summarize_verdicts(judge_picture(image, text) for image, text in pairs)

@@ -1,8 +1,8 @@
-"""Captioned scenes of coloured shapes: sample one, say it in words, read the words back, draw it.
+"""Captioned scenes of coloured shapes: sampling, writing and parsing captions, drawing.
 
 A scene is a plain background with one to three flat shapes. Lengths are fractions of the picture's side, so a scene can
 be drawn at any size. Centres lie on the 8-pixel grid of a 128-pixel picture (one latent cell of an 8x auto-encoder) and
-radii are discrete: the same shape then has the same latents wherever it stands, which a small model learns far sooner.
+radii are discrete: a shape then has the same latents at any place, which a small model learns much faster.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "black": (25, 25, 25),
 }
 SHAPES = ("circle", "square", "triangle", "star")
-# Radius of the unit outline below as a fraction of the side; "" is an object whose size the caption does not say.
+# Radius of the unit outline below as a fraction of the side; "" is an object without a size word.
 SIZES = {"small": 0.13, "": 0.18, "large": 0.235}
-# Three large shapes do not fit side by side, so rows and columns have one radius of their own and never say a size.
+# Three large shapes do not fit side by side, so rows and columns use this radius and no size words.
 TRIPLE_RADIUS = 0.15
 LAYOUTS = {"one": 14, "corner": 12, "vertical": 22, "horizontal": 22, "diagonal": 10, "row": 10, "column": 10}
 HELD_OUT_MODULUS = 16
@@ -38,11 +38,11 @@ SUPERSAMPLING = 4
 
 _NEAR, _MIDDLE, _FAR = 0.25, 0.5, 0.75
 _TRIPLE_CENTRES = (24 / 128, 64 / 128, 104 / 128)
-JITTER = 16 / 128  # how far a scene may stand from the middle along its free axis; two latent cells
+JITTER = 16 / 128  # maximum shift of a scene from the middle along its free axis; two latent cells
 
 
 def _outline_shape(shape: str) -> list[tuple[float, float]]:
-    """Corner points of the shape of radius 1 around the origin, y pointing down."""
+    """Return the corner points of the shape with radius 1 around the origin, y pointing down."""
     if shape == "circle":
         angles = [2 * math.pi * k / 48 for k in range(48)]
         return [(0.92 * math.cos(a), 0.92 * math.sin(a)) for a in angles]
@@ -59,7 +59,7 @@ OUTLINES = {shape: _outline_shape(shape) for shape in SHAPES}
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One flat shape. `x`, `y` and `radius` are fractions of the picture's side; `size` is the word, "" when unsaid."""
+    """One flat shape. `x`, `y` and `radius` are fractions of the picture's side; `size` is the size word or ""."""
 
     shape: str
     color: str
@@ -71,10 +71,11 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture's content, objects in reading order (top to bottom, then left to right).
+    """The content of a picture, objects in reading order (top to bottom, then left to right).
 
-    `background` is None only in a parsed caption that does not say it. `reversed_wording` tells "b below a" from
-    "a above b", and " in the center" from nothing for a single object: the scene is the same.
+    `background` is None only for a parsed caption without a background. `background_said`: whether the caption names
+    it. `reversed_wording` selects "b below a" over "a above b", and adds " in the center" to a single object: the scene
+    is the same.
     """
 
     layout: str
@@ -92,10 +93,10 @@ def _place_object(obj: SceneObject, x: float, y: float) -> SceneObject:
 
 
 def place_objects(layout: str, objects: list[SceneObject], variant: str, shift: float) -> tuple[SceneObject, ...]:
-    """Give each object its centre and radius.
+    """Return the objects with their centres and radii.
 
-    `variant` is the corner ("top left") of a corner scene or the one of the first object of a diagonal scene. `shift`
-    (fraction of the side) moves the scene along the axis its caption leaves open, and is ignored where there is none.
+    `variant` is the corner ("top left") of a corner scene, or of the first object of a diagonal scene. `shift`
+    (fraction of the side) moves the scene along the axis its caption leaves open, and is ignored if there is none.
     """
     if layout == "one":
         return (_place_object(objects[0], _MIDDLE + shift, _MIDDLE),)
@@ -117,7 +118,7 @@ def _find_corner(name: str) -> tuple[float, float]:
 
 
 def name_corner(obj: SceneObject) -> str:
-    """The words for the quarter an object stands in, such as "top left"."""
+    """Return the name of the quarter that contains the object, such as "top left"."""
     return f"{'top' if obj.y < _MIDDLE else 'bottom'} {'left' if obj.x < _MIDDLE else 'right'}"
 
 
@@ -125,7 +126,7 @@ def name_corner(obj: SceneObject) -> str:
 
 
 def sample_scene(rng: random.Random, held_out: bool | None = False) -> Scene:
-    """Draw a scene. By default only captions of the training side come out; True gives held-out ones, None both."""
+    """Sample a scene. `held_out`: False for captions of the training split, True for the test split, None for both."""
     while True:
         scene = _sample_any(rng)
         if held_out is None or is_held_out(caption_scene(scene)) == held_out:
@@ -150,7 +151,7 @@ def _sample_object(rng: random.Random, background: str, says_size: bool) -> Scen
 
 
 def sample_loose_scene(rng: random.Random) -> Scene:
-    """Up to five overlapping shapes anywhere: no caption describes it, it only widens what an auto-encoder sees."""
+    """Sample up to five overlapping shapes at any place, without a caption: more variety to train an auto-encoder."""
     background = rng.choice(list(COLORS))
     objects = [
         replace(
@@ -176,7 +177,7 @@ def _format_object(obj: SceneObject) -> str:
 
 
 def caption_scene(scene: Scene) -> str:
-    """The scene in words, such as "a large red circle above a small blue square on a yellow background"."""
+    """Write the caption, such as "a large red circle above a small blue square on a yellow background"."""
     phrases = [_format_object(obj) for obj in scene.objects]
     turned = scene.reversed_wording
     if scene.layout == "one":
@@ -218,9 +219,9 @@ _VOCABULARY = {
 
 
 def parse_caption(text: str) -> Scene:
-    """Read a caption back. What it leaves open (the shift along the free axis) comes back as the middle.
+    """Parse a caption. The shift along the free axis, which it leaves open, becomes 0 (the middle).
 
-    Raises ValueError that names the words or the arrangement that are not understood.
+    Raises ValueError that names the unknown words or the unknown arrangement.
     """
     words = " ".join(text.lower().split()).rstrip(".")
     unknown = [word for word in re.findall(r"[^\s,]+", words) if word not in _VOCABULARY]
@@ -243,7 +244,7 @@ def _build_scene(text: str, layout: str, match: re.Match[str], background: str |
     if clash:
         raise ValueError(f"caption {text!r}: a {clash.color} {clash.shape} cannot be seen on a {background} background")
     if layout in ("row", "column") and any(obj.size for obj in objects):
-        raise ValueError(f"caption {text!r}: a {layout} of three says no sizes")
+        raise ValueError(f"caption {text!r}: a {layout} of three takes no size words")
     variant = groups.get("corner") or ""
     turned = bool(groups.get("turned")) or groups.get("relation") in ("below", "right of")
     if layout == "diagonal":
@@ -262,14 +263,14 @@ def _parse_object(words: str) -> SceneObject:
 
 
 def normalize_caption(text: str) -> str:
-    """One wording for all captions of the same scene ("b below a" becomes "a above b")."""
+    """Return the same wording for all captions of a scene ("b below a" becomes "a above b")."""
     return caption_scene(replace(parse_caption(text), reversed_wording=False))
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a caption belongs to the test side of the split: one scene in sixteen, by a hash of its one wording.
+    """Return whether a caption is in the test split: one scene in sixteen, by a hash of its normalized caption.
 
-    The split goes by the scene and not by the letters, so no paraphrase of a test caption is ever trained on.
+    The split depends on the scene and not on the wording, so no paraphrase of a test caption is trained on.
     """
     digest = hashlib.sha256(normalize_caption(text).encode()).digest()
     return int.from_bytes(digest[:4], "big") % HELD_OUT_MODULUS == 0
@@ -281,7 +282,7 @@ def is_held_out(text: str) -> bool:
 def render_scene(scene: Scene, size: int = 128) -> NDArray[np.uint8]:
     """Draw the scene, anti-aliased: uint8 [size, size, 3]."""
     if scene.background is None:
-        raise ValueError("a scene whose background is not said cannot be drawn: set one")
+        raise ValueError("a scene without a background cannot be drawn: set one")
     side = size * SUPERSAMPLING
     image = Image.new("RGB", (side, side), COLORS[scene.background])
     draw = ImageDraw.Draw(image)

@@ -1,4 +1,4 @@
-"""What differs between the points of a sweep: its axes, and the words for their values."""
+"""The axes of a sweep, that is the settings that differ between its points, and labels for their values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from hydrarun.outputs.report.collect import Point, get_value
 
-#: what a run draws; everything else is how it draws
+#: keys of `sampling` that set what a run draws; all other settings are about how
 DRAWN = (
     "prompt",
     "negative_prompt",
@@ -25,10 +25,10 @@ DRAWN = (
     "resolution",
 )
 
-#: choices that are told apart by their names
+#: groups whose options are compared by name
 GROUPS = ("cache", "attention", "compile", "quantization", "offload", "parallel")
 
-#: what says nothing about the pictures or their speed; of `model` only its name, path and revision do
+#: sections that affect neither pictures nor speed; of `model`, only name, path and revision are compared
 BESIDE = ("model", "report", "output", "plan", "verify")
 
 SHORT = {
@@ -46,7 +46,7 @@ SHORT = {
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting that differs between points. `values`: in the order of the points; `drawn`: it says what is drawn."""
+    """A setting that differs between points. `values`: in the order of the points; `drawn`: it sets what is drawn."""
 
     key: str
     values: list[str]
@@ -58,9 +58,9 @@ Values = dict[str, str]  # of one point, by the key of the axis
 
 
 def find_axes(points: Sequence[Point]) -> tuple[list[Axis], list[Values]]:
-    """The axes of a sweep, and each point's values on them.
+    """Find the axes of a sweep, and the values of each point on them.
 
-    They are overrides of the command line; where a point has none on record, what differs in the configurations.
+    Compares the overrides of the command line, or the configurations if any point has no overrides on record.
     """
     settings = list_settings(points)
     keys = list(dict.fromkeys(key for chosen in settings for key in chosen))
@@ -74,14 +74,14 @@ def find_axes(points: Sequence[Point]) -> tuple[list[Axis], list[Values]]:
 
 
 def shorten_key(key: str, among: Sequence[str]) -> str:
-    """A word for a key: its last part, where no other of them ends so."""
+    """Return a short label for a key: from `SHORT`, else its last part if unique in `among`, else the whole key."""
     last = key.rpartition(".")[2]
     alone = sum(other.rpartition(".")[2] == last for other in among) == 1
     return SHORT.get(key, last if alone else key)
 
 
 def list_settings(points: Sequence[Point]) -> list[Values]:
-    """What each point was told, or else its configuration."""
+    """Return the overrides of each point if all have them on record, otherwise their configurations."""
     told = [point.overrides for point in points]
     words = [overrides for overrides in told if overrides is not None]
     if len(words) == len(points):
@@ -90,14 +90,14 @@ def list_settings(points: Sequence[Point]) -> list[Values]:
 
 
 def split_override(override: str) -> tuple[str, str]:
-    """Key and value of an override, the value without the quotes around it."""
+    """Split an override into key and value, the value without its quotes."""
     key, _, value = override.lstrip("+").partition("=")
     quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
     return key, value[1:-1].replace("\\" + value[0], value[0]) if quoted else value
 
 
 def compare_configs(configs: Sequence[dict[str, Any]]) -> list[Values]:
-    """The values of each configuration, by dotted key; a group in which the points chose differently is one value."""
+    """Return the values of each configuration by dotted key; a group whose option differs becomes one value."""
     flat = [dict(flatten_config(config)) for config in configs]
     for group in GROUPS:
         names = [name_option(config.get(group)) for config in configs]
@@ -111,7 +111,7 @@ def compare_configs(configs: Sequence[dict[str, Any]]) -> list[Values]:
 
 
 def flatten_config(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The values that may be an axis, as text, by their dotted keys."""
+    """Yield the values that may become an axis, as text, with their dotted keys."""
     for key in ("name", "path", "revision"):
         yield f"model.{key}", format_value((get_value(config, "model", kind=dict) or {}).get(key))
     for section, content in config.items():
@@ -128,7 +128,7 @@ def _flatten_section(key: str, content: Any) -> Iterator[tuple[str, str]]:
 
 
 def find_config_value(config: dict[str, Any], key: str) -> str:
-    """The value that a configuration has where the command line said nothing."""
+    """Return the value of a key in the configuration, for points without an override of it."""
     if not config:
         return "unknown"
     if key == "recipe":
@@ -140,7 +140,7 @@ def find_config_value(config: dict[str, Any], key: str) -> str:
 
 
 def name_option(node: Any) -> str:
-    """A word for what was chosen in a group: `none`, the class, or the degrees that are not 1."""
+    """Name the option that is chosen in a group: `none`, the class, or the parallel degrees that are not 1."""
     target = get_value(node, "gate", "_target_", kind=str) or get_value(node, "_target_", kind=str)
     if target is not None:
         name = target.rpartition(".")[2]
@@ -150,23 +150,23 @@ def name_option(node: Any) -> str:
 
 
 def format_value(value: Any) -> str:
-    """A value as it is written on a command line."""
+    """Format a value as on the command line."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def is_drawn(key: str) -> bool:
-    """Whether the setting says what is drawn (a row of the grid), not how (a column)."""
+    """Return whether the setting affects what is drawn (a row of the grid), not how (a column)."""
     section, _, name = key.partition(".")
     return section == "input" or (section == "sampling" and name in DRAWN)
 
 
 def format_label(axes: Sequence[Axis], values: Values) -> str:
-    """A short name for a point's values on these axes: `teacache, steps 8`."""
+    """Format a short label for the values of a point on these axes: `teacache, steps 8`."""
     return ", ".join(format_axis_value(axis, values[axis.key]) for axis in axes)
 
 
 def format_axis_value(axis: Axis, value: str) -> str:
-    """One value so that it says which setting it is of."""
+    """Format one value so that it is clear which setting it belongs to."""
     if "." in axis.key:
         return f"{axis.short} {value}"
     if value == "none":

@@ -1,5 +1,5 @@
-"""From the directories of runs to points. What lies there may be half written, damaged or a stranger's: a point that
-cannot be read says so, and nothing is raised for it."""
+"""Reads run folders as points. A run.json may be incomplete, damaged or untrusted: an unreadable one gives a point with
+an error, not an exception."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import yaml
 from hydrarun.core.errors import UsageError
 from hydrarun.core.moved_names import use_current_names
 
-FORMAT = 1  # of run.json, as this module reads it
+FORMAT = 1  # of the run.json files that this module reads
 
 MAX_BYTES = 64 * 2**20  # of one run.json
 
 RECORD, OVERRIDES = "run.json", ".hydra/overrides.yaml"
 
-MOST = 1e300  # of a number that is believed
+MOST = 1e300  # numbers this large are treated as missing
 
 UNFINISHED = "no run.json: it was killed, or it is still running"
 
@@ -34,48 +34,48 @@ class Output:
     index: int
     prompt: str
     seed: int | None
-    path: str | None = None  # of the file, or the folder of frames, beside run.json
+    path: str | None = None  # of the file or the folder of frames, relative to run.json
     error: str | None = None
     frames: int | None = None
     fps: int | None = None
     sample_rate: int | None = None  # of a sound, in Hz
-    quality: dict[str, float] | None = None  # by measure, against the uncached twin
+    quality: dict[str, float] | None = None  # by measure, against the uncached reference run
 
 
 @dataclass(frozen=True)
 class Point:
     """A run directory. `status`: complete, failed, unfinished (no run.json) or damaged (one that cannot be read)."""
 
-    name: str  # of the directory, relative to the report's; `.` is that itself
+    name: str  # of the folder, relative to the report's; `.` for the same folder
     folder: Path
     status: str
     error: str | None
-    overrides: list[str] | None  # the words of its command line; None where Hydra's record is missing
-    record: dict[str, Any]  # what run.json holds; empty where there is none
+    overrides: list[str] | None  # of its command line; None if Hydra's record is missing
+    record: dict[str, Any]  # content of run.json; empty if it cannot be read
     outputs: list[Output]
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration, or nothing."""
+        """The configuration, empty if unknown."""
         return get_value(self.record, "config", kind=dict) or {}
 
     def address(self, output: Output) -> str | None:
-        """Where an output's file lies, relative to the report."""
+        """Return the path of an output relative to the report."""
         return output.path if self.name == "." or output.path is None else f"{self.name}/{output.path}"
 
 
 def collect_points(folder: Path) -> list[Point]:
-    """The points in and below `folder`, by their numbers. Raises UsageError if there are none."""
+    """Read the points in and below `folder`, in natural order of their names. Raises UsageError if there are none."""
     if not folder.is_dir():
         raise UsageError(f"report: {folder}: no such folder")
     points = [read_point(folder, place) for place in find_run_folders(folder)]
     if not points:
-        raise UsageError(f"report: {folder}: no run in it or below it (a folder with {RECORD} is one)")
+        raise UsageError(f"report: {folder}: no run in it or below it (a run is a folder with {RECORD})")
     return sorted(points, key=lambda found: natural_sort_key(found.name))
 
 
 def find_run_folders(folder: Path) -> Iterator[Path]:
-    """Every run directory; what lies inside one is not looked at."""
+    """Yield every run folder; does not search inside run folders."""
     for place, folders, files in os.walk(folder):
         if RECORD in files or os.path.isfile(os.path.join(place, OVERRIDES)):
             folders.clear()
@@ -84,13 +84,13 @@ def find_run_folders(folder: Path) -> Iterator[Path]:
 
 
 def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
-    """A key that sorts 2 before 10."""
+    """Return a sort key that puts 2 before 10."""
     parts = re.split(r"([0-9]+)", name)
     return [(0, int(part), "") if part.isascii() and part.isdigit() else (1, 0, part) for part in parts]
 
 
 def read_point(root: Path, folder: Path) -> Point:
-    """The point in `folder`, whatever is left of it."""
+    """Read the point in `folder`, also if run.json is missing or damaged."""
     record, error = read_record(folder / RECORD)
     status = "complete" if get_value(record, "status", kind=str) == "complete" else "failed"
     if not record:
@@ -102,7 +102,7 @@ def read_point(root: Path, folder: Path) -> Point:
 
 
 def read_record(file: Path) -> tuple[dict[str, Any], str | None]:
-    """What run.json holds; or nothing, and why."""
+    """Read run.json; returns its content and None, or an empty dict and the error."""
     try:
         if file.stat().st_size > MAX_BYTES:
             return {}, f"{RECORD}: larger than {MAX_BYTES} bytes"
@@ -121,7 +121,7 @@ def read_record(file: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def read_overrides(file: Path) -> list[str] | None:
-    """The words of the command line as Hydra recorded them, or None."""
+    """Read the command-line overrides as Hydra recorded them; None if there is no valid record."""
     try:
         words = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
@@ -130,7 +130,7 @@ def read_overrides(file: Path) -> list[str] | None:
 
 
 def list_outputs(record: dict[str, Any]) -> list[Output]:
-    """What run.json lists, with the items that failed in their places."""
+    """Return the outputs that run.json lists, in order, including those that failed."""
     made = [_read_output(entry) for entry in get_value(record, "outputs", kind=list) or [] if isinstance(entry, dict)]
     missed = [_read_output(entry) for entry in get_value(record, "failed", kind=list) or [] if isinstance(entry, dict)]
     return sorted([*made, *missed], key=lambda output: output.index)
@@ -142,7 +142,7 @@ def _read_output(entry: dict[str, Any]) -> Output:
     if path is None:
         error = error or "not made"
     elif Path(path).name != path or path in ("", "..") or "\0" in path:
-        path, error = None, f"{path!r} is not the name of a file beside {RECORD}"
+        path, error = None, f"{path!r} is not the name of a file next to {RECORD}"
     quality = get_value(entry, "quality", kind=dict) or {}
     numbers = {name: value for name in quality if (value := get_number(quality, name)) is not None}
     return Output(
@@ -159,7 +159,7 @@ def _read_output(entry: dict[str, Any]) -> Output:
 
 
 def describe_error(error: Any) -> str | None:
-    """An error of run.json in words: its message, with its type where that is a bug's."""
+    """Format an error of run.json: its message, preceded by its type if it is an unexpected exception."""
     if isinstance(error, str):
         return error
     kind, message = get_value(error, "type", kind=str), get_value(error, "message", kind=str)
@@ -169,13 +169,13 @@ def describe_error(error: Any) -> str | None:
 
 
 def get_value(content: Any, *keys: str, kind: type | tuple[type, ...]) -> Any:
-    """What lies under `keys`, if it is there and of that kind; else None."""
+    """Return the value under nested `keys` if it is of type `kind`, else None. A bool never matches."""
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None
     return content if isinstance(content, kind) and not isinstance(content, bool) else None
 
 
 def get_number(content: Any, *keys: str) -> float | None:
-    """The number under `keys`, or None; infinity and what no float can hold are none."""
+    """Return the number under nested `keys`; None if it is missing, infinite, NaN or at least `MOST`."""
     value = get_value(content, *keys, kind=(int, float))
     return value if value is not None and abs(value) < MOST else None

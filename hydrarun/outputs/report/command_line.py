@@ -18,7 +18,7 @@ from hydrarun.outputs.report.collect import RECORD, Point
 
 
 def format_command(point: Point) -> str | None:
-    """A line for the shell: the point's overrides, or a replay of its run.json from the report's folder; or neither."""
+    """Format a shell command: the overrides of the point, else a replay of its run.json; None if both are missing."""
     if point.overrides is not None:
         return shlex.join(["hydrarun", *map(requote_override, point.overrides)])
     if point.record:
@@ -28,7 +28,7 @@ def format_command(point: Point) -> str | None:
 
 @cache
 def requote_override(override: str) -> str:
-    """The word that `hydrarun` reads as Hydra read this one: a text as it is where that is clear, else in quotes."""
+    """Convert a recorded override for the `hydrarun` command line. Text is quoted only where it would be ambiguous."""
     key = override.partition("=")[0]
     if key.lstrip("+") not in (*TEXT_KEYS, PATHS_KEY):
         return redact_text(override)
@@ -43,12 +43,12 @@ def requote_override(override: str) -> str:
 
 
 def _quote_content(content: Any) -> str:
-    """In Hydra's grammar, without the escapes that keep OmegaConf from reading `${`."""
+    """Quote a value in Hydra's grammar, without the escapes that protect `${` from OmegaConf."""
     if isinstance(content, Sequence) and not isinstance(content, str):
         return "[" + ",".join(map(_quote_content, content)) + "]"
     return "null" if content is None else QuotedString(unescape_interpolation(str(content)), Quote.double).with_quotes()
 
 
 def unescape_interpolation(text: str) -> str:
-    """The inverse of `hydrarun.core.quoting.escape_interpolation`."""
+    """Invert `hydrarun.core.quoting.escape_interpolation`."""
     return re.sub(r"(\\*)\\\$\{", lambda match: match[1][: len(match[1]) // 2] + "${", text)

@@ -1,4 +1,4 @@
-"""The report as data: what report.json holds, and what the table and the plot show. docs/report.md has every key."""
+"""Builds the data of the report: report.json, the table and the plot. docs/report.md lists all keys."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from hydrarun.outputs.report.layout import GridLayout
 from hydrarun.outputs.report.plot import find_pareto_front
 from hydrarun.outputs.report.thumbnails import Cell, CellMedia, OutputDifference
 
-FORMAT = 1  # of report.json; grows when a key changes its meaning
+FORMAT = 1  # of report.json; incremented when a key changes its meaning
 
 Entry = dict[str, Any]
 
 
 def build_report(folder: Path, layout: GridLayout, cells: Mapping[Cell, CellMedia | str], gain: int) -> Entry:
-    """What report.json holds. `folder`: the report's; `gain`: how many times differences are amplified."""
+    """Build the content of report.json. `folder`: of the report; `gain`: amplification of the differences."""
     entries = [build_point_entry(layout, number, cells) for number in range(len(layout.points))]
     by_name = {one["name"]: one for one in entries}
     for one in entries:
@@ -47,7 +47,7 @@ def build_report(folder: Path, layout: GridLayout, cells: Mapping[Cell, CellMedi
 
 
 def build_axis_entry(axis: Axis) -> Entry:
-    """An axis: its key, a short word for it, its values, and whether they are rows or columns of the grid."""
+    """Build the entry of an axis: key, short label, values, and whether they are rows or columns of the grid."""
     return {
         "key": axis.key,
         "label": axis.short,
@@ -57,7 +57,7 @@ def build_axis_entry(axis: Axis) -> Entry:
 
 
 def build_point_entry(layout: GridLayout, number: int, cells: Mapping[Cell, CellMedia | str]) -> Entry:
-    """One point."""
+    """Build the entry of one point."""
     point = layout.points[number]
     reference, apart = compare_to_reference(layout, number, cells)
     return {
@@ -82,7 +82,7 @@ def build_point_entry(layout: GridLayout, number: int, cells: Mapping[Cell, Cell
 def compare_to_reference(
     layout: GridLayout, number: int, cells: Mapping[Cell, CellMedia | str]
 ) -> tuple[str | None, dict[int, OutputDifference]]:
-    """The point that this one is compared to, and how far from it are its outputs, by their index."""
+    """Return the name of the reference point of this point, and the differences of its outputs by index."""
     column, names, apart = layout.column_of(number), [], {}
     for place, row in enumerate(layout.rows):
         member, output = row.cells.get(column, (None, None))
@@ -97,14 +97,14 @@ def compare_to_reference(
 
 
 def build_output_entry(point: Point, output: Output, apart: OutputDifference | None) -> Entry:
-    """One picture or video of a point; `path` is relative to the report."""
+    """Build the entry of one output of a point; `path` is relative to the report."""
     told = apart and {"psnr": apart.psnr, "ssim": apart.ssim, "largest": apart.largest}
     return {**asdict(output), "path": point.address(output), "difference": told}
 
 
 def summarize_differences(apart: Sequence[OutputDifference]) -> Entry | None:
-    """The differences of a point's outputs: PSNR in dB and SSIM as run.json sums them up, the largest of 255; and of
-    how many outputs."""
+    """Summarize the differences of a point's outputs: PSNR (dB) and SSIM summarized as in run.json, the largest
+    difference, and the number of outputs."""
     if not apart:
         return None
     alike = [one.ssim for one in apart if one.ssim is not None]
@@ -117,12 +117,12 @@ def summarize_differences(apart: Sequence[OutputDifference]) -> Entry | None:
 
 
 def has_measured_quality(entries: Sequence[Entry]) -> bool:
-    """Whether some point was measured against its twin; then that is the quality that counts."""
+    """Return whether any point was measured against its reference run; that measure then replaces `difference`."""
     return any(get_number(one, "quality", "psnr", "mean") is not None for one in entries)
 
 
 def find_plot_point(one: Entry, by_twin: bool) -> tuple[float, float] | None:
-    """Steady seconds of denoising per output, and PSNR; None where one of them is not known."""
+    """Return steady seconds of denoising per output, and PSNR in dB; None if either is unknown."""
     seconds = one["timings"]["steady_denoise_s"]
     if by_twin:
         psnr = get_number(one, "quality", "psnr", "mean")
@@ -132,7 +132,7 @@ def find_plot_point(one: Entry, by_twin: bool) -> tuple[float, float] | None:
 
 
 def average_settings(entries: Sequence[Entry]) -> dict[str, tuple[float, float]]:
-    """By setting, the means of its points' places."""
+    """Return the mean plot position of the points of each setting, by label."""
     by_twin = has_measured_quality(entries)
     found: dict[str, list[tuple[float, float]]] = {}
     for one in entries:
@@ -142,18 +142,18 @@ def average_settings(entries: Sequence[Entry]) -> dict[str, tuple[float, float]]
 
 
 def average_places(places: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """The middle of some places."""
+    """Return the mean of plot positions."""
     return sum(x for x, _ in places) / len(places), sum(y for _, y in places) / len(places)
 
 
 def find_pareto_labels(entries: Sequence[Entry]) -> set[str]:
-    """The settings that no other beats in both speed and quality."""
+    """Return the labels of the settings on the Pareto front of speed and quality."""
     places = average_settings(entries)
     return {label for label, first in zip(places, find_pareto_front(list(places.values())), strict=True) if first}
 
 
 def average_noise_floors(entries: Sequence[Entry]) -> dict[str, float]:
-    """By noise floor, the mean PSNR over the points that measured it."""
+    """Return the mean PSNR of each noise floor over the points that measured it, by name."""
     found: dict[str, list[float]] = {}
     for one in entries:
         for name in get_value(one, "quality", "noise_floor", kind=dict) or {}:

@@ -1,4 +1,4 @@
-"""Numbers as the page writes them, and the values that a head or a label needs."""
+"""Formats the numbers of the page."""
 
 from __future__ import annotations
 
@@ -6,42 +6,42 @@ from hydrarun.outputs.quality.metrics import PSNR_CAP
 
 
 def format_significant(value: float) -> str:
-    """Three digits that say something: 0.0123, 4.56, 78.9, 1234."""
+    """Format with three significant digits: 0.0123, 4.56, 78.9, 1234."""
     return (
         f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}" if abs(value) >= 1e-3 or not value else f"{value:.1e}"
     )
 
 
 def format_milliseconds(seconds: float) -> str:
-    """Seconds in thousandths."""
+    """Format seconds as milliseconds."""
     return format_significant(seconds * 1000)
 
 
 def format_gibibytes(count: float) -> str:
-    """Bytes in GiB."""
+    """Format bytes as GiB."""
     return f"{count / 2**30:.2f}"
 
 
 def format_speedup(factor: float) -> str:
-    """A speed-up."""
+    """Format a speedup factor."""
     return f"{factor:.2f}×"
 
 
 def format_decibels(psnr: float, unit: str = "") -> str:
-    """A PSNR; `same` for identical pixels."""
+    """Format a PSNR; `same` for identical pixels."""
     return "same" if psnr >= PSNR_CAP else f"{psnr:.1f}{unit}"
 
 
 def format_ssim(value: float) -> str:
-    """An SSIM."""
+    """Format an SSIM."""
     return f"{value:.4f}"
 
 
 def format_percent(value: float) -> str:
-    """A share of 1."""
+    """Format a share (0 to 1) as a percentage."""
     return f"{100 * value:.0f} %"
 
 
 def format_count(number: int, one: str) -> str:
-    """`1 point`, `2 points`."""
+    """Format a count with its noun: `1 point`, `2 points`."""
     return f"{number} {one}{'' if number == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""The grid of pictures: what is drawn from row to row, how it is drawn from column to column."""
+"""Draws the grid of pictures: a row for each prompt and seed, a column for each setting."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Entry = dict[str, Any]
 
 
 def draw_grid(layout: GridLayout, cells: Mapping[Cell, CellMedia | str], gain: int, entries: Sequence[Entry]) -> str:
-    """The grid in HTML."""
+    """Return the HTML of the grid."""
     compared = {entry["reference"] for entry in entries if entry["reference"] != entry["name"]}
     heads = "".join(
         draw_column_head(column, [entries[point] for point in column.points], compared) for column in layout.columns
@@ -42,7 +42,7 @@ def draw_grid(layout: GridLayout, cells: Mapping[Cell, CellMedia | str], gain: i
 
 
 def draw_column_head(column: GridColumn, entries: Sequence[Entry], compared: set[str | None]) -> str:
-    """A setting and, on average over its points, what it costs and how near it comes; `compared`: the references."""
+    """Return a column head: label, and mean time, speedup and PSNR of its points. `compared`: names of references."""
     reference = bool(compared & {entry["name"] for entry in entries})
     means = [
         format_mean(
@@ -57,13 +57,13 @@ def draw_column_head(column: GridColumn, entries: Sequence[Entry], compared: set
 
 
 def format_mean(entries: Sequence[Entry], keys: tuple[str, ...], write: Any) -> str:
-    """The mean over the points that have this number, written; nothing where none has."""
+    """Format the mean of a number over the points that have it; empty if none has."""
     values = [value for entry in entries if (value := get_number(entry, *keys)) is not None]
     return write(sum(values) / len(values)) if values else ""
 
 
 def format_row_name(layout: GridLayout, row: GridRow) -> str:
-    """What sets this row apart."""
+    """Return the HTML that names a row: seed, other values, and the prompt if it differs between rows."""
     parts = [f"<b>{escape(text)}</b>" for text in row.others]
     if row.seed is not None:
         parts.insert(0, f"<b>seed {escape(row.seed)}</b>")
@@ -73,7 +73,7 @@ def format_row_name(layout: GridLayout, row: GridRow) -> str:
 
 
 def find_common_prompt(layout: GridLayout) -> str | None:
-    """The prompt, where all rows have one and the same."""
+    """Return the prompt if all rows have the same, else None."""
     prompts = {row.prompt for row in layout.rows}
     return prompts.pop() if len(prompts) == 1 else None
 
@@ -81,13 +81,13 @@ def find_common_prompt(layout: GridLayout) -> str | None:
 def draw_cell(
     layout: GridLayout, cells: Mapping[Cell, CellMedia | str], gain: int, entries: Sequence[Entry], place: Cell
 ) -> str:
-    """One cell: a picture or video with its numbers, or what went wrong."""
+    """Return the HTML of one cell: the output with its numbers, or the error."""
     row, column = layout.rows[place[0]], place[1]
     if column not in row.cells:
         return "<td></td>"
     number, output = row.cells[column]
     found, entry = cells.get(place), entries[number]
-    if output is None:  # a complete point has nothing for this row where others draw more
+    if output is None:  # a complete point may have fewer outputs than others
         return draw_failed_cell(entry["status"], entry["error"]) if entry["error"] else "<td></td>"
     if not isinstance(found, CellMedia):
         return draw_failed_cell("failed", output.error or found or "")
@@ -106,13 +106,13 @@ def draw_cell(
 
 
 def format_row_title(row: GridRow) -> str:
-    """What a row draws, in one line."""
+    """Format seed and other values of a row in one line."""
     seed = [] if row.seed is None else [f"seed {row.seed}"]
     return ", ".join([*seed, *row.others])
 
 
 def draw_media(found: CellMedia, file: str, name: str, gain: int) -> str:
-    """The picture, which links to its original; a video; and the difference, which the page shows when asked."""
+    """Return the HTML of the picture with a link to its file, the player, and the difference picture."""
     still = f'<img class="picture" src="{found.image}" alt="{escape(name)}"{format_pixelated_class(found)}>'
     apart = ""
     if found.difference:
@@ -128,12 +128,12 @@ def draw_media(found: CellMedia, file: str, name: str, gain: int) -> str:
 
 
 def format_pixelated_class(found: CellMedia) -> str:
-    """Small pictures are enlarged with their pixels sharp in the full view."""
+    """Return the attribute that makes the full view enlarge a small picture without smoothing."""
     return ' data-small=""' if max(found.size) <= 256 else ""
 
 
 def draw_caption(entry: Entry, output: Output, found: CellMedia) -> str:
-    """Speed and quality, as far as they are known."""
+    """Return the caption of a cell: speed and quality, where known."""
     speed = get_number(entry, "timings", "mean_step_s")
     factor = get_number(entry, "speedup", "steady")
     parts = [
@@ -144,7 +144,7 @@ def draw_caption(entry: Entry, output: Output, found: CellMedia) -> str:
 
 
 def format_nearness(output: Output, found: CellMedia) -> str:
-    """PSNR and SSIM against the twin where they were measured, else against the reference."""
+    """Format PSNR, SNR and SSIM against the reference run where measured, else against the reference in the row."""
     measured: dict[str, Any] = output.quality or (vars(found.difference) if found.difference else {})
     parts = [formatting.format_decibels(measured["psnr"], " dB")] if measured.get("psnr") is not None else []
     parts += [f"SNR {formatting.format_decibels(measured['snr'], ' dB')}"] if measured.get("snr") is not None else []
@@ -153,7 +153,7 @@ def format_nearness(output: Output, found: CellMedia) -> str:
 
 
 def format_difference(apart: OutputDifference) -> str:
-    """A difference in words."""
+    """Format a difference as text."""
     if apart.largest == 0:
         return "no difference from the reference"
     psnr = formatting.format_decibels(apart.psnr, " dB")
@@ -161,5 +161,5 @@ def format_difference(apart: OutputDifference) -> str:
 
 
 def draw_failed_cell(status: str, error: str) -> str:
-    """A cell without a picture."""
+    """Return the HTML of a cell without an output."""
     return f'<td><div class="failed"><b>{escape(status)}</b><p>{escape(error)}</p></div></td>'

@@ -1,4 +1,4 @@
-"""The grid: a row for each thing drawn, a column for each way to draw it, and the cells that others are compared to."""
+"""The layout of the grid: a row for each prompt and seed, a column for each setting, and the reference cells."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hydrarun.outputs.report.collect import Output, Point, get_value
 
 @dataclass
 class GridColumn:
-    """One setting: what its points have in common beside what they draw."""
+    """One setting, shared by points that differ only in what they draw."""
 
     label: str
     points: list[int] = field(default_factory=list)
@@ -25,9 +25,9 @@ class GridColumn:
 
 @dataclass
 class GridRow:
-    """One thing drawn: prompt and seed, and the values of other axes that say what is drawn.
+    """The outputs with the same prompt, seed and values of other axes that set what is drawn (`others`).
 
-    `cells`: by column, the point and its output; None where a point has nothing for this row.
+    `cells`: by column, the point and its output; None if the point has no output for this row.
     """
 
     prompt: str | None
@@ -38,23 +38,24 @@ class GridRow:
 
 @dataclass
 class GridLayout:
-    """Points by their place in `points`; columns by theirs in `columns`."""
+    """The grid. Points are identified by their index in `points`, columns by their index in `columns`."""
 
     points: list[Point]
     axes: list[Axis]
-    values: list[Values]  # of each point
+    values: list[Values]  # for each point
     columns: list[GridColumn]
     rows: list[GridRow]
     chosen: int | None  # the column that the user chose to compare with
 
     def column_of(self, point: int) -> int:
-        """The column that a point is in."""
+        """Return the column of a point."""
         return next(number for number, column in enumerate(self.columns) if point in column.points)
 
     def reference(self, row: GridRow, column: int) -> int | None:
-        """The column whose cell the one in `column` is compared to; itself where it is the reference.
+        """Return the column to compare `column` with in this row (itself if it is the reference), or None.
 
-        That of the user's choice, or the first without cache and quantization that this model drew.
+        This is the column that the user chose, or the first without cache and quantization; it must have an output of
+        the same model in this row.
         """
         if column not in row.cells:
             return None
@@ -69,7 +70,7 @@ class GridLayout:
 
 
 def arrange_grid(points: list[Point], reference: str | None) -> GridLayout:
-    """The grid of these points. Raises UsageError for a reference that is no column's label and no point's name."""
+    """Arrange points as a grid. Raises UsageError if `reference` is neither a column label nor a point name."""
     found, values = axes.find_axes(points)
     columns = build_columns(points, found, values)
     layout = GridLayout(points, found, values, columns, [], find_chosen_column(points, columns, reference))
@@ -78,7 +79,7 @@ def arrange_grid(points: list[Point], reference: str | None) -> GridLayout:
 
 
 def build_columns(points: Sequence[Point], found: Sequence[Axis], values: Sequence[Values]) -> list[GridColumn]:
-    """The settings, in the order of their first points. Points alike in everything get columns of their own."""
+    """Group points by setting, in the order of their first points. Points equal in everything get separate columns."""
     drawing = [axis for axis in found if not axis.drawn]
     columns: dict[tuple[str, int], GridColumn] = {}
     alike: Counter[tuple[str, ...]] = Counter()
@@ -93,7 +94,7 @@ def build_columns(points: Sequence[Point], found: Sequence[Axis], values: Sequen
 
 
 def build_rows(layout: GridLayout) -> Iterable[GridRow]:
-    """Rows in the order of what is drawn. A point without outputs stands in every row that it should have filled."""
+    """Yield the rows in the order of the points. A point without outputs appears in every row it should have filled."""
     drawn = [axis for axis in layout.axes if axis.drawn]
     blocks: dict[tuple[str, ...], list[int]] = {}
     for number, values in enumerate(layout.values):
@@ -104,14 +105,14 @@ def build_rows(layout: GridLayout) -> Iterable[GridRow]:
         yield from _build_block_rows(layout, members, others, values)
 
 
-#: the keys of what a row says anyway
+#: keys that a row shows anyway
 SHOWN = ("sampling.prompt", "sampling.seed")
 
 
 def _build_block_rows(
     layout: GridLayout, members: Sequence[int], others: list[str], values: Values
 ) -> Iterable[GridRow]:
-    """The rows of points that draw the same."""
+    """Build the rows of points that draw the same."""
     rows: dict[tuple[str, int | None, int], GridRow] = {}
     for member in members:
         column, seen = layout.column_of(member), Counter[tuple[str, int | None]]()
@@ -133,13 +134,13 @@ def _build_block_rows(
 
 
 def _find_sampling_value(values: Values, sampling: Mapping[str, Any], name: str) -> str | None:
-    """A field of `sampling` as it was asked for."""
+    """Return a field of `sampling` as text: its value on an axis, or else in the configuration; None if unset."""
     told = values.get(f"sampling.{name}")
     return told if told is not None or sampling.get(name) is None else axes.format_value(sampling[name])
 
 
 def find_chosen_column(points: Sequence[Point], columns: Sequence[GridColumn], name: str | None) -> int | None:
-    """The column that `--reference` names, by its label or a point in it."""
+    """Return the column that `--reference` names by its label or a point in it; None if not given."""
     if name is None:
         return None
     for number, column in enumerate(columns):
@@ -153,16 +154,16 @@ def find_chosen_column(points: Sequence[Point], columns: Sequence[GridColumn], n
 
 
 def is_unaccelerated(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration has neither cache nor quantization."""
+    """Return whether a configuration has neither cache nor quantization."""
     return all(config.get(group) == load_none_option(group) for group in ("cache", "quantization"))
 
 
 @cache
 def load_none_option(group: str) -> Any:
-    """The node of the group's option `none`."""
+    """Return the config node of the option `none` of a group."""
     return resources.read_options(group)["none"]
 
 
 def find_model_name(point: Point) -> str | None:
-    """The name of the model, if it is on record."""
+    """Return the name of the model, None if not on record."""
     return get_value(point.config, "model", "name", kind=str)

@@ -2,7 +2,7 @@
 "use strict";
 const $ = (id) => document.getElementById(id);
 
-// sorting: by number where there is one, empty cells last; a second click turns the order round
+// sorting: numerically if possible, empty cells last; a second click reverses the order
 const value = (row, place) => {
   const cell = row.cells[place];
   return cell.dataset.value === undefined ? cell.textContent : Number(cell.dataset.value);
@@ -23,7 +23,7 @@ for (const head of document.querySelectorAll(".numbers thead tr:last-child th"))
   });
 }
 
-// copying: the command beside the button
+// copying: the command next to the button
 for (const button of document.querySelectorAll(".copy")) {
   button.addEventListener("click", async () => {
     const code = button.parentNode.querySelector("code");
@@ -38,7 +38,7 @@ for (const button of document.querySelectorAll(".copy")) {
   });
 }
 
-// the full view: one cell beside, over, or less its reference
+// the full view: a cell side by side with its reference, with a slider, or their difference
 const view = $("view"), stage = $("view-stage"), slider = $("view-slider");
 const cells = [...document.querySelectorAll(".grid figure")];
 let current = 0;

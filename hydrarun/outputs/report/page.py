@@ -1,4 +1,4 @@
-"""The page: one file with everything in it, readable without scripts, and report.json beside it."""
+"""Writes the page, a single self-contained file that works without scripts, and report.json next to it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAGE, DATA = "report.html", "report.json"
 
 
 def write_page(folder: Path, layout: GridLayout) -> Path:
-    """Write both files into `folder`; returns the page's path. Raises RunError where that is not possible."""
+    """Write both files into `folder`; returns the path of the page. Raises RunError if they cannot be written."""
     cells = thumbnails.build_cells(layout)
     gain = thumbnails.choose_gain(cells.values())
     report = data.build_report(folder, layout, cells, gain)
@@ -40,7 +40,7 @@ def write_page(folder: Path, layout: GridLayout) -> Path:
 
 
 def build_html(report: Entry, layout: GridLayout, cells: dict[Cell, CellMedia | str]) -> str:
-    """The whole page."""
+    """Return the HTML of the whole page."""
     style, script, page = (read_page_file(f"page.{kind}") for kind in ("css", "js", "html"))
     entries, axes, gain = report["points"], report["axes"], report["amplification"]
     return Template(page).substitute(
@@ -63,24 +63,24 @@ def build_html(report: Entry, layout: GridLayout, cells: dict[Cell, CellMedia | 
 
 
 def read_page_file(name: str) -> str:
-    """One of the files that the page is made of."""
+    """Read one of the source files of the page."""
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def hash_for_csp(text: str) -> str:
-    """What the page's own policy knows a script or a style by: no other is run."""
+    """Return the hash that allows a script or style in the content security policy of the page."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def format_title(layout: GridLayout) -> str:
-    """The models, and what is swept."""
+    """Format the title: the models and the axes of the sweep."""
     models = list_distinct(layout.points, "config", "model", "name") or ["hydrarun"]
     swept = " × ".join(axis.short for axis in layout.axes)
     return f"{', '.join(models)}: {swept}" if swept else ", ".join(models)
 
 
 def format_counts(report: Entry) -> str:
-    """How many points there are, and how they ended."""
+    """Format the number of points, in total and by status."""
     told = [
         f'<span class="{"good" if status == "complete" else "bad"}">{number} {status}</span>'
         for status, number in report["counts"].items()
@@ -89,7 +89,7 @@ def format_counts(report: Entry) -> str:
 
 
 def list_facts(layout: GridLayout) -> Iterator[str]:
-    """What was run and with what, as a list; values that are not the same for all points are all named."""
+    """Yield the HTML of the facts about the runs; where points differ, all values are listed."""
     for axis in layout.axes:
         values = "".join(f"<li>{escape(value)}</li>" for value in axis.values)
         yield f'<div class="axis"><dt>{escape(axis.key)}</dt><dd><ul>{values}</ul></dd></div>'
@@ -119,7 +119,7 @@ def list_facts(layout: GridLayout) -> Iterator[str]:
 
 
 def format_sizes(points: Sequence[Point]) -> list[str]:
-    """The sizes of all outputs, each once."""
+    """Return the distinct sizes of all outputs."""
     found = {}
     for point in points:
         for output in get_value(point.record, "outputs", kind=list) or []:
@@ -133,19 +133,19 @@ def format_sizes(points: Sequence[Point]) -> list[str]:
 
 
 def list_distinct(points: Sequence[Point], *keys: str) -> list[str]:
-    """The texts and numbers under `keys`, each once."""
+    """Return the distinct texts and integers under `keys` in the records."""
     values = (get_value(point.record, *keys, kind=(str, int)) for point in points)
     return list(dict.fromkeys(str(value) for value in values if value is not None))
 
 
 def find_prompt(layout: GridLayout) -> str:
-    """The prompt, where it is one for all."""
+    """Return the HTML of the prompt if all rows share it, else nothing."""
     common = grid.find_common_prompt(layout)
     return f'<p class="said">{escape(common)}</p>' if common else ""
 
 
 def draw_switch(cells: dict[Cell, CellMedia | str], gain: int) -> str:
-    """Pictures or differences, where there are some."""
+    """Return the HTML of the switch between pictures and differences, empty if there are no differences."""
     if not any(isinstance(cell, CellMedia) and cell.difference for cell in cells.values()):
         return ""
     options = (("pictures", "Pictures", " checked"), ("differences", f"Differences ×{gain}", ""))
@@ -160,61 +160,63 @@ def draw_switch(cells: dict[Cell, CellMedia | str], gain: int) -> str:
 
 
 def list_notes(layout: GridLayout, cells: dict[Cell, CellMedia | str], gain: int) -> Iterator[str]:
-    """What a reader must know about the grid."""
+    """Yield the notes that explain the grid."""
     shown = [cell for cell in cells.values() if isinstance(cell, CellMedia)]
     if any(cell.difference for cell in shown):
         yield (
-            f"A difference is |a − b| of the pixels, ×{gain} for the eye, against the reference in the same row; of a"
-            " video, its middle frame. PSNR and largest value are of all pixels, as they are in the files."
+            f"A difference picture shows |a − b| of each pixel, amplified ×{gain}, against the reference in the same"
+            " row; for a video, of the middle frame. PSNR and largest difference cover all pixels of the files."
         )
         yield (
-            "Under a picture: its mean step when steady, how many times faster than the reference, PSNR and SSIM"
-            " (against the uncached twin where that was measured). Above a column: steady seconds of one output, means."
+            "Under a picture: mean steady time of a step, speedup over the reference, PSNR and SSIM (against the"
+            " uncached reference run if that was measured). Above a column: steady seconds per output, speedup, PSNR"
+            " (means)."
         )
     elif len(layout.columns) > 1:
         yield (
-            "Nothing is compared: no picture without cache and quantization in a row with others"
+            "Nothing is compared: no row has a picture without cache and quantization to compare others with"
             " (--reference NAME chooses another reference)."
         )
     if any(cell.reduced for cell in shown):
-        yield "Shown are small, compressed copies; numbers are of the files, to which the full view links."
+        yield "Pictures are small, compressed copies; numbers are of the original files, which the full view links to."
     if len(layout.rows) > thumbnails.count_shown_rows(layout):
         yield (
-            f"The first {thumbnails.count_shown_rows(layout)} of {len(layout.rows)} rows."
+            f"Only the first {thumbnails.count_shown_rows(layout)} of {len(layout.rows)} rows are shown."
             " The others are in report.json, without differences."
         )
 
 
 def draw_plot(entries: Sequence[Entry]) -> str:
-    """Speed against quality, and what both are; or why there is no plot."""
+    """Return the HTML of the plot of speed and quality with its caption, or the reason why there is none."""
     places = data.average_settings(entries)
     if len(places) < 2:
         return (
-            "<p>Needs at least two settings with times and a PSNR: a reference to compare with, or"
+            "<p>Needs at least two settings with timings and a PSNR: choose a reference with --reference, or run with"
             " report.metrics=[psnr].</p>"
         )
     by_twin = data.has_measured_quality(entries)
-    against = "its uncached twin" if by_twin else "the reference in the same row, computed from the files"
-    drawn = plot.draw_svg(list(build_marks(entries, by_twin)), data.average_noise_floors(entries), "PSNR, dB ↑ nearer")
+    against = "its uncached reference run" if by_twin else "the reference in the same row, computed from the files"
+    drawn = plot.draw_svg(list(build_marks(entries, by_twin)), data.average_noise_floors(entries), "PSNR, dB ↑ closer")
     return (
-        f"<figure>{drawn}<figcaption>Across: seconds of denoising for one output, the first step counted as a usual"
-        f" one. Up: PSNR of the output against {against}. A mark is a setting, the mean of its points (small dots). The"
-        " filled ones are the Pareto front: no other is as fast and as near.</figcaption></figure>"
+        f"<figure>{drawn}<figcaption>Horizontal: steady seconds of denoising per output; the first step counts as a"
+        f" usual computed step. Vertical: PSNR of the output against {against}. A mark is a setting, at the mean of its"
+        " points (small dots). Filled marks are the Pareto front: no other setting is as fast and as close."
+        "</figcaption></figure>"
     )
 
 
 def build_marks(entries: Sequence[Entry], by_twin: bool) -> Iterator[plot.PlotMark]:
-    """The settings of the plot, with their points."""
+    """Yield the marks of the plot: settings with their points."""
     for label, middle in data.average_settings(entries).items():
         own = [(one["name"], data.find_plot_point(one, by_twin)) for one in entries if one["setting"] == label]
         yield plot.PlotMark(label, middle, [(name, where) for name, where in own if where])
 
 
 def draw_command(entry: Entry) -> str:
-    """A point and how to repeat it."""
+    """Return the HTML of the command that repeats a point, empty if there is none."""
     if entry["command"] is None:
         return ""
-    told = {key: value for key, value in entry["values"].items() if key != "sampling.prompt"}  # the command has it
+    told = {key: value for key, value in entry["values"].items() if key != "sampling.prompt"}  # the command shows it
     values = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in told.items())
     return (
         f'<li id="command-{escape(entry["name"])}"><span>{escape(entry["name"])}</span><span>{escape(values)}</span>'

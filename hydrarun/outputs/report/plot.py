@@ -1,4 +1,4 @@
-"""Speed against quality as an SVG: a mark for each setting, those that no other beats filled and joined by a line."""
+"""Draws speed against quality as an SVG: a mark for each setting; those on the Pareto front are filled and joined."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Place = tuple[float, float]  # seconds, dB
 
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 70, 24, 30, 56
-LINE, LETTER = 21, 10.5  # of labels, as high and as wide as they are on a phone
+LINE, LETTER = 21, 10.5  # height of a label and width of a letter, at the size used on phones
 
 
 @dataclass
 class PlotMark:
-    """A setting: its name, the mean of its points, and the points themselves with their names."""
+    """A setting: its label, the mean of its points, and the points with their names."""
 
     label: str
     place: Place
@@ -26,7 +26,7 @@ class PlotMark:
 
 
 def find_pareto_front(places: Sequence[Place]) -> list[bool]:
-    """Whether no other place is as fast and as good, and better in one of them. Equal places are both first."""
+    """Return whether each place is on the Pareto front: no other is at least as fast and good and differs from it."""
 
     def beaten(place: Place) -> bool:
         return any(x <= place[0] and y >= place[1] and (x, y) != place for x, y in places)
@@ -35,7 +35,7 @@ def find_pareto_front(places: Sequence[Place]) -> list[bool]:
 
 
 class PlotScales:
-    """From seconds and dB to SVG's pixels. What is identical, at PSNR_CAP, has a line of its own above the others."""
+    """Maps seconds and dB to SVG pixels. Identical outputs (`PSNR_CAP`) get a separate line above all others."""
 
     def __init__(self, places: Sequence[Place], levels: Sequence[float]) -> None:
         values = [y for _, y in places] + list(levels)
@@ -47,11 +47,11 @@ class PlotScales:
         self.low, self.high = low - room, high + room
 
     def x(self, seconds: float) -> float:
-        """Pixels from the left."""
+        """Return the pixels from the left."""
         return LEFT + (WIDTH - LEFT - RIGHT) * seconds / self.right
 
     def y(self, psnr: float) -> float:
-        """Pixels from the top."""
+        """Return the pixels from the top."""
         if psnr >= PSNR_CAP:
             return TOP
         top = TOP + (36 if self.identical else 0)
@@ -60,7 +60,7 @@ class PlotScales:
 
 
 def choose_ticks(low: float, high: float) -> list[float]:
-    """Three to eight round numbers between two."""
+    """Return three to eight round numbers in the range."""
     step = 10 ** floor(log10((high - low) / 3))
     step *= next(times for times in (5, 2, 1) if (high - low) / (step * times) >= 3)
     first = -floor(-low / step)
@@ -68,7 +68,7 @@ def choose_ticks(low: float, high: float) -> list[float]:
 
 
 def draw_svg(marks: Sequence[PlotMark], floors: Mapping[str, float], quality: str) -> str:
-    """The SVG. `floors`: dB by the name of the noise floor; `quality`: what the vertical axis is."""
+    """Return the SVG. `floors`: dB by the name of the noise floor; `quality`: the title of the vertical axis."""
     points = [place for mark in marks for _, place in mark.points]
     scales = PlotScales([mark.place for mark in marks] + points, list(floors.values()))
     first = find_pareto_front([mark.place for mark in marks])
@@ -87,7 +87,7 @@ def draw_svg(marks: Sequence[PlotMark], floors: Mapping[str, float], quality: st
 
 
 def draw_axes(scales: PlotScales, quality: str) -> list[str]:
-    """Grid lines, their numbers, and what the axes are."""
+    """Draw the grid lines, their numbers, and the axes with their titles."""
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     lines = []
     for psnr in choose_ticks(scales.low, scales.high):
@@ -104,7 +104,7 @@ def draw_axes(scales: PlotScales, quality: str) -> list[str]:
 
 
 def draw_noise_floors(scales: PlotScales, floors: Mapping[str, float]) -> list[str]:
-    """Dashed lines, those of one height together: what lies above one changes less than that does."""
+    """Draw the noise floors as dashed lines, equal ones as one line. Marks above a line differ less than the noise."""
     heights: dict[float, list[str]] = {}
     for name, psnr in floors.items():
         heights.setdefault(min(round(psnr, 1), PSNR_CAP), []).append(name)
@@ -117,20 +117,20 @@ def draw_noise_floors(scales: PlotScales, floors: Mapping[str, float]) -> list[s
 
 
 def draw_front(scales: PlotScales, places: Sequence[Place]) -> str:
-    """The line through what no other setting beats."""
+    """Draw the line through the Pareto front."""
     line = " ".join(f"{scales.x(x):.1f},{scales.y(y):.1f}" for x, y in sorted(places))
     return f'<polyline class="front" points="{line}"/>'
 
 
 def draw_dot(scales: PlotScales, label: str, name: str, place: Place) -> str:
-    """One point of a setting that has several."""
+    """Draw one point of a setting that has several."""
     return f'<circle class="dot" cx="{scales.x(place[0]):.1f}" cy="{scales.y(place[1]):.1f}" r="3">' + (
         f"<title>{escape(f'{label}, point {name}: {format_place(place)}')}</title></circle>"
     )
 
 
 def draw_mark(scales: PlotScales, mark: PlotMark, best: bool) -> str:
-    """The mark of a setting."""
+    """Draw the mark of a setting."""
     count = f" (mean of {len(mark.points)} points)" if len(mark.points) > 1 else ""
     text = f"{mark.label}: {format_place(mark.place)}{count}{'; no other is faster and as good' if best else ''}"
     x, y = scales.x(mark.place[0]), scales.y(mark.place[1])
@@ -139,7 +139,7 @@ def draw_mark(scales: PlotScales, mark: PlotMark, best: bool) -> str:
 
 
 def draw_labels(scales: PlotScales, marks: Sequence[PlotMark]) -> list[str]:
-    """The names beside the marks, on the side and in the line where they lie on nothing."""
+    """Draw the labels next to the marks, on the first side and line where they overlap nothing."""
     places = [(scales.x(mark.place[0]), scales.y(mark.place[1]) + 5) for mark in marks]
     taken = [(x - 9, x + 9, y) for x, y in places]
     found = []
@@ -155,20 +155,20 @@ def draw_labels(scales: PlotScales, marks: Sequence[PlotMark]) -> list[str]:
 
 
 def covers_any(taken: Sequence[tuple[float, float, float]], start: float, y: float, wide: float) -> bool:
-    """Whether a label would lie on something."""
+    """Return whether a label would overlap anything in `taken`."""
     return any(abs(y - other) < LINE and start < end and start + wide > begin for begin, end, other in taken)
 
 
 def format_place(place: Place) -> str:
-    """A place in words."""
+    """Format a place as text."""
     return f"{place[0]:.4g} s, " + ("identical" if place[1] >= PSNR_CAP else f"{place[1]:.1f} dB")
 
 
 def draw_line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    """A straight line."""
+    """Return an SVG line."""
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
 def draw_text(x: float, y: float, text: str, kind: str) -> str:
-    """A text."""
+    """Return an SVG text."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'

@@ -1,4 +1,4 @@
-"""What run.json says of a point in numbers, by their names in report.json. What was not measured is None."""
+"""Reads the numbers of a point from run.json, by their names in report.json. Missing measurements are None."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TIMINGS = ("load_s", "warmup_s", "compile_s", "encode_s", "denoise_s", "decode_s
 
 
 def collect_timings(point: Point) -> Numbers:
-    """Seconds: those of run.json; the first step, the median of the others; and denoising when it is steady."""
+    """Return timings in seconds: those of run.json, the first step, the median of the others, and steady denoising."""
     told = {name: get_number(point.record, "timings", name) for name in TIMINGS}
     steps = filter_numbers(get_value(point.record, "timings", "steps_s", kind=list))
     return {
@@ -26,8 +26,8 @@ def collect_timings(point: Point) -> Numbers:
 
 
 def compute_steady_times(point: Point, steps: list[float]) -> Numbers:
-    """Seconds of all steps, the first one counted as a usual computed step (it pays for what happens once): for each
-    output, and for each step."""
+    """Return steady seconds of denoising per output and per step. The first step includes one-time costs, so it counts
+    as a usual computed step."""
     usual = filter_numbers([get_number(part, "computed_step_s") for part in list_caches(point.record)])
     made = sum(output.path is not None for output in point.outputs)
     if point.status != "complete" or not (made and steps and usual):
@@ -37,7 +37,7 @@ def compute_steady_times(point: Point, steps: list[float]) -> Numbers:
 
 
 def compute_speedup(ours: Numbers, reference: Numbers) -> Numbers:
-    """How many times faster than the reference: the steady denoising, and all but loading, compiling and warming up."""
+    """Return the speedups over the reference: steady denoising, and all but loading, compiling and warm-up."""
 
     def ratio(there: float | None, here: float | None) -> float | None:
         return there / here if there and here else None
@@ -49,18 +49,18 @@ def compute_speedup(ours: Numbers, reference: Numbers) -> Numbers:
 
 
 def compute_work_seconds(told: Numbers) -> float | None:
-    """Seconds from the prompt to the files."""
+    """Return the seconds from the prompt to the files: the total without loading, warm-up and compiling."""
     total = told["total_s"]
     return None if total is None else total - sum(told[name] or 0.0 for name in ("load_s", "warmup_s", "compile_s"))
 
 
 def collect_memory(point: Point) -> Numbers:
-    """Peaks in bytes."""
+    """Return the memory peaks in bytes."""
     return {name: find_peak(point.record, name) for name in ("peak_host_bytes", "peak_device_bytes")}
 
 
 def find_peak(record: dict[str, Any], name: str) -> float | None:
-    """That of the run, or the highest of its batches."""
+    """Return the peak of the run, or the highest of its batches."""
     whole = get_number(record, "memory", name)
     parts = filter_numbers(
         [get_number(batch, "memory", name) for batch in get_value(record, "batches", kind=list) or []]
@@ -69,7 +69,7 @@ def find_peak(record: dict[str, Any], name: str) -> float | None:
 
 
 def count_work(point: Point) -> Numbers:
-    """Steps that were computed for a branch at least, and blocks that were run, each of all there were."""
+    """Count the steps that at least one branch computed and the blocks that were run, with the totals of both."""
     parts = list_caches(point.record)
     counts = [count for part in parts for count in count_steps(part)]
     run, every = (filter_numbers([get_number(part, "blocks", name) for part in parts]) for name in ("run", "all"))
@@ -82,7 +82,7 @@ def count_work(point: Point) -> Numbers:
 
 
 def count_steps(part: dict[str, Any]) -> Iterator[tuple[int, int]]:
-    """For each expert: the steps that some branch computed, and all of them."""
+    """Yield for each expert the number of steps that any branch computed, and of all steps."""
     for branches in (get_value(part, "steps", kind=dict) or {}).values():
         listed = list(branches.values()) if isinstance(branches, dict) else []
         computed, skipped = (
@@ -94,17 +94,17 @@ def count_steps(part: dict[str, Any]) -> Iterator[tuple[int, int]]:
 
 
 def list_caches(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each batch of the run says of its cache; of a run without batches what itself does."""
+    """Return the cache records of the batches, or of the run itself if it has no batches."""
     parts = [get_value(batch, "cache", kind=dict) for batch in get_value(record, "batches", kind=list) or []]
     return [part for part in parts or [get_value(record, "cache", kind=dict)] if part]
 
 
 def collect_quality(point: Point) -> dict[str, Any]:
-    """`quality` of run.json without the folder of the twin; empty where nothing was measured."""
+    """Return `quality` of run.json without the folder of the reference run; empty if nothing was measured."""
     measured = get_value(point.record, "quality", kind=dict) or {}
     return {name: value for name, value in measured.items() if name != "twin"}
 
 
 def filter_numbers(values: list[Any] | None) -> list[float]:
-    """Those of a list that are numbers."""
+    """Return the valid numbers of a list."""
     return [value for value in values or [] if get_number({"": value}, "") is not None]

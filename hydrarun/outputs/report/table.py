@@ -1,4 +1,4 @@
-"""The table of all points: a row for each, a column for what at least one of them has."""
+"""Draws the table of all points: a row for each, and the columns in which at least one has a value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Entry = dict[str, Any]
 
 
 class TableColumn(NamedTuple):
-    """A group of columns, the title of this one, its unit, its value for a point, and how that is written."""
+    """A column: its group, title and unit, the function that gets its value from a point, and the formatter."""
 
     group: str
     title: str
@@ -24,27 +24,27 @@ class TableColumn(NamedTuple):
 
 
 def make_number_getter(*keys: str) -> Callable[[Entry], float | None]:
-    """The number under these keys."""
+    """Return a function that gets the number under these keys."""
     return lambda entry: get_number(entry, *keys)
 
 
 def make_axis_getter(key: str) -> Callable[[Entry], str]:
-    """The value on an axis."""
+    """Return a function that gets the value on an axis."""
     return lambda entry: entry["values"][key]
 
 
 def format_status(entry: Entry) -> str:
-    """How the point ended."""
+    """Format the status of a point, with its error if any."""
     return entry["status"] if entry["error"] is None else f"{entry['status']}: {entry['error']}"
 
 
 def make_nonzero_getter(*keys: str) -> Callable[[Entry], float | None]:
-    """The same where 0 means that there was nothing to measure."""
+    """Return a function that gets the number under these keys, and None for 0, which means not applicable."""
     return lambda entry: get_number(entry, *keys) or None
 
 
 def make_share_getter(part: str, whole: str) -> Callable[[Entry], float | None]:
-    """A share of the work, from 0 to 1."""
+    """Return a function that gets a share of the work, from 0 to 1."""
 
     def value(entry: Entry) -> float | None:
         done, every = get_number(entry, "work", part), get_number(entry, "work", whole)
@@ -86,7 +86,7 @@ FIXED = (
     ),
 )
 
-#: units, and how they are written
+#: unit and formatter of each measure
 MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "psnr": ("dB", formatting.format_decibels),
     "ssim": ("", formatting.format_ssim),
@@ -94,12 +94,12 @@ MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 LARGEST = TableColumn(
-    "from the reference", "largest", "of 255; of sounds 65535", make_number_getter("difference", "largest")
+    "from the reference", "largest", "of 255 (sounds: 65535)", make_number_getter("difference", "largest")
 )
 
 
 def select_columns(axes: Sequence[Entry], entries: Sequence[Entry]) -> list[TableColumn]:
-    """Those in which some point has a value, after the values of the axes and the status."""
+    """Select the columns: point, axes, status, and all others in which any point has a value."""
     settings = [TableColumn("", axis["label"], "", make_axis_getter(axis["key"])) for axis in axes]
     told = [
         *FIXED,
@@ -117,15 +117,15 @@ def select_columns(axes: Sequence[Entry], entries: Sequence[Entry]) -> list[Tabl
 
 
 def build_nearness_columns(group: str, key: str) -> Iterator[TableColumn]:
-    """PSNR and SSIM of all outputs of a point, as they stand under `key`."""
+    """Yield the columns for the measures under `key`, each summarized over the outputs of a point."""
     for name, (unit, write) in MEASURES.items():
         for kind in ("mean", "p95", "worst"):
             yield TableColumn(group, f"{name.upper()} {kind}", unit, make_number_getter(key, name, kind), write)
 
 
 def build_quality_columns(entries: Sequence[Entry]) -> Iterator[TableColumn]:
-    """What run.json says of the uncached twin, and of the noise floor beside it."""
-    yield from build_nearness_columns("from the uncached twin", "quality")
+    """Yield the columns for `quality` of run.json: against the reference run, noise floors, and the judge."""
+    yield from build_nearness_columns("from the uncached reference run", "quality")
     for name, (unit, write) in MEASURES.items():
         floors = [get_value(entry, "quality", "noise_floor", kind=dict) or {} for entry in entries]
         for floor in dict.fromkeys(key for found in floors for key in found):
@@ -133,14 +133,14 @@ def build_quality_columns(entries: Sequence[Entry]) -> Iterator[TableColumn]:
             yield TableColumn(
                 "noise floor", title, unit, make_number_getter("quality", "noise_floor", floor, name, "mean"), write
             )
-    for whose, title in (("outputs", "right"), ("twins", "twin's right")):
+    for whose, title in (("outputs", "right"), ("twins", "right, reference run")):
         yield TableColumn(
             "judged", title, "", make_number_getter("quality", "accuracy", whose), formatting.format_percent
         )
 
 
 def draw_table(axes: Sequence[Entry], entries: Sequence[Entry]) -> str:
-    """The table in HTML."""
+    """Return the HTML of the table."""
     shown = select_columns(axes, entries)
     spans = [(group, len(list(some))) for group, some in groupby(shown, lambda column: column.group)]
     groups = "".join(f'<th scope="colgroup" colspan="{count}">{escape(group)}</th>' for group, count in spans)
@@ -153,14 +153,14 @@ def draw_table(axes: Sequence[Entry], entries: Sequence[Entry]) -> str:
 
 
 def draw_column_head(place: int, column: TableColumn) -> str:
-    """A column's head: a button that sorts by it."""
+    """Return the HTML of a column head: a button that sorts by the column."""
     unit = f" <small>{escape(column.unit)}</small>" if column.unit else ""
     more = ' aria-sort="ascending"' if place == 0 else ' class="number"' if column.group else ""
     return f'<th scope="col"{more}><button type="button">{escape(column.title)}{unit}</button></th>'
 
 
 def draw_table_cell(column: TableColumn, entry: Entry) -> str:
-    """One value; nothing where there is none."""
+    """Return the HTML of one cell, empty if there is no value."""
     value = column.value(entry)
     if column.title == "point":
         return f'<th scope="row">{escape(entry["name"])}</th>'
@@ -174,7 +174,7 @@ def draw_table_cell(column: TableColumn, entry: Entry) -> str:
 
 
 def format_work_share(column: TableColumn, entry: Entry) -> str | None:
-    """`7 / 24` for a share of the work."""
+    """Format a share of the work as `7 / 24`; None for other columns."""
     if column.group != "work":
         return None
     done, every = (get_number(entry, "work", f"{column.title}_{part}") for part in (column.unit, "all"))

@@ -1,4 +1,5 @@
-"""What the page embeds of each cell: a small copy of what was drawn, and how far it is from the reference's."""
+"""Builds the media that the page embeds for each cell: a small copy of the output and its difference from the
+reference."""
 
 from __future__ import annotations
 
@@ -22,34 +23,33 @@ from hydrarun.outputs.report.layout import GridLayout, GridRow
 
 Reading = Callable[[Path], "np.ndarray | str"]
 
-#: cells that are read and shown; the rows beyond are left out, and the page says so
+#: maximum number of cells that are read and shown; the page notes how many rows are left out
 MOST_CELLS = 240
 
-#: longest side in pixels of what is embedded: of pictures, where they are few or many, and of videos
+#: longest side of embedded media in pixels: of few pictures, of many pictures, of videos
 SIDE, MANY_SIDE, VIDEO_SIDE = 512, 384, 384
-MANY = 36  # cells
+MANY = 36  # more cells than this are many
 
-#: of WebP's 100, for pictures, and for differences, whose noise is as strong as their amplification makes it
+#: WebP quality (of 100) of pictures, and of differences, whose amplified noise compresses badly
 QUALITY, ROUGH = 82, 50
 
-#: pixels up to which a small copy is without loss, and bytes up to which a video or sound is embedded as it is
+#: up to this many pixels a copy is lossless; up to this many bytes a video or sound is embedded unchanged
 LOSSLESS, SMALL_FILE = 256 * 256, 2**20
 
 #: bits per second of larger sounds
 SOUND_RATE = 96_000
 
-#: how many times a difference may be amplified to be seen
+#: possible amplifications of the differences
 GAINS = (32, 16, 8, 4, 2, 1)
 
 
 @dataclass
 class OutputDifference:
-    """Between an output and the reference's, over all pixels and frames: `psnr` in dB, at most 100; `largest`, of
-    `levels`: 255, or a sound's 65535.
+    """The difference between an output and the reference, over all pixels and frames: `psnr` in dB, at most 100;
+    `largest`, at most `levels` (255, or 65535 for sounds).
 
-    `ssim`: of pictures and layers; None for videos, which would take minutes, and for what is smaller than its window.
-    `pixels`: uint8 `[h, w, 3]`, the absolute difference of what stands for them (`Kind.still`), as small as what is
-    embedded.
+    `ssim`: of pictures and layers; None for sounds, for videos, which would take minutes, and for pictures smaller than
+    the window. `pixels`: uint8 `[h, w, 3]`, the absolute difference of the stills (`Kind.still`) at the embedded size.
     """
 
     psnr: float
@@ -61,12 +61,12 @@ class OutputDifference:
 
 @dataclass
 class CellMedia:
-    """A cell. Data URIs: `image` of what stands for the output (`Kind.still`), `video` and `sound`. `size`: of the
-    output, or of a sound's waveform, width and height."""
+    """The media of a cell. Data URIs: `image` (`Kind.still` of the output), `video` and `sound`. `size`: width and
+    height of the output, or of the waveform of a sound."""
 
     image: str
     size: tuple[int, int]
-    reduced: bool  # whether what is embedded is less than the original
+    reduced: bool  # whether the embedded media are smaller or more compressed than the original
     video: str | None
     difference: OutputDifference | None
     sound: str | None = None
@@ -76,15 +76,15 @@ Cell = tuple[int, int]  # row, column
 
 
 def count_shown_rows(layout: GridLayout) -> int:
-    """How many rows are shown."""
+    """Return the maximum number of rows that are shown."""
     return max(1, MOST_CELLS // len(layout.columns))
 
 
 def build_cells(layout: GridLayout) -> dict[Cell, CellMedia | str]:
-    """Every cell that has an output; a text says why its file cannot be shown."""
+    """Build every cell that has an output; a string is the reason why its file cannot be shown."""
     rows = layout.rows[: count_shown_rows(layout)]
     side = SIDE if len(rows) * len(layout.columns) <= MANY else MANY_SIDE
-    reading = lru_cache(maxsize=2)(read_pixels)  # a reference, and what is compared to it: pixels may be large
+    reading = lru_cache(maxsize=2)(read_pixels)  # reference and output only: pixels may be large
     return {
         (number, column): found
         for number, row in enumerate(rows)
@@ -95,7 +95,7 @@ def build_cells(layout: GridLayout) -> dict[Cell, CellMedia | str]:
 def build_row_cells(
     layout: GridLayout, row: GridRow, side: int, reading: Reading
 ) -> Iterator[tuple[int, CellMedia | str]]:
-    """The cells of a row, by column."""
+    """Yield the cells of a row with their columns."""
     for column in sorted(row.cells):
         file = find_output_file(layout, row, column)
         if file is None:
@@ -111,13 +111,13 @@ def build_row_cells(
 
 
 def find_output_file(layout: GridLayout, row: GridRow, column: int) -> Path | None:
-    """The file, or folder of frames, of a cell; None where there is no output."""
+    """Return the file or folder of frames of a cell; None if there is no output."""
     point, output = row.cells[column]
     return layout.points[point].folder / output.path if output and output.path else None
 
 
 def find_output_rate(row: GridRow, column: int) -> int:
-    """Frames per second of a cell's video, or samples of its sound."""
+    """Return the frames per second of a video, or the samples per second of a sound."""
     output = row.cells[column][1]
     if output and output.sample_rate:
         return output.sample_rate if 0 < output.sample_rate < 10**6 else 44100
@@ -126,7 +126,7 @@ def find_output_rate(row: GridRow, column: int) -> int:
 
 
 def read_pixels(file: Path) -> np.ndarray | str:
-    """What a file holds (an array of `hydrarun.outputs.media.kinds`); or why there is nothing."""
+    """Read a file as an array (`hydrarun.outputs.media.kinds`); a string is the reason why it cannot be read."""
     try:
         return read_output(file)[0]
     except UsageError as error:
@@ -136,10 +136,10 @@ def read_pixels(file: Path) -> np.ndarray | str:
 
 
 def measure_difference(ours: np.ndarray, theirs: np.ndarray, side: int) -> OutputDifference | None:
-    """How far apart two pictures or videos are; None where their sizes are not equal."""
+    """Measure the difference of two outputs; None if their shapes differ."""
     if ours.shape != theirs.shape:
         return None
-    # frame by frame: a whole video as wide numbers would not fit beside itself
+    # frame by frame: a wider copy of a whole video may not fit in memory
     each = (make_comparable(pixels).reshape(-1, *pixels.shape[-3:]) for pixels in (ours, theirs))
     apart_by_frame = map(compute_distance, zip(*each, strict=True))
     measured = [(int(apart.max()), float(np.square(apart, dtype=np.uint32).mean())) for apart in apart_by_frame]
@@ -152,18 +152,18 @@ def measure_difference(ours: np.ndarray, theirs: np.ndarray, side: int) -> Outpu
 
 
 def compute_distance(pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """|a - b|, uint8 `[H, W, 3]`; of samples uint16, which holds any two's."""
+    """Return |a - b|: uint8 `[H, W, C]`; for int16 samples uint16, which any difference fits into."""
     apart = np.maximum(*pair) - np.minimum(*pair)
     return apart if apart.dtype == np.uint8 else apart.view(np.uint16)
 
 
 def pick_still(pixels: np.ndarray) -> np.ndarray:
-    """The picture itself, the middle frame of a video, all layers, or the waveform of a sound."""
+    """Return the picture itself, the middle frame of a video, all layers, or the waveform of a sound."""
     return kinds.find_array_kind(pixels).still(pixels)
 
 
 def build_cell_media(file: Path, pixels: np.ndarray, rate: int, apart: OutputDifference | None, side: int) -> CellMedia:
-    """What is embedded of one output. `rate`: frames per second, or samples."""
+    """Build the embedded media of one output. `rate`: frames or samples per second."""
     still = pick_still(pixels)
     small = shrink_picture(still, side)
     whole_size = still.shape[1], still.shape[0]
@@ -182,26 +182,26 @@ def build_cell_media(file: Path, pixels: np.ndarray, rate: int, apart: OutputDif
 
 
 def shrink_picture(pixels: np.ndarray, side: int) -> Image.Image:
-    """A picture, its longest side `side` pixels at most."""
+    """Shrink a picture so that its longest side is at most `side` pixels."""
     image = Image.fromarray(pixels)
     image.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=None)
     return image
 
 
 def encode_picture_uri(image: Image.Image, quality: int = QUALITY) -> str:
-    """WebP, without loss where it is small."""
+    """Encode a picture as WebP, lossless if it is small."""
     data = io.BytesIO()
     image.save(data, "WEBP", lossless=is_small_picture(image), quality=quality, method=2)
     return format_data_uri("image/webp", data.getvalue())
 
 
 def is_small_picture(image: Image.Image) -> bool:
-    """Whether it is kept without loss."""
+    """Return whether a picture is embedded losslessly."""
     return image.width * image.height <= LOSSLESS
 
 
 def encode_video_uri(pixels: np.ndarray, fps: int) -> str | None:
-    """A smaller MP4; None for a video of which none can be made, of one pixel a side."""
+    """Encode a smaller MP4; None if a side would be below two pixels."""
     from hydrarun.outputs.media import mp4
 
     small = np.stack([np.asarray(shrink_picture(frame, VIDEO_SIDE)) for frame in pixels])
@@ -212,7 +212,7 @@ def encode_video_uri(pixels: np.ndarray, fps: int) -> str | None:
 
 
 def encode_sound_uri(samples: np.ndarray, rate: int) -> str:
-    """A smaller file, AAC in MP4."""
+    """Encode a smaller file, AAC in MP4."""
     import av
 
     from hydrarun.outputs.media import wav
@@ -224,18 +224,18 @@ def encode_sound_uri(samples: np.ndarray, rate: int) -> str:
 
 
 def choose_gain(cells: Iterable[CellMedia | str]) -> int:
-    """One amplification for all differences, so that they can be compared: the middle one of them is bright with it."""
+    """Choose one gain for all differences, so that they are comparable: it makes the median difference bright."""
     apart = [cell.difference.pixels for cell in cells if isinstance(cell, CellMedia) and cell.difference]
     strong = [most for most in (float(np.percentile(pixels, 99)) for pixels in apart) if most]
     return next((times for times in GAINS if strong and times * float(np.median(strong)) <= 255), 1)
 
 
 def encode_difference_uri(apart: OutputDifference, times: int) -> str:
-    """The difference as a picture, amplified."""
+    """Encode the amplified difference as a picture."""
     bright = np.minimum(apart.pixels.astype(np.uint16) * times, 255).astype(np.uint8)
     return encode_picture_uri(Image.fromarray(bright), ROUGH)
 
 
 def format_data_uri(kind: str, data: bytes) -> str:
-    """Bytes as an address that holds them."""
+    """Encode bytes as a data URI."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,4 +1,4 @@
-"""Prompts to conditioning, where a blank prompt is one that the text encoder writes about the input image."""
+"""Encodes prompts; the text encoder replaces a blank prompt with a caption of the input image."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hydrarun.pipeline.state import State
 
 
 class EncodePromptOrCaption(EncodePrompt):
-    """Runs the pipeline's `get_image_caption` on the first input image, as large as it is drawn, for blank prompts.
+    """Replaces blank prompts with the pipeline's `get_image_caption` of the first input image at the output's size.
 
-    `english`: the caption's language; else it is Chinese. It is said, and kept in the state.
+    `english`: whether the caption is English or Chinese. It is shown to the user and kept in the state.
     """
 
     needs: tuple[str, ...] = (*EncodePrompt.needs, "input_images", "height", "width", "captioned")
@@ -29,7 +29,7 @@ class EncodePromptOrCaption(EncodePrompt):
         self.english = english
 
     def texts(self, state: State, parts: Components) -> dict[str, Any]:
-        if state.captioned:  # every rank writes it, whose prompts are blank or not: they lend each other weights
+        if state.captioned:  # by every rank, even if its prompts are not blank: HSDP gathers weights from all
             state.caption = self.caption(state, parts)
             said = make_printable(state.caption, len(state.caption))
             parts.progress.note(f"the prompt is blank; the input image's caption: {said}")
@@ -37,12 +37,12 @@ class EncodePromptOrCaption(EncodePrompt):
         return {**found, POSITIVE: [text if text.strip() else state.caption for text in state.prompts]}
 
     def caption(self, state: State, parts: Components) -> str:
-        """The same for the same image: where the checkpoint has words chosen by chance, chance is."""
+        """Return the image's caption. A fixed seed makes it reproducible if the checkpoint's settings sample tokens."""
         pipeline = parts.pipeline
         image = pipeline.image_processor.resize(state.input_images[0], state.height, state.width)
         devices = [parts.device] if parts.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
             text = pipeline.get_image_caption(image, use_en_prompt=self.english, device=parts.device)
-        # a last bit may turn a word, and ranks with unequal texts would not fit together
+        # rounding may change a word, and ranks with different texts would have different shapes
         return collectives.broadcast_text(text, parts.device) if parts.mesh else text

@@ -1,4 +1,4 @@
-"""Latents to pixels."""
+"""Decodes latents to pixels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class DecodeLatents(Stage):
         state.frames = self.decode(latents, parts.pipeline)
 
     def decode(self, latents: Tensor, pipeline: Any) -> np.ndarray:
-        """Latents `[N, C, f, h, w]` to frames, uint8 `[N, F, H, W, 3]`."""
+        """Decode latents `[N, C, f, h, w]` to frames, uint8 `[N, F, H, W, 3]`."""
         pixels = vae.decode_latents(pipeline, latents).transpose(1, 2)  # [N, F, 3, H, W]
         processor = pipeline.video_processor if hasattr(pipeline, "video_processor") else pipeline.image_processor
         images = processor.postprocess(pixels.flatten(0, 1), output_type="np")  # [N * F, H, W, 3], 0 to 1

@@ -1,4 +1,4 @@
-"""The loop: timesteps x experts x guidance branches, one for all models."""
+"""The denoising loop of all models: timesteps x experts x guidance branches."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from hydrarun.pipeline.state import State
 
 
 class Denoise(Stage):
-    """Predict each branch, combine them, let the scheduler step.
+    """Predicts each branch, combines the predictions and steps the scheduler.
 
-    `passes` names the fields of the state that the transformer takes beside latents, timestep and the branch's own
-    conditioning; a field with one row serves all items.
+    `passes` names the fields of the state that the transformer takes in addition to latents, timestep and the branch's
+    conditioning; a field with one row is expanded to all items.
     """
 
     needs: tuple[str, ...] = (
@@ -82,7 +82,7 @@ class Denoise(Stage):
         step: Step,
         rows: dict[str, Tensor] | None,
     ) -> Tensor:
-        """The guided prediction of one step, in the shape of the latents; `rows`: those of modulation tables."""
+        """Return the guided prediction of one step, in the shape of the latents; `rows`: rows of modulation tables."""
         transformer = parts.transformer(step.expert)
         latents, times = state.latents.to(parts.dtype), timestep.expand(len(state.latents))
         if hasattr(scheduler := parts.pipeline.scheduler, "scale_model_input"):
@@ -102,33 +102,33 @@ class Denoise(Stage):
 
 
 def find_scale(state: State, parts: Components, step: Step) -> float:
-    """The scale of a step."""
+    """Return the guidance scale of a step."""
     return parts.guidance.scale_for(state, step.expert == LOW_NOISE, done=1 - step.timestep / 1000)
 
 
 def find_branches(state: State, parts: Components, step: Step) -> tuple[str, ...]:
-    """The predictions that a step is made of, by all ranks together."""
+    """Return the predictions of a step, those of all ranks together."""
     branches = parts.guidance.branches_at(state, step.index)
     if parts.mesh and parts.mesh["cfg"]:
-        return branches  # a rank that has the other branch would wait meanwhile, and may be needed to lend its weights
+        return branches  # a rank without a branch would only wait, and HSDP may need its weights
     return parts.guidance.needed(branches, find_scale(state, parts, step))
 
 
 def find_step_kind(state: State, parts: Components, step: Step) -> tuple[str, tuple[str, ...]]:
-    """The expert and the predictions of a step: those that have both in common do the same work."""
+    """Return the expert and the predictions of a step: steps with equal ones do the same work."""
     return step.expert, find_branches(state, parts, step)
 
 
 def make_schedule(timesteps: Tensor, experts: Experts) -> tuple[Step, ...]:
-    """Each step with its place, value and expert."""
-    values = timesteps.tolist()  # on the host once, not one by one inside the loop
+    """Return each step with its index, timestep and expert."""
+    values = timesteps.tolist()  # copied to the host once, not in each step
     return tuple(Step(index, value, experts.name_at(value)) for index, value in enumerate(values))
 
 
 def make_noise_source(scheduler: Any, state: State) -> dict[str, Any]:
-    """What a scheduler that adds noise in its steps draws it from: the same each time that the loop is run.
+    """Return the keyword arguments that give a scheduler its noise; each run of the loop gets the same noise.
 
-    Its Brownian motion, if it has one, is drawn here on the CPU, and so the same on every device.
+    A scheduler's Brownian motion is drawn on the CPU, so that it is the same on every device.
     """
     if "generator" not in inspect.signature(scheduler.step).parameters:
         return {}
@@ -142,7 +142,7 @@ def make_noise_source(scheduler: Any, state: State) -> dict[str, Any]:
 
 
 def select_first_steps(steps: Sequence[Step], count: int, kind: Callable[[Step], Any]) -> list[Step]:
-    """The first `count` steps of each kind, or as many as it has."""
+    """Return the first `count` steps of each kind, or all steps of a kind with fewer."""
     before = Counter[Any]()
     chosen = []
     for step in steps:
@@ -153,5 +153,5 @@ def select_first_steps(steps: Sequence[Step], count: int, kind: Callable[[Step],
 
 
 def expand_rows(value: Any, count: int) -> Any:
-    """One row of a tensor repeated for each item, without a copy; anything else as it is."""
+    """Expand a tensor with one row to `count` rows, without a copy; return anything else unchanged."""
     return value.expand(count, *value.shape[1:]) if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""Prompts to conditioning."""
+"""Encodes prompts to conditioning."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from hydrarun.pipeline.state import State
 
 
 class EncodePrompt(Stage):
-    """Runs the pipeline's own `encode_prompt` on the prompts of every branch that guidance asks for.
+    """Runs the pipeline's own `encode_prompt` on the prompts of every branch that guidance uses.
 
-    `returns` names, as arguments of the transformer's `embed`, what `encode_prompt` returns; null: not taken.
-    `arguments` are more arguments of `encode_prompt`. Equal prompts are encoded once and repeated here: the reference
-    pipelines repeat masks in the wrong order.
+    `returns` names the results of `encode_prompt` as arguments of the transformer's `embed`; null: not used.
+    `arguments` are additional arguments of `encode_prompt`. Equal prompts are encoded once and repeated here, because
+    the reference pipelines repeat masks in the wrong order.
     """
 
     needs: tuple[str, ...] = ("prompts", "negative_prompts", "true_cfg_scale", "guidance_scale", "max_sequence_length")
@@ -50,37 +50,36 @@ class EncodePrompt(Stage):
             }
 
     def unprompted(self, state: State, parts: Components) -> dict[str, Any]:
-        """What the transformer takes where there is no negative prompt."""
+        """Return the conditioning for a missing negative prompt. Raises `UsageError` if guidance requires one."""
         guidance = parts.guidance
         if guidance.unprompted is None:
             raise UsageError(
                 f"sampling.{guidance.scale}={getattr(state, guidance.scale)} guides away from a"
-                ' negative prompt and there is none: sampling.negative_prompt=" ", or'
+                ' negative prompt and there is none: set sampling.negative_prompt=" ", or'
                 f" sampling.{guidance.scale}={guidance.unguided:g}"
             )
         positive = state.conditioning[POSITIVE]
         return {**positive, guidance.unprompted: torch.zeros_like(positive[guidance.unprompted])}
 
     def texts(self, state: State, parts: Components) -> dict[str, list[str] | None]:
-        """`{branch: N texts}`; None: there are none."""
+        """Return `{branch: N texts}`; None: the branch has no texts."""
         return {POSITIVE: state.prompts, NEGATIVE: state.negative_prompts}
 
     def encode(self, prompts: list[str], state: State, parts: Components) -> dict[str, Any]:
-        """What the transformer takes, one row per prompt."""
+        """Return the transformer's conditioning, one row per prompt."""
         limit = {} if state.max_sequence_length is None else {"max_sequence_length": state.max_sequence_length}
         return self.run(parts, prompt=prompts, **limit)
 
     def run(self, parts: Components, **arguments: Any) -> dict[str, Any]:
-        """`encode_prompt`'s results by the names that the transformer takes them under."""
+        """Return the results of `encode_prompt` under the transformer's argument names."""
         encoded = parts.pipeline.encode_prompt(device=parts.device, **self.arguments, **arguments)
         return {name: value for name, value in zip(self.returns, encoded, strict=True) if name is not None}
 
 
 class EncodeRaggedPrompt(EncodePrompt):
-    """For pipelines that give a list of embeddings, each as long as its prompt.
+    """For pipelines that return a list of embeddings, each as long as its prompt.
 
-    They are padded to the longest: `encoder_hidden_states` with zeros and the mask `encoder_hidden_states_mask` with
-    False.
+    Pads to the longest: `encoder_hidden_states` with zeros and the mask `encoder_hidden_states_mask` with False.
     """
 
     def __init__(self, arguments: Mapping[str, Any] | None = None) -> None:
@@ -91,10 +90,10 @@ class EncodeRaggedPrompt(EncodePrompt):
 
 
 class EncodePromptWithImages(EncodePrompt):
-    """The text encoder sees the input images too, each shrunk or enlarged to `image_area` pixels.
+    """Encodes prompts together with the input images, each resized to `image_area` pixels.
 
-    One prompt at a time: the reference pipelines take no batch of prompts with the same images. What comes out is
-    padded to the longest, `encoder_hidden_states` with zeros and the mask `encoder_hidden_states_mask` with False.
+    One prompt at a time: the reference pipelines take no batch of prompts with the same images. Pads to the longest:
+    `encoder_hidden_states` with zeros and the mask `encoder_hidden_states_mask` with False.
     """
 
     needs = (*EncodePrompt.needs, "input_images")
@@ -111,7 +110,7 @@ class EncodePromptWithImages(EncodePrompt):
 
 
 def pad_to_longest(embeds: Sequence[Tensor]) -> dict[str, Any]:
-    """Each prompt's embeddings `[T, E]` as `[B, T, E]`, and the mask `[B, T]` of real tokens; None: all are."""
+    """Pad each prompt's embeddings `[T, E]` to `[B, T, E]`, with the mask `[B, T]` of real tokens; None: all are."""
     lengths = [len(one) for one in embeds]
     longest = max(lengths)
     padded = torch.stack([F.pad(one, (0, 0, 0, longest - len(one))) for one in embeds])
@@ -122,7 +121,7 @@ def pad_to_longest(embeds: Sequence[Tensor]) -> dict[str, Any]:
 
 
 def refuse_placeholder(prompts: list[str], token: str) -> None:
-    """The processor puts an image wherever it finds its placeholder."""
+    """Raise `UsageError` for a prompt with the image placeholder: the processor inserts an image at each."""
     for prompt in prompts:
         if token in prompt:
             raise UsageError(
@@ -132,7 +131,7 @@ def refuse_placeholder(prompts: list[str], token: str) -> None:
 
 
 class EmbedGuidance(Stage):
-    """The scale that a guidance-distilled transformer takes as an input; others get none."""
+    """Sets the scale that a guidance-distilled transformer takes as an input; other transformers get none."""
 
     needs = ("prompts", "guidance_scale")
     gives = ("guidance",)

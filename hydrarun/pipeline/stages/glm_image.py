@@ -1,4 +1,4 @@
-"""GLM-Image's own stages: input images at sizes that its prior model takes, prior tokens, its schedule."""
+"""GLM-Image's own stages: input images at sizes that its prior model accepts, prior tokens, its schedule."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from hydrarun.pipeline.state import State
 
 
 class FitImages(Stage):
-    """Input images at the nearest size that both the prior model and the VAE see as the same tokens.
+    """Resizes input images to the nearest size that gives the prior model and the VAE the same tokens.
 
-    Where height or width is not set, it is the first one's; without any, `height` and `width`.
+    An unset height or width becomes the first image's; without images, the arguments `height` and `width`.
     """
 
     needs = ("input_images", "height", "width")
@@ -43,8 +43,8 @@ class FitImages(Stage):
 
 
 def fit_image(image: Image.Image, parts: Components) -> Image.Image:
-    """The image at a size that stays. Raises `UsageError` for one that the prior model does not take."""
-    side = 2 * parts.patch_size * parts.pipeline.vae_scale_factor  # pixels of a prior token
+    """Resize until the size no longer changes. Raises `UsageError` for a size that the prior model rejects."""
+    side = 2 * parts.patch_size * parts.pipeline.vae_scale_factor  # pixels of a prior token's side
     try:
         _, rows, columns = parts.pipeline.processor.image_processor(image)["image_grid_thw"][0]
     except ValueError as error:
@@ -55,10 +55,10 @@ def fit_image(image: Image.Image, parts: Components) -> Image.Image:
 
 
 class EncodePromptAndDrawPrior(EncodePrompt):
-    """Quoted text to embeddings, and prior tokens drawn from the whole prompt and the input images.
+    """Encodes the prompt's quoted text, and samples prior tokens from the whole prompt and the input images.
 
-    Each item's are drawn alone, by its own seed. The reference seeds the process' generators of random numbers, which
-    are left as they were here. Its negative branch has no text, no prior tokens and no input images.
+    Each item is sampled alone, with its own seed. The reference seeds the process's random generators; here they are
+    restored. As in the reference, the negative branch has no text, no prior tokens and no input images.
     """
 
     needs = (*EncodePrompt.needs, "seeds", "input_images", "height", "width")
@@ -80,7 +80,7 @@ class EncodePromptAndDrawPrior(EncodePrompt):
                 drawn.append(draw_prior_tokens(prompt, seed, state, parts))
                 advance()
         state.prior_tokens = broadcast_ids(torch.cat([tokens for tokens, _ in drawn]), parts.mesh)
-        state.image_prior_tokens = drawn[0][1]  # the same for all
+        state.image_prior_tokens = drawn[0][1]  # the same for all items
 
     def encode(self, prompts: list[str], state: State, parts: Components) -> dict[str, Any]:
         alone = [super(EncodePromptAndDrawPrior, self).encode([prompt], state, parts) for prompt in prompts]
@@ -88,10 +88,10 @@ class EncodePromptAndDrawPrior(EncodePrompt):
 
 
 def draw_prior_tokens(prompt: str, seed: int, state: State, parts: Components) -> tuple[Tensor, Tensor | None]:
-    """Ids of the picture's tokens `[1, S]`, and of those of all input images `[1, I]`; None: there are none.
+    """Sample the ids of the picture's tokens `[1, S]`; return them and those of all input images `[1, I]` or None.
 
-    As the reference's `generate_prior_tokens`, whose way with images is not that of today's transformers. Raises
-    `RunError` for a prior model that ends before the picture is whole.
+    Follows the reference's `generate_prior_tokens`, whose image handling does not fit current transformers. Raises
+    `RunError` if the prior model stops before the picture is complete.
     """
     pipeline, prior = parts.pipeline, parts.pipeline.vision_language_encoder
     shown = [{"type": "image", "image": image} for image in state.input_images]
@@ -112,19 +112,19 @@ def draw_prior_tokens(prompt: str, seed: int, state: State, parts: Components) -
         of_images = [pipeline._upsample_token_ids(own, *sides) for (_, *sides), own in each]
     devices = [parts.device] if parts.device.type == "cuda" else []
     with torch.random.fork_rng(devices, device_type="cuda"):
-        torch.manual_seed(seed)  # of all devices
+        torch.manual_seed(seed)  # seeds all devices
         output = prior.generate(**inputs, max_new_tokens=count, do_sample=True)
     tokens = pipeline._extract_large_image_tokens(output, inputs["input_ids"].shape[1], start, rows * columns)
     if tokens.numel() < rows * columns:
         raise RunError(
             f"the prior model drew {tokens.numel()} of the picture's {rows * columns} tokens and ended there, with seed"
-            f" {seed} for the prompt {prompt[:60]!r}: another sampling.seed"
+            f" {seed} for the prompt {prompt[:60]!r}: try another sampling.seed"
         )
     return pipeline._upsample_token_ids(tokens, rows, columns), torch.cat(of_images, dim=1) if shown else None
 
 
 class EncodeFittedImages(images.EncodeImages):
-    """Each input image as packed latents, at its own size; none is none."""
+    """Encodes each input image to packed latents at its own size; without images there are no latents."""
 
     def __call__(self, state: State, parts: Components, timings: Timings) -> None:
         state.image_grids = ()
@@ -136,9 +136,9 @@ class EncodeFittedImages(images.EncodeImages):
 
 
 class PrepareTimesteps(timesteps.PrepareTimesteps):
-    """Whole numbers evenly from 1000 down are the timesteps; the noise levels that go with them are shifted by size.
+    """Sets evenly spaced whole timesteps from 1000 down, with noise levels that are shifted by size.
 
-    A scheduler that does not take both makes its own.
+    If the scheduler does not take both, it spaces its own.
     """
 
     def __call__(self, state: State, parts: Components, timings: Timings) -> None:

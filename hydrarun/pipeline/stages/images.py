@@ -1,4 +1,4 @@
-"""Input images: the size they ask for, and themselves as latents."""
+"""Input images: the output size they imply, and their latents."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hydrarun.pipeline.vae import encode_pixels
 
 
 class SizeFromImage(Stage):
-    """Where height or width is not set: `area` pixels in the last input image's proportions.
+    """Sets an unset height or width: `area` pixels in the last input image's proportions.
 
-    An `area` of null is that of a square of `sampling.resolution`. Both are rounded to a multiple of `multiple` pixels,
-    the nearest or the next one up. `height` and `width` are taken where there is no image, for models that can do
-    without.
+    An `area` of null is that of a square with the side `sampling.resolution`. Both are rounded to a multiple of
+    `multiple` pixels, the nearest or the next one up. `height` and `width` are the defaults for requests without an
+    image, if the model allows them.
     """
 
     needs = ("input_images", "height", "width", "resolution")
@@ -49,9 +49,9 @@ class SizeFromImage(Stage):
 
 
 class EncodeImages(Stage):
-    """Each input image as packed latents, drawn at `area` pixels in its own proportions.
+    """Encodes each input image to packed latents, resized to `area` pixels in its own proportions.
 
-    The sides are rounded to 32 pixels. An `area` of null: at the picture's own height and width.
+    The sides are rounded to multiples of 32 pixels. An `area` of null: the output's height and width.
     """
 
     needs = ("input_images", "height", "width")
@@ -74,14 +74,14 @@ class EncodeImages(Stage):
         state.image_grids = tuple(grids)
 
     def size(self, image: Image.Image, state: State) -> tuple[int, int]:
-        """Height and width at which an image is encoded."""
+        """Return the height and width at which an image is encoded."""
         return fit_area(image, self.area, 32) if self.area else (state.height, state.width)
 
 
 def fit_area(image: Image.Image, area: int, multiple: int, up: bool = False) -> tuple[int, int]:
-    """Height and width of about `area` pixels in the image's proportions, rounded to a multiple of `multiple`.
+    """Return a height and width of about `area` pixels in the image's proportions.
 
-    To the nearest one, or `up`.
+    Both are rounded to a multiple of `multiple`, the nearest one or the next one `up`.
     """
     whole = math.ceil if up else round
     ratio = image.width / image.height

@@ -1,4 +1,4 @@
-"""Noise to start from."""
+"""Draws the initial noise."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class PrepareLatents(Stage):
     """Draws each item's noise from its own CPU generator, in the reference's order and dtype.
 
     The same seed then gives the same noise on every device, in every batch, and in diffusers. `packed`: whether the
-    transformer takes tokens of patches; `keep_float32`: whether the latents stay float32 between the steps, whatever
-    the transformer computes in. Both are the reference's choice.
+    transformer takes tokens of patches. `keep_float32`: whether the latents stay float32 between the steps, whatever
+    dtype the transformer computes in. Both follow the reference.
     """
 
     needs: tuple[str, ...] = ("seeds", "height", "width", "num_frames")
@@ -43,14 +43,14 @@ class PrepareLatents(Stage):
         state.grid = (frames, shape[3] // parts.patch_size, shape[4] // parts.patch_size)
 
     def frames(self, state: State, per_frame: int) -> int:
-        """Latent frames; `per_frame` frames of a video are one."""
+        """Return the number of latent frames: one for the first video frame, one for each `per_frame` after it."""
         return 1 if state.num_frames is None else (state.num_frames - 1) // per_frame + 1
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
-        """One item's, `[1, C, F, h, w]`."""
+        """Draw one item's noise, `[1, C, F, h, w]`."""
         return torch.randn(shape, generator=generator, dtype=dtype)
 
 
 def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One for each item, on the CPU."""
+    """Return one CPU generator for each seed."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -1,4 +1,4 @@
-"""A picture in layers: each is a frame of the latents, behind a first one that is the picture as a whole."""
+"""Pictures in layers: each layer is a frame of the latents, after a first frame with the whole picture."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hydrarun.pipeline.state import State
 
 
 class PrepareLayers(PrepareLatents):
-    """Draws the noise of a first frame and of every layer, one after the other, in the reference's order."""
+    """Draws the noise of the first frame and of every layer, one after the other, in the reference's order."""
 
     needs = (*PrepareLatents.needs, "layers")
 
     def frames(self, state: State, per_frame: int) -> int:
-        assert state.layers is not None  # as the model takes the field
+        assert state.layers is not None  # checked: the model takes the field
         return state.layers + 1
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -28,7 +28,7 @@ class PrepareLayers(PrepareLatents):
 
 
 class DecodeLayers(DecodeLatents):
-    """Decodes every layer as a picture of its own, without the first frame: `[N, L, H, W, 4]`."""
+    """Decodes every layer as a separate picture, without the first frame: `[N, L, H, W, 4]`."""
 
     def decode(self, latents: Tensor, pipeline: Any) -> np.ndarray:
         layers = latents[:, :, 1:].transpose(1, 2)  # [N, L, C, h, w]

@@ -1,4 +1,4 @@
-"""LongCat-Image's own stages: diffusers' pipelines with `encode_prompt` as others have it, and edits' prompts."""
+"""LongCat-Image's own stages: diffusers' pipelines with the usual `encode_prompt`, and prompts of edits."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from hydrarun.pipeline.state import State
 
 
 class EncoderDevice:
-    """The pipelines encode prompts on the device of their first component, and the VAE may be elsewhere."""
+    """Sets a pipeline's device to the text encoder's: the default, its first component's, may be another."""
 
     @property
     def device(self) -> torch.device:
-        """Where prompts are encoded."""
+        """The device on which prompts are encoded."""
         return self.text_encoder.device  # type: ignore[attr-defined]
 
 
 class LongCatImagePipeline(EncoderDevice, diffusers.LongCatImagePipeline):
-    """As diffusers', with an `encode_prompt` that is called as others' are."""
+    """diffusers' pipeline, with an `encode_prompt` that takes the usual arguments."""
 
     def encode_prompt(self, prompt: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Embeddings `[N, 512, D]` on `device`, which must be the encoder's, and positions."""
+        """Return embeddings `[N, 512, D]` on `device`, which must be the encoder's, and positions."""
         return super().encode_prompt(prompt)
 
 
 class LongCatImageEditPipeline(EncoderDevice, diffusers.LongCatImageEditPipeline):
-    """As diffusers', with an `encode_prompt` that is called as others' are."""
+    """diffusers' pipeline, with an `encode_prompt` that takes the usual arguments."""
 
     def encode_prompt(self, prompt: list[str], image: Image.Image, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Embeddings `[1, I + 512, D]` on `device`, which must be the encoder's, and positions; of one prompt.
+        """Return embeddings `[1, I + 512, D]` of one prompt on `device`, which must be the encoder's, and positions.
 
-        Raises `UsageError` for a longer one, at which diffusers' own stumbles.
+        Raises `UsageError` for a prompt that is too long, with which diffusers' own method fails.
         """
         parts = split_quotation(prompt[0])
         pieces = [piece for part, quoted in parts for piece in (part if quoted else [part])]
@@ -47,13 +47,13 @@ class LongCatImageEditPipeline(EncoderDevice, diffusers.LongCatImageEditPipeline
         if count > self.tokenizer_max_length:
             raise UsageError(
                 f"the prompt {prompt[0][:60]!r} has {count} tokens, and this model takes {self.tokenizer_max_length};"
-                " quoted text has one for each character at least"
+                " quoted text takes at least one token per character"
             )
         return super().encode_prompt(prompt, image)
 
 
 class EncodePromptWithImages(EncodePrompt):
-    """The text encoder sees the input image too, drawn at the picture's size and halved. One prompt at a time."""
+    """Encodes one prompt at a time with the input image, which is resized to the output's size and then halved."""
 
     needs = (*EncodePrompt.needs, "input_images", "height", "width")
 

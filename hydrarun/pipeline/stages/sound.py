@@ -1,4 +1,4 @@
-"""Sound: noise of the one length that the transformer makes, and the part of it that was asked for as samples."""
+"""Sound: noise of the transformer's fixed length, and the requested part of the sound as samples."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from hydrarun.pipeline.stage import Components, Stage
 from hydrarun.pipeline.stages.latents import make_generators
 from hydrarun.pipeline.state import State
 
-# schedulers that add noise ask for it up to the ends of its interval, which rounding moves, and at 0, beyond them
+# schedulers query their noise up to the ends of its interval, which rounding moves, and at 0, outside of it
 warnings.filterwarnings("ignore", r"Should have t[ab][<>]=t[01]", module="torchsde")
 
-#: of 16 bits
+#: the largest 16-bit sample
 FULL_SCALE = 32767
 
 
 class PrepareSoundLatents(Stage):
-    """Draws each item's noise from its own CPU generator, as `PrepareLatents` does; as loud as the scheduler wants it.
+    """Draws each item's noise from its own CPU generator, like `PrepareLatents`, times the scheduler's initial sigma.
 
-    The latents are `[N, C, L]`, L being the transformer's own length, whatever part of the sound is asked for.
+    The latents are `[N, C, L]`, where L is the transformer's own length, whatever part of the sound is requested.
     """
 
     needs = ("seeds",)
@@ -41,9 +41,9 @@ class PrepareSoundLatents(Stage):
 
 
 class DecodeSound(Stage):
-    """Decodes the latents and keeps the seconds that were asked for, as 16-bit samples.
+    """Decodes the latents and keeps the requested seconds, as 16-bit samples.
 
-    What is louder than full scale is cut off there, as in any file of 16 bits; the user is told of it.
+    Samples beyond full scale are clipped, as in any 16-bit file, and the user gets a note.
     """
 
     needs = ("latents", "audio_start_in_s", "audio_end_in_s")
@@ -66,7 +66,7 @@ class DecodeSound(Stage):
 
 
 def find_sound_span(state: State, parts: Components) -> tuple[float, float]:
-    """The seconds at which the sound starts and ends; by itself at the end of what the model makes."""
+    """Return the start and end of the sound in seconds; by default the whole sound that the model makes."""
     end = state.audio_end_in_s
     return state.audio_start_in_s or 0.0, max_sound_seconds(
         parts.pipeline.vae.config, parts.experts.config

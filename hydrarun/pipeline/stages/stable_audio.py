@@ -1,4 +1,4 @@
-"""Stable Audio's own stages: diffusers' pipeline without a transformer, and prompts with the sound's seconds."""
+"""Stable Audio's own stages: diffusers' pipeline without a transformer, and prompts with start and end seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hydrarun.pipeline.state import State
 
 
 class StableAudioPipeline(diffusers.StableAudioPipeline):
-    """diffusers', without a transformer, of which its own asks the width of a head."""
+    """diffusers' pipeline without a transformer, from which diffusers' constructor reads the width of a head."""
 
     def __init__(
         self, vae: Any, text_encoder: Any, projection_model: Any, tokenizer: Any, transformer: Any, scheduler: Any
@@ -31,9 +31,9 @@ class StableAudioPipeline(diffusers.StableAudioPipeline):
 
 
 class EncodePromptAndSeconds(EncodePrompt):
-    """The prompt's tokens and behind them one for the second at which the sound starts and one for its end.
+    """Encodes prompts and appends two tokens: the seconds at which the sound starts and ends.
 
-    The transformer takes the two once more, as `global_hidden_states`.
+    The transformer also takes these two as `global_hidden_states`.
     """
 
     needs = (*EncodePrompt.needs, "audio_start_in_s", "audio_end_in_s")

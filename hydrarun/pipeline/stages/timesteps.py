@@ -16,13 +16,12 @@ from hydrarun.pipeline.state import State
 
 
 class PrepareTimesteps(Stage):
-    """The noise levels of the steps.
+    """Sets the noise levels of the steps.
 
-    `sigmas` says who spaces them: `linear` (evenly from 1 to 1 / steps, shifted by the number of latent tokens where
-    the scheduler asks for it), `scheduler` (its own spacing, shifted where it cannot do without), or
-    `linear_unless_flow` (linear, but the scheduler's own where it is set to `use_flow_sigmas`). `shift` says by what
-    they are shifted: on the scheduler's `line` by all latent tokens, or by the `root` of how many times as many tokens
-    one frame has as a picture of 256 pixels a side.
+    `sigmas` selects their spacing: `linear` (evenly from 1 to 1 / steps), `scheduler` (the scheduler's own), or
+    `linear_unless_flow` (linear, but the scheduler's own if it is set to `use_flow_sigmas`). A scheduler with
+    `use_dynamic_shifting` also shifts them. `shift` selects by how much: on the scheduler's `line` by the number of
+    latent tokens, or by the square `root` of (tokens of one frame / 256).
     Reference: diffusers' flow-matching pipelines (`calculate_shift`; Stable Diffusion 3, https://arxiv.org/abs/2403.03206).
     """
 
@@ -59,18 +58,18 @@ class PrepareTimesteps(Stage):
                 f"sampling.num_inference_steps={state.num_inference_steps}: too few for this checkpoint's scheduler,"
                 f" which stretches the schedule to end at {scheduler.config.get('shift_terminal')}; use 2 or more"
             )
-        # from the first step on: the scheduler then never has to search where it is
+        # with the first step known, the scheduler never has to search for its position
         scheduler.set_begin_index(0)
         state.timesteps = scheduler.timesteps
 
     def mu(self, config: Any, grid: Sequence[int]) -> float:
-        """How far the scheduler shifts latents of so many frames, rows and columns of tokens."""
+        """Return the scheduler's shift `mu` for a `grid` of frames, rows and columns of tokens."""
         tokens = math.prod(grid)
         return (tokens / grid[0] / 256) ** 0.5 if self.shift == "root" else compute_shift(config, tokens)
 
 
 def compute_shift(config: Any, tokens: int) -> float:
-    """Where `tokens` falls on the line through the scheduler's base and largest shift."""
+    """Return the shift for `tokens` on the line through the scheduler's base and largest shift."""
     base, largest = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     slope = (max_shift - base_shift) / (largest - base)

@@ -1,4 +1,4 @@
-"""Does the loaded checkpoint take this request? A loaded model is asked again and again, with other settings."""
+"""Checks a request against the loaded checkpoint. A loaded model serves requests with different settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hydrarun.pipeline.state import State
 
 
 class ValidateInput(Stage):
-    """Refuses sizes and lengths that the checkpoint cannot make and settings that the checkpoint would ignore."""
+    """Refuses sizes and lengths that the checkpoint cannot make, and settings that it would ignore."""
 
     needs = ("height", "width", "num_frames", "guidance_scale", "audio_start_in_s", "audio_end_in_s")
     phase = "encode"

@@ -1,4 +1,4 @@
-"""Wan's own stages: a given first frame as latents, as more channels, and kept through the steps."""
+"""Wan's own stages: a given first frame as latents, as extra channels, and kept through the steps."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hydrarun.pipeline.vae import encode_pixels
 
 
 class EncodeFirstFrame(Stage):
-    """The given first frame as latents `[1, C, 1, h, w]`: it stands in the video's first place and never gets noise.
+    """Encodes the given first frame to latents `[1, C, 1, h, w]`: it is the video's first frame and never gets noise.
 
-    Without an input image there is none, and the whole video is drawn. Reference: diffusers' `WanImageToVideoPipeline`
-    with `expand_timesteps`.
+    Without an input image the whole video is drawn. Reference: diffusers' `WanImageToVideoPipeline` with
+    `expand_timesteps`.
     """
 
     needs = ("input_images", "height", "width")
@@ -42,9 +42,9 @@ class KeepFirstFrame(Stage):
 
 
 class EncodeFirstFrameAsChannels(Stage):
-    """The given first frame followed by grey, as latents, behind a mask that says which frames are given.
+    """Encodes the given first frame followed by grey frames to latents, after a mask that marks the given frames.
 
-    `[1, 4 + C, F, h, w]`: of the mask one channel for each of the frames that a latent frame stands for. Reference:
+    Shape `[1, 4 + C, F, h, w]`: the mask has one channel for each video frame of a latent frame. Reference:
     diffusers' `WanImageToVideoPipeline.prepare_latents`.
     """
 
@@ -63,6 +63,6 @@ class EncodeFirstFrameAsChannels(Stage):
 
 
 def make_first_frame(state: State, parts: Components) -> Tensor:
-    """The input image in the video's size, `[1, 3, 1, H, W]` from -1 to 1, float32."""
+    """Return the input image at the video's size, `[1, 3, 1, H, W]` from -1 to 1, float32."""
     pixels = parts.pipeline.video_processor.preprocess(state.input_images[0], height=state.height, width=state.width)
     return pixels.unsqueeze(2).to(parts.device, torch.float32)

@@ -24,7 +24,7 @@ def firsts(subject, steps: int = 8) -> list[int]:
 
 
 def check_computed(subject, computed: set[int], steps: int, **arguments) -> None:
-    """These steps, of both branches, run all blocks; the others Fn and Bn: by the record, and by counting the calls."""
+    """Check, by the record and the call counts, that `computed` steps run all blocks and the others only Fn and Bn."""
     with Counter(subject) as calls:
         subject.draw(cache=node(**arguments), **guided(subject, steps))
     found = record(subject)
@@ -121,7 +121,7 @@ def test_the_record_has_what_was_measured(subject):
 
 @pytest.mark.parametrize("subject", ["demo"], indirect=True)
 def test_taylorseer_is_nearer_to_the_plain_run_than_reuse(subject):
-    """On the trained model, whose residuals have a smooth course."""
+    """On the trained model, whose residuals change smoothly."""
     plain = subject.draw(**guided(subject, 16)).latents
     settings = {**ALWAYS, "max_warmup_steps": 3, "max_continuous_cached_steps": 1}
     errors = []
@@ -162,7 +162,7 @@ def test_dbprune_that_always_prunes_runs_the_first_and_last_blocks(subject):
 
 @pytest.fixture
 def one_cache(monkeypatch):
-    """A cache that serves all requests, where a runner makes a new one for each."""
+    """One cache for all requests; a runner makes a new one for each."""
     cache = instantiate(node(residual_diff_threshold=0.13, max_warmup_steps=2, taylorseer_order=1))
     monkeypatch.setattr(Runner, "get_cache", lambda *_: cache)
     return cache
@@ -197,7 +197,7 @@ def test_a_request_that_breaks_off_does_not_spoil_the_next(subject, one_cache):
     with pytest.raises(MemoryError):
         subject.draw(**{**guided(subject, 12), "seed": 9})
     handle.remove()
-    assert one_cache.results([1.0, 1.0, 1.0, 1.0])["computed_step_s"] == 1.0  # what was done is told
+    assert one_cache.results([1.0, 1.0, 1.0, 1.0])["computed_step_s"] == 1.0  # the steps that ran are recorded
     assert torch.equal(subject.draw(**guided(subject, 12)).latents, fresh)
     assert record(subject) == found
 

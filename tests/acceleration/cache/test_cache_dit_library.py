@@ -1,4 +1,4 @@
-"""Cache-DiT, the library, used its own way: the same results; what it is not asked for; and that it is quiet."""
+"""Cache-DiT compared with the library's own API, refused arguments, and quiet loggers."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_equals_the_library_used_its_own_way(subject, fresh_pipeline, scale, set
         ({"steps_computation_policy": "some"}, "cache.steps_computation_policy: 'some' is not one of dynamic, static."),
         (
             {"steps_computation_policy": "static"},
-            "cache.steps_computation_policy: static caches the steps that a mask names, and there is none: set"
+            "cache.steps_computation_policy: static needs a mask of the steps to compute: set"
             " cache.steps_computation_mask=slow|medium|fast|ultra",
         ),
     ],
@@ -93,8 +93,8 @@ def test_more_blocks_than_there_are_is_refused_before_the_first_step(subject):
     with Counter(subject) as calls, pytest.raises(UsageError) as caught:
         subject.draw(cache=node(Fn_compute_blocks=4, Bn_compute_blocks=2), **guided(subject))
     assert str(caught.value) == (
-        "cache.Fn_compute_blocks: with Bn_compute_blocks 6 blocks are always run, and transformer has 6: there is none"
-        " to skip; choose fewer"
+        "cache.Fn_compute_blocks + cache.Bn_compute_blocks: 6 blocks always run, and transformer has 6, so none can be"
+        " skipped; choose fewer"
     )
     assert calls == {"transformer": [0] * 6}
 

@@ -12,7 +12,7 @@ from tests.helpers import dbcache, parallel_runs
 from tests.helpers.dbcache import node, record
 from tests.helpers.subjects import CONFIGS, LONG, SHORT
 
-#: thresholds between the distances of a run of 12 steps, with unequal prompts: some steps are computed, some are not
+#: thresholds within the distances of a run of 12 steps with unequal prompts: some steps are computed, some skipped
 THRESHOLDS = {"demo": 0.13, "wan22_t2v_a14b": 0.6}
 LAYOUTS = {
     "ulysses2": {"ulysses_degree": 2},
@@ -26,7 +26,7 @@ CASES = [(layout, False) for layout in LAYOUTS] + [("ulysses2", True), ("cfg2_ul
 
 
 def unequal(subject) -> dict:
-    """Two prompts of unequal length, and tokens that do not divide."""
+    """Two prompts of unequal length, and a number of tokens that is not divisible by the ranks."""
     return {
         "prompt": [SHORT, LONG],
         "negative_prompt": ["x", LONG],
@@ -66,7 +66,7 @@ def assert_close(ours: dict, theirs: dict) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ranks_measure_the_librarys_distance(dtype, pool):
-    """To the last bit in bfloat16, where the library rounds to 8 of them; over shards of unequal length."""
+    """Exact in bfloat16, where the library rounds to 8 bits; with shards of unequal length."""
     from cache_dit.caching.cache_contexts import CachedContextManager
 
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Caches on every model: exact where nothing is skipped, the said steps where something is."""
+"""Caches on every model: exact if nothing is skipped, else exactly the chosen steps are computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers import tiny
 from tests.helpers.caches import mask, node
 from tests.helpers.subjects import CONFIGS, FAMILIES, LONG, SHORT, SORTS
 
-STEPS = 6  # where there are two experts, both have some
+STEPS = 6  # enough for two experts to have some each
 
 
 def request(subject, **fields):
@@ -62,7 +62,7 @@ def runs(monkeypatch) -> list[tuple[str, str, int]]:
         return call
 
     def noting_run(self, call, *blocks):
-        branch = getattr(call, "branch", None)  # a plain run goes through without a `begin`
+        branch = getattr(call, "branch", None)  # a plain run does not call `begin_branch`
         seen.append((now[0].expert, branch, now[0].index))
         run(self, call, *blocks)
 
@@ -82,7 +82,7 @@ def test_nothing_skipped_is_the_plain_run_to_the_bit(subject, plains):
 
 @pytest.mark.parametrize("subject", SORTS, indirect=True)
 def test_a_mask_computes_exactly_its_steps(subject, plains, runs):
-    """Both branches, each expert by its own transformer; and it matters."""
+    """For both branches, each expert with its own transformer; the latents differ from the plain run."""
     want = plain(subject, plains)
     starts = firsts(subject)
     steps = sorted({0, 1, *starts})
@@ -102,7 +102,7 @@ def test_a_mask_computes_exactly_its_steps(subject, plains, runs):
 
 @pytest.mark.parametrize("subject", SORTS, indirect=True)
 def test_a_run_knows_nothing_of_the_one_before(subject):
-    """Two prompts in a row are two fresh runs, to the bit; the gates that measure skip some steps."""
+    """Two prompts in a row give bit-identical results to fresh runs; the measuring gates skip some steps."""
     one, other = {"prompt": SHORT, "seed": 1}, {"prompt": LONG, "seed": 2}
     for cache in (node("teacache", "taylor", threshold=0.6), node("first_block", threshold=0.2)):
         fresh = subject.draw(cache=cache, **request(subject, **other)).latents
@@ -122,7 +122,7 @@ def test_a_batch_is_its_items(subject, plains):
     for index, negative in enumerate(("x", LONG)):
         single = request(subject, prompt=both["prompt"][index], seed=both["seed"][index], negative_prompt=negative)
         alone = subject.draw(cache=cache, **single).latents
-        large = max(1.0, float(alone.abs().max()) / 10)  # where the extrapolation leads far away
+        large = max(1.0, float(alone.abs().max()) / 10)  # the extrapolation can reach large values
         assert (batch[index : index + 1] - alone).abs().max() <= 1e-4 * large  # as without a cache: other matrix shapes
 
 
@@ -138,7 +138,7 @@ def test_gates_skip_more_as_the_threshold_rises(subject):
 
 
 def test_on_a_trained_model_a_line_is_nearer_than_the_last_residual():
-    """Every second step of 24 skipped: the predictor wins back a part of what skipping costs."""
+    """Every second step of 24 is skipped: the predictor recovers part of the error."""
     runner = Runner(compose_config(["device=cpu"]))
     want = tiny.draw(runner).latents
     reuse, line = (

@@ -1,4 +1,4 @@
-"""Caches where ranks work together: one decision for all of them, and the pictures of one process."""
+"""Caches on several ranks: one decision for all of them, and the pictures of one process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CASES = [("first_block", layout) for layout in LAYOUTS] + [
 
 
 def request(subject) -> tuple[int, dict]:
-    """Two prompts of unequal length with guidance, 3 x 5 tokens to a frame, which two ranks do not share evenly."""
+    """Two prompts of unequal length with guidance, 3 x 5 tokens per frame, an odd number for two ranks."""
     config = CONFIGS[subject.name]
     return config["model"]["input_images"][0], {
         "prompt": [SHORT, LONG],
@@ -91,7 +91,7 @@ def test_ranks_decide_as_one_and_draw_the_same(subject, name, layout, pool, alon
 
 @pytest.mark.parametrize("subject", ["qwen_image"], indirect=True)
 def test_a_decision_costs_two_numbers_for_each_branch(subject, pool):
-    """And a planned gate sends nothing: Ulysses itself sends no sums."""
+    """A planned gate sends nothing; Ulysses itself sends no all_reduce."""
     images, fields = request(subject)
     sent = {}
     for name in ("first_block", "mask"):
@@ -112,7 +112,7 @@ def test_a_decision_costs_two_numbers_for_each_branch(subject, pool):
 
 @pytest.mark.parametrize("subject", ["qwen_image"], indirect=True)
 def test_ranks_agree_at_a_threshold_that_the_change_just_reaches(subject, pool, monkeypatch):
-    """Sums of a rank's own tokens alone would fall on both sides of it."""
+    """Sums over a rank's own tokens alone would fall on both sides of the threshold."""
     images, fields = request(subject)
     seen: list[float] = []
     measure = StepCache.changes

@@ -1,4 +1,4 @@
-"""Gates and predictors on a transformer whose every number is known."""
+"""Gates and predictors on a transformer whose numbers are all known."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def plain():
     ("predictor", "order", "degree"), [("reuse", None, 0), ("taylor", 1, 0), ("taylor", 1, 1), ("taylor", 2, 2)]
 )
 def test_a_predictor_is_exact_where_its_order_fits(predictor, order, degree):
-    """The residual is a polynomial of that degree; computed and skipped steps lie at uneven distances."""
+    """The residual is a polynomial of that degree; computed and skipped steps are unevenly spaced."""
     coefficients = [1.0, 2.0, 3.0][: degree + 1]
     exact = run({"_target_": "hydrarun.acceleration.cache.base.NoCache"}, coefficients)[0]
     made, _, cache = run(mask([0, 1, 3, 6], predictor, order), coefficients)
     assert cache.record()["steps"]["transformer"]["negative"]["skipped"] == [2, 4, 5, 7, 8, 9]
-    if degree == 2:  # a parabola needs three points; before there is a straight line
+    if degree == 2:  # a parabola needs three points; before that the predictor uses a straight line
         made, exact = made[4:], exact[4:]
     assert furthest(made, exact) < 1e-12
 
@@ -64,7 +64,7 @@ def test_extrapolation_weights():
 
 
 def test_a_timestep_that_comes_twice_counts_once():
-    """Heun's: otherwise two points at one place would be divided by their distance, 0."""
+    """As with Heun: two points at one timestep would lead to a division by their distance, 0."""
     predictor = Taylor(order=1)
     for time, value in ((3.0, 1.0), (2.0, 5.0), (2.0, 4.0)):
         predictor.update(("transformer", "positive"), time, torch.tensor(value))
@@ -72,7 +72,7 @@ def test_a_timestep_that_comes_twice_counts_once():
 
 
 def test_an_order_that_is_none_is_refused():
-    with pytest.raises(UsageError, match=r"^cache.predictor.order: 3 is none of 1, 2$"):
+    with pytest.raises(UsageError, match=r"^cache.predictor.order: 3 is not 1 or 2$"):
         Taylor(order=3)
 
 
@@ -112,7 +112,7 @@ def test_a_threshold_of_zero_computes_even_what_does_not_change():
     ],
 )
 def test_exactly_the_said_steps_are_computed(cache_node, steps):
-    """By the transformer's own count, and by the record's."""
+    """Checked by the transformer's own calls and by the record."""
     _, toys, cache = run(cache_node)
     assert toys["transformer"].run_at == [TIMES[step] for step in steps for _ in FACTORS]
     for branch in FACTORS:
@@ -124,7 +124,7 @@ def test_exactly_the_said_steps_are_computed(cache_node, steps):
 
 
 def test_each_expert_computes_its_first_step():
-    """And has its own every-n and its own residuals."""
+    """Each expert also has its own every-n count and its own residuals."""
     for cache_node, steps in (
         (node("every_n", n=3, last=0), [0, 3, 4, 7]),
         (node("first_block", threshold=1e9, last=0), [0, 4]),
@@ -142,7 +142,7 @@ def test_each_expert_computes_its_first_step():
 
 
 def test_the_densities_are_the_published_ones():
-    """cache-dit's SCM: so many of 28 steps."""
+    """Numbers of computed steps of 28 in cache-dit's SCM."""
     assert {name: len(choose_scm_steps(name, 28)) for name in ("slow", "medium", "fast", "ultra")} == {
         "slow": 18,
         "medium": 15,
@@ -163,8 +163,8 @@ def test_a_list_must_hold_each_experts_first_step():
 @pytest.mark.parametrize(
     ("cache_node", "message"),
     [
-        (mask([0, 10]), r"^cache.gate.steps: 10 is no step of a run of 10, which are 0 to 9$"),
-        (mask([0, -1]), r"^cache.gate.steps: -1 is no step"),
+        (mask([0, 10]), r"^cache.gate.steps: 10 is not a step of this run of 10 steps, numbered 0 to 9$"),
+        (mask([0, -1]), r"^cache.gate.steps: -1 is not a step"),
         (mask([0, 3, 3]), r"^cache.gate.steps: a step is listed twice$"),
         (node("mask", steps=[0]), "give one of steps=.* and density=.*, not both"),
         (node("mask", density=None), "give one of steps=.* and density="),
@@ -183,7 +183,7 @@ def test_what_cannot_be_is_refused(cache_node, message):
 
 
 def test_first_block_compares_with_the_last_computed_step():
-    """What its block adds is 1 + t in the branch with factor 1: relative changes are known."""
+    """Its block adds 1 + t in the branch with factor 1, so the relative changes are known."""
     times = [1.0, 0.9, 0.8, 0.7, 0.6]
     _, _, cache = run(node("first_block", threshold=0.12, last=0), [1.0, 1.0], times)
     # 1.9 / 2: 0.05, 1.8 / 2: 0.1, 1.7 / 2: 0.15 is computed, 1.6 / 1.7: 0.06
@@ -220,7 +220,7 @@ def test_a_polynomial_below_zero_counts_as_zero():
 
 
 def test_one_decision_for_both_branches():
-    """The branch that changes more decides: a first block that adds nothing to one of them changes nothing there."""
+    """The branch that changes more decides. The first block adds nothing in one branch, so that one never changes."""
     toys = {"transformer": Toy([0.0, 1.0])}
     cache = instantiate(node("first_block", threshold=0.3, last=0), "cache")
     loop(cache, toys, schedule([1.0, 0.9, 0.5, 0.4]), {"positive": 0.0, "negative": 1.0})
@@ -229,7 +229,7 @@ def test_one_decision_for_both_branches():
 
 
 def test_a_request_knows_nothing_of_the_one_before():
-    """The same object, other timesteps and then the first ones again; nothing is kept between."""
+    """The same cache runs other timesteps and then the first ones again; nothing is kept between requests."""
     toys = {"transformer": Toy([1.0, 2.0, 3.0])}
     for cache_node in (mask([0, 2, 4], "taylor", 2), node("teacache", threshold=0.1), node("first_block")):
         cache = instantiate(cache_node, "cache")

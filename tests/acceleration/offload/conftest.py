@@ -9,19 +9,19 @@ import pytest
 from tests.helpers.deeper import deeper_subject
 
 TWO_EXPERTS = "wan22_t2v_a14b"
-#: all steps are alike for cache-dit: those that need not be computed are not
+#: cache-dit treats all steps as similar and skips every step that it may skip
 ALIKE = {"residual_diff_threshold": 1.0, "max_continuous_cached_steps": -1}
 
 
 @pytest.fixture(scope="module")
 def made_deeper() -> dict[str, Any]:
-    """Those that some test has asked for."""
+    """The deeper subjects made so far, by name."""
     return {}
 
 
 @pytest.fixture
 def deep(subject, made_deeper, tmp_path_factory) -> Any:
-    """The subject with twice the blocks, which take turns."""
+    """The subject with twice the blocks, for prefetching in a ring."""
     if subject.name not in made_deeper:
         made_deeper[subject.name] = deeper_subject(subject, tmp_path_factory.mktemp("deep"))
     return made_deeper[subject.name]

@@ -1,4 +1,4 @@
-"""Blocks that wait in their files: `offload=disk`."""
+"""Blocks that are read from their files: `offload=disk`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.helpers.subjects import SORTS
 from tests.helpers.watched import draw, on_device, runner, size, steps, weights
 
 TWO_EXPERTS = "wan22_t2v_a14b"
-#: all steps are alike for cache-dit: those that need not be computed are not
+#: cache-dit treats all steps as similar and skips every step that it may skip
 ALIKE = {"residual_diff_threshold": 1.0, "max_continuous_cached_steps": -1}
 
 
 class Reading:
-    """Notes what `fill` reads, and how many bytes of that are alive at most."""
+    """Records what `read_parameter` reads, and the most bytes of it that are alive at a time."""
 
     def __init__(self) -> None:
         self.fill = loader.read_parameter
@@ -45,7 +45,7 @@ class Reading:
 
 @pytest.mark.parametrize("subject", SORTS, indirect=True)
 def test_blocks_come_from_their_files(subject, monkeypatch):
-    """On the CPU: the plain run's numbers; of the blocks' weights never more alive than two blocks'."""
+    """On the CPU: the plain run's latents, and never more than two blocks' weights alive."""
     plain = runner(subject, "cpu")
     loaded, read = Reading(), Reading()
     monkeypatch.setattr(loader, "read_parameter", loaded)
@@ -60,7 +60,7 @@ def test_blocks_come_from_their_files(subject, monkeypatch):
         assert torch.equal(have.latents, draw(plain, guided).latents)
     two = max(DiskOffload().blocks_bytes([*map(size, one.all_blocks())]) for one in plain.built.parts.experts)
     assert 0 < read.most <= two
-    assert not read.alive  # decoding has the memory
+    assert not read.alive  # the memory is free for decoding
     for transformer in turned.built.parts.experts:
         assert {w.device.type for block in transformer.all_blocks() for w in weights(block)} == {"meta"}
 

@@ -1,4 +1,4 @@
-"""Blocks that take turns: the numbers of the plain run, and of the blocks only those that are next are there."""
+"""Prefetched blocks: the plain run's results, with only the current and next blocks on the device."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.helpers.subjects import LONG, SHORT, SORTS
 from tests.helpers.watched import draw, on_device, runner, size, steps, weights
 
 TWO_EXPERTS = "wan22_t2v_a14b"
-#: all steps are alike for cache-dit: those that need not be computed are not
+#: cache-dit treats all steps as similar and skips every step that it may skip
 ALIKE = {"residual_diff_threshold": 1.0, "max_continuous_cached_steps": -1}
 
 
 def expected(runner: Runner, expert: str) -> int:
-    """Bytes on the device while this expert denoises."""
+    """Return the expected bytes on the device while this expert denoises."""
     transformer, offload = runner.built.parts.experts[expert], runner.built.parts.offload
     blocks = [*transformer.all_blocks()]
     stay, turn = blocks[: offload.resident_blocks], blocks[offload.resident_blocks :]
@@ -40,12 +40,12 @@ def expected(runner: Runner, expert: str) -> int:
 
 @pytest.mark.parametrize("subject", SORTS, indirect=True)
 def test_of_the_blocks_only_those_in_turn_are_on_the_device(deep, fake):
-    """In each step the bytes are those of the formula, and of activations those of the plain run, exactly."""
+    """In each step the weights' bytes are exactly those of the formula, and activations' those of the plain run."""
     plain = runner(deep, "fake")
     streamed = runner(deep, "fake", "layerwise", resident_blocks=1)
     everything = sum(on_device(plain).values())
     for one in (plain, streamed):
-        draw(one)  # what is made once, such as tables of positions
+        draw(one)  # creates what is made once, such as tables of positions
     for guided in (True, False):
         want, activations = steps(plain, fake, guided)
         got, found = steps(streamed, fake, guided)
@@ -54,24 +54,24 @@ def test_of_the_blocks_only_those_in_turn_are_on_the_device(deep, fake):
         for (expert, end, most), (_, plain_end, plain_most) in zip(found, activations, strict=True):
             assert end == expected(streamed, expert) + plain_end - everything
             assert most == expected(streamed, expert) + plain_most - everything
-    assert set(on_device(streamed)) == {"vae"}  # no block stayed, and no buffer: what is there is nothing else
+    assert set(on_device(streamed)) == {"vae"}  # no block and no buffer stayed
     assert expected(streamed, "transformer") < size(streamed.built.parts.experts["transformer"])
 
 
 @pytest.mark.parametrize("subject", ["flux_dev"], indirect=True)
 def test_more_blocks_stay_or_are_copied_ahead(deep, fake):
-    """Of two kinds: the buffers are as large as the larger."""
+    """With two kinds of blocks: the buffers are as large as the larger kind."""
     want = draw(runner(deep, "fake")).latents.cpu()
     for resident, ahead in ((2, 1), (0, 2)):
         streamed = runner(deep, "fake", "layerwise", resident_blocks=resident, prefetch_blocks=ahead)
         got, ((_, end, _), *_) = steps(streamed, fake, True)
         assert torch.equal(got.cpu(), want)
         more = end - expected(streamed, "transformer")
-        assert 0 < more < 20_000  # latents and the prompt; to the byte: above
+        assert 0 < more < 20_000  # latents and the prompt; the test above is exact
 
 
 class LateCopies:
-    """As copies of a GPU may go: they are made when somebody waits for them, and until then there is rubbish."""
+    """Simulates late GPU copies: they are made when they are waited for, and until then the target holds garbage."""
 
     moments = itertools.count(1)
 
@@ -99,7 +99,9 @@ class LateCopies:
 def test_what_computes_waits_for_its_copy_and_a_copy_for_what_computes(deep, fake, monkeypatch):
     copies: list[LateCopies] = []
     monkeypatch.setattr(layerwise, "CopyStream", lambda device: copies.append(LateCopies(device)) or copies[-1])
-    turns: list[tuple[int, int, int]] = []  # of each: the buffer, copies that were started before its end, that end
+    turns: list[
+        tuple[int, int, int]
+    ] = []  # per use: its buffer, the number of copies started before its end, its end event
     note = HostPrefetcher.used
 
     def noting(self: HostPrefetcher, held: Any) -> None:
@@ -110,7 +112,7 @@ def test_what_computes_waits_for_its_copy_and_a_copy_for_what_computes(deep, fak
     got = draw(runner(deep, "fake", "layerwise")).latents
     assert torch.equal(got.cpu(), draw(runner(deep, "fake")).latents.cpu())
     for one in copies:
-        assert not one.pending  # else one would come into memory that is another's
+        assert not one.pending  # a late copy would overwrite reused memory
         assert len({buffer for buffer, _ in one.started}) == 2
     if len(copies) == 1:  # buffers of two experts may have the same address
         for buffer, before, end in turns:
@@ -120,7 +122,7 @@ def test_what_computes_waits_for_its_copy_and_a_copy_for_what_computes(deep, fak
 
 
 class Counted(BlockPrefetcher):
-    """Notes what is fetched and dropped."""
+    """Records what is fetched and dropped."""
 
     def __init__(self, count: int, ahead: int) -> None:
         super().__init__([nn.Identity() for _ in range(count)], ahead)
@@ -143,7 +145,7 @@ class Counted(BlockPrefetcher):
     ("ahead", "asked", "seen"),
     [
         (1, [0, 1, 2, 3, 0], [0, 1, "-0", 2, "-1", 3, "-2", 0, "-3", 1]),
-        (1, [0, 0, 0], [0, 1]),  # a gate's look, a branch that goes no further
+        (1, [0, 0, 0], [0, 1]),  # a gate reads the first block alone, or a branch stops there
         (1, [0, 3, 0], [0, 1, "-1", 3, "-3", 1]),  # the first and the last alone
         (1, [1, 3], [1, 2, "-1", "-2", 3, 0]),
         (2, [0, 1, 2], [0, 1, 2, "-0", 3, "-1", 0]),
@@ -175,7 +177,7 @@ def test_a_block_that_fails_has_its_weights_no_longer():
 
 
 class FromHostLike(BlockPrefetcher):
-    """One block, whose weights are ones for its turn."""
+    """One block, whose weights are ones while it runs."""
 
     def __init__(self) -> None:
         block = nn.Linear(2, 2, bias=False).requires_grad_(False)
@@ -190,7 +192,7 @@ class FromHostLike(BlockPrefetcher):
 
 
 def by_hand(runner: Runner, resident: int = 0) -> Runner:
-    """Its blocks in turn, from the host to the host: what is refused for a user, and quick here."""
+    """Prefetch the runner's blocks from the host to the host: refused for users, but fast in tests."""
     for transformer in runner.built.parts.experts:
         HostPrefetcher(transformer, HOST, resident, 1).onload()
     return runner
@@ -231,12 +233,12 @@ def test_a_compiled_block_stays_one_graph_whatever_its_buffer(deep):
     assert len(graphs) == 1
 
 
-# --- with the rest ---------------------------------------------------------------------------------------------------
+# --- with other options ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("subject", ["flux_dev"], indirect=True)
 def test_caches_decide_as_without(deep):
-    """Some of the blocks are asked for, out of order, and the first one's modulation alone."""
+    """Caches run only some of the blocks, not in order, and read the first block's modulation alone."""
     caches = (
         node("teacache", threshold=1e9),
         node("first_block", threshold=1e9),
@@ -257,7 +259,7 @@ def test_caches_decide_as_without(deep):
 
 
 def draw_in_turn(name: str, folder: Any, chosen: dict[str, int], fields: dict[str, Any]) -> list[np.ndarray]:
-    """Latents of this rank's with blocks from the files, and from the host."""
+    """Return this rank's latents with blocks from the files, and with blocks from the host."""
     composed = compose_config([*subjects.command(name, folder), "offload=disk"])
     disk = Runner({**composed, "parallel": parallel_runs.degrees(**chosen)})
     host = by_hand(Runner(parallel_runs.config(name, folder, chosen)))
@@ -271,7 +273,7 @@ def test_ranks_have_their_own_shares_in_turn(pool, subject, layout):
     want = subject.draw(**fields).latents.numpy()
     for both in pool(2, draw_in_turn, subject.name, subject.folder, {f"{layout}_degree": 2}, fields):
         for latents in both:
-            np.testing.assert_allclose(latents, want, atol=1e-4)  # as ranks draw without
+            np.testing.assert_allclose(latents, want, atol=1e-4)  # the tolerance of ranks without offload
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="copies in a stream of their own need a GPU")

@@ -1,4 +1,4 @@
-"""Blocks that take turns: what is refused, and the formulas of what is held."""
+"""Prefetched blocks: refused settings, and the formulas of the bytes held."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_blocks_that_would_all_be_there_are_refused_from_json_alone(tmp_path, re
     with pytest.raises(UsageError) as caught:
         check_folder_fit(config, tmp_path)
     assert str(caught.value) == (
-        f"offload.resident_blocks={resident} offload.prefetch_blocks={ahead}: {resident} blocks that stay and"
-        f" {ahead + 1} in turn leave none of this checkpoint's {depth} to wait: use offload=model, or fewer"
+        f"offload.resident_blocks={resident} offload.prefetch_blocks={ahead}: {resident} resident and"
+        f" {ahead + 1} buffered blocks cover all {depth} blocks of this checkpoint: use offload=model, or fewer"
     )
 
 

@@ -1,4 +1,4 @@
-"""Modulation tables: the plain run's numbers on every model whose blocks have such weights, without the weights."""
+"""Modulation tables: the plain run's results without the weights, on every model whose blocks have them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.caches import node
 from tests.helpers.parallel_runs import draw_tabled
 from tests.helpers.subjects import CONFIGS, FAMILIES, LONG, MODELS, SHORT, SORTS, VARIANTS
 
-#: a product of many rows adds up in another order than one of a few
+#: a matrix product of many rows sums in another order than a product of few
 CLOSE = 1e-5
 STEPS = 3
 HAVE = [name for name in MODELS if "modulation" in CONFIGS[name]["model"]["facts"]]
@@ -38,7 +38,7 @@ def tabled_runners():
 
 @pytest.fixture
 def tabled(subject, tabled_runners):
-    """The subject with `offload=modulation`; its tables are those of whoever asked last."""
+    """The subject with `offload=modulation`; its tables are those of the last request."""
     if subject.name not in tabled_runners:
         runner = Runner(compose_config([*subject.overrides(), "offload=modulation"]))
         runner.built.parts.pipeline.vae.encode = subject.runner.built.parts.pipeline.vae.encode
@@ -55,7 +55,7 @@ def tables(tabled) -> ModulationTables:
 
 
 def rows(tabled) -> int:
-    """How many the tables of the last request have; all have as many."""
+    """Return the number of rows of the last request's tables, which all have equally many."""
     (count,) = {len(place.table.table) for place in tables(tabled).places}
     return count
 
@@ -78,7 +78,7 @@ def same(subject, tabled, **fields) -> None:
 
 
 def size(module: torch.nn.Module) -> int:
-    """Bytes of all that it holds."""
+    """Return the bytes of the module's parameters and buffers."""
     return sum(x.nbytes for x in (*module.parameters(), *module.buffers()))
 
 
@@ -96,7 +96,7 @@ def test_latents_equal_the_plain_run_in_request_after_request(subject, tabled):
 
 @pytest.mark.parametrize("subject", ["flux_dev"], indirect=True)
 def test_the_embedded_guidance_and_the_pooled_prompt_are_in_the_tables(subject, tabled):
-    """Both change what the blocks are modulated by, and nothing else tells one request from the other."""
+    """Both change the modulation, and the requests differ in nothing else."""
     fields = asked(subject, prompt="a", seed=1, negative_prompt="x")
     first = tabled.draw(**fields).latents
     same(subject, tabled, prompt="a", seed=1, negative_prompt="x", guidance_scale=7.0)
@@ -108,7 +108,7 @@ def test_the_embedded_guidance_and_the_pooled_prompt_are_in_the_tables(subject, 
 
 @pytest.mark.parametrize("subject", SOME, indirect=True)
 def test_caches_skip_the_same_steps_with_the_same_numbers(subject, tabled):
-    """A cache runs blocks in an order of its own, Cache-DiT without our loop over them."""
+    """Caches call the blocks themselves, and Cache-DiT does not use our loop over them."""
     dbcache = {
         "_target_": "hydrarun.acceleration.cache.cache_dit.CacheDiT",
         "max_warmup_steps": 2,
@@ -123,7 +123,7 @@ def test_caches_skip_the_same_steps_with_the_same_numbers(subject, tabled):
 
 @pytest.mark.parametrize("subject", ["flux_dev", "qwen_image_edit_plus"], indirect=True)
 def test_compiled_blocks_read_the_tables_of_each_request(subject):
-    """As one graph each, which tables of another length, in another place, do not break."""
+    """One graph per block class; tables of another length at another address do not break it."""
     tabled = replace(subject, runner=Runner(compose_config([*subject.overrides(), "offload=modulation"])))
     tabled.runner.built.parts.pipeline.vae.encode = subject.runner.built.parts.pipeline.vae.encode
     for block in transformer(tabled).all_blocks():
@@ -153,7 +153,7 @@ def test_ranks_draw_the_plain_pictures(subject, pool, layout):
 
 @pytest.mark.parametrize("subject", SOME, indirect=True)
 def test_the_weights_are_nowhere(subject, tabled):
-    """What the transformer holds is the plain one's, less the modulations' weights, and their tables."""
+    """The transformer's bytes are the plain one's, minus the modulation weights, plus the tables."""
     tabled.draw(**asked(subject))
     gone = [p for module in modulations(transformer(subject)) for p in module.parameters()]
     dim = transformer(subject).proj_out.in_features
@@ -170,7 +170,7 @@ def test_the_weights_are_nowhere(subject, tabled):
     assert tables(tabled).count_bytes() == (table_bytes, weight_bytes)
 
 
-#: of two guided prompts: rows for each step, and of all steps together
+#: for two guided prompts: rows per step, and rows shared by all steps
 ROWS = {
     "demo": (1, 0),
     "qwen_image": (1, 0),
@@ -178,7 +178,7 @@ ROWS = {
     "qwen_image_edit_plus": (1, 1),  # the images to edit are at timestep 0 in every step
     "zimage": (1, 0),
     "qwen_image_layered": (1, 0),
-    "flux_dev": (3, 0),  # every prompt's own; one is both prompt and negative prompt
+    "flux_dev": (3, 0),  # one per distinct prompt; one text is both prompt and negative prompt
     "sd35_medium": (3, 0),
     "longcat_image": (1, 0),
     "longcat_image_edit": (1, 0),
@@ -215,7 +215,7 @@ def test_tables_are_made_when_timesteps_or_conditioning_change(subject, tabled, 
 
 @pytest.mark.parametrize("subject", ["qwen_image"], indirect=True)
 def test_one_layers_weights_at_a_time(subject, tabled, monkeypatch):
-    """While a table is made, of all modulations only its own has its weights."""
+    """While a table is made, only its own modulation has weights."""
     held = []
     values = Modulation.values
 
@@ -262,7 +262,7 @@ def test_weights_that_are_gone_are_named_and_tables_made_in_halves_are_not_used(
     ("cls", "name"), [(QwenImageTransformer, "qwen_image"), (FluxTransformer, "flux_dev")], ids=["qwen_image", "flux"]
 )
 def test_published_sizes(cls, name):
-    """The classes' defaults are the published sizes; the option says how many parameters wait."""
+    """The classes' defaults are the published sizes; `facts.modulation` is the number of modulation parameters."""
     with torch.device("meta"):
         whole = cls(guidance_embeds=True) if cls is FluxTransformer else cls()
     gone = sum(p.numel() for module in modulations(whole) for p in module.parameters())

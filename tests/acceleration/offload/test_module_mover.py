@@ -1,4 +1,4 @@
-"""Weights that come and go: the same numbers, tied ones tied, nothing copied twice, memory really given back."""
+"""Onload and offload: same values, tied weights stay tied, nothing is copied twice, memory is really freed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_what_comes_to_the_device_leaves_as_it_was(fake):
         moving.onload()
         assert module.kinds == ["fake"] * 3
         assert module.head.weight is module.embed.weight
-        assert fake.memory_allocated() - before == 4 * (8 * 4 + 2)  # a tied weight is there once
+        assert fake.memory_allocated() - before == 4 * (8 * 4 + 2)  # a tied weight is copied once
         assert torch.equal(module.embed.weight.cpu(), weight)
         assert isinstance(module.embed.weight, nn.Parameter)
         moving.offload()
@@ -87,7 +87,7 @@ def test_what_waits_on_disk_is_read_again():
     module, other = Tied(), Tied()
     moving = DiskOffloaded(module, lambda: other)
     moving.onload()
-    assert module.embed.weight is not other.embed.weight  # it was there
+    assert module.embed.weight is not other.embed.weight  # the module was not offloaded yet
     moving.offload()
     assert module.kinds == ["meta"] * 3
     moving.onload()
@@ -95,7 +95,7 @@ def test_what_waits_on_disk_is_read_again():
     assert module.scale is other.scale
 
 
-#: in a process of its own: what other tests have allocated and let go of is not given back at once
+#: in its own process: memory that other tests have freed is not returned to the system at once
 RESIDENT = """
 import os, torch
 from torch import nn

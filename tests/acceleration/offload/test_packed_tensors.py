@@ -13,12 +13,12 @@ from hydrarun.acceleration.offload.packed_tensors import ALIGNMENT, PackedTensor
 from hydrarun.core.device import HOST
 
 TWO_EXPERTS = "wan22_t2v_a14b"
-#: all steps are alike for cache-dit: those that need not be computed are not
+#: cache-dit treats all steps as similar and skips every step that it may skip
 ALIKE = {"residual_diff_threshold": 1.0, "max_continuous_cached_steps": -1}
 
 
 def test_weights_are_packed_as_they_are():
-    """Whatever their types and strides; a tied one once."""
+    """With any dtypes and strides; a tied weight once."""
     module = nn.Module()
     numbers = torch.arange(48.0)
     module.first = nn.Parameter(numbers.view(6, 8).t(), requires_grad=False)

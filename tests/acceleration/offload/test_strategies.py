@@ -1,4 +1,4 @@
-"""Offload on a fake accelerator: the same pictures, and on the device what each stage uses, to the byte."""
+"""Offload on a fake accelerator: the same pictures, and exactly the bytes that each stage uses on the device."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from tests.helpers.subjects import LONG, SHORT, SORTS
 from tests.helpers.watched import Measured, draw, measured, modules, on_device, runner, size, weights
 
 TWO_EXPERTS = "wan22_t2v_a14b"
-UNREAD = (lambda name: None, Path(), torch.float32)  # how to read again what nobody reads
-SAME = 1e-6  # of the largest latent; the kernels are the CPU's, called in another way
+UNREAD = (lambda name: None, Path(), torch.float32)  # `read`, `folder` and `dtype`, unused here
+SAME = 1e-6  # relative to the largest latent; CPU kernels called in another way
 
 
 @pytest.fixture(scope="module")
 def kept() -> dict[tuple[str, str], Any]:
-    """What plain runs came to, by model and device."""
+    """Results of plain runs, by model and device."""
     return {}
 
 
 def on_the_cpu(subject, kept) -> Any:
-    """The state of the plain run on the CPU."""
+    """Return the state of the plain run on the CPU."""
     if (subject.name, "cpu") not in kept:
         kept[subject.name, "cpu"] = draw(runner(subject, "cpu"))
     return kept[subject.name, "cpu"]
 
 
 def plain(subject, fake, kept) -> dict[bool, Measured]:
-    """The runs with everything on the fake device, with and without guidance."""
+    """Return the runs with everything on the fake device, with and without guidance."""
     if (subject.name, "fake") not in kept:
         drawn = warm(subject, "none")
         kept[subject.name, "fake"] = {guided: measured(drawn, fake, guided) for guided in (True, False)}
@@ -49,7 +49,7 @@ def plain(subject, fake, kept) -> dict[bool, Measured]:
 
 
 def warm(subject, option: str) -> Runner:
-    """A runner on the fake device that has drawn."""
+    """Return a runner on the fake device that has drawn once."""
     drawn = runner(subject, "fake", option)
     draw(drawn)
     return drawn
@@ -80,14 +80,14 @@ def test_a_device_draws_what_the_cpu_draws(subject, fake, kept):
 
 @pytest.mark.parametrize("subject", SORTS, indirect=True)
 def test_model_offload_peaks_at_the_largest_phase(subject, fake, kept):
-    """In every stage the bytes of what it uses, and of activations those of the plain run, exactly."""
+    """Every stage holds exactly the bytes of what it uses, plus the plain run's activations."""
     offloaded = warm(subject, "model")
     sizes = {name: size(module) for name, module in modules(offloaded).items()}
     for guided, want in plain(subject, fake, kept).items():
         got = measured(offloaded, fake, guided)
         assert np.array_equal(got.latents, want.latents)
         assert np.array_equal(got.frames, want.frames)
-        there = {"vae": sizes["vae"]}  # of the run before
+        there = {"vae": sizes["vae"]}  # from the previous run
         for uses, found in zip(got.uses, got.there, strict=True):
             there = {name: sizes[name] for name in sizes if name in in_use(uses, found)} if uses else there
             assert found == there
@@ -97,7 +97,7 @@ def test_model_offload_peaks_at_the_largest_phase(subject, fake, kept):
 
 
 def in_use(uses: tuple[str, ...], there: dict[str, int]) -> set[str]:
-    """Text encoders and VAE if they are used; of two experts the later, which has the last steps."""
+    """Return the used components; of two experts the second, which runs the last steps."""
     encoders = {f"text_encoder{number}" for number in ("", "_2", "_3")} | {
         "vision_language_encoder",
         "projection_model",
@@ -152,7 +152,7 @@ def test_of_two_experts_one_is_on_the_device(subject, fake, kept):
     assert steps == [{"transformer"}, {"transformer_2"}]
     assert got.activations == want.activations
     sizes = {name: size(module) for name, module in modules(offloaded).items()}
-    assert want.peak - got.peak == sizes["transformer"] + sizes["transformer_2"]  # it is encoding that peaks here
+    assert want.peak - got.peak == sizes["transformer"] + sizes["transformer_2"]  # the peak is in encoding here
 
 
 def test_an_expert_leaves_before_the_other_comes(fake):
@@ -179,7 +179,7 @@ def test_a_run_records_the_devices_peak(subject, fake):
 
 @pytest.mark.parametrize("subject", ["flux_dev"], indirect=True)
 def test_two_ranks_let_their_text_encoders_go(subject, pool):
-    """With one branch each; two requests, so that they are read again."""
+    """Each rank has one branch; two requests, so that the encoders are read again."""
     fields = {"prompt": [SHORT, LONG], "seed": [3, 4], "negative_prompt": "x", "true_cfg_scale": 3.0}
     want = subject.draw(**fields).latents.numpy()
     for latents, kinds in pool(
@@ -219,6 +219,6 @@ def test_what_offload_does_not_go_with(option):
     assert len(broken["cpu"]) == (option not in ("text_encoder", "disk"))
     assert broken["cuda"] == []
     (rule,) = find_violations(compose_unchecked([*asked, "parallel=hsdp2"])[0])
-    assert rule.sentence == "HSDP's shares of the weights stay where they are"
+    assert rule.sentence == "HSDP keeps each rank's shard of the weights on its device"
     for parallel in ("ulysses2", "cfg2", "vae2", "tp2"):
         assert not [*find_violations(compose_unchecked([*asked, f"parallel={parallel}"])[0])]

@@ -1,4 +1,4 @@
-"""Offload, quantization and caches at once: each does what it does alone."""
+"""Offload, quantization and caches together: each works as it does alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUANTIZED = ["quantization=int8_weight_only", "quantization.components=[transfor
 
 
 def latents(folder, model: str, *more: str) -> list[torch.Tensor]:
-    """Of two requests in a row."""
+    """Return the latents of two requests in a row."""
     runner = Runner(compose_config([*tiny.overrides(folder, model), "sampling.num_inference_steps=6", *more]))
     return [tiny.draw(runner).latents for _ in range(2)]
 
@@ -33,4 +33,4 @@ def test_tables_stand_beside_quantized_blocks(subject):
     """Modulation is not quantized, so the tables are those of the plain run."""
     want, _ = latents(subject.folder, subject.name, *QUANTIZED[:1])
     for have in latents(subject.folder, subject.name, *QUANTIZED[:1], "offload=modulation"):
-        assert (have - want).abs().max() <= 1e-5  # a product of many rows adds up in another order
+        assert (have - want).abs().max() <= 1e-5  # a matrix product of many rows sums in another order

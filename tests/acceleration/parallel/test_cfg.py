@@ -1,4 +1,4 @@
-"""Branches on different ranks: each is predicted once, and every rank has all of them."""
+"""Branches on different ranks: each is predicted once, and every rank gets all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HSDP: each rank holds its share of the weights. That the numbers stay is in test_parallel_models.py."""
+"""HSDP: each rank holds its share of the weights. test_models.py checks that the results stay the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers.ranks_work import held
 def test_bytes_held_are_one_nth(pool, subject, ranks):
     (blocks, texts), *_ = pool(2, held, subject.name, subject.folder, {})
     results = pool(ranks, held, subject.name, subject.folder, {"hsdp_degree": ranks})
-    # shares are whole rows, and each rank has an equal number of them: a tensor's rows are padded to that
+    # shares are equal numbers of whole rows per rank; a tensor's rows are padded for that
     for own_blocks, own_texts in results:
         assert own_blocks == pytest.approx(blocks / ranks, rel=0.05)
         assert own_texts == pytest.approx(texts / ranks, rel=0.05)

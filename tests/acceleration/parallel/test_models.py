@@ -1,7 +1,7 @@
-"""One of each sort of model in layouts of several dimensions: the single process' latents within 1e-4, and pictures.
+"""One model of each sort in layouts of several dimensions: latents within 1e-4 of a single process, and its pictures.
 
-Sizes at which tokens do not divide (3 x 5 of them in a frame, prompts of unequal length), and 3 heads. Each dimension
-by itself, on every model: tests/test_matrix.py.
+The token counts are not divisible by the ranks (3 x 5 tokens per frame, prompts of unequal length), and there are 3
+heads. tests/test_matrix.py tests each dimension alone on every model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CASES = [(name, layout) for name in SORTS for layout in LAYOUTS]
 
 
 def asked(subject) -> tuple[int, dict]:
-    """How many images, and what is asked for."""
+    """Return the number of input images, and the request."""
     return CONFIGS[subject.name]["model"]["input_images"][0], {**request(subject.name), **subject.size(3, 5)}
 
 

@@ -1,4 +1,4 @@
-"""Attention over ranks against attention in one place, and the bytes that it sends against the formula."""
+"""Attention over ranks compared with attention in one process, and its bytes sent compared with the formula."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hydrarun.core.distributed.degrees import split_evenly
 from hydrarun.models.layers.attention import Attention
 from tests.helpers.ranks_work import attention_over_ranks, gathered
 
-TOLERANCE = 1e-5  # float32, sums in another order
+TOLERANCE = 1e-5  # float32, another order of summation
 LAYOUTS = {"ulysses2": (2, 1), "ulysses4": (4, 1), "ring2": (1, 2), "ring4": (1, 4), "usp2x2": (2, 2)}
 BATCH, CHANNELS, BYTES = 2, 8, 4
 IMAGE, TEXT = "hidden_states", "encoder_hidden_states"
@@ -25,7 +25,7 @@ def whole(heads: int, image: int, text: int) -> dict[str, tuple[torch.Tensor, ..
 
 
 def mask(text: int) -> torch.Tensor:
-    """One prompt fills the places, the other two of them: a rank may have no real key at all."""
+    """Mask for one full prompt and one of two tokens: a rank may have no real key at all."""
     return torch.arange(text) < torch.tensor([[text], [2]])
 
 
@@ -48,7 +48,7 @@ def test_equals_attention_in_one_place(pool, layout, heads, image, text, masked)
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_grouped_heads(pool, layout):
-    """Six heads of queries share two of keys and values."""
+    """Six query heads share two key and value heads."""
     ulysses, ring = LAYOUTS[layout]
     streams = {name: (q, k[:, :, :2], v[:, :, :2]) for name, (q, k, v) in whole(6, 13, 5).items()}
     want = dict(zip(streams, Attention()(streams), strict=True))
@@ -60,7 +60,7 @@ def test_grouped_heads(pool, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bytes_are_those_of_the_formula(pool, layout):
-    """`SequenceParallel`'s docstring, for uneven shares too."""
+    """The formula in `SequenceParallel`'s docstring, also for uneven shares."""
     heads, image, text = 5, 35, 11
     ulysses, ring = LAYOUTS[layout]
     results = pool(ulysses * ring, attention_over_ranks, ulysses, ring, whole(heads, image, text), {})
@@ -74,13 +74,13 @@ def test_bytes_are_those_of_the_formula(pool, layout):
         element = BATCH * CHANNELS * BYTES
         exchanged = (3 * mine * (heads - here) + (tokens[place] - mine) * here) * element
         assert sent.get("all_to_all", 0) == (exchanged if ulysses > 1 else 0)
-        # the keys and values of every place pass through here once, but those of the next place, which end here
+        # this place sends the keys and values of every place once, except those of the next place, which end here
         passed = sum(tokens) - tokens[(place + 1) % ring]
         assert sent.get("exchange", 0) == (2 * passed * here * element if ring > 1 else 0)
 
 
 def test_even_shares_send_four_times_the_tokens(pool):
-    """The figure that is usually given for Ulysses: 4 (U - 1) / U of a rank's own tokens, in elements of D."""
+    """The usual figure for Ulysses: 4 (U - 1) / U of a rank's own tokens, in elements of D."""
     results = pool(4, attention_over_ranks, 4, 1, whole(4, 64, 0), {})
     for _, sent in results:
         assert sent["all_to_all"] == pytest.approx(4 * 3 / 4 * BATCH * 16 * 4 * CHANNELS * BYTES, rel=0.01)

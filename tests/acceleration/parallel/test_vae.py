@@ -1,4 +1,4 @@
-"""VAEs split by rows over gloo ranks equal the unsplit ones, work on their share and send what the formula says."""
+"""VAEs split by rows across gloo ranks: output of the unsplit VAE, each rank's share of rows, and bytes sent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hydrarun.core.distributed.mesh import Axis
 from hydrarun.core.errors import UsageError
 from tests.helpers import checkpoints
 
-TOLERANCE = 3e-5  # outputs are of order 1; measured: at most 1.1e-5 (wan), 2e-7 (kl), rounding of other orders of sums
+TOLERANCE = 3e-5  # outputs are of order 1; measured: at most 1.1e-5 (wan), 2e-7 (kl), from other orders of summation
 WIDTH = 3  # of latents
 
 
@@ -41,7 +41,7 @@ VAES = {
     "wan": lambda: checkpoints._wan_vae(4),
     "wan_residual": checkpoints._wan22_vae,
 }
-#: pixels to a latent, and channels of the latents
+#: pixels per latent, and channels of the latents
 FACTORS = {"kl": 4, "qwen": 4, "wan": 8, "wan_residual": 16}
 CHANNELS = {"kl": 4, "qwen": 4, "wan": 4, "wan_residual": 48}
 
@@ -59,13 +59,13 @@ CASES = [
 
 
 def latents(name: str, rows: int, frames: int, batch: int) -> Tensor:
-    """`[N, C, h, w]` for pictures, `[N, C, F, h, w]` for what takes frames."""
+    """`[N, C, h, w]` for pictures, `[N, C, F, h, w]` for VAEs with frames."""
     shape = (rows, WIDTH) if name == "kl" else (frames, rows, WIDTH)
     return torch.randn(batch, CHANNELS[name], *shape, generator=torch.Generator().manual_seed(1))
 
 
 def pixels(name: str, rows: int, frames: int, batch: int) -> Tensor:
-    """What such latents come from: four frames to each latent one but the first."""
+    """Pixels of such latents: four frames per latent frame, except one for the first."""
     height, width = rows * FACTORS[name], WIDTH * FACTORS[name]
     shape = (height, width) if name == "kl" else (4 * frames - 3, height, width)
     return torch.rand(batch, 3, *shape, generator=torch.Generator().manual_seed(2)) * 2 - 1
@@ -81,7 +81,7 @@ def axis() -> Axis:
 
 
 def largest_map(half: nn.Module) -> list[int]:
-    """The rows of the largest map inside, found in the calls to come."""
+    """Return a list that later calls fill with the elements and rows of the largest map inside."""
     largest = [0, 0]
 
     def look(module: nn.Module, args: Any, out: Tensor) -> None:
@@ -89,13 +89,13 @@ def largest_map(half: nn.Module) -> list[int]:
             largest[:] = [out.numel(), out.shape[-2]]
 
     for module in half.modules():
-        if module is not half and not isinstance(module, nn.ZeroPad2d):  # the half's own result is the joined one
+        if module is not half and not isinstance(module, nn.ZeroPad2d):  # the half's own output is the gathered one
             module.register_forward_hook(look)
     return largest
 
 
 def split_run(name: str, way: str, x: Tensor) -> tuple[Tensor, int, dict[str, int]]:
-    """On a rank: the output, the rows of its largest map, the bytes it sent."""
+    """On a rank: return the output, the rows of its largest map and the bytes it sent."""
     vae = VAES[name]()
     shard_vae(vae, axis())
     largest = largest_map(vae.decoder if way == "decode" else vae.encoder)
@@ -105,7 +105,7 @@ def split_run(name: str, way: str, x: Tensor) -> tuple[Tensor, int, dict[str, in
 
 
 def refused(name: str, way: str, x: Tensor) -> str:
-    """On a rank: the message."""
+    """On a rank: return the error message."""
     vae = VAES[name]()
     shard_vae(vae, axis())
     with pytest.raises(UsageError) as error:
@@ -114,7 +114,7 @@ def refused(name: str, way: str, x: Tensor) -> str:
 
 
 def refused_tiling() -> str:
-    """On a rank: the message."""
+    """On a rank: return the error message."""
     vae = VAES["kl"]()
     vae.enable_tiling()
     with pytest.raises(UsageError) as error:
@@ -123,7 +123,7 @@ def refused_tiling() -> str:
 
 
 def expected_bytes(name: str, way: str, x: Tensor, ranks: int) -> list[Counter[str]]:
-    """The formula of the docstring on each rank, from the shapes that the unsplit VAE works on."""
+    """Return each rank's bytes by the module docstring's formula, from the shapes in the unsplit VAE."""
     vae = VAES[name]()
     half = vae.decoder if way == "decode" else vae.encoder
     sent: list[Counter[str]] = [Counter() for _ in range(ranks)]
@@ -133,7 +133,10 @@ def expected_bytes(name: str, way: str, x: Tensor, ranks: int) -> list[Counter[s
     def convolution(module: Any, args: Any) -> None:
         if module.kernel_size[-2] == 3:
             row = sum(part[..., 0, :].nbytes for part in args if part is not None)
-            down, up = row, row if module.stride[-2] == 1 else 0  # to the rank above, which looks down; to that below
+            down, up = (
+                row,
+                row if module.stride[-2] == 1 else 0,
+            )  # sent to the rank above, which reads below it, and to the rank below
             for rank in range(ranks):
                 sent[rank]["halo"] += down * (rank > 0) + up * (rank < others)
 
@@ -184,7 +187,7 @@ def test_seams_would_show(pool):
 
 
 def test_half_precision(pool):
-    """Statistics are computed in float32: bfloat16 gives bfloat16, as near to float32's as the unsplit one is."""
+    """Statistics are computed in float32: bfloat16 output is as close to float32's as that of the unsplit VAE."""
     x = latents("kl", 5, 1, 1)
     exact = run(VAES["kl"](), "decode", x)
     unsplit = run(VAES["kl"]().bfloat16(), "decode", x.bfloat16())
@@ -223,13 +226,13 @@ def test_refuses_tiling(pool):
 
 
 def test_attention_is_split(pool):
-    """No rank asks for more than its own rows, and every rank sees all keys."""
+    """Each rank computes only its own queries, with the keys of all ranks."""
     tokens = pool(2, attention_tokens, latents("kl", 5, 1, 1))
     assert tokens == [[(9, 15)], [(6, 15)]]
 
 
 class Watch(TorchFunctionMode):
-    """Sees each attention as it is computed: tokens of its queries and of its keys."""
+    """Records the numbers of query and key tokens of each attention call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,7 +245,7 @@ class Watch(TorchFunctionMode):
 
 
 def attention_tokens(x: Tensor) -> list[tuple[int, int]]:
-    """On a rank."""
+    """On a rank: return the numbers of query and key tokens of each attention call."""
     vae = VAES["kl"]()
     shard_vae(vae, axis())
     with Watch() as watch:

@@ -1,4 +1,4 @@
-"""`hydrarun calibrate`: what it writes can be used, on what it was made for and on nothing else."""
+"""`hydrarun calibrate`: the option that it writes works for the settings it was made for, and only for them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ QUIET = Progress(quiet=True)
 
 
 def settings(folder: Path, *more: str) -> list[str]:
-    """A tiny model's overrides without the prompt."""
+    """Return the overrides of a tiny model without the prompt."""
     return [*(word for word in tiny.overrides(folder) if "prompt=" not in word), *more]
 
 
@@ -45,7 +45,7 @@ def prompts(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def fitted(tiny_folder, prompts, tmp_path_factory) -> Path:
-    """The directory of a fit at 6 steps."""
+    """The folder of a fit at 6 steps."""
     folder = tmp_path_factory.mktemp("fitted")
     words = settings(tiny_folder, "sampling.num_inference_steps=6", "cache=teacache", f"input.prompts={prompts}")
     assert main.main(["calibrate", *words, f"hydra.run.dir={folder}"]) == 0
@@ -78,7 +78,7 @@ def test_the_option_says_what_it_was_fitted_on(fitted, tiny_folder):
         "TeaCache with the coefficients of qwen_image at 6 steps, fitted by hydrarun calibrate"
     )
     assert "# warning: transformer, positive: 10 pairs; 100 or more" in file.read_text()
-    assert (fitted / "teacache_qwen_image.svg").read_text(encoding="utf-8").count("<circle") == 20 + 2  # the legend's
+    assert (fitted / "teacache_qwen_image.svg").read_text(encoding="utf-8").count("<circle") == 20 + 2  # 2: legend
 
 
 def drawn(capsys, *words: str) -> tuple[int, str]:
@@ -120,7 +120,7 @@ def test_it_is_refused_on_anything_else(fitted, tiny_folder, tmp_path, capsys, c
     code, said = drawn(capsys, *words, f"hydra.run.dir={tmp_path / 'out'}", "--config-dir", str(fitted))
     assert code == 2
     assert message in said
-    if "model.path" not in change:  # refused before there is a directory
+    if "model.path" not in change:  # refused before the output folder is created
         assert not (tmp_path / "out").exists()
         return
     record = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -165,7 +165,7 @@ MASK = ("sampling.num_inference_steps=7", "cache=mask", "cache.budget=0.57")
 
 @pytest.fixture(scope="module")
 def searched(tiny_folder, prompts, tmp_path_factory) -> Path:
-    """The directory of a search for 4 of 7 steps."""
+    """The folder of a search for 4 of 7 steps."""
     folder = tmp_path_factory.mktemp("searched")
     words = settings(tiny_folder, *MASK, "cache/predictor=taylor", f"input.prompts={prompts}")
     assert main.main(["calibrate", *words, f"hydra.run.dir={folder}"]) == 0
@@ -230,7 +230,7 @@ def test_a_predictor_is_written_with_what_differs(kind):
 
 
 def count_scores(monkeypatch, die_after: int = 1000) -> list[tuple[int, ...]]:
-    """The masks that are really evaluated; after so many the process is interrupted."""
+    """Return the list of evaluated masks; after `die_after` of them the process is interrupted."""
     asked: list[tuple[int, ...]] = []
     score = ReferenceRuns.score
 
@@ -251,7 +251,7 @@ def test_a_search_that_was_killed_goes_on(searched, tiny_folder, prompts, tmp_pa
         asked = count_scores(patch, die_after=5)
         assert main.main(words) == 130
     ledger = tmp_path / "scores.jsonl"
-    ledger.write_bytes(ledger.read_bytes() + b'{"steps": [0, 1')  # as if it had been cut off while it was written
+    ledger.write_bytes(ledger.read_bytes() + b'{"steps": [0, 1')  # as if the process was killed while it wrote a line
     with monkeypatch.context() as patch:
         rest = count_scores(patch)
         assert main.main(words) == 0
@@ -335,7 +335,7 @@ def test_a_file_without_prompts(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("# nothing\n\n   \n")
     assert complaint("cache=teacache", f"input.prompts={file}") == (
-        f"input.prompts={file}: no prompt in it: one per line, and lines that start with # are none"
+        f"input.prompts={file}: no prompt in it: one per line; lines that start with # are comments"
     )
     file.write_bytes(b"caf\xe9\n")
     assert complaint("cache=teacache", f"input.prompts={file}") == f"input.prompts={file}: not UTF-8 text"

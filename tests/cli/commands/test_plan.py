@@ -1,4 +1,4 @@
-"""`hydrarun plan` from its words to what it prints, `plan=auto`, and the message when memory runs out."""
+"""`hydrarun plan` from its arguments to its output, `plan=auto`, and the message when memory runs out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.helpers.subjects import command
 
 
 def said(capsys, *words: str) -> tuple[int, str]:
-    """The exit code of a command line and what it printed."""
+    """Return the exit code and the output of a command line."""
     code = main.main(["plan", *words])
     out, err = capsys.readouterr()
     return code, (out + err).strip()
@@ -74,11 +74,11 @@ def test_all_conflicts_come_at_once_with_their_fixes(capsys):
     ("words", "message"),
     [
         (["plan.device=h10"], "plan.device=h10: not known here. Did you mean 'h100'? Known: h200, h100, "),
-        (["plan.device=h100", "device=cpu"], "device=cpu is no h100: leave out plan.device, or device=cpu"),
+        (["plan.device=h100", "device=cpu"], "plan.device=h100 conflicts with device=cpu: leave out one of them"),
         (["plan=auto"], "plan=auto is for a run, which then takes the first suggestion; `hydrarun plan` shows all"),
         (
             ["plan.device=h100", "offload=layerwise", "offload.resident_blocks=5"],
-            "offload.resident_blocks=5 offload.prefetch_blocks=1: 5 blocks that stay and 2 in turn leave none of",
+            "offload.resident_blocks=5 offload.prefetch_blocks=1: 5 resident and 2 buffered blocks cover all",
         ),
         (["device=cuda"], "device=cuda: torch sees 0 CUDA devices here; use device=cpu or device=auto"),
         (["--jsn"], "plan: --jsn: no such flag; it takes --json"),
@@ -111,14 +111,14 @@ def test_a_checkpoint_that_cannot_be_planned_is_named(capsys, demo_folder, tmp_p
 
 
 def test_a_run_takes_the_device_that_is_there():
-    with pytest.raises(UsageError, match=r"^plan\.device \(command line\): a run takes the device that is there"):
+    with pytest.raises(UsageError, match=r"^plan\.device \(command line\): a run uses the device of this machine"):
         compose_config(["plan.device=h100"])
     assert compose_config(["plan=auto", "plan.device=h100"])["plan"] == {"auto": True, "device": "h100"}
 
 
 @pytest.fixture
 def cramped(fake, tmp_path, request):
-    """The command line of a run that takes a third more than the fake device has, and what it takes."""
+    """The configuration of a run that needs a third more memory than the fake device has."""
     subject = request.getfixturevalue("subject")
     folder = midsize.saved(subject.name, subject.folder, tmp_path / "midsize")
     config = asked(compose_config([*command(subject.name, folder), "dtype=float32", "device=auto"]), guided=True)
@@ -145,7 +145,7 @@ def test_auto_runs_what_fits_and_says_so(subject, cramped, fake):
 
 @pytest.mark.parametrize("subject", ["qwen_image"], indirect=True)
 def test_out_of_memory_says_where_what_was_expected_and_what_would_fit(subject, cramped, fake, monkeypatch):
-    """While loading, by a plan of another process; and while denoising, by one of this."""
+    """Once while loading, with the plan of another process, and once while encoding, with a patched plan."""
     with pytest.raises(RunError) as caught:
         Runner(cramped)
     first, *expected, fix = str(caught.value).splitlines()
@@ -172,4 +172,4 @@ def test_without_a_plan_the_message_still_comes(monkeypatch):
     monkeypatch.setattr(out_of_memory, "run_plan_process", fails)
     said = str(out_of_memory.make_memory_error({}, "decode", torch.device("cpu")))
     assert said.startswith("out of memory in decode: cpu has ")
-    assert said.endswith("no plan could be made of it. Try offload=model, or a smaller size")
+    assert said.endswith("no plan could be made. Try offload=model, or a smaller size")

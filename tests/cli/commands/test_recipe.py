@@ -1,4 +1,4 @@
-"""The verb: list, run what a stranger sent, collections, and the schema for editors."""
+"""The verb `recipe`: list, run an untrusted recipe, collections, and the schema for editors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from hydrarun.engine.plan.devices import read_devices
 
 @pytest.fixture
 def started(monkeypatch, tmp_path) -> list[list[str]]:
-    """The overrides that reached `cli.run`; the current folder is empty."""
+    """The overrides that reached `run_overrides`; the current folder is empty."""
     seen: list[list[str]] = []
     monkeypatch.setattr("hydrarun.cli.commands.run.run_overrides", lambda overrides, flags: seen.append(overrides) or 0)
     monkeypatch.chdir(tmp_path)
@@ -41,7 +41,7 @@ def started(monkeypatch, tmp_path) -> list[list[str]]:
 
 @pytest.fixture
 def sent(started, tmp_path) -> Path:
-    """A folder from a stranger: a recipe, a thumbnail, an input image."""
+    """A folder from somebody else: a recipe and an input image."""
     folder = tmp_path / "a, (b)"
     folder.mkdir()
     Image.new("RGB", (64, 64), "red").save(folder / "in.png")
@@ -86,7 +86,9 @@ def test_the_evidence_is_shown_as_its_own_word(started, capsys):
     file = search.find_recipe_file("demo/quick")
     assert main.main(["recipe", "run", str(file), "--yes"]) == 0
     status = capsys.readouterr().err.splitlines()[-1]
-    assert re.fullmatch(r"  status   verified; on \S+ with .+, by its own word; took \S+ s and \S+ GiB on .+", status)
+    assert re.fullmatch(
+        r"  status   verified; on \S+ with .+, as the recipe states; took \S+ s and \S+ GiB on .+", status
+    )
 
 
 @pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("YES\n", 0), ("n\n", 1), ("\n", 1), ("", 1), ("ja\n", 1)])
@@ -139,7 +141,7 @@ def test_a_folder_must_hold_one_recipe(sent, started, capsys):
         (["recipe", "export"], "recipe export takes a folder, and a file to write."),
         (["recipe", "export", "x", "y.yml"], "y.yml: the name of a recipe ends in .yaml."),
         (["recipe", "verify", "demo/quikc"], "recipe=demo/quikc: no such recipe. Did you mean 'demo/quick'?"),
-        (["recipe", "schema", "x"], "recipe schema: x: it takes nothing."),
+        (["recipe", "schema", "x"], "recipe schema: x: it takes no arguments."),
         (["recipe", "list", "demo"], "recipe list: demo: it takes hydra.searchpath=[DIR] and --json."),
     ],
 )
@@ -183,7 +185,7 @@ def test_the_list(capsys):
 
 @pytest.fixture
 def collection(tmp_path) -> Iterator[Path]:
-    """A folder with an option, a recipe that chooses it, and things that must not be taken."""
+    """A folder with an option, a recipe that chooses it, and files that must be refused or ignored."""
     for name, text in {
         "attention/ours.yaml": "_target_: hydrarun.models.layers.attention_backends.SDPA\n",
         "recipes/team/fast.yaml": "about: {description: Ours.}\n"
@@ -213,7 +215,7 @@ def test_a_collection_brings_options_and_vetted_recipes(scheme, collection):
     ):
         with pytest.raises(UsageError, match=re.escape(said)):
             compose_config([where, f"recipe={recipe}"])
-    with pytest.raises(UsageError, match="no such recipe"):  # told once, it is not remembered
+    with pytest.raises(UsageError, match="no such recipe"):  # a collection is not kept for later compositions
         compose_config(["recipe=team/fast"])
 
 
@@ -236,7 +238,7 @@ def test_a_collections_recipe_runs(collection, tmp_path, capsys):
 
 
 def faults(value: Any, schema: dict[str, Any], path: str = "") -> list[str]:
-    """Where a value breaks a JSON schema, by those of its words that ours has."""
+    """Return where a value violates a JSON schema, for the schema keywords that ours uses."""
     kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool}
     named = schema.get("type", [])
     named = [named] if isinstance(named, str) else named
@@ -323,20 +325,20 @@ def test_there_are_recipes_for_a_cpu_and_for_gpus():
 
 
 def plan_of(name: str) -> list[str]:
-    """The overrides of the plan that the head of a GPU recipe shows."""
+    """Return the overrides of the `hydrarun plan` line at the head of a GPU recipe."""
     (line,) = re.findall(r"^# It fits: hydrarun plan (.*)$", search.find_recipe_file(name).read_text(), re.MULTILINE)
     return line.split()
 
 
 def on_gpus() -> list[str]:
-    """The recipes for GPUs of models that can be planned before they are downloaded."""
+    """Return the GPU recipes whose models can be planned before they are downloaded."""
     composed = {name: compose_unchecked([f"recipe={name}"])[0]["model"] for name in search.list_recipe_names()}
     return [name for name, model in composed.items() if model["name"] != "demo" and "shapes" in model["facts"]]
 
 
 @pytest.mark.parametrize("name", on_gpus())
 def test_a_gpu_recipe_names_a_device_that_it_fits(name, monkeypatch):
-    """Of each model the one that takes most of its device is planned here, the others when they are written."""
+    """For each model, only the recipe that needs the largest share of its device is planned here, to save time."""
     overrides = plan_of(name)
     assert overrides[0] == f"recipe={name}"
     config = fill_prompt(compose_unchecked(overrides)[0])
@@ -345,5 +347,5 @@ def test_a_gpu_recipe_names_a_device_that_it_fits(name, monkeypatch):
     if name.endswith(("square", "dbcache", "schnell/rtx4090", "h100")):
         monkeypatch.setattr(
             suggest, "find_suggestions", lambda *_: [None] * 3
-        )  # what else would fit takes most of the time
+        )  # the search for suggestions takes most of the time
         assert planner.make_plan(config).fits

@@ -1,4 +1,4 @@
-"""Drawing a picture again from the file alone."""
+"""`hydrarun replay`: drawing a picture again from its file alone."""
 
 import json
 import os
@@ -25,7 +25,7 @@ BATCH = ('sampling.prompt=["a red circle", "一只猫, ${sitting}"]', "sampling.
 
 @pytest.fixture(scope="session")
 def finished(tiny_folder, tmp_path_factory) -> Path:
-    """The directory of a finished run: two prompts of different length in one batch. Do not change it; copy it."""
+    """The folder of a finished run with two prompts of different length in one batch. Do not change it; copy it."""
     from hydrarun.engine.runner import Runner
 
     folder = tmp_path_factory.mktemp("finished")
@@ -56,7 +56,7 @@ def complaint(config: dict, *overrides: str) -> str:
     return str(caught.value)
 
 
-# --- the whole way ---------------------------------------------------------------------------------------------------
+# --- end to end ------------------------------------------------------------------------------------------------------
 
 
 def test_a_picture_of_a_batch_is_reproduced_exactly_from_its_file_alone(second, tmp_path, capsys):
@@ -275,7 +275,7 @@ def drawn(tmp_path) -> tuple[np.ndarray, dict]:
 
 
 def written(pixels: np.ndarray, folder: Path, kind: str, metadata: bool = False) -> dict:
-    """run.json of a run that wrote `pixels` into `folder`."""
+    """Write `pixels` into `folder` as a run does; return its run.json."""
     config = {
         "model": {"name": "demo", "path": "package:demo"},
         "sampling": {"num_inference_steps": 4, "true_cfg_scale": None, "guidance_scale": None},
@@ -313,7 +313,7 @@ def test_other_sizes_and_lost_pixels_are_said(drawn, tmp_path, capsys):
     assert not compared(None, record, tmp_path)
     first, second = capsys.readouterr().out.splitlines()
     assert "16x8 then, 16x16 now" in first
-    assert "no longer there" in second
+    assert "no longer available" in second
 
 
 def test_a_file_of_an_older_version_lacks_what_that_did_not_know(finished, tmp_path, capsys):
@@ -326,6 +326,6 @@ def test_a_file_of_an_older_version_lacks_what_that_did_not_know(finished, tmp_p
         shutil.copy(file, tmp_path)
     assert main.main(["replay", str(tmp_path / "run.json"), f"hydra.run.dir={tmp_path / 'again'}"]) in (0, 1)
     assert capsys.readouterr().out.count(".png: ") == 2
-    # without `channels_last` other kernels decode, which round as the processor has them: 1 of 255 at most
+    # without `channels_last` other kernels decode; their rounding depends on the CPU: 1 of 255 at most
     for then, now in zip(sorted(finished.glob("*.png")), sorted((tmp_path / "again").glob("*.png")), strict=True):
         assert abs(png.read_png(now)[0].astype(int) - png.read_png(then)[0].astype(int)).max() <= 1

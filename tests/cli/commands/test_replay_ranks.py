@@ -1,4 +1,4 @@
-"""A picture that several ranks drew is drawn again by as many, or by one."""
+"""Replaying a picture from several ranks with the same number of ranks, or with one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hydrarun.cli import main
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """A picture of the demo model, by two ranks."""
+    """A picture of the demo model, drawn by two ranks."""
     folder = tmp_path_factory.mktemp("drawn")
     asked = ["device=cpu", "parallel=cfg2", "sampling.num_inference_steps=4", f"hydra.run.dir={folder}"]
     assert main.main(asked) == 0
@@ -24,7 +24,7 @@ def test_by_as_many(drawn, tmp_path, capsys):
 
 
 def test_by_one(drawn, tmp_path):
-    """Equal to rounding: one level of a pixel at most."""
+    """The pictures differ only by rounding: at most 1 of 255."""
     main.main(["replay", str(drawn), "parallel=none", f"hydra.run.dir={tmp_path}"])
     again = next(tmp_path.glob("*.png"))
     pixels = [np.asarray(Image.open(file)).astype(int) for file in (drawn, again)]

@@ -1,4 +1,4 @@
-"""Comparing a video, or one frame of it, with the one drawn again; what is said of it and of input images."""
+"""Comparing a video, or one frame of it, with its replay, and the messages about both and about input images."""
 
 import re
 from pathlib import Path
@@ -15,20 +15,20 @@ from tests.cli.commands.test_replay import written
 
 @pytest.fixture
 def video() -> np.ndarray:
-    """Smooth frames, which a lossy file keeps nearly: [3, 32, 32, 3]."""
+    """Smooth frames `[3, 32, 32, 3]`, which a lossy file keeps almost unchanged."""
     x = np.linspace(20, 200, 32)
     plane = (x + x[:, None]) / 2
     return np.stack([np.stack([plane + k, plane, plane - k], -1) for k in (0, 9, 18)]).astype(np.uint8)
 
 
 def replayed(old: Path, new: np.ndarray, folder: Path, kind: str) -> bool:
-    """Whether `old` is identical to `new`, drawn again and written as `kind`."""
+    """Return whether `old` is identical to its replay `new`, written as `kind`."""
     (picture,) = reader.load_recorded_run(old).pictures
     return replay.compare_picture(picture, written(new, folder, kind), folder)
 
 
 def path_of(pixels: np.ndarray, folder: Path, kind: str) -> Path:
-    """The file or folder of frames, with its recipe inside, that a run wrote into `folder`."""
+    """Return the file or folder of frames, with embedded recipe, that a run writes into `folder`."""
     return folder / written(pixels, folder, kind, metadata=True)["outputs"][0]["path"]
 
 

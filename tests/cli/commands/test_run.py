@@ -1,4 +1,4 @@
-"""The command line on every kind of model: what it writes opens elsewhere, and is drawn again from itself alone."""
+"""The command line on every kind of model: other programs open its outputs, and the outputs can be replayed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.subjects import IMAGE, pictures
 
 
 def run(subject, folder, *overrides: str) -> dict:
-    """run.json of a command that must succeed."""
+    """Run a command that must succeed; return its run.json."""
     assert main.main([*subject.overrides(), f"hydra.run.dir={folder}", *overrides]) == 0
     return json.loads((folder / "run.json").read_text())
 
@@ -38,7 +38,7 @@ def test_a_video_that_a_player_opens(subject, tmp_path, capsys):
 
 @pytest.mark.parametrize("subject", ["wan22_i2v_a14b"], indirect=True)
 def test_frames_without_loss(subject, tmp_path, capsys):
-    """The PNG files hold the very pixels; any of them is enough to draw the video again."""
+    """The PNG files hold the exact pixels; any of them is enough to replay the video."""
     record = run(subject, tmp_path, "output.format=frames")
     folder = tmp_path / record["outputs"][0]["path"]
     files = sorted(folder.iterdir())
@@ -79,7 +79,7 @@ def test_an_edit_of_two_images(subject, tmp_path):
 
 @pytest.mark.parametrize("subject", ["qwen_image_edit"], indirect=True)
 def test_the_size_follows_the_image(subject):
-    """As the reference works it out: about a megapixel in the image's proportions."""
+    """The size is that of the reference: about a megapixel in the proportions of the image."""
     from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
 
     (image,) = pictures(1)
@@ -121,7 +121,7 @@ def test_a_picture_with_embedded_guidance(subject, tmp_path):
 
 @pytest.mark.parametrize("subject", ["wan21_t2v_14b"], indirect=True)
 def test_another_scheduler_by_target(subject):
-    """Flow matching in place of the checkpoint's own, against diffusers with the same one put in."""
+    """A flow-matching scheduler instead of the checkpoint's gives the result of diffusers with the same scheduler."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
     from hydrarun.config.compose import compose_config

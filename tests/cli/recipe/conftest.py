@@ -1,4 +1,4 @@
-"""A finished run for the tests of recipes."""
+"""Provides a finished run for the tests of recipes."""
 
 from __future__ import annotations
 

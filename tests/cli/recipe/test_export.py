@@ -1,4 +1,4 @@
-"""A finished run as the smallest recipe that composes to it."""
+"""`recipe export` writes a finished run as the smallest recipe that composes to it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ CASES = {
 
 
 def words(content: dict) -> dict:
-    """The defaults as `group=option`, sorted."""
+    """Return the content with its defaults as a sorted list of `group=option`."""
     chosen = [
         f"{key.removeprefix('override /')}={name}" for entry in content["defaults"] for key, name in entry.items()
     ]
@@ -81,8 +81,8 @@ def test_only_what_differs_from_the_defaults_is_said(overrides):
 
 @pytest.mark.parametrize("name", search.list_recipe_names())
 def test_a_shipped_recipe_is_as_small_as_can_be(name, tmp_path):
-    """What it composes to gives it back; what it leaves open is not its."""
-    wanted = {"sampling": {"prompt": "x"}} if name == "qwen_image/square" else {}  # the one that leaves it open
+    """The configuration of a shipped recipe minimizes to the same recipe, plus values that the recipe leaves open."""
+    wanted = {"sampling": {"prompt": "x"}} if name == "qwen_image/square" else {}  # it leaves the prompt open
     raw = compose_unchecked([f"recipe={name}"])[0]
     if raw["model"]["input_images"][0]:
         wanted = {"input": {"images": [str(tmp_path / "a.png")]}}
@@ -101,8 +101,8 @@ def test_a_shipped_recipe_is_as_small_as_can_be(name, tmp_path):
             "model.scheduler={_target_: diffusers.FlowMatchHeunDiscreteScheduler}",
             "model.scheduler._target_ is diffusers",
         ),
-        ("model.name=mine", "the model 'mine' is none of the shipped options"),
-        ("model.facts.licence=x", ""),  # published figures reach no pixels
+        ("model.name=mine", "the model 'mine' is not a shipped option"),
+        ("model.facts.licence=x", ""),  # facts of a model do not change pixels
         ("model.judge=null", ""),
     ],
 )
@@ -119,9 +119,7 @@ def test_what_a_recipe_cannot_say(override, said):
 def test_a_class_of_ones_own_is_named():
     config = compose_config([])
     config["attention"] = {"_target_": "my_module.Attention"}
-    with pytest.raises(
-        minimal.InexpressibleError, match=r"its attention is a my_module.Attention, which is no shipped"
-    ):
+    with pytest.raises(minimal.InexpressibleError, match=r"its attention is a my_module.Attention, which no shipped"):
         minimal.make_minimal_recipe(config)
 
 
@@ -131,7 +129,8 @@ def test_a_class_of_ones_own_is_named():
 def test_the_recipe_composes_to_the_run_and_carries_its_evidence(run_dir, capsys):
     assert main.main(["recipe", "export", "run", "shared/fast.yaml"]) == 0
     assert (
-        "shared/fast.yaml, and beside it fast.webp\nunverified yet: hydrarun recipe verify" in capsys.readouterr().out
+        "shared/fast.yaml, and next to it fast.webp\nnot verified yet; run: hydrarun recipe verify"
+        in capsys.readouterr().out
     )
     recipe = search.load_recipe("shared/fast.yaml")
     record = json.loads((run_dir / "run.json").read_text())
@@ -181,7 +180,7 @@ def test_no_secret_and_no_place_of_the_machine_gets_into_it(run_dir, tmp_path, m
 
 
 def edit(tmp_path: Path) -> tuple[dict, Path, tuple[dict, ...]]:
-    """A configuration with two input images."""
+    """Return a configuration with two input images, their files and their recorded facts."""
     files = [tmp_path / name for name in ("a b.png", "ü.JPG")]
     for file, colour in zip(files, ("red", "blue"), strict=True):
         Image.new("RGB", (64, 64), colour).save(file)
@@ -237,9 +236,9 @@ def as_a_sweep(run_dir: Path) -> None:
         (as_a_sweep, 2, "a sweep of 1 runs; give the folder of one: run/0"),
         (lambda run: changed(run, format=9), 2, "its format is 9"),
         (lambda run: changed(run, config=None), 2, "run.json holds no configuration"),
-        (lambda run: changed(run, timings={}), 1, "its run.json is not a whole one"),
+        (lambda run: changed(run, timings={}), 1, "its run.json is incomplete"),
         (lambda run: changed(run, hardware=5), 1, "run.json.hardware: 5 is not a mapping"),
-        (repainted, 1, "holds other pixels than the run drew"),
+        (repainted, 1, "its pixels differ from those that the run drew"),
         (lambda run: changed(run, device=None), 1, "run.json.device: null is not text"),
         (lambda run: next(run.glob("*.png")).unlink(), 2, "No such file"),
     ],
@@ -280,5 +279,5 @@ def test_prompts_from_a_file_go_with_it(run_dir, tmp_path, capsys):
 def test_what_would_not_compose_to_the_run_is_not_written(run_dir, monkeypatch, capsys):
     monkeypatch.setattr(minimal, "make_minimal_recipe", lambda wanted: {"defaults": [{"override /model": "demo"}]})
     assert main.main(["recipe", "export", "run", "r.yaml"]) == 2
-    assert "a recipe cannot say this run: sampling, cache, device, dtype would be another" in capsys.readouterr().err
+    assert "a recipe cannot reproduce this run: sampling, cache, device, dtype would differ" in capsys.readouterr().err
     assert not list(Path().glob("r.*"))

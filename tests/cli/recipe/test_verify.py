@@ -1,4 +1,4 @@
-"""A recipe is run and compared with its evidence, and says what was found; nothing else in its file changes."""
+"""`recipe verify` runs a recipe, compares it with its evidence and writes the result; the rest of the file is kept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEAD = "# mine: do not touch\nsampling:  # odd   spacing\n    seed: 4\n    num_i
 
 
 class Runs(list):
-    """The configurations that were run, with their folders; `more` is what the runs leave otherwise."""
+    """The configurations that were run, with their folders; `more` changes the results of the runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Runs(list):
 
 @pytest.fixture
 def runs(monkeypatch, tmp_path) -> Runs:
-    """Runs without drawing; the recipe `r.yaml` of the current folder has no evidence."""
+    """Replace runs by fake ones. The recipe `r.yaml` in the current folder has no evidence."""
     seen = Runs()
 
     def run(config, folder):
@@ -210,7 +210,7 @@ def test_other_weights_are_no_verification(tmp_path, monkeypatch, capsys):
     other = replace(measured, weights=replace(measured.weights, fingerprint="f00"))
     file.write_evidence(recipe(), Evidence(FORMAT, "unverified", "", other))
     assert verified() == 1
-    assert f"their fingerprint is f00, that of these {FINGERPRINT}" in capsys.readouterr().err
+    assert f"fingerprint f00 there, {FINGERPRINT}" in capsys.readouterr().err
     assert recipe().status == "unverified"
 
 
@@ -224,7 +224,7 @@ def test_nothing_is_downloaded_for_a_device_that_is_not_here(monkeypatch, capsys
 def test_one_that_cannot_take_evidence_is_refused_before_it_runs(text, runs, capsys):
     Path("r.yaml").write_text(text)
     assert verified() == 2
-    assert "evidence has no place in it; write each of its sections on lines of its own" in capsys.readouterr().err
+    assert "cannot insert the evidence; write each section of the recipe on lines of its own" in capsys.readouterr().err
     assert not runs
 
 
@@ -232,7 +232,7 @@ def test_evidence_that_outgrows_a_recipe(runs, capsys):
     prompts = [f"a red circle {index}" for index in range(70)]
     Path("r.yaml").write_text(f"sampling: {{prompt: {prompts}}}\n")
     assert verified() == 2
-    assert "with the evidence of 70 outputs larger than 64 KiB" in capsys.readouterr().err
+    assert "the evidence of 70 outputs makes it larger than 64 KiB" in capsys.readouterr().err
     assert Path("r.yaml").read_text().startswith("sampling: {prompt")
 
 
@@ -266,9 +266,9 @@ def test_the_distance_of_fingerprints(runs):
 
 
 def test_a_run_exported_here_is_verified_in_a_fresh_copy(tmp_path, monkeypatch, capsys):
-    """The same pixels from nothing but the recipe's file and what a clone has; drawn for real, in another process."""
+    """The recipe file and a clone are enough for the same pixels, with real runs in another process."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evidence, "SLOW", 1000)  # how busy the machine is is another test's
+    monkeypatch.setattr(evidence, "SLOW", 1000)  # times are not tested here
     words = ["sampling.num_inference_steps=4", "sampling.prompt=a red circle, 1", "sampling.seed=7", "cache=every_n"]
     assert main.main([*words, "hydra.run.dir=run"]) == 0
     assert main.main(["recipe", "export", "run", "sent/r.yaml"]) == 0

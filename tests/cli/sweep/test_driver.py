@@ -1,4 +1,4 @@
-"""A sweep's order, its dry run, and what is left of points that fail."""
+"""The order of a sweep, its dry run, and the records of failed points."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hydrarun.outputs import failure_record
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """Seeds that reached the place of a run, in an empty folder; some seeds fail."""
+    """The seeds that reached the mock run, in an empty folder; seeds 7, 8 and 9 fail."""
     seen: list[int] = []
     errors = {7: RunError("no weights"), 8: UsageError("too large\nby far"), 9: ZeroDivisionError("a bug")}
 
@@ -55,7 +55,7 @@ def record(folder: str) -> dict:
         # a later value of the same key counts, and stays the later one
         (["sampling.seed=3", "model=a,b", "sampling.seed=1,2"], ["model=a,b", "sampling.seed=3", "sampling.seed=1,2"]),
         (["sampling.seed=1,2", "model=x", "model=a,b"], ["model=x", "model=a,b", "sampling.seed=1,2"]),
-        # nothing to gain: as they are
+        # unchanged, because another order saves no load
         (["sampling.seed=1,2", "model=a"], ["sampling.seed=1,2", "model=a"]),
         (["model=a,b", "device=cpu", "sampling.seed=1,2"], ["model=a,b", "device=cpu", "sampling.seed=1,2"]),
         (["sampling.seed=1,2", "model=a,b", "model=x"], ["sampling.seed=1,2", "model=a,b", "model=x"]),
@@ -75,7 +75,7 @@ def test_all_that_is_built_from_is_slow_and_nothing_else():
 def test_a_changed_order_is_said(drawn, capsys):
     assert main.main(["-m", "sampling.seed=1,2", "attention=sdpa,flex"]) == 0
     assert drawn == [1, 2, 1, 2]
-    said = "order: attention varies slowest, so that what is loaded serves the points that follow\n"
+    said = "order: attention varies slowest, so that consecutive points share a load\n"
     assert capsys.readouterr().err.startswith(f"{said}[0] attention=sdpa sampling.seed=1\n")
     assert main.main(["-m", "attention=sdpa", "sampling.seed=1"]) == 0
     assert "order:" not in capsys.readouterr().err
@@ -162,7 +162,7 @@ def test_what_the_record_of_a_refused_point_holds(drawn, monkeypatch):
 
 
 def test_an_older_record_is_not_the_points(drawn, capsys):
-    """Of a sweep into the same directory."""
+    """The record of an earlier sweep into the same folder is not taken for a result of this one."""
     for seed, code in ((1, 0), (7, 1)):
         assert main.main(["-m", f"sampling.seed={seed}", "hydra.sweep.dir=here"]) == code
     assert record("here/0")["error"]["message"] == "no weights"
@@ -177,7 +177,7 @@ BELOW = "sampling.height (command line): -8 is below 1."
 
 
 def fails(folder: Path, error: Exception, own: dict | None = None) -> dict:
-    """The record of a run that fails, having written its own or not."""
+    """Return the record of a failing run, which may have written one itself (`own`)."""
 
     def run() -> None:
         with failure_record.record_failure(CONFIG, folder):
@@ -241,7 +241,7 @@ def test_a_folder_with_any_name(drawn, tmp_path):
 
 
 def test_a_point_can_be_sent_elsewhere():
-    """Launchers send it by its name, to a process that has not read the command line."""
+    """Launchers pickle the task by name for a process that has not read the command line."""
     assert pickle.loads(pickle.dumps(point.run_point)) is point.run_point
 
 
@@ -261,7 +261,7 @@ RECORD = {
     "memory": {"peak_host_bytes": 11, "peak_device_bytes": 12},
     "quality": {"psnr": {"mean": 40.0}, "ssim": {"mean": 0.9}, "accuracy": {"outputs": 0.5, "twins": 1.0}},
 }
-RECORD["quality"]["snr"] = {"mean": 30.0}  # of sounds, which have none of the others
+RECORD["quality"]["snr"] = {"mean": 30.0}  # for sounds, which have none of the other measures
 
 
 def test_objectives_are_numbers_of_the_run():
@@ -292,12 +292,12 @@ def test_objectives_that_cannot_be(words, text):
 def test_objectives_are_for_a_sweeper_that_reads_them(drawn, capsys):
     assert main.main(["-m", "report.objectives=[total_s]", "sampling.seed=1,2"]) == 2
     assert capsys.readouterr().err.startswith("report.objectives: for a sweeper that searches: add ")
-    assert main.main(["report.objectives=[total_s]"]) == 0  # a point of such a sweep, drawn again
+    assert main.main(["report.objectives=[total_s]"]) == 0  # a single run, as when a point of such a sweep is repeated
     assert drawn == [0]
 
 
 def dry(capsys, *words: str) -> tuple[int, list[str]]:
-    """The exit code and the lines of a dry run."""
+    """Return the exit code and the lines of a dry run."""
     code = main.main([*words, "--dry-run"])
     return code, capsys.readouterr().out.splitlines()
 
@@ -333,7 +333,7 @@ def test_every_conflict_is_a_line(drawn, capsys):
     words = ["parallel=ring2", "attention=flex", "parallel.hsdp_degree=2", "offload=model", "device=cuda"]
     code, lines = dry(capsys, *words, "plan.device=h100")
     assert code == 1
-    assert len(lines) == 3  # all of them below the first column of words
+    assert len(lines) == 3  # further conflicts are indented
     assert "refused: " in lines[1]
     assert lines[2].startswith(" " * 20)
 
@@ -368,7 +368,7 @@ def test_equal_plans_are_made_once(drawn, capsys, monkeypatch):
 @pytest.mark.parametrize("flag", ["--help", "--cfg", "--info"])
 def test_a_dry_run_goes_with_what_would_run(flag, drawn, capsys):
     assert main.main(["--dry-run", flag, *(["job"] if flag == "--cfg" else [])]) == 2
-    assert capsys.readouterr().err == f"--dry-run: shows what would run, which {flag} does not: leave one of them out\n"
+    assert capsys.readouterr().err == f"--dry-run cannot be combined with {flag}: leave one of them out\n"
 
 
 def test_no_file_is_needed_to_refuse_a_dry_run(capsys):

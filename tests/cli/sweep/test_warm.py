@@ -1,4 +1,4 @@
-"""Sweeps with the real runner: what is loaded is loaded once, in this process and on ranks."""
+"""Sweeps with the real runner: points with the same load share it, in this process and on ranks."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ SEEDS = "sampling.seed=1,2"
 
 
 def records(folder: Path) -> list[dict]:
-    """run.json of each point, by number."""
+    """Return the run.json of each point, in order."""
     files = sorted(folder.glob("*/run.json"), key=lambda file: int(file.parent.name))
     return [json.loads(file.read_text()) for file in files]
 
 
 def pictures(folder: Path) -> list[np.ndarray]:
-    """The picture of each point, by number."""
+    """Return the picture of each point, in order."""
     files = sorted(folder.glob("*/*.png"), key=lambda file: int(file.parent.name))
     return [np.asarray(Image.open(file)).astype(int) for file in files]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> list[np.ndarray]:
-    """The two pictures of one process, in three steps."""
+    """The two pictures from a single process, with three steps."""
     folder = tmp_path_factory.mktemp("alone")
     assert main.main(["-m", *SMALL, SEEDS, "sampling.num_inference_steps=3", f"hydra.sweep.dir={folder}"]) == 0
     return pictures(folder)
@@ -55,7 +55,7 @@ def test_nine_points_load_once(monkeypatch, tmp_path):
         (name, seed) for name in dict.fromkeys(one["config"]["cache"]["_target_"] for one in made) for seed in (1, 2, 3)
     ]
     hashes = {one["outputs"][0]["pixels_sha256"] for one in made}
-    assert len(hashes) == 9  # no point draws another's
+    assert len(hashes) == 9  # all points draw different pictures
 
 
 def test_two_layouts_of_torchruns_ranks_load_twice_and_draw_the_same(alone, tmp_path):

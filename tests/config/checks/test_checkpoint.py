@@ -1,4 +1,4 @@
-"""What a checkpoint cannot make is refused from its JSON alone, with what would do."""
+"""Requests that a checkpoint does not support are refused from its JSON alone, with valid values in the message."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_what_fits(sampling):
 def test_more_places_than_the_checkpoint_has(key):
     few = {"pos_embed_max_size": 8}
     fit({"block_out_channels": [1, 2, 3, 4]}, few, **{key: 128})
-    with pytest.raises(UsageError, match=rf"sampling.{key}=144: .* places for 8 tokens .* sampling.{key}=128 at most$"):
+    with pytest.raises(UsageError, match=rf"sampling.{key}=144: .* 8 tokens per side; sampling.{key}=128 at most$"):
         fit({"block_out_channels": [1, 2, 3, 4]}, few, **{key: 144})
 
 

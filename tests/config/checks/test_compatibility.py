@@ -1,4 +1,4 @@
-"""Each rule refuses what it is about, with the override that fixes it, and nothing else."""
+"""Each rule refuses only its own conflict, and names an override that fixes it."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ BROKEN = {
     "other attention kernels": ["parallel=ring2", "report.metrics=[psnr]", "report.noise_floor=[repeat,flex]"],
     "a sound has none": ["model=stable_audio", "sampling.prompt=a", "parallel=vae2"],
     "a layout of pictures": ["model=stable_audio", "sampling.prompt=a", "vae.channels_last=true"],
-    "rows take the place of tiles": ["parallel=vae2", "vae.tiling=true"],
-    "talk between the layers": ["compile=full", "parallel=ulysses2"],
+    "replaces tiles": ["parallel=vae2", "vae.tiling=true"],
+    "communicate between the layers": ["compile=full", "parallel=ulysses2"],
     "block by block": ["compile=full", "cache=dbcache"],
     "a scale of its own": ["quantization=int8_weight_only", "parallel=tp2"],
-    "HSDP cannot cut": ["quantization=int8_weight_only", "quantization.components=[text_encoder]", "parallel=hsdp2"],
-    "leave float16's range": ["quantization=int8", "dtype=float16"],
-    "come out in bfloat16": ["quantization=fp8", "dtype=float32"],
+    "HSDP cannot shard": ["quantization=int8_weight_only", "quantization.components=[text_encoder]", "parallel=hsdp2"],
+    "exceed float16's range": ["quantization=int8", "dtype=float16"],
+    "have dtype bfloat16": ["quantization=fp8", "dtype=float32"],
     "multiplied by GPUs only": ["quantization=fp8", "device=cpu"],
-    "shares of the weights stay": ["model=wan22_t2v_a14b", "offload=expert", "parallel=hsdp2"],
-    "quantized anew each time": ["offload=disk", "quantization=int8_weight_only"],
-    "wait for its turn": ["offload=disk", "compile=full"],
-    "change places": ["offload=layerwise", "compile=blocks", "compile.mode=reduce-overhead"],
+    "shard of the weights on its device": ["model=wan22_t2v_a14b", "offload=expert", "parallel=hsdp2"],
+    "quantized again each time": ["offload=disk", "quantization=int8_weight_only"],
+    "wait until its weights": ["offload=disk", "compile=full"],
+    "weights move": ["offload=layerwise", "compile=blocks", "compile.mode=reduce-overhead"],
     "TeaCache has no coefficients": ["model=wan22_ti2v_5b", "cache=teacache", "sampling.prompt=a"],
     "fitted on another model": ["model=qwen_image_2512", "cache=teacache", "sampling.prompt=a"],
     "fitted on other numbers of steps": ["cache=teacache", "sampling.num_inference_steps=12"],
@@ -93,7 +93,7 @@ def test_each_rule_refuses_and_its_fix_fixes(words):
     assert words in rule.sentence
     fix = rule.fix.partition(", or ")[0]
     group = fix.partition("=")[0]
-    kept = [override for override in overrides if not override.startswith(f"{group}.")]  # of the option that goes
+    kept = [override for override in overrides if not override.startswith(f"{group}.")]  # values of the replaced option
     mended, _ = compose_unchecked([*kept, fix])
     assert not any(compatibility.find_violations(mended))
 
@@ -120,7 +120,7 @@ def test_embedded_guidance_alone_has_no_branches():
 
 
 def test_a_device_that_turns_out_to_be_the_cpu_is_refused_before_weights(monkeypatch, tmp_path):
-    """`device=auto` without a GPU: an offload that does nothing is no offload."""
+    """`device=auto` without a GPU: an offload without effect is refused."""
     import torch
 
     from hydrarun.engine.runner import Runner

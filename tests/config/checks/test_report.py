@@ -1,4 +1,4 @@
-"""What `report` may ask for; each mistake is one sentence with a way out."""
+"""Checks of the section `report`: each mistake is one sentence that says how to fix it."""
 
 import subprocess
 import sys
@@ -76,7 +76,7 @@ def test_what_is_right():
         (
             {"metrics": ["psnr"], "noise_floor": ["sdpa"]},
             "noise_floor",
-            "'sdpa' is the run's own attention: repeat draws with that again.",
+            "'sdpa' is the run's own attention: use repeat to draw with it again.",
         ),
         ({"twins": ""}, "twins", "names no folder: report.twins=outputs/twins"),
     ],

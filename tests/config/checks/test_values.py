@@ -80,7 +80,7 @@ FIT = {
 
 
 def changed(**values):
-    """GOOD with dotted keys (written with __) set."""
+    """Return a copy of GOOD with dotted keys (written with __) set."""
     config = copy.deepcopy(GOOD)
     for key, value in values.items():
         *path, last = key.split("__")
@@ -146,7 +146,7 @@ def test_good_values(values):
         (
             "sampling__guidance_scale",
             3.5,
-            "model m does not take it; of such fields it takes negative_prompt, true_cfg_scale",
+            "model m does not take it; its optional fields: negative_prompt, true_cfg_scale",
         ),
         ("sampling__guidance_scale_2", 0.0, "does not take it"),
         ("sampling__num_frames", 81, "does not take it"),
@@ -261,7 +261,7 @@ def test_good_values_of_a_video_model(values):
         ("sampling__guidance_scale", float("inf"), "not a finite number"),
         ("sampling__guidance_scale", None, "null; 1 turns guidance off"),
         ("sampling__guidance_scale", 5.0, "guidance_scale=5.0 guides away from it"),
-        ("sampling__true_cfg_scale", 4.0, "does not take it; of such fields it takes negative_prompt, guidance_scale"),
+        ("sampling__true_cfg_scale", 4.0, "does not take it; its optional fields: negative_prompt, guidance_scale"),
         ("input__images", None, "model m needs 1: input.images=picture.png"),
         ("input__images", ["a", "b", "c"], "lists 3 images; model m takes 1 to 2"),
     ],

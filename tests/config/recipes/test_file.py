@@ -1,4 +1,4 @@
-"""What a recipe names and says about itself: files of its own folder only, and evidence that is not typed by hand."""
+"""Files and metadata of recipes: a recipe names only files in its own folder, and evidence is not written by hand."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hydrarun.core.errors import UsageError
 
 EVIDENCE = f"format: {FORMAT}, status: verified, digest: ''"
 
-# name: (content, words of the refusal); beside the recipe lie in.png, out.png (a link to a file above) and
-# linked (a link to the folder above); weights/ holds a link that leads out, lines.jsonl a path that does
+# name: (content, part of the error message). The recipe's folder holds in.png, out.png (a link to a file above), linked
+# (a link to the folder above), weights/ (with a link out of the folder) and lines.jsonl (with a path out of it)
 ELSEWHERE = {
     "an image above": ("input: {images: ../secret.png}", "input.images: '../secret.png' climbs by '..'"),
     "an image by a detour": ("input: {images: [in.png, a/../../secret.png]}", "climbs by '..'"),
@@ -29,7 +29,7 @@ ELSEWHERE = {
     "through a link": ("input: {images: linked/secret.png}", "'linked/secret.png' is a link that leaves"),
     "prompts": ("input: {prompts: ../prompts.txt}", "input.prompts: '../prompts.txt' climbs"),
     "prompts whose images lie above": ("input: {prompts: lines.jsonl}", "lines.jsonl line 2: "),
-    "prompts by a table": ("input: {prompts: [{prompt: x, images: /etc/x.png}]}", "input.prompts: names a file"),
+    "prompts by a table": ("input: {prompts: [{prompt: x, images: /etc/x.png}]}", "input.prompts: is not the path of"),
     "weights above": ("model: {path: ../weights}", "model.path: '../weights' climbs by '..'"),
     "weights that look like the hub's": ("model: {path: ../x}", "climbs by '..'"),
     "weights by an absolute path": ("model: {path: /data/x}", "model.path: '/data/x' is an absolute path"),
@@ -68,7 +68,7 @@ METADATA = {
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """The current folder; the recipe lies in `received/` in it, with what `ELSEWHERE` speaks of."""
+    """Change into a new folder; return its folder `received/` for the recipe, with the files that `ELSEWHERE` uses."""
     monkeypatch.chdir(tmp_path)
     own = tmp_path / "received"
     (own / "weights").mkdir(parents=True)
@@ -104,7 +104,7 @@ def test_it_is_refused_in_one_line_that_says_why(name, folder, capsys):
 
 
 def test_what_it_names_is_taken_from_its_own_folder(folder):
-    """Not from the current one."""
+    """Not from the current folder."""
     override = write(folder, "defaults: [override /model: qwen_image_edit]\ninput: {images: [./in.png]}\n")
     given = compose_config([override, "sampling.prompt=x"])["input"]["images"]
     assert given == [str(folder / "in.png")]
@@ -148,7 +148,7 @@ def test_neither_about_nor_evidence_reaches_the_configuration(folder):
 
 
 def test_a_status_counts_while_the_digest_fits(folder):
-    """Slips show. Who forges the digest too is not kept from it: that is what one's own `verify` is for."""
+    """The digest reveals accidental changes. It does not prevent forgery: only running `verify` again detects that."""
     write(folder, "# mine\nsampling: {seed: 4}\n")
     recipe = search.load_recipe("received/r.yaml")
     assert recipe.status == "unverified"

@@ -1,6 +1,6 @@
-"""Shipped recipes whose evidence needs a GPU, on tiny checkpoints: what they choose draws the plain run's pictures.
+"""Shipped recipes whose evidence needs a GPU, on tiny checkpoints: their options draw the same pictures as a plain run.
 
-On the fake device, with the tolerances of the matrix; compiled pieces are traced.
+Uses the fake device and the tolerances of the matrix. Compiled parts are traced only.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from tests.helpers import matrix, watched
 from tests.helpers.deeper import deeper_subject
 from tests.helpers.matrix import Column
 
-#: what a recipe chooses, but for ranks, which are in tests/test_parallel_models.py, and caches, which skip other steps
-#: of other weights
+#: the groups to test; not `parallel`, which needs several ranks, or `cache`, which skips other steps with other weights
 GROUPS = ("attention", "compile", "offload", "quantization")
 NAMES = [name for name in search.list_recipe_names() if not name.startswith("demo/")]
 
 
 @pytest.fixture(scope="module")
 def kept() -> dict[str, Any]:
-    """The subjects with twice the blocks, and their plain runs, by model."""
+    """The subjects with twice as many blocks, and the latents of their plain runs, by model."""
     return {}
 
 
 def chosen(name: str) -> dict[str, str]:
-    """`{group: option}` of a recipe."""
+    """Return `{group: option}` of a recipe."""
     found = {"model": "demo"}
     for entry in search.load_recipe(name).content.get("defaults", []):
         if isinstance(entry, dict):

@@ -1,4 +1,4 @@
-"""Recipes choose and set; whatever could run code or reach outside is refused in one line, before composition."""
+"""Recipes choose options and set values. Anything that could run code or leave the folder is refused in one line."""
 
 import os
 import shlex
@@ -18,7 +18,7 @@ from hydrarun.outputs.quality.scenes import parse_caption
 MARKER = "marker-of-executed-code"
 TOUCH = f"touch {MARKER}"
 
-# name: (content, words of the refusal); every one of them would create MARKER, or read or write elsewhere, if obeyed
+# name: (content, part of the error message); each would create MARKER, or read or write elsewhere, if it were accepted
 HOSTILE = {
     "os.system": (f"attention: {{_target_: os.system, command: {TOUCH}}}", "attention._target_"),
     "subprocess": (f"attention: {{_target_: subprocess.run, args: [{TOUCH}]}}", "attention._target_"),
@@ -132,7 +132,7 @@ def test_a_path_must_be_a_file(name, folder):
 
 
 def test_a_path_that_climbs_is_vetted_like_any_other(folder):
-    """Hydra's own file source would follow it, unvetted, and find conf/../../anywhere."""
+    """Hydra's own file source would load conf/../../anywhere without vetting it."""
     (folder / "evil.yaml").write_text("hydra: {run: {dir: /elsewhere}}")
     climb = os.path.relpath(folder / "evil.yaml", resources.find_folder("conf") / "recipe")
     with pytest.raises(UsageError, match=r"no such file|'hydra' is not allowed"):
@@ -238,7 +238,7 @@ def test_the_command_in_a_shipped_recipes_head_composes(name, tmp_path, monkeypa
     assert words[0] == f"recipe={name}"
     monkeypatch.chdir(tmp_path)
     for word in words:
-        if word.startswith("input.images="):  # the user's own
+        if word.startswith("input.images="):  # the user's own file
             Image.new("RGB", (64, 64)).save(word.partition("=")[2])
     compose_config(words)
 

@@ -1,4 +1,4 @@
-"""How many ranks a layout takes, and which layouts cannot be."""
+"""How many ranks a layout takes, and which layouts are invalid."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_world_size(chosen, ranks):
     ("chosen", "key", "words"),
     [
         ({"ulysses_degree": 0}, "ulysses_degree", "0 is below 1"),
-        ({"hsdp_degree": 3, "ulysses_degree": 2}, "hsdp_degree", "no multiple of the 2 of"),
+        ({"hsdp_degree": 3, "ulysses_degree": 2}, "hsdp_degree", "not a multiple of the 2 ranks of"),
         ({"hsdp_degree": 2, "ulysses_degree": 3}, "hsdp_degree", "3 ranks hold equal weights"),
         ({"vae_degree": 2, "ulysses_degree": 3}, "vae_degree", "3 ranks draw the same pictures"),
         ({"vae_degree": 4, "data_degree": 2, "ulysses_degree": 2}, "vae_degree", "2 ranks draw the same pictures"),
@@ -54,5 +54,5 @@ def test_shares_differ_by_at_most_one():
 
 
 def test_a_layout_that_comes_again_brings_no_more_groups(pool):
-    """A sweep builds its layouts in the same processes, point after point."""
+    """A sweep builds the layouts of all its points in the same processes."""
     assert pool(2, meshes_made_again, 3) == [(True, 0)] * 2

@@ -1,4 +1,4 @@
-"""The SVG of a fit: what lies where."""
+"""The SVG of a fit: positions of pairs, polynomial and legend."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def places(group: ElementTree.Element) -> list[tuple[float, float]]:
 def test_pairs_lie_where_their_numbers_say_by_branch():
     wide, high = WIDTH - LEFT - RIGHT, HEIGHT - BOTTOM - TOP
     positive, negative = parse(Panel("transformer", PAIRS, CURVE)).findall(f"{SVG}g[@class='pair']")
-    # 3 % of the range lie beside the outermost pairs, 5 % above the highest
+    # margins: 3 % of the range left and right, 5 % above the highest pair
     left, right = LEFT + wide * 0.03 / 1.06, LEFT + wide * 1.03 / 1.06
     expected = [(left, HEIGHT - BOTTOM - high * 0.5 / 1.05), (right, HEIGHT - BOTTOM - high / 1.05)]
     assert [pytest.approx(place, abs=0.06) for place in expected] == places(positive)

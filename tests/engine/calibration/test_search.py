@@ -18,7 +18,7 @@ ALL = [(0, *rest) for rest in itertools.combinations(range(1, 7), 3)]
 
 
 def rugged(seed: int):
-    """A score for each mask, without any order."""
+    """Return a function with a random score for each mask."""
     values = {mask: random.Random(f"{seed} {mask}").random() for mask in ALL}
     return values.__getitem__
 

@@ -1,4 +1,4 @@
-"""What is recorded of uncached runs, and the polynomial through it."""
+"""The changes recorded in uncached runs, and the polynomial fitted to them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_no_relation():
     noise = np.random.default_rng(1).uniform(0.01, 1, (200, 2)).tolist()
     (line, *_) = said({("transformer", "negative"): noise})
     assert line.startswith("transformer, negative: correlation 0.")
-    assert line.endswith("the signal hardly tells the change of the output")
+    assert line.endswith("the signal barely predicts the output's change")
 
 
 def test_a_polynomial_that_falls():
@@ -82,7 +82,7 @@ def test_a_polynomial_that_falls():
 
 
 def test_a_polynomial_that_leaves_the_data():
-    # two clusters with nothing between: what it does there nobody measured
+    # two clusters: the polynomial is not constrained between them
     gap = [*points(60, 0.010, 0.011, noise=1e-3), *points(60, 0.149, 0.150, noise=1e-3)]
     lines = said({("transformer", "positive"): gap})
     assert any("the polynomial runs from" in line and "its largest coefficient is" in line for line in lines)
@@ -97,7 +97,7 @@ def test_the_plot_has_a_panel_for_each_expert_with_its_own_pairs(tmp_path):
 
 
 def by_hand(draws: TrialRunner, prompt: str) -> dict:
-    """The same pairs from hooks on the first block and on the whole transformer."""
+    """Compute the same pairs with hooks on the first block and on the whole transformer."""
     seen = defaultdict(list)
     handles = []
     for name, transformer in draws.parts.experts.transformers.items():
@@ -166,7 +166,7 @@ def test_too_few_steps_are_refused_after_the_first_prompt(tiny_folder):
         parts=draws.parts,
         progress=QUIET,
     )
-    with pytest.raises(UsageError, match="transformer gives 4 pairs of consecutive steps, and 5 are the least"):
+    with pytest.raises(UsageError, match="transformer gives 4 pairs of consecutive steps, but a fit needs 5"):
         teacache.record_changes(spied, list("abcd"))
     assert drawn == ["a"]
     assert len(teacache.record_changes(spied, list("abcde"))["transformer", "positive"]) == 5

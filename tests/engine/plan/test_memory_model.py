@@ -1,7 +1,7 @@
-"""What the plan expects against what a fake accelerator counts: in every phase, with every offload, within 5 %.
+"""Compares the plan with the bytes that a fake accelerator counts: every phase, with every offload, within 5 %.
 
-Sizes of weights are exact. Activations are those of the same code on the meta device; what differs is how a device's
-kernels make their outputs (a norm in one piece or several) and what a pipeline's own prompt encoding holds meanwhile.
+Sizes of weights are exact. Activations come from the same code on the meta device. They differ in how a device's
+kernels make their outputs (a norm in one piece or several), and in what a pipeline's own prompt encoding keeps alive.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ MODELS = ("demo", "qwen_image", "wan22_t2v_a14b")
 
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory) -> dict[str, Subject]:
-    """Mid-size checkpoints that were made."""
+    """Mid-size checkpoints made so far, by the subject's name."""
     return {}
 
 
 def enlarged(subject: Subject, larger: dict[str, Subject], tmp_path_factory) -> Subject:
-    """The subject with wider transformers; the demo as it is."""
+    """Return the subject with wider transformers; the demo is unchanged."""
     if subject.name not in midsize.TRANSFORMERS:
         return subject
     if subject.name not in larger:
@@ -67,7 +67,7 @@ def asked(config: dict[str, Any], guided: bool) -> dict[str, Any]:
 
 @dataclass
 class Watched(Stage):
-    """A stage that notes the most bytes that were on the device while it ran, once its weights are there."""
+    """A stage that records the peak bytes on the device while it runs, with its weights onloaded."""
 
     stage: Stage
     fake: Any
@@ -84,7 +84,7 @@ class Watched(Stage):
 
 
 def measured(drawn: Runner, config: dict[str, Any], fake: Any, before: int) -> dict[str, int]:
-    """Peak bytes of each phase, beyond those `before`; without what the run before left for the first stages."""
+    """Return each phase's peak bytes above `before`, from the first stage that uses weights on."""
     plain = drawn.built.stages
     drawn.built.stages = [Watched(stage, fake) for stage in plain]
     given = subjects.pictures(config["model"]["input_images"][0], config)
@@ -97,7 +97,7 @@ def measured(drawn: Runner, config: dict[str, Any], fake: Any, before: int) -> d
 
 
 def offloads(model: str) -> list[str]:
-    """Those that go with the model on an accelerator."""
+    """Return the offloads that are compatible with the model on an accelerator."""
     config = {**CONFIGS[model], "device": "cuda"}
     return [
         name for name, node in read_options("offload").items() if not any(find_violations({**config, "offload": node}))

@@ -1,4 +1,4 @@
-"""The rest of what a plan says, against formulas, published figures and real runs."""
+"""Compares the other numbers of a plan with formulas, published figures and real runs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ PUBLISHED = [name for name in MODELS if "shapes" in CONFIGS[name]["model"]["fact
 
 
 def numbers(text: str) -> float:
-    """`20.4B`, or `2 x 14.3B` of which one is meant."""
+    """Parse `20.4B`, or one of `2 x 14.3B`."""
     return float(text.rpartition(" ")[2].removesuffix("B")) * 1e9
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_shapes_have_as_many_parameters_as_is_published(name):
-    """To the last digit that is published; what is kept in float32 counts double in bytes, and is very little."""
+    """To the last published digit. Weights kept in float32 count double in bytes, but are few."""
     facts = CONFIGS[name]["model"]["facts"]
     cls = load_class(CONFIGS[name]["model"]["transformer"], "model.transformer")
     known = configs.read_known_shapes(facts["shapes"])
@@ -108,7 +108,7 @@ def test_what_a_cache_keeps_is_planned(subject, words, fake):
     denoise = made.asked.phases[1]
     assert measured(drawn, config, fake, before)["denoise"] == pytest.approx(denoise.peak, rel=SAME)
     assert denoise.cache > 0
-    if words[0] == "cache=every_n":  # of each branch two residuals of 2 x 2 tokens in float32
+    if words[0] == "cache=every_n":  # two residuals per branch, of 2 x 2 tokens in float32
         transformer = drawn.built.parts.experts.config
         width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
         assert denoise.cache == 2 * 2 * (2 * 2) * width * 4
@@ -135,7 +135,7 @@ def test_quantized_weights_take_what_the_plan_expects(subject, option, component
 @pytest.mark.parametrize("subject", ["flux_dev", "wan22_t2v_a14b"], indirect=True)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_weights_take_what_the_plan_expects(subject, dtype):
-    """To the byte, with what libraries and we keep in float32."""
+    """To the byte, with the modules that libraries and we keep in float32."""
     drawn = Runner(compose_config([*subject.overrides(), f"dtype={dtype}"]))
     rehearsed = run_dry_forward(drawn.config, configs.read_folder_configs(subject.folder), getattr(torch, dtype))
     built = drawn.built.parts

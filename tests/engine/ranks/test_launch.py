@@ -1,4 +1,4 @@
-"""Ranks from their start to their end: real processes on gloo, most with a stand-in for the runner (`fake_rank`)."""
+"""Ranks from their start to their end: real processes on gloo, most with a fake runner (`fake_rank`)."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """The command's ranks have the stand-in; it runs in an empty folder; the user has allowed a class."""
+    """The command's ranks use the fake runner, in an empty folder; the user has allowed a class."""
     monkeypatch.setattr(targets, "_allowed_by_user", {"my.Own"})
     monkeypatch.setattr(local_group, "WORKER", "tests.helpers.fake_rank")
     monkeypatch.chdir(tmp_path)
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs (one that nobody has waited for yet does not)."""
+    """Return whether the process runs. A zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -43,7 +43,7 @@ def alive(pid: int) -> bool:
 
 
 def gone(pids: list[int], seconds: float = 10) -> bool:
-    """Whether all have ended after so long."""
+    """Return whether all end within `seconds`."""
     deadline = time.monotonic() + seconds
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -111,7 +111,7 @@ def started(tmp_path: Path) -> tuple[subprocess.Popen, list[int]]:
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
-        # a suite that a shell runs in the background ignores Ctrl-C, and what it starts inherits that
+        # a shell's background job ignores Ctrl-C, and its child processes inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     file = tmp_path / "here" / "pids.json"
@@ -143,7 +143,7 @@ def torchrun(tmp_path: Path, *words: str) -> subprocess.CompletedProcess:
 
 
 def test_torchrun(tmp_path):
-    """One directory for each point, written once; the ranks are torchrun's, and go with the first that fails."""
+    """One directory for each point, written once. The ranks are torchrun's and end at the first failure."""
     prompts = 'sampling.prompt=choice("fine","so so","1 RunError","never")'
     done = torchrun(tmp_path, *TWO, "-m", prompts, "hydra.sweep.dir=here", "--allow-target", "my.Own")
     first, second, failed = records(tmp_path)
@@ -228,7 +228,7 @@ def test_too_few_devices_are_the_users_to_know(devices, name, count, text):
 
 
 def test_no_rank_imports_hydra():
-    """Of all that a runner imports, only what checks a configuration comes near Hydra."""
+    """Checks a rank's imports, and the checks of a configuration, which come closest to Hydra."""
     modules = (
         "hydrarun.engine.ranks.worker, hydrarun.config.checks.values, hydrarun.config.targets, hydrarun.outputs.writer"
     )

@@ -1,4 +1,4 @@
-"""Points that change what is built: nothing of the last build is left, in a process that builds twenty times."""
+"""Points that change the build: a process that builds twenty times keeps nothing of earlier builds."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from hydrarun.engine.ranks.worker import RankSession
 from tests.helpers import tiny
 
-#: what allocators may keep, of a process that has built twice already
+#: bytes that allocators may keep after the first builds
 KEPT = 16 * 2**20
 
 
 @pytest.fixture
 def unseen():
-    """What is there already is not looked through again."""
+    """Exclude objects that exist already from `gc.get_objects`."""
     gc.collect()
     gc.freeze()
     yield
@@ -27,7 +27,7 @@ def unseen():
 
 
 def live() -> tuple[int, int]:
-    """Tensors that were made since `unseen`, and their bytes."""
+    """Return the number of tensors made since `unseen`, and their bytes."""
     gc.collect()
     tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and one.device.type != "meta"]
     storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
@@ -35,13 +35,13 @@ def live() -> tuple[int, int]:
 
 
 def resident() -> int:
-    """Bytes of memory that this process has."""
+    """Return the resident bytes of this process."""
     return int(re.search(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' record of a process")
 def test_twenty_builds_in_turns_leave_nothing(tiny_folder, unseen, tmp_path):
-    """Weights in other numbers each time; caches that put themselves between the blocks are among what must go."""
+    """The dtype of the weights alternates. Caches that hook into the blocks must be freed too."""
     words = ["sampling.num_inference_steps=2", "cache=dbcache", "cache.max_warmup_steps=1"]
     configs = [tiny.config(tiny_folder, *words, *more) for more in (["vae.tiling=true"], ["dtype=bfloat16"])]
     session, counts, sizes, loads = RankSession(None), [], [], []
@@ -68,5 +68,5 @@ def test_a_device_is_empty_after_each_build(fake, tiny_folder, other, tmp_path):
         session.close()
         closed.append(fake.memory_allocated())
     assert held[2:] == held[:2]
-    assert closed == closed[:1] * 4  # tables of positions, which models keep for the last sizes
+    assert closed == closed[:1] * 4  # position tables, which models keep for the last sizes
     assert closed[0] < min(held) / 20

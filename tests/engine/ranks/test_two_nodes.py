@@ -1,4 +1,4 @@
-"""torchrun on several machines, played by two of its agents on this one: one directory, one writer."""
+"""torchrun on several machines, simulated by two agents on this one: one directory, one writer."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from tests.helpers.measured import config
 
 @pytest.fixture
 def runner(tiny_runner, monkeypatch):
-    """The shared runner, with a list of the caches that it drew with."""
+    """The shared runner, with a list `drawn` of the caches that it used."""
     drawn, draw = [], tiny_runner.draw
 
     def remember(state, timings, cache=None):
@@ -24,7 +24,7 @@ def runner(tiny_runner, monkeypatch):
 
 @pytest.fixture
 def run(runner, tiny_folder, tmp_path):
-    """Runs with these overrides; what run.json says."""
+    """Runs with the given overrides; returns the content of run.json."""
 
     def do(*overrides: str, name: str = "run") -> dict:
         return run_single(runner, config(tiny_folder, tmp_path / "twins", *overrides), tmp_path / name)

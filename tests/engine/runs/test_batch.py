@@ -1,4 +1,4 @@
-"""Runs of many pictures: whatever ends one, the same command goes on, and every picture is there exactly once."""
+"""Runs of many pictures: however one ends, the same command continues, and every picture exists exactly once."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from hydrarun.outputs.provenance import hash_config
 from tests.helpers import ranks, tiny
 from tests.helpers.batch_runs import compose_lines, failing, prompts, read_record
 
-BARE = "output.metadata=false"  # files of equal pixels are then equal: recipes hold times
+BARE = "output.metadata=false"  # files of equal pixels are then equal: recipes contain times
 
 
 @pytest.fixture(autouse=True)
 def let_go():
-    """What a run keeps loaded stays for the next one of the same test."""
+    """Free the loaded model after each test; runs within one test share it."""
     yield
     launch.close_executor()
 
 
 @pytest.fixture
 def config(tiny_folder, tmp_path):
-    """The configuration of a run of these lines."""
+    """Composes the configuration of a run of these lines."""
     return partial(compose_lines, tiny_folder, tmp_path)
 
 
 def files(folder: Path) -> dict[str, str]:
-    """The pictures of a folder, by name, with their hashes."""
+    """Return the hashes of the pictures of a folder, by name."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("[0-9]*")}
 
 
@@ -127,7 +127,7 @@ def test_two_ranks_share_batches_of_which_the_last_is_too_small(config, tmp_path
 def test_a_failure_is_kept_the_others_go_on_and_the_same_command_tries_again(config, tmp_path, monkeypatch, capsys):
     rows = prompts("a", "bad", "c", "worse", "e")
     drawn = failing(monkeypatch, {"bad": [RunError("NaN")], "worse": [ZeroDivisionError("unforeseen")]})
-    with pytest.raises(RunError, match="2 of 5 failed; the first: NaN\nThe same command again tries them"):
+    with pytest.raises(RunError, match="2 of 5 failed; the first: NaN\nRun the same command again to retry them"):
         launch.run_configuration(config(*rows), tmp_path)
     assert drawn == ["a", "bad", "c", "worse", "e"]
     made = read_record(tmp_path)
@@ -137,7 +137,7 @@ def test_a_failure_is_kept_the_others_go_on_and_the_same_command_tries_again(con
         (1, "RunError", "NaN"),
         (3, "ZeroDivisionError", "unforeseen"),
     ]
-    assert "Traceback" in capsys.readouterr().err  # of what nobody foresaw
+    assert "Traceback" in capsys.readouterr().err  # of the unexpected error
 
     drawn.clear()
     assert launch.run_configuration(config(*rows), tmp_path)["status"] == "complete"
@@ -180,7 +180,7 @@ def test_what_would_fail_for_every_picture_is_not_tried_with_each(config, tmp_pa
     with pytest.raises(UsageError, match="line 1 of input.prompts: use another cache"):
         launch.run_configuration(config(*prompts("a", "b")), tmp_path)
     assert drawn == ["a"]
-    monkeypatch.setattr(batch_worker, "draw_batches", lambda *_: 1 / 0)  # as if weights were damaged: nothing was begun
+    monkeypatch.setattr(batch_worker, "draw_batches", lambda *_: 1 / 0)  # as with damaged weights: no batch starts
     with pytest.raises(ZeroDivisionError):
         launch.run_configuration(config(*prompts("a", "b")), tmp_path)
 
@@ -193,7 +193,7 @@ def test_ctrl_c_leaves_a_run_json_of_what_is_there(config, tmp_path, monkeypatch
     assert (made["status"], made["error"]["type"], len(made["outputs"])) == ("failed", "KeyboardInterrupt", 1)
 
 
-# --- going on --------------------------------------------------------------------------------------------------------
+# --- continuing -----------------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_loaded_when_everything_is_there(config, tmp_path, monkeypatch):
@@ -219,12 +219,12 @@ def test_what_is_gone_or_changed_is_drawn_again_with_its_batch_and_the_same_byte
     assert drawn == ["a", "b", "c", "d"]
     assert files(tmp_path) == whole
     assert (tmp_path / second).stat().st_mtime_ns == untouched
-    assert f"drawn again, because the file is gone or not what was written: {first}, {third}" in capsys.readouterr().err
+    assert f"drawn again, because the file is missing or changed: {first}, {third}" in capsys.readouterr().err
 
 
 def test_what_took_a_process_down_with_it_is_tried_last(config, tmp_path, monkeypatch):
     asked = config(*prompts("a", "b", "c"))
-    BatchLedger(tmp_path, asked).add_row("drawing", [0])  # and nothing more was heard of it
+    BatchLedger(tmp_path, asked).add_row("drawing", [0])  # and no other row
     drawn = failing(monkeypatch, {})
     launch.run_configuration(asked, tmp_path)
     assert drawn == ["b", "c", "a"]
@@ -286,8 +286,8 @@ ITEMS = 30
 
 
 def draw_quietly(config: dict[str, Any], folder: Path) -> None:
-    """What a process that is killed does."""
-    torch.set_num_threads(1)  # as here: sums are split by the number of threads
+    """Run in a process that is killed."""
+    torch.set_num_threads(1)  # as in this process: the order of sums depends on the number of threads
     with Path(os.devnull).open("w") as null, contextlib.redirect_stderr(null):
         launch.run_configuration(config, folder)
 
@@ -307,7 +307,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(config, t
     while True:
         process = context.Process(target=draw_quietly, args=(asked, folder))
         process.start()
-        target = lines(ledger) + moments.randrange(8) * (kills > 0)  # the first before there is anything
+        target = lines(ledger) + moments.randrange(8) * (kills > 0)  # the first kill comes before any row
         while process.is_alive() and lines(ledger) < target:
             process.join(0.001)
         process.join(moments.random() * 0.01)  # while loading, drawing, writing a picture or a row
@@ -320,7 +320,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(config, t
             with ledger.open("ab") as file:
                 file.write(b'{"done": {"index": 3, "pa')  # as if it was killed in the middle of a row
     assert process.exitcode == 0
-    assert kills > 3  # far more, where nothing else runs
+    assert kills > 3  # far more on an idle machine
     assert files(folder) == whole
     assert len(whole) == ITEMS
     assert not list(folder.glob(".*.tmp"))

@@ -1,4 +1,4 @@
-"""Driver and ranks of a run of batches: what is computed and read once, what ranks are sent, what is recorded."""
+"""Driver and ranks of a run of batches: what is computed and read once, sent to ranks, and recorded."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.helpers.batch_runs import compose_lines, failing, prompts, read_recor
 
 @pytest.fixture(autouse=True)
 def let_go():
-    """What a run keeps loaded stays for the next one of the same test."""
+    """Free the loaded model after each test; runs within one test share it."""
     yield
     launch.close_executor()
 
 
 @pytest.fixture
 def config(tiny_folder, tmp_path):
-    """The configuration of a run of these lines."""
+    """Composes the configuration of a run of these lines."""
     return partial(compose_lines, tiny_folder, tmp_path)
 
 
@@ -59,7 +59,7 @@ def test_the_ledger_is_read_once_for_each_job_and_every_row_once(config, tmp_pat
     opened.clear()
     parsed.clear()
     assert launch.run_configuration(config(*rows), tmp_path)["status"] == "complete"
-    assert len(opened) == 2  # what is there already, and what one job adds
+    assert len(opened) == 2  # the existing rows, and those that one job adds
     ledger = (tmp_path / "ledger.jsonl").read_bytes().splitlines()
     assert [line for line in parsed if line in ledger] == ledger
 
@@ -70,7 +70,7 @@ def test_ranks_draw_the_items_that_the_driver_sends(config, tmp_path, monkeypatc
 
     def do_job(job):
         with monkeypatch.context() as patched:
-            for name in ("items", "together", "each", "expand"):
+            for name in ("list_items", "group_batches", "iterate_lines", "expand_prompts"):
                 patched.setattr(batches, name, lambda *_, name=name: pytest.fail(f"a rank called {name}"))
             jobs.append(job)
             executor.run_job("batches", asked, json.loads(json.dumps(job)))

@@ -1,4 +1,4 @@
-"""Where a text encoder does not stay on the device, the prompts of many batches are encoded before it leaves."""
+"""If the text encoder is offloaded, the prompts of many batches are encoded before it leaves the device."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def config(tiny_folder, tmp_path):
 
 
 def drawn(config, folder, monkeypatch) -> tuple[list[np.ndarray], list[set[str]]]:
-    """The pictures of a run on the fake device, and what each change brought to it."""
+    """Return the pictures of a run on the fake device, and the modules that each swap onloads."""
     folder.mkdir()
     config = {**config, "device": "fake"}
     runner = Runner(config)
     came: list[set[str]] = []
     offload = runner.built.parts.offload
-    change = offload.change
+    swap = offload.swap
 
     def watched(go, come):
         came.append({name for name in come if not offload.waiting[name].here})
-        change(go, come)
+        swap(go, come)
 
     monkeypatch.setattr(offload, "swap", watched)
     plan = BatchPlan(config, folder, Progress(quiet=True))

@@ -1,4 +1,4 @@
-"""How far apart runs without a cache are: drawn with the run's own weights, which are as before afterwards."""
+"""The noise floor: how far runs without a cache differ. Drawn with the run's model, which is unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.measured import BOTH, CACHED, config
 
 
 class Halved(SDPA):
-    """An attention kernel that is off, and counts."""
+    """An attention kernel with wrong results that counts its calls."""
 
     calls = 0
 
@@ -38,7 +38,7 @@ def test_the_noise_floor_is_measured_against_the_twin(run, runner, monkeypatch):
     calls = other.calls
     assert calls > 0
     run(*CACHED, BOTH)
-    assert other.calls == calls  # the run's own attention is back
+    assert other.calls == calls  # the run's own attention is restored
 
 
 def test_the_noise_floor_is_of_runs_without_a_cache(run):

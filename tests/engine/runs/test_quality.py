@@ -1,4 +1,4 @@
-"""Quality in a run: against the twin, which is drawn once for all caches, and the noise floor; also on ranks."""
+"""A run's quality against its reference run, which is drawn once for all caches, and the noise floor; also on ranks."""
 
 from __future__ import annotations
 
@@ -103,10 +103,10 @@ def test_it_is_said_what_is_done(tiny_folder, tmp_path, capsys):
     for _ in range(2):
         place = run_single(runner, runner.config, tmp_path / "run")["quality"]["twin"]
     lines = capsys.readouterr().err.splitlines()
-    assert [line for line in lines if "twin" in line] == [
-        "drawing the uncached twin",
-        f"the uncached twin: made, kept in {place}",
-        f"the uncached twin: kept in {place}",
+    assert [line for line in lines if "reference run" in line] == [
+        "drawing the reference run",
+        f"the reference run: made, kept in {place}",
+        f"the reference run: kept in {place}",
     ]
     assert sum(line.startswith("PSNR, mean / p95 / worst") for line in lines) == 2
 
@@ -124,7 +124,7 @@ def test_a_twin_that_fails_loses_no_output(run, runner, tmp_path, monkeypatch):
         return drawn
 
     monkeypatch.setattr(runner, "draw", draw)
-    with pytest.raises(RunError, match="^the uncached twin: the picture for seed 1 .* is all black"):
+    with pytest.raises(RunError, match="^the reference run: the picture for seed 1 .* is all black"):
         run(*CACHED, BOTH)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (record["status"], record["error"]["type"]) == ("failed", "RunError")
@@ -137,7 +137,7 @@ def test_a_twin_that_fails_loses_no_output(run, runner, tmp_path, monkeypatch):
 
 
 def test_accuracy_of_outputs_and_twins_is_the_judges(tmp_path):
-    """Two computed steps of eight make no picture of the second prompt's scene, and all eight do of both."""
+    """With two of eight steps computed the second prompt's scene is wrong; with all eight both are right."""
     prompts = ["a large red circle on a yellow background", "a small green star left of a blue square"]
     asked = [
         f"sampling.prompt={json.dumps(prompts)}",
@@ -211,7 +211,7 @@ def test_a_replay_measures_only_when_asked(run, runner, tmp_path):
 
 
 def on_a_rank(asked: dict, folder: Path) -> tuple[list[int], dict | None]:
-    """Run twice, the second time with the twin that is kept; how often this rank drew, and rank 0's `quality`."""
+    """Run twice, then with the kept reference run. Return how often this rank drew, and rank 0's `quality`."""
     import torch.distributed as dist
 
     runner = Runner({**asked, "parallel": degrees(cfg_degree=2)})

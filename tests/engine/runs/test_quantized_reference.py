@@ -1,4 +1,4 @@
-"""The twin of a run with quantized weights is the run with those on disk."""
+"""The reference run of a run with quantized weights uses the weights on disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INT8 = "quantization=int8_weight_only"
 
 @pytest.fixture
 def built(monkeypatch) -> list[str]:
-    """The options with which runners are built from now on."""
+    """The quantization of each runner that is built from now on."""
     seen, original = [], Runner.__init__
 
     def remember(self, asked, *arguments):
@@ -79,15 +79,15 @@ def test_where_both_do_not_fit_the_outputs_stay(tiny_folder, tmp_path, monkeypat
     with pytest.raises(RunError) as caught:
         run(asked(tiny_folder, tmp_path, INT8), tmp_path / "run")
     assert str(caught.value) == (
-        "the unquantized weights do not fit beside the quantized ones: draw the twin first, by the same command with"
-        " quantization=none"
+        "the unquantized weights do not fit next to the quantized ones: draw the reference run first, with the same"
+        " command and quantization=none"
     )
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (record["status"], len(record["outputs"])) == ("failed", 2)
 
 
 def on_a_rank(wanted: dict[str, Any], folder: Path) -> dict[str, Any] | None:
-    """Rank 0's `quality`."""
+    """Run on this rank. Return rank 0's `quality`."""
     import torch.distributed as dist
 
     runner = Runner({**wanted, "parallel": degrees(cfg_degree=2)})

@@ -1,4 +1,4 @@
-"""Twins on disk: ordinary runs, reused only while everything is as it was."""
+"""Reference runs on disk: ordinary runs, reused only while nothing has changed."""
 
 import copy
 import json
@@ -26,13 +26,13 @@ def configuration(folder: Path, **changes) -> dict:
 
 
 def facts(folder: Path) -> dict:
-    """As a run's writer has them."""
+    """Return the facts of a run's writer."""
     return OutputWriter(folder / "run", CONFIG, FACTS, metadata=True).facts
 
 
 @pytest.fixture
 def config(tmp_path) -> dict:
-    """A configuration whose twin is kept."""
+    """A configuration whose reference run is kept."""
     config = configuration(tmp_path)
     reference.save_reference(config, facts(tmp_path), PICTURES, MEASURED)
     return config
@@ -143,7 +143,7 @@ def test_a_damaged_one_is_not_reused_and_replaced(config, tmp_path, name):
 
 def test_a_black_one_is_refused_and_leaves_the_older_one(config, tmp_path):
     black = Picture(np.zeros_like(PIXELS), "a red circle", " ", 7)
-    with pytest.raises(RunError, match="^the uncached twin: the picture for seed 7 .* is all black"):
+    with pytest.raises(RunError, match="^the reference run: the picture for seed 7 .* is all black"):
         reference.save_reference(config, facts(tmp_path), [PICTURES[0], black], MEASURED)
     assert len(reference.read_reference(config, facts(tmp_path))) == 2
     assert os.listdir(tmp_path / "twins") == [reference.find_reference_dir(config).name]
@@ -155,13 +155,13 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path):
     with pytest.raises(RunError) as caught:
         reference.save_reference(config, facts(tmp_path), PICTURES, MEASURED)
     assert str(caught.value) == (
-        f"the uncached twin cannot be kept in {reference.find_reference_dir(config)}: File exists;"
+        f"the reference run cannot be kept in {reference.find_reference_dir(config)}: File exists;"
         " choose another folder: report.twins=…"
     )
 
 
 def test_two_runs_that_keep_the_same_twin_at_once_are_both_content(config, tmp_path, monkeypatch):
-    """The other one's is put there between our two steps."""
+    """The other run's folder appears between our two renames."""
     replace = os.replace
 
     def raced(source, target):

@@ -1,7 +1,7 @@
-"""A fake accelerator: the device "fake" over host memory, for what can be tested of accelerators without one.
+"""A fake accelerator: the device "fake" over host memory, for tests of device placement without an accelerator.
 
-Every byte on it is counted, and operations that mix it with the host raise. The library is compiled once (half a
-minute) and kept in the user's cache.
+It counts every byte, and operations that mix its tensors with host tensors raise. The library is compiled once (half
+a minute) and kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ LIBRARIES = ["-lc10", "-ltorch_cpu", "-ltorch"]
 
 
 def compiler() -> str | None:
-    """The C++ compiler's path; None: there is none."""
+    """Return the path of the C++ compiler, or None."""
     return shutil.which(os.environ.get("CXX", "c++"))
 
 
 @cache
 def load() -> types.ModuleType:
-    """`torch.fake`, once the device is there."""
+    """Register the device; return `torch.fake`."""
     torch.ops.load_library(library())
     torch.utils.rename_privateuse1_backend("fake")
     torch._register_device_module("fake", module())
@@ -36,13 +36,13 @@ def load() -> types.ModuleType:
 
 
 def library() -> Path:
-    """The compiled library for this source and this torch."""
+    """Return the compiled library for this source and torch version; compile it if needed."""
     key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hydrarun"
     path = folder / f"fakeacc-{key}.so"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")  # another process may be at it too
+        unfinished = path.with_suffix(f".{os.getpid()}")  # another process may compile it too
         home = Path(torch.__file__).parent
         paths = [f"-I{home}/include", f"-L{home}/lib"]
         subprocess.run([compiler(), *FLAGS, *paths, str(SOURCE), *LIBRARIES, "-o", str(unfinished)], check=True)
@@ -51,7 +51,7 @@ def library() -> Path:
 
 
 def module() -> types.ModuleType:
-    """What torch and we ask of a device."""
+    """Build the device module with the functions that torch and hydrarun call."""
     fake = types.ModuleType("torch.fake")
     fake.is_available = fake.is_initialized = lambda: True
     fake.device_count = lambda: 1

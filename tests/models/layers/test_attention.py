@@ -37,7 +37,7 @@ def test_backends_that_run_here(backend, masked):
 
 
 def test_streams_are_joined_and_handed_back():
-    """Two streams see each other, masked where one says so, and each gets its own tokens back."""
+    """Two streams attend to each other, with the mask of one, and each gets its own tokens back."""
     text, image = qkv(5), qkv(9)
     mask = torch.arange(5) < torch.tensor([[5], [2]])
     text_out, image_out = Attention()({"text": text, "image": image}, {"text": mask})
@@ -82,7 +82,7 @@ def test_what_is_not_here_is_refused_with_the_way_to_get_it(backend, hint):
     ],
 )
 def test_flash_takes_the_newest_that_is_installed(monkeypatch, modules, name):
-    """Stand-ins with the packages' real names and call: the choice and the layout are what is tested here."""
+    """Uses fake modules with the packages' names and signature, to test the choice and the layout."""
     for module in modules:
         stand_in = ModuleType(module)
         stand_in.flash_attn_func = lambda q, k, v: (definition(q, k, v, None), "lse")

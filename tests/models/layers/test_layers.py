@@ -1,4 +1,4 @@
-"""The other layers, each against its definition."""
+"""Norms, projections, rotary embeddings and feed-forwards, each against its definition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensor parallelism: the single process' numbers from shares of the weights, and what a rank holds and sends."""
+"""Tensor parallelism: sharded results equal a single process'; a rank holds and sends the expected amounts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CLASSES = {
     "wan22_ti2v_5b": WanTransformer,
 }
 
-#: heads by ranks: they do not divide
+#: `{ranks: heads}`, not divisible
 HEADS = {2: 3, 4: 5}
 
 #: one block of each kind at published widths
@@ -65,7 +65,7 @@ def world() -> Axis:
 
 @torch.no_grad()
 def predict(cls: type, folder: Path) -> tuple[np.ndarray, dict[str, int]]:
-    """On a rank: load its share and predict; what it sent."""
+    """Run on a rank: load its shard and predict. Returns the prediction and the bytes sent."""
     transformer = load(cls, folder, world())
     collectives.sent_bytes.clear()
     predicted = tiny.predict(transformer, *torch.load(folder / "call.pt"))
@@ -89,7 +89,7 @@ def folder(subject, ranks, tmp_path) -> Path:
 
 
 def formula(transformer: Any, call: tuple[Any, ...], ranks: int) -> float:
-    """Bytes that a rank sends in one forward, in float32: the module's docstring."""
+    """Return the bytes that a rank sends in one float32 forward, by the formula in the module's docstring."""
     latents, timestep, conditioning = call
     tokens = transformer.embed(latents, timestep, **conditioning)
     batch, latent, width = tokens.hidden_states.shape
@@ -127,13 +127,13 @@ def test_a_rank_holds_its_part_of_every_matrix(name, ranks):
         held = dict(on_meta(cls, arguments, Axis(None, rank, ranks)).named_parameters())
         share = sum(held[n].numel() for n in matrices) / sum(whole[n].numel() for n in matrices)
         assert share == pytest.approx(1 / ranks, rel=0.05)
-        # beside them, only vectors that belong to shared rows
+        # otherwise, only vectors of sharded rows differ
         others = {n for n in held if held[n].shape != whole[n].shape} - matrices
         assert all(held[n].ndim == 1 and len(held[n]) == len(whole[n]) / ranks for n in others)
 
 
 def test_the_columns_of_flux_single_blocks_are_heads_and_inner_width(tmp_path):
-    """3 heads of 16 on 2 ranks: 2 and 1; the inner width of 192 in halves."""
+    """On 2 ranks, 3 heads of 16 are split into 2 and 1, and the inner width of 192 into halves."""
     checkpoints.BUILDERS["flux_dev"]().transformer.save_pretrained(tmp_path)
     whole = load(FluxTransformer, tmp_path).single_blocks[0].out
     for rank, (heads, inner) in enumerate([(slice(0, 32), slice(48, 144)), (slice(32, 48), slice(144, 240))]):
@@ -144,7 +144,7 @@ def test_the_columns_of_flux_single_blocks_are_heads_and_inner_width(tmp_path):
 
 def test_more_ranks_than_heads():
     message = (
-        "parallel.tensor_degree=4: the weights of QwenImageTransformer can be shared out to 3 ranks at most, because"
+        "parallel.tensor_degree=4: the weights of QwenImageTransformer can be split across 3 ranks at most, because"
         " every head stays whole. Use parallel.tensor_degree=3 or less"
     )
     with pytest.raises(UsageError) as error:
@@ -153,7 +153,7 @@ def test_more_ranks_than_heads():
 
 
 def test_a_transformer_without_layers_to_share():
-    with pytest.raises(UsageError, match="the weights of Linear can be shared out to 1 ranks at most"):
+    with pytest.raises(UsageError, match="the weights of Linear can be split across 1 ranks at most"):
         shard_layers(torch.nn.Linear(2, 2), Axis(None, 0, 2))
 
 
@@ -167,7 +167,7 @@ def test_shares_follow_one_another(length):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_an_axis_the_layers_are_the_plain_ones(dtype):
-    """Bit for bit."""
+    """Results are bit-identical."""
     x = torch.randn(2, 7, 3, 8, dtype=dtype)
     norm, row = RMSNormAcrossHeads(3, 8).to(dtype), RowParallelLinear(5, ShardSpec(3, 8)).to(dtype)
     torch.nn.init.normal_(norm.weight)

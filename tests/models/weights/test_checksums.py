@@ -1,4 +1,4 @@
-"""`verify=true`: files of weights against what is recorded of them."""
+"""`verify=true`: weight files against their recorded checksums."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sha256(data: bytes) -> str:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Files of weights with a record of them, one line as `sha256sum` writes text and one as binary."""
+    """Weight files and their SHA256SUMS, with lines in both the text and the binary format of `sha256sum`."""
     folder = tmp_path / "weights of mine"
     for name in FILES:
         (folder / name).parent.mkdir(parents=True)
@@ -44,7 +44,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def snapshot(folder, tmp_path) -> Path:
-    """The same as the hub's cache has it: links to files that are named by their sha256."""
+    """The same in the layout of the hub's cache: symlinks to files that are named by their sha256."""
     snapshot, blobs = tmp_path / "snapshots" / "0123", tmp_path / "blobs"
     blobs.mkdir()
     for name in FILES:
@@ -62,7 +62,7 @@ def refused(folder: Path, kind: type[Exception] = RunError) -> str:
 
 
 def test_what_is_recorded_passes(folder, snapshot):
-    """Every byte is read, and told."""
+    """Every byte is read and reported."""
     size = sum((folder / name).stat().st_size for name in FILES)
     for place in (folder, snapshot):
         text = io.StringIO()
@@ -71,7 +71,7 @@ def test_what_is_recorded_passes(folder, snapshot):
 
 
 def test_another_file_is_named_with_both_hashes(folder, snapshot):
-    """Last byte of the last file: all of all is read."""
+    """The last byte of the last file differs: every file is read to its end."""
     for place in (folder, snapshot):
         file = place / FILES[2]
         old = file.read_bytes()
@@ -85,7 +85,7 @@ def test_another_file_is_named_with_both_hashes(folder, snapshot):
 
 def test_a_file_that_is_listed_and_not_there(folder):
     (folder / FILES[1]).unlink()
-    assert refused(folder) == f"{folder / FILES[1]}: not there, and {folder / 'SHA256SUMS'} lists it"
+    assert refused(folder) == f"{folder / FILES[1]}: missing, but {folder / 'SHA256SUMS'} lists it"
 
 
 def test_a_file_that_nothing_records(folder, snapshot):
@@ -93,18 +93,18 @@ def test_a_file_that_nothing_records(folder, snapshot):
     name = folder / "vae" / "more.safetensors"
     assert refused(folder) == f"{name}: cannot be verified: not in {folder / 'SHA256SUMS'}"
     name = snapshot / "vae" / "more.safetensors"
-    name.symlink_to("../../../blobs/" + "a" * 40)  # what git, not sha256, calls it
-    said = "cannot be verified: no link to a file named by its sha256, as others here are"
+    name.symlink_to("../../../blobs/" + "a" * 40)  # a git hash, not a sha256
+    said = "cannot be verified: not a symlink to a file named by its sha256, unlike others here"
     assert refused(snapshot) == f"{name}: {said}"
 
 
 def test_no_record_at_all(folder):
-    """The command that is named makes one."""
+    """The command in the message creates a record."""
     (folder / "SHA256SUMS").unlink()
     said = refused(folder, UsageError)
     command = f"(cd '{folder}' && sha256sum */*.safetensors > SHA256SUMS)"
     assert said == (
-        f"verify=true: nothing records the weights in {folder}. If you trust them, record them: {command}; or use"
+        f"verify=true: no checksums of the weights in {folder}. If you trust the files, record them: {command}; or use"
         " verify=false"
     )
     subprocess.run(command, shell=True, check=True)
@@ -117,8 +117,8 @@ def test_no_record_at_all(folder):
     [
         ("vae.safetensors", "not a sha256 and a file's name, as `sha256sum` writes them"),
         (f"{'0' * 63}  a", "not a sha256 and a file's name, as `sha256sum` writes them"),
-        (f"{'0' * 64}  ../a", "'../a' does not lie in its folder"),
-        (f"{'0' * 64}  /etc/passwd", "'/etc/passwd' does not lie in its folder"),
+        (f"{'0' * 64}  ../a", "'../a' is outside this folder"),
+        (f"{'0' * 64}  /etc/passwd", "'/etc/passwd' is outside this folder"),
     ],
 )
 def test_a_line_that_cannot_be(folder, line, message):
@@ -140,7 +140,7 @@ def test_the_shipped_weights_are_recorded(demo_folder, tmp_path):
 
 @pytest.fixture
 def damaged(tiny_folder, tmp_path) -> Path:
-    """A checkpoint that loads, and is not the one that was recorded."""
+    """A checkpoint that loads but differs from its recorded checksums."""
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "tiny"))
     subprocess.run("sha256sum */*.safetensors > SHA256SUMS", shell=True, check=True, cwd=folder)
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
@@ -149,7 +149,7 @@ def damaged(tiny_folder, tmp_path) -> Path:
 
 
 def test_nothing_is_loaded_from_other_files(damaged, tmp_path, monkeypatch):
-    """Without `verify` the run says that it was not verified."""
+    """Without `verify`, the record states that the weights were not verified."""
     runner = tiny.runner(damaged, "sampling.num_inference_steps=2")
     record = run_single(runner, runner.config, tmp_path / "run")
     assert record["verified"] is False
@@ -160,7 +160,7 @@ def test_nothing_is_loaded_from_other_files(damaged, tmp_path, monkeypatch):
 
 
 def test_one_rank_of_a_machine_verifies(damaged, monkeypatch):
-    """The others would read the same files; where the first one fails, all end."""
+    """The others would read the same files; if the verifying rank fails, all end."""
     monkeypatch.setattr("hydrarun.engine.build.rank_info", lambda: RankInfo(3, 4, 1, 2))
     tiny.runner(damaged, "verify=true")
 

@@ -1,4 +1,4 @@
-"""Weights into place: what is written equals what was saved, and every damage is named by file and tensor."""
+"""Loading weights: parameters equal the saved values, and errors name file and tensor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FILE = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """diffusers' transformer and the folder it saved itself to; copy the folder before changing it."""
+    """diffusers' transformer and the folder it was saved to; copy the folder before changing it."""
     reference = tiny.transformer(layers=2)
     folder = tmp_path_factory.mktemp("saved") / "transformer"
     reference.save_pretrained(folder)
@@ -56,7 +56,7 @@ def edit(folder: Path, change) -> None:
 
 
 def test_every_value_is_in_its_place(saved):
-    """Fused projections hold q, k, v one below the other; everything else is copied."""
+    """Fused projections hold q, k, v concatenated; everything else is copied."""
     reference, folder = saved
     ours = load(folder)
     theirs = reference.state_dict()
@@ -72,7 +72,7 @@ def test_every_value_is_in_its_place(saved):
 
 
 def test_dtype_is_converted_once(saved):
-    """bfloat16 from float32 files is torch's own rounding of each value."""
+    """bfloat16 from float32 files equals torch's rounding of each value."""
     ours, exact = load(saved[1], torch.bfloat16), load(saved[1])
     for (name, half), full in zip(ours.named_parameters(), exact.parameters(), strict=True):
         assert half.dtype == torch.bfloat16
@@ -90,7 +90,7 @@ def test_sharded_checkpoint_equals_a_single_file(saved, tmp_path):
 
 @pytest.mark.parametrize(("rank", "heads", "inner"), [(0, (0, 32), (0, 96)), (1, (32, 48), (96, 192))])
 def test_a_rank_of_two_has_its_heads_and_its_inner_width(saved, rank, heads, inner):
-    """3 heads of 16 channels: 2 and 1. Rows of the projections in, columns of those out."""
+    """3 heads of 16 channels are split into 2 and 1: rows of the input projections, columns of the output projections."""
     theirs = {name.removeprefix("transformer_blocks.1."): value for name, value in saved[0].state_dict().items()}
     ours = load(saved[1], axis=Axis(None, rank, 2)).blocks[1].image
     for leaf in ("weight", "bias"):
@@ -104,7 +104,7 @@ def test_a_rank_of_two_has_its_heads_and_its_inner_width(saved, rank, heads, inn
 
 
 def test_a_rank_reads_its_part_only(saved, monkeypatch):
-    """Of rows only its own; of columns whole rows, from the cache of files that ranks of one machine share."""
+    """Row shards are read alone. For column shards whole rows are read, from the machine's shared file cache."""
     read, read_into = [], tensor_reader.read_into_tensor
 
     def counting(file, offset, tensor):
@@ -127,7 +127,7 @@ ROWS = (".to_q.", ".to_k.", ".to_v.", ".add_q_proj.", ".add_k_proj.", ".add_v_pr
 
 
 def is_shared(name: str, parts: tuple[str, ...]) -> bool:
-    """Whether diffusers' parameter of that name is cut."""
+    """Return whether diffusers' parameter `name` is sharded."""
     return name.startswith("transformer_blocks.") and any(part in name for part in parts)
 
 
@@ -143,7 +143,7 @@ def test_a_rank_names_the_shape_of_the_whole_tensor(folder, layer, columns):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("axis", [None, Axis(None, 1, 2)])
 def test_pieces_of_a_file_that_come_one_after_the_other_are_the_whole(saved, monkeypatch, dtype, axis):
-    """Those that are not read to where they belong come by a few rows: other dtypes, shares of columns."""
+    """Tensors that cannot be read directly into place (other dtypes, column shards) are read a few rows at a time."""
     whole = dict(load(saved[1], dtype, axis=axis).named_parameters())
     monkeypatch.setattr(tensor_reader, "CHUNK", 1000)
     for name, parameter in load(saved[1], dtype, axis=axis).named_parameters():
@@ -151,7 +151,7 @@ def test_pieces_of_a_file_that_come_one_after_the_other_are_the_whole(saved, mon
 
 
 def test_large_weights_in_memory_of_their_own(saved, monkeypatch):
-    """As other tensors are: their values, and contiguous."""
+    """They have the same values and are contiguous, like other tensors."""
     plain = dict(load(saved[1]).named_parameters())
     monkeypatch.setattr(tensor_reader, "LARGE", 1)
     for name, parameter in load(saved[1]).named_parameters():
@@ -160,7 +160,7 @@ def test_large_weights_in_memory_of_their_own(saved, monkeypatch):
 
 
 def test_onto_a_device(saved, fake):
-    """Also in another dtype: the numbers that the host has."""
+    """Values equal those on the host, also in another dtype."""
     for dtype in (torch.float32, torch.bfloat16):
         plain = dict(load(saved[1], dtype).named_parameters())
         there = tiny.load_transformer(QwenImageTransformer, saved[1], dtype, device=torch.device("fake"))
@@ -170,7 +170,7 @@ def test_onto_a_device(saved, fake):
 
 
 def test_what_libraries_change_meanwhile_changes_nothing(saved):
-    """Theirs build modules with another default dtype, and with parameters that go to the meta device."""
+    """Libraries build modules with another default dtype, and with parameters on the meta device."""
     plain = dict(load(saved[1], torch.bfloat16).named_parameters())
     go_on = threading.Event()
     with Progress(quiet=True).reading("loading") as tally, ThreadPool() as pool:
@@ -192,7 +192,7 @@ def test_what_libraries_change_meanwhile_changes_nothing(saved):
 
 
 def test_bytes_are_told(saved):
-    """Those of the tensors, by threads, add up."""
+    """The bytes of all tensors, counted in threads, add up."""
     with Progress(quiet=True).reading("loading") as tally, ThreadPool() as pool:
         options = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "note": print}
         loader.load_transformer(QwenImageTransformer, saved[1], pool=pool, tally=tally, **options)
@@ -267,7 +267,7 @@ def test_wrong_shape(folder, name):
 
 
 def test_wrong_order_of_sizes_within_a_fused_projection(folder):
-    """q longer and k shorter by the same number of rows: the sum fits, the checkpoint does not."""
+    """q is longer and k shorter by the same number of rows: the sum fits, but the checkpoint is wrong."""
 
     def change(tensors):
         q, k = (f"transformer_blocks.0.attn.to_{x}.weight" for x in "qk")

@@ -1,4 +1,4 @@
-"""The tiny checkpoints are worth testing with: they load as published ones do, and all that goes into a run matters."""
+"""The tiny checkpoints are fit for tests: they load like published ones, and every input affects the output."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from hydrarun.pipeline.processors import load_processor
 from tests.helpers import checkpoints, tiny
 from tests.helpers.subjects import remembering
 
-#: every builder of random weights once, by the name of one of its options
+#: one option name for every builder of random weights
 NAMES = sorted({build: name for name, build in checkpoints.BUILDERS.items() if name != "demo"}.values())
 PROMPT = "a red cat on the roof of an old house"
 FROM_IMAGES = ("qwen_image_edit", "qwen_image_edit_plus", "qwen_image_layered", "longcat_image_edit", "wan22_i2v_a14b")
 LAYERED = "qwen_image_layered"
 SOUNDS = ("stable_audio",)
-NOISE = 1e-2  # levels of 255: what rounding may change
-MATTERS = 0.1  # levels of 255, on average: what counts as another picture
+NOISE = 1e-2  # levels of 255: tolerance for rounding
+MATTERS = 0.1  # levels of 255, on average: minimum difference between pictures
 
 
 @cache
@@ -34,7 +34,7 @@ def pipeline(name: str) -> Any:
 
 
 def load(name: str, folder: Path) -> Any:
-    """What diffusers loads from a saved pipeline; the processor by our own loader, as theirs needs torchvision."""
+    """Load a saved pipeline with diffusers, but the processor with our loader, because theirs needs torchvision."""
     processors = [file.parent for file in folder.glob("*processor/processor_config.json")]
     ours = {found.name: load_processor(type(getattr(pipeline(name), found.name)), found) for found in processors}
     loaded = type(pipeline(name)).from_pretrained(folder, **ours)
@@ -43,7 +43,7 @@ def load(name: str, folder: Path) -> Any:
 
 
 def smallest(name: str) -> dict[str, int]:
-    """Height, width and number of frames of a small run; a sound has none of them."""
+    """Return height, width and number of frames of a small run; empty for sounds."""
     if name in SOUNDS:
         return {}
     if name.startswith("wan"):
@@ -58,10 +58,10 @@ def picture(seed: int, channels: int = 3) -> Image.Image:
 
 
 def draw(pipeline: Any, name: str, prompt: str = PROMPT, seeds: tuple[int, ...] = (0, 1), image: int = 0) -> np.ndarray:
-    """A run of two steps: levels 0 to 255 as floats, [N, H, W, 3] or [N, F, H, W, 3] with one entry per seed.
+    """Run two steps. Returns levels 0 to 255 as floats, [N, H, W, 3] or [N, F, H, W, 3], with one entry per seed.
 
-    Of layers [N, L, H, W, 4], one after the other: diffusers cuts a batch of them in the wrong places.
-    Of a sound [N, 1, samples, channels].
+    Layers are [N, L, H, W, 4], drawn one at a time: diffusers splits a batch of them in the wrong places.
+    Sounds are [N, 1, samples, channels].
     """
     if name == LAYERED and len(seeds) > 1:
         return np.concatenate([draw(pipeline, name, prompt, (seed,), image) for seed in seeds])
@@ -88,7 +88,7 @@ def draw(pipeline: Any, name: str, prompt: str = PROMPT, seeds: tuple[int, ...] 
 
 @cache
 def drawn(name: str) -> tuple[np.ndarray, list[float]]:
-    """The run that the others are compared with, and how large every output of the transformers was."""
+    """Return the run that others are compared with, and the standard deviation of every transformer output."""
     sizes: list[float] = []
     transformers = [pipeline(name).transformer, getattr(pipeline(name), "transformer_2", None)]
     hooks = [
@@ -103,7 +103,7 @@ def drawn(name: str) -> tuple[np.ndarray, list[float]]:
 
 
 def size_of(output: torch.Tensor | list[torch.Tensor]) -> float:
-    """The deviation of a batch's prediction, which some references give item by item."""
+    """Return the standard deviation of a batch's prediction, which some references return as a list of items."""
     return float(torch.stack([*output]).std())
 
 
@@ -112,7 +112,7 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def settings(configured: Any) -> dict[str, Any]:
-    """What a pipeline or a scheduler was configured with, beside its components and what the library notes."""
+    """Return the config of a pipeline or scheduler, without components and the library's private keys."""
     return {
         key: value
         for key, value in configured.config.items()
@@ -136,7 +136,7 @@ def test_pictures_are_neither_flat_nor_saturated(name):
     channels = 4 if name == LAYERED else 3
     assert pictures.shape == ((2, *frames, size["height"], size["width"], channels) if size else (2, 1, 192, 2))
     assert np.isfinite(pictures).all()
-    assert pictures.std(axis=(-3, -2)).min() > 5  # in every colour of every picture
+    assert pictures.std(axis=(-3, -2)).min() > 5  # in every channel of every picture
     assert ((pictures.round() > 0) & (pictures.round() < 255)).mean() > 0.9
     assert min(sizes) > 0.5
     assert max(sizes) < 3
@@ -160,7 +160,7 @@ def test_a_saved_pipeline_loads_with_the_same_weights_and_settings(name, tmp_pat
     assert_same_weights(loaded, pipeline(name))
     assert settings(loaded) == settings(pipeline(name))
     assert settings(loaded.scheduler) == settings(pipeline(name).scheduler)
-    if "edit" in name:  # a run takes a second; the rest of it hangs on the weights
+    if "edit" in name:  # a run takes a second; apart from the encoding it only depends on the weights
         with torch.no_grad():
             ours, theirs = (made.encode_prompt(PROMPT, [picture(0)])[0] for made in (loaded, pipeline(name)))
         assert torch.equal(ours, theirs)

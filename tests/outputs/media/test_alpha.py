@@ -1,4 +1,4 @@
-"""Layers as they are compared and as they are shown."""
+"""Layers with alpha: how they are compared and displayed."""
 
 import numpy as np
 

@@ -72,7 +72,7 @@ def test_frames_are_read_by_number_and_other_files_are_not(folder):
 
 
 def test_a_folder_without_frames(tmp_path):
-    wanted = "holds no frame-00000.png and no layer-0.png, as folders that can be read do"
+    wanted = "holds no frame-00000.png and no layer-0.png: not a folder of frames or layers"
     assert refused(tmp_path) == f"{tmp_path}: {wanted}"
 
 

@@ -1,4 +1,4 @@
-"""Input pictures: turned upright, over white, in sRGB; and one line for each file that cannot be one."""
+"""Input pictures: turned upright, laid over white, converted to sRGB; one-line errors for unsuitable files."""
 
 import hashlib
 import os
@@ -37,7 +37,7 @@ def colors(image: Image.Image) -> set[object]:
 
 
 def refused(path: str | Path) -> str:
-    """What `read` says after the key and the path."""
+    """Return the error of `read_image` without the key and the path."""
     with pytest.raises(UsageError) as caught:
         images.read_image(path)
     message = str(caught.value)
@@ -62,8 +62,8 @@ def test_a_jpeg_is_what_pillow_decodes(tmp_path):
     assert np.array_equal(pixels(path), np.asarray(Image.open(path)))
 
 
-# the grey levels of the corners (top left, top right, bottom left, bottom right) stored as 10, 20, 30, 40; by the EXIF
-# standard's table: orientation 6 says that the stored first row is the right side and the first column the top
+# grey levels of the upright corners (top left, top right, bottom left, bottom right), if 10, 20, 30, 40 are stored;
+# from the table of the EXIF standard: in orientation 6 the stored first row is the right side, first column the top
 CORNERS = {
     1: (10, 20, 30, 40),
     2: (20, 10, 40, 30),
@@ -89,7 +89,7 @@ def test_exif_orientation_is_applied_once(tmp_path, orientation, kind):
     assert image.size == ((16, 24) if 5 <= orientation <= 8 else (24, 16))
     upright = np.asarray(image)[..., 0]
     assert tuple(upright[[0, 0, -1, -1], [0, -1, 0, -1]]) == CORNERS[orientation]
-    assert ImageOps.exif_transpose(image).tobytes() == image.tobytes()  # whoever applies it again finds none
+    assert ImageOps.exif_transpose(image).tobytes() == image.tobytes()  # no orientation is left to apply again
 
 
 def test_damaged_exif_data_is_named_and_the_pixels_are_read(tmp_path):
@@ -138,7 +138,7 @@ def test_a_transparent_color_of_a_palette_or_of_a_picture_is_white(tmp_path):
 
 def test_a_palette_with_alpha_is_laid_over_white():
     notes: list[str] = []
-    image = Image.new("RGBA", (16, 16), (0, 0, 0, 128)).convert("PA")  # no format that is read stores this mode
+    image = Image.new("RGBA", (16, 16), (0, 0, 0, 128)).convert("PA")  # no supported format stores this mode
     assert colors(images._lay_over_white(image, notes)) == {(127, 127, 127)}
     assert notes == ["transparency laid over white"]
 
@@ -207,7 +207,7 @@ def test_srgb_pixels_are_not_touched_by_their_own_profile(tmp_path):
     read = images.read_image(saved(tmp_path, PICTURE, icc_profile=profile))
     assert np.array_equal(np.asarray(read.image), PIXELS)
     assert (read.image.info, read.note) == ({}, None)
-    nearly_white = Image.new("RGB", (16, 16), (254, 254, 254))  # 255 by the profile: rounding, not colour
+    nearly_white = Image.new("RGB", (16, 16), (254, 254, 254))  # the profile gives 255: rounding, not another colour
     assert colors(images.read_image(saved(tmp_path, nearly_white, icc_profile=linear_profile(b"RGB "))).image) == {
         (254,) * 3
     }
@@ -237,7 +237,7 @@ def test_a_photo_with_previews_behind_it_is_the_photo(tmp_path):
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif"])
 def test_several_frames_are_refused(tmp_path, name):
     path = saved(tmp_path, PICTURE, name, save_all=True, append_images=[Image.new("RGB", (40, 24))])
-    assert refused(path) == "2 frames or pages; save the one you want as a file of its own"
+    assert refused(path) == "2 frames or pages; save the one you want as a separate file"
 
 
 DEEP = "more than 8 bits per channel (mode {}): save it with 8 bits per channel"
@@ -308,7 +308,7 @@ def test_a_missing_file_names_its_neighbour(tmp_path):
     saved(tmp_path, PICTURE, "cat.png")
     assert refused(tmp_path / "cta.png") == "no such file. Did you mean 'cat.png'?"
     assert refused(tmp_path / "zzzzz") == "no such file."
-    assert refused(tmp_path / "none" / "cat.png") == f"no such file, nor a folder {tmp_path / 'none'}"
+    assert refused(tmp_path / "none" / "cat.png") == f"no such file, and no folder {tmp_path / 'none'}"
 
 
 def test_what_is_no_regular_file_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""MP4 files with their recipe inside, and what a stranger's file may hold."""
+"""MP4 files with their recipe inside, and untrusted MP4 files."""
 
 import json
 from fractions import Fraction
@@ -17,7 +17,7 @@ refused = partial(refusal, mp4.read_mp4)
 
 
 def gradient(count: int = 7, height: int = 64, width: int = 96) -> np.ndarray:
-    """Smooth frames of full colours that change: [F, H, W, 3]."""
+    """Smooth, changing frames of saturated colours: [F, H, W, 3]."""
     x, y = np.linspace(0, 255, width), np.linspace(0, 255, height)
     red, green = np.broadcast_to(x, (height, width)), np.broadcast_to(y[:, None], (height, width))
     blue = [np.full((height, width), 255 * k / count) for k in range(count)]
@@ -33,7 +33,7 @@ def write(folder: Path, data: bytes | None = None, **text: str) -> Path:
     return path
 
 
-# --- what is written -------------------------------------------------------------------------------------------------
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def test_frames_come_back_nearly_and_in_their_colours(tmp_path):
@@ -89,12 +89,12 @@ def test_writing_refuses_what_reading_would():
 
 @pytest.mark.parametrize(("height", "width"), [(15, 16), (16, 15)])
 def test_an_odd_size_is_refused(height, width):
-    said = f"an mp4 holds even widths and heights, not {width}x{height}; output.format=frames holds any"
+    said = f"mp4 needs an even width and height, not {width}x{height}; output.format=frames takes any size"
     with pytest.raises(RunError, match=said):
         mp4.encode_mp4(gradient(2, height, width), 16, {})
 
 
-# --- a stranger's file -----------------------------------------------------------------------------------------------
+# --- untrusted files -------------------------------------------------------------------------------------------------
 
 
 def test_no_such_file(tmp_path):

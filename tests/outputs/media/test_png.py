@@ -1,4 +1,4 @@
-"""PNG files with their recipe inside, and what a stranger's file may hold."""
+"""PNG files with their recipe inside, and untrusted PNG files."""
 
 import json
 import struct

@@ -1,4 +1,4 @@
-"""WAV files with their recipe inside, and what a stranger's file may hold."""
+"""WAV files with their recipe inside, and untrusted WAV files."""
 
 import json
 import wave
@@ -17,7 +17,7 @@ refused = partial(refusal, wav.read_wav)
 
 
 def chirp(count: int = 3000, channels: int = 2) -> np.ndarray:
-    """A rising tone, in the second channel softer and the other way round; both ends of the range occur."""
+    """A rising tone; the second channel has half the level and inverted sign. Both ends of the int16 range occur."""
     time = np.arange(count)
     tone = np.sin(time * time / 4000)
     samples = np.round(np.stack([tone, -0.5 * tone], -1)[:, :channels] * 32767).astype(np.int16)
@@ -34,7 +34,7 @@ def write(folder: Path, data: bytes | None = None, **text: str) -> Path:
     return path
 
 
-# --- what is written -------------------------------------------------------------------------------------------------
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_samples_come_back_to_the_bit(tmp_path, count, channels, rate):
     assert np.array_equal(found, samples)
     assert found.dtype == np.int16
     assert record == {}
-    with wave.open(str(path)) as file:  # another reader's view
+    with wave.open(str(path)) as file:  # read with the standard library
         assert (file.getnchannels(), file.getsampwidth(), file.getframerate(), file.getnframes()) == (
             channels,
             2,
@@ -74,7 +74,7 @@ def test_the_same_samples_are_the_same_bytes():
 
 
 def test_more_than_two_channels_are_refused():
-    with pytest.raises(RunError, match="one channel or two here, not 3"):
+    with pytest.raises(RunError, match="one or two channels, not 3"):
         wav.encode_wav(np.zeros((4, 3), np.int16), 8000, {})
 
 
@@ -83,7 +83,7 @@ def test_a_text_that_could_not_be_read_again_is_not_written():
         wav.encode_wav(SOUND, 8000, {"hydrarun": "x" * (recipe_text.MAX_TEXT_BYTES + 1)})
 
 
-# --- a stranger's file -----------------------------------------------------------------------------------------------
+# --- untrusted files -------------------------------------------------------------------------------------------------
 
 
 def test_files_that_are_none(tmp_path):
@@ -121,14 +121,14 @@ def test_more_samples_than_are_read(tmp_path, monkeypatch):
     assert refused(write(tmp_path)) == "refused, more than 1000 bytes of samples"
 
 
-# --- what is one, and how it looks -----------------------------------------------------------------------------------
+# --- kind and waveform -----------------------------------------------------------------------------------------------
 
 
 def test_silence_is_no_sound():
     assert kinds.find_array_kind(SOUND) is kinds.SOUND
     assert kinds.SOUND.monotone(SOUND) is None
     flat = np.full((100, 2), [300, -5], np.int16)
-    flat[3, 1] += 1  # what rounding may leave
+    flat[3, 1] += 1  # one level of rounding noise
     assert kinds.SOUND.monotone(flat) == "silence"
     flat[3, 1] += 1
     assert kinds.SOUND.monotone(flat) is None

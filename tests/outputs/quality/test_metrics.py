@@ -1,4 +1,4 @@
-"""The measures against scikit-image's own on whole arrays, against their formulas, and at the edges."""
+"""The measures compared with scikit-image on whole arrays and with their formulas, and edge cases."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def test_psnr_and_ssim_of_a_picture_are_scikit_images():
 
 
 def test_the_window_is_gaussian():
-    """Flat windows weigh the neighbours otherwise: the settings really arrive."""
+    """A flat window gives another SSIM than a Gaussian one, so the settings must be passed on."""
     twin = noise(40, 56)
     ours = near(twin, 20)
     flat = structural_similarity(twin, ours, data_range=255, channel_axis=-1)
@@ -63,7 +63,7 @@ def test_identical_is_100_db_and_1(shape):
 
 
 def test_psnr_is_capped():
-    """One level in one of four million values is 114 dB."""
+    """A difference of one level in one of four million values is 114 dB, above the cap."""
     twin = np.full((1200, 1200, 3), 7, np.uint8)
     ours = twin.copy()
     ours[0, 0, 0] += 1

@@ -1,4 +1,4 @@
-"""The rule must accept what is right and notice what is wrong, at several sizes."""
+"""The judge accepts right pictures and detects each kind of mistake, at several sizes."""
 
 import random
 from dataclasses import replace
@@ -49,7 +49,7 @@ def _wrong_shape(scene, rng):
 
 
 def _wrong_place(scene, rng):
-    """Turn a pair or triple by a quarter, send a lone object to another corner."""
+    """Turn a pair or triple by 90 degrees, or move a single object to another corner."""
     if len(scene.objects) == 1:
         obj = scene.objects[0]
         x, y = (1 - obj.x, obj.y) if scene.layout == "corner" else (rng.choice([0.25, 0.75]), 0.25)
@@ -137,7 +137,7 @@ def test_noise_blank_pictures_and_squeezed_shapes_are_not_right():
     text = "a large red circle above a small blue square on a yellow background"
     assert not judge_picture(rng.integers(0, 256, (128, 128, 3), dtype=np.uint8), text).right
     assert not judge_picture(np.full((128, 128, 3), COLORS["yellow"], np.uint8), text).right
-    # A rectangle twice as wide as high fills its box as a square does, but is no square.
+    # A 2:1 rectangle fills its bounding box like a square, but is not a square.
     flat = render_scene(parse_caption(text)).copy()
     flat[72:120, 40:88] = COLORS["yellow"]
     flat[88:104, 48:80] = COLORS["blue"]

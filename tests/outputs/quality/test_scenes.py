@@ -77,7 +77,7 @@ def test_captions_are_read_whatever_their_case_spacing_or_full_stop():
         ("red circle", "'red circle'"),
         ("", "''"),
         ("a red circle above a blue star below a green square", "arrangement"),
-        ("a row of a small red circle, a blue star and a green square", "says no sizes"),
+        ("a row of a small red circle, a blue star and a green square", "takes no size words"),
         ("a red circle in the top left and a blue star in the bottom left", "not opposite corners"),
         ("a red circle on a red background", "cannot be seen"),
     ],
@@ -94,7 +94,7 @@ def test_split_is_stable_and_holds_out_one_scene_in_sixteen():
     captions = [caption_scene(scene) for scene in _scenes(4000, seed=1)]
     share = np.mean([is_held_out(text) for text in captions])
     assert 0.045 < share < 0.08
-    # Fixed answers: a change of the hash or of the wording would let trained captions into the test.
+    # Fixed results: a change of the hash or the wording would put training captions into the test split.
     assert not is_held_out("a large red circle above a small blue square on a yellow background")
     assert [k for k, text in enumerate(captions[:60]) if is_held_out(text)] == [27, 28, 34, 52]
 

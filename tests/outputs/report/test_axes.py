@@ -1,4 +1,4 @@
-"""What differs between points, and the grid that comes of it."""
+"""The axes of a sweep, and the layout of the grid."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def laid_out(folder, reference=None) -> GridLayout:
 
 
 def cells(layout: GridLayout) -> list[list[str | None]]:
-    """Names of the points in the grid."""
+    """Return the names of the points in the grid."""
     names = [point.name for point in layout.points]
     columns = range(len(layout.columns))
     return [[names[row.cells[column][0]] if column in row.cells else None for column in columns] for row in layout.rows]

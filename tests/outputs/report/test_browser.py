@@ -27,7 +27,7 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """Two caches by two seeds, one failed point, one video, one picture that is nine times as wide as high."""
+    """A report: two caches by two seeds, a failed point, a video, and a picture nine times as wide as high."""
     folder = fake_sweep.grid(tmp_path_factory.mktemp("sweep"))
     fake_sweep.add(folder, "4", ["cache=dbcache", "sampling.seed=1"], error=RunError("all black " * 30))
     video = fake_sweep.add(folder, "5", ["cache=dbcache", "sampling.seed=2"], [picture(2)], measured(0.07))
@@ -46,9 +46,9 @@ def test_everything_is_shown_and_fits(chromium, page, size, scheme):
     assert chromium.errors == []
     assert [address for address in chromium.requests if not address.startswith("data:")] == [page.as_uri()]
     assert chromium.run("document.documentElement.scrollWidth") <= size[0]
-    assert chromium.run("[...document.images].length") == 6 + 2  # of six outputs; two can be compared
+    assert chromium.run("[...document.images].length") == 6 + 2  # six outputs, two differences
     assert chromium.run("[...document.images].filter((image) => !image.naturalWidth).length") == 0
-    assert chromium.run("document.querySelector('video').readyState") >= 1  # it knows its size and length
+    assert chromium.run("document.querySelector('video').readyState") >= 1  # size and length are known
     back = chromium.run("getComputedStyle(document.body).backgroundColor")
     assert (min(map(int, back[4:-1].split(","))) > 200) is (scheme == "light")
 
@@ -162,7 +162,7 @@ def test_the_grid_shows_differences_without_scripts(chromium, page):
 
 
 def _height(chromium, node: int) -> int:
-    """On the screen; 0 for what is not shown."""
+    """Return the height on the screen; 0 if the node is not shown."""
     try:
         return chromium.send("DOM.getBoxModel", nodeId=node)["model"]["height"]
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Directories to points, whatever state they were left in."""
+"""Reading run folders as points, whatever state they are in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_points_come_by_their_numbers(tmp_path):
         fake_sweep.add(tmp_path, str(number), [], [picture(0)])
     fake_sweep.add(tmp_path, "more/a", [], [picture(0)])
     (tmp_path / "2" / "inner").mkdir()
-    (tmp_path / "2" / "inner" / "run.json").write_text("{}")  # a run's own folder is its own
+    (tmp_path / "2" / "inner" / "run.json").write_text("{}")  # folders inside a run folder are not searched
     (tmp_path / ".old").mkdir()
     (tmp_path / ".old" / "run.json").write_text("{}")
     assert [point.name for point in collect_points(tmp_path)] == ["2", "9", "10", "more/a"]
@@ -73,7 +73,7 @@ def test_a_file_beside_the_run_is_named_and_no_other(tmp_path):
         fake_sweep.change(folder, outputs=[{"index": 0, "prompt": "a", "seed": 3, "path": path}])
         (output,) = collect_points(tmp_path)[0].outputs
         assert output.path is None
-        assert output.error == f"{path!r} is not the name of a file beside run.json"
+        assert output.error == f"{path!r} is not the name of a file next to run.json"
 
 
 def test_items_of_a_batch_that_failed_keep_their_places(tmp_path):
@@ -107,7 +107,7 @@ def test_numbers_are_those_of_the_record(tmp_path):
     (point,) = collect_points(tmp_path)
     told = run_numbers.collect_timings(point)
     assert (told["load_s"], told["total_s"], told["first_step_s"], told["steady_step_s"]) == (2.0, 2.86, 0.5, 0.1)
-    # three steps as they were, the first one as a computed one usually is, for two pictures and four steps
+    # three steps as measured, the first one counted as a usual computed step; two pictures, four steps
     assert told["steady_denoise_s"] == pytest.approx((0.3 + 0.2) / 2)
     assert told["mean_step_s"] == pytest.approx(0.5 / 4)
     assert run_numbers.count_work(point) == {"steps_computed": 2, "steps_all": 4, "blocks_run": 12, "blocks_all": 24}

@@ -1,4 +1,4 @@
-"""The command beside a point draws the same."""
+"""The command shown for a point repeats the point."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NASTY = [
 
 @pytest.fixture
 def swept(tmp_path, monkeypatch):
-    """Runs a command line with a stand-in for the run; the configurations by the names of their points."""
+    """Run a sweep with a fake run; returns the configurations by the names of their points."""
 
     def do(*words: str) -> dict[str, dict]:
         seen: dict[str, dict] = {}
@@ -58,7 +58,7 @@ def swept(tmp_path, monkeypatch):
 
 
 def composed(command: str) -> dict:
-    """The configuration that a shell's words ask for."""
+    """Compose the configuration of a shell command."""
     program, *words = shlex.split(command)
     assert program == "hydrarun"
     line = arguments.parse_arguments(words)

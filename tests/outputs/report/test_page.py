@@ -1,4 +1,4 @@
-"""The two files of a report, and the verb that writes them."""
+"""The two files of a report, and the `report` verb."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.paths import ROOT
 
 
 class Page(HTMLParser):
-    """Elements with their attributes, and the text; whatever is not closed as it was opened is an error."""
+    """Parses elements with their attributes, and the text. Fails if elements are not closed in order."""
 
     VOID = ("meta", "img", "input", "br")
 
@@ -44,7 +44,7 @@ class Page(HTMLParser):
     def handle_endtag(self, tag):
         assert self.open.pop() == tag, f"</{tag}>"
 
-    def handle_startendtag(self, tag, attributes):  # of SVG
+    def handle_startendtag(self, tag, attributes):  # in SVG
         self.elements.append((tag, dict(attributes)))
 
     def handle_data(self, data):
@@ -52,7 +52,7 @@ class Page(HTMLParser):
             self.text.append(data)
 
     def rows(self, text: str, kind: str) -> list[list[str]]:
-        """The cells of a table's body."""
+        """Return the cells of a table body."""
         table = re.search(rf'<table class="{kind}.*?</table>', text, re.DOTALL)[0]
         body = table[table.index("<tbody>") :]
         strip = lambda cell: re.sub("<[^>]*>", "", cell)  # noqa: E731
@@ -108,7 +108,7 @@ def test_the_numbers_are_those_of_run_json(tmp_path):
     assert (first["reference"], first["speedup"], first["difference"]) == ("0", None, None)
     assert cached["reference"] == "0"
     assert cached["speedup"]["steady"] == pytest.approx((0.3 + 0.2) / (0.15 + 0.2))
-    assert cached["speedup"]["total"] == pytest.approx(0.86 / 0.71)  # the reference's second of loading does not count
+    assert cached["speedup"]["total"] == pytest.approx(0.86 / 0.71)  # without the second of loading of the reference
     only = cached["outputs"][0]["difference"]
     alike = {name: dict.fromkeys(("mean", "p95", "worst"), only[name]) for name in ("psnr", "ssim")}
     assert cached["difference"] == {**alike, "largest": 10, "outputs": 1}
@@ -131,7 +131,7 @@ def test_quality_and_the_noise_floor_are_taken_over(tmp_path):
         "noise_floor": floor,
     }
     assert "/somewhere" not in text
-    assert "PSNR of the output against its uncached twin" in text
+    assert "PSNR of the output against its uncached reference run" in text
     assert "noise floor: repeat 61.0 dB" in text
     assert "teacache: 0.35 s, 42.5 dB (mean of 2 points)" in text
     row = Page(text).rows(text, "numbers")[2]
@@ -154,7 +154,7 @@ def test_empty_is_not_zero(tmp_path):
     heads = re.findall(r'<button type="button">(.*?)(?: <small>.*?)?</button></th>', text)
     row = dict(zip(heads, table[3], strict=True))
     assert (row["total"], row["load"], row["denoise"], row["host"], row["cache"]) == ("2.00", "", "", "", "teacache")
-    assert not {"compile", "warm-up", "device"} & set(heads)  # nothing of the kind happened in any point
+    assert not {"compile", "warm-up", "device"} & set(heads)  # no point has a value
     assert data["points"][3]["timings"]["load_s"] is None
     assert dict(zip(heads, table[1], strict=True))["load"] == "warm"
 
@@ -256,7 +256,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_neither_torch_nor_av_is_imported(tmp_path):
-    """For pictures: nothing that takes seconds; and for mistakes not even numpy."""
+    """A report of pictures imports nothing slow; an error message does not even import numpy."""
     fake_sweep.grid(tmp_path)
     script = (
         "import sys; from hydrarun.cli import main as cli; cli.main(['report', *sys.argv[1:]]);"

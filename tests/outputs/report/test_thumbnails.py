@@ -1,4 +1,4 @@
-"""What is embedded, and how far apart outputs are."""
+"""The media that the page embeds, and the differences between outputs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_identical_pictures_are_at_the_cap_and_other_sizes_are_not_compared():
 def test_the_grid_s_cells(tmp_path):
     cells = shown(fake_sweep.grid(tmp_path))
     assert set(cells) == {(0, 0), (0, 1), (1, 0), (1, 1)}
-    assert np.array_equal(decoded(cells[0, 1].image), picture(1, 10))  # small: without loss
+    assert np.array_equal(decoded(cells[0, 1].image), picture(1, 10))  # small, so lossless
     assert (cells[0, 1].size, cells[0, 1].reduced, cells[0, 1].video) == ((64, 64), False, None)
     assert (cells[0, 0].difference, cells[1, 0].difference) == (None, None)
     assert [cells[row, 1].difference.largest for row in (0, 1)] == [10, 3]
@@ -99,7 +99,7 @@ def test_large_pictures_are_reduced(tmp_path):
 
 
 def video_point(sweep, name: str, words: list[str], pixels: np.ndarray, path: str):
-    """A point whose one output is a video of 8 frames per second."""
+    """Add a point with a single video of 8 frames per second."""
     folder = fake_sweep.add(sweep, name, words, [pixels[0]])
     output = {"index": 0, "prompt": "a", "seed": 0, "path": path, "frames": len(pixels), "fps": 8}
     fake_sweep.change(folder, outputs=[output])

@@ -1,4 +1,4 @@
-"""What single stages do beyond the parity of whole runs."""
+"""Single stages, in addition to the parity tests of whole runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_shift_is_a_line_through_the_schedulers_two_points():
 
 
 def test_a_schedulers_own_spacing_is_shifted_where_it_cannot_do_without(tiny_runner):
-    """As diffusers' Stable Diffusion 3 pipeline does it."""
+    """As in diffusers' Stable Diffusion 3 pipeline."""
     scheduler, reference = (FlowMatchEulerDiscreteScheduler(**tiny.SCHEDULER) for _ in range(2))
     state = make_state(tiny_runner.config["sampling"])
     state.grid = (1, 9, 7)
@@ -39,7 +39,7 @@ def test_a_schedule_that_cannot_be_is_refused(tiny_runner):
 
 
 def test_another_scheduler_equals_diffusers_with_it(tiny_folder, tiny_pipeline):
-    """A multistep scheduler, by `_target_`, against the reference pipeline with the same one put in."""
+    """A multistep scheduler, by `_target_`, against the reference pipeline with the same scheduler."""
     from diffusers import QwenImagePipeline, UniPCMultistepScheduler
 
     settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
