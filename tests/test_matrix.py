@@ -30,7 +30,7 @@ def bench(pool, fake) -> matrix.Bench:
 
 @pytest.fixture(scope="module")
 def check(request) -> Iterator[Callable[[str, Column, Found], None]]:
-    """Compare a cell with docs/matrix.md; with `--write-matrix` keep it, and write the page when all cells are there."""
+    """Compare a cell with docs/matrix.md; with `--write-matrix` keep all cells and write the page at the end."""
     if not request.config.getoption("--write-matrix"):
         page = matrix.read_cells()
         yield lambda name, column, found: matrix.compare_cell(page[name, str(column)], found, column.kind)

@@ -373,7 +373,8 @@ def read_cells() -> dict[tuple[str, str], str]:
         header, _, _, *rows = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("|")]
         for name, *texts in rows:
             for column, text in zip(header[1:], texts, strict=True):
-                cells[name, column.strip("`")] = re.sub(r"^– \((\d+)\)$", lambda number: notes[number[1]], text)
+                number = re.fullmatch(r"– \((\d+)\)", text)
+                cells[name, column.strip("`")] = notes[number[1]] if number else text
     return cells
 
 
