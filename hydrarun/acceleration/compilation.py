@@ -62,7 +62,7 @@ class CompileFull:
 
     name = "full"
     #: methods of `Transformer` that are compiled
-    pieces = ("through", "enter", "run", "finish")
+    pieces = ("forward_branch", "prepare", "run_blocks", "finish_branch")
 
     def __init__(
         self,

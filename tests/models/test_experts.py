@@ -1,4 +1,4 @@
-"""Which transformer a step calls. Where the other one is then: tests/memory/test_offload.py."""
+"""Which expert a step calls. Offloading of the other one: tests/acceleration/offload/test_strategies.py."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_a_prompt_that_stands_for_an_image_is_refused(subject):
     [("longcat_image", 512, 3584, 30 * 12), ("ovis_image", 256, 2048, 6 * 16 + 27 * 16)],
 )
 def test_a_plan_from_published_shapes(name, text, width_of_text, blocks):
-    """FLOPs: linear layers 2 x tokens x weights (half as many more for gated feed-forwards), attention 4 x tokens^2 x dim."""
+    """FLOPs: linear layers 2 x tokens x weights (gated feed-forwards half as many more), attention 4 x tokens^2."""
     config, _ = compose_unchecked([f"model={name}", "sampling.prompt=a", "sampling.height=1024", "sampling.width=1024"])
     made = plan_configuration(config, read_devices()["h100"], 1)
     assert made.asked is not None

@@ -306,7 +306,7 @@ def test_compiled_edits(subject, edited, whole):
     compiled = replace(subject, runner=Runner(compose_config(subject.overrides())))
     transformer = compiled.runner.built.parts.experts["transformer"]
     if whole:
-        for piece in ("through", "enter", "run", "finish"):
+        for piece in ("forward_branch", "prepare", "run_blocks", "finish_branch"):
             traced = torch.compile(getattr(transformer, piece), fullgraph=True, backend="eager", dynamic=False)
             setattr(transformer, piece, traced)
     else:

@@ -37,7 +37,7 @@ def reference_pipeline(subject, state):
 
 
 def reference(pipeline, state) -> tuple[torch.Tensor, np.ndarray]:
-    """Return final latents and output: pixels [N, F, H, W, 3] in 8 bits, or samples [N, samples, channels] in 16 bits."""
+    """Return final latents and output: 8-bit pixels [N, F, H, W, 3] or 16-bit samples [N, samples, channels]."""
     latents, drawn = tiny.reference_latents_and_pixels(pipeline, state)
     if state.input_images and pipeline.config.get("expand_timesteps"):  # the image is inserted after the loop
         latents = tiny.reference(pipeline, state, "latent")

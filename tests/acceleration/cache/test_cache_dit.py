@@ -197,7 +197,7 @@ def test_a_request_that_breaks_off_does_not_spoil_the_next(subject, one_cache):
     with pytest.raises(MemoryError):
         subject.draw(**{**guided(subject, 12), "seed": 9})
     handle.remove()
-    assert one_cache.results([1.0, 1.0, 1.0, 1.0])["computed_step_s"] == 1.0  # the steps that ran are recorded
+    assert one_cache.summarize([1.0, 1.0, 1.0, 1.0])["computed_step_s"] == 1.0  # the steps that ran are recorded
     assert torch.equal(subject.draw(**guided(subject, 12)).latents, fresh)
     assert record(subject) == found
 

@@ -82,7 +82,7 @@ class LateCopies:
     def record_compute(self) -> int:
         return next(self.moments)
 
-    def start(self, source: torch.Tensor, target: torch.Tensor, after: int) -> int:
+    def copy(self, source: torch.Tensor, target: torch.Tensor, after: int) -> int:
         target.fill_(255)  # NaN in every float
         moment = self.record_compute()
         self.pending[moment] = (source, target)
@@ -99,9 +99,7 @@ class LateCopies:
 def test_what_computes_waits_for_its_copy_and_a_copy_for_what_computes(deep, fake, monkeypatch):
     copies: list[LateCopies] = []
     monkeypatch.setattr(layerwise, "CopyStream", lambda device: copies.append(LateCopies(device)) or copies[-1])
-    turns: list[
-        tuple[int, int, int]
-    ] = []  # per use: its buffer, the number of copies started before its end, its end event
+    turns: list[tuple[int, int, int]] = []  # per use: buffer, copies started before its end, end event
     note = HostPrefetcher.used
 
     def noting(self: HostPrefetcher, held: Any) -> None:

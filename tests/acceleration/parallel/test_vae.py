@@ -133,10 +133,7 @@ def expected_bytes(name: str, way: str, x: Tensor, ranks: int) -> list[Counter[s
     def convolution(module: Any, args: Any) -> None:
         if module.kernel_size[-2] == 3:
             row = sum(part[..., 0, :].nbytes for part in args if part is not None)
-            down, up = (
-                row,
-                row if module.stride[-2] == 1 else 0,
-            )  # sent to the rank above, which reads below it, and to the rank below
+            down, up = row, row if module.stride[-2] == 1 else 0  # to the rank above, which reads down; to that below
             for rank in range(ranks):
                 sent[rank]["halo"] += down * (rank > 0) + up * (rank < others)
 

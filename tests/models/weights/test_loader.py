@@ -90,7 +90,7 @@ def test_sharded_checkpoint_equals_a_single_file(saved, tmp_path):
 
 @pytest.mark.parametrize(("rank", "heads", "inner"), [(0, (0, 32), (0, 96)), (1, (32, 48), (96, 192))])
 def test_a_rank_of_two_has_its_heads_and_its_inner_width(saved, rank, heads, inner):
-    """3 heads of 16 channels are split into 2 and 1: rows of the input projections, columns of the output projections."""
+    """3 heads of 16 channels are split into 2 and 1: rows of input projections, columns of output projections."""
     theirs = {name.removeprefix("transformer_blocks.1."): value for name, value in saved[0].state_dict().items()}
     ours = load(saved[1], axis=Axis(None, rank, 2)).blocks[1].image
     for leaf in ("weight", "bias"):
