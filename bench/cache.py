@@ -1,11 +1,11 @@
-"""What every cache saves and what it costs, in one run: forwards, wall time, PSNR, SSIM, accuracy, and fewer steps.
+"""Measures savings and quality of every cache: forwards, wall time, PSNR, SSIM, accuracy, compared with fewer steps.
 
     python bench/cache.py                       # the shipped demo model at 24 and 50 steps, and the wall times
-    python bench/cache.py --docs docs/cache.md  # the same, written into the page between its marks
+    python bench/cache.py --docs docs/cache.md  # the same, written between the marks of the page
     python bench/cache.py --only wall           # a larger transformer with random weights: what a skipped step costs
 
-Each prompt is drawn plain and with the cache, in turns: a wall ratio is the median over the prompts. Beside each cache
-stands the plain run with as many steps as the cache's forwards pay for: the line to beat.
+Each prompt is drawn plain and with the cache, alternately; a wall ratio is the median over the prompts. Each row also
+has the baseline to beat: the plain run with as many steps as the blocks of the cache pay for.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ OPTIONS = (
     "cache=dbprune",
 )
 
-#: those whose wall time is measured on random weights
+#: options whose wall time is measured with random weights
 WALL = (
     "cache=every_n",
     f"cache=every_n{SECOND_ORDER}",
@@ -79,7 +79,7 @@ HEADER = (
 
 
 class Demo:
-    """The demo model on prompts whose scenes it was not trained on, one picture at a time."""
+    """The demo model on held-out prompts, one picture at a time."""
 
     def __init__(self, steps: int, count: int) -> None:
         self.steps = steps
@@ -90,22 +90,22 @@ class Demo:
         self.plain = self.fewer(steps)
 
     def draw_fewer(self, steps: int) -> list[np.ndarray]:
-        """The plain run's pictures with another number of steps."""
+        """Draw the pictures of the plain run with `steps` steps."""
         states = [replace(state, num_inference_steps=steps) for state in self.prepared]
         return [self.picture(self.denoise(state, NoCache())[0]) for state in states]
 
     def denoise(self, prepared: State, cache: Cache) -> tuple[State, float]:
-        """The final latents, and seconds of the loop."""
+        """Return the final latents and the seconds of the loop."""
         start = time.perf_counter()
         denoised = self.draws.denoise(prepared, cache)
         return denoised, time.perf_counter() - start
 
     def picture(self, denoised: State) -> np.ndarray:
-        """`[1, H, W, 3]`."""
+        """Decode the latents to `[1, H, W, 3]`."""
         return self.draws.decode(denoised)[0]
 
     def node(self, option: str) -> dict[str, Any]:
-        """The option; TeaCache's coefficients are fitted here where the model's own are for other numbers of steps."""
+        """Return an option's config. Fits TeaCache's coefficients if the model's are for other numbers of steps."""
         node = compose_unchecked([f"sampling.num_inference_steps={self.steps}", *option.split()])[0]["cache"]
         known = (node.get("gate", {}).get("fit") or {}).get("num_inference_steps")
         if known and not known[0] <= self.steps <= known[1]:
@@ -113,7 +113,7 @@ class Demo:
         return node
 
     def coefficients(self) -> dict[str, list[float]]:
-        """As `hydrarun calibrate` makes them."""
+        """Fit coefficients as `hydrarun calibrate` does."""
         if "made" not in self.__dict__:
             generator = random.Random(7)
             scenes = [sample_scene(generator, held_out=False) for _ in range(20)]
@@ -121,7 +121,7 @@ class Demo:
         return self.made
 
     def row(self, option: str) -> tuple[str, ...]:
-        """Plain and cached in turns, prompt by prompt."""
+        """Run plain and cached alternately, prompt by prompt, and return a row of the table."""
         cache = instantiate(self.node(option), "cache")
         pictures, ratios, run, in_all, computed, forwards = [], [], 0, 0, 0, 0
         for prepared in self.prepared:
@@ -140,14 +140,14 @@ class Demo:
         return option, *shares, f"{statistics.median(ratios):.2f}", *ours, str(steps), psnr, right
 
     def quality(self, pictures: Sequence[np.ndarray]) -> tuple[str, str, str]:
-        """PSNR and SSIM against the plain run, and the judge's accuracy."""
+        """Format PSNR and SSIM against the plain run, and the judge's accuracy."""
         pairs = [compare_outputs(ours, twin, ("psnr", "ssim")) for ours, twin in zip(pictures, self.plain, strict=True)]
         psnr, ssim = (summarize_values([pair[name] for pair in pairs]).values() for name in ("psnr", "ssim"))
         right = measure_accuracy([frames[0] for frames in pictures], self.prompts)
         return " / ".join(f"{x:.1f}" for x in psnr), " / ".join(f"{x:.4f}" for x in ssim), f"{right:.1%}"
 
     def rows(self) -> Iterator[tuple[str, ...]]:
-        """The plain run repeated, then an option a row."""
+        """Yield the repeated plain run, then one row per option."""
         repeated = [self.picture(self.denoise(prepared, NoCache())[0]) for prepared in self.prepared]
         yield "none, drawn again", "100%", "100%", "1", *self.quality(repeated), "", "", ""
         for option in OPTIONS:
@@ -155,7 +155,7 @@ class Demo:
 
 
 def wall(rounds: int = 3, steps: int = 24) -> Iterator[tuple[str, ...]]:
-    """Wall time on random weights: plain and cached loops in turns; what a skipped step costs of a computed one."""
+    """Measure wall time with random weights, plain and cached alternately, and the relative cost of a skipped step."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {
         "num_layers": 24,
@@ -186,7 +186,7 @@ def wall(rounds: int = 3, steps: int = 24) -> Iterator[tuple[str, ...]]:
 
 @torch.inference_mode()
 def loop(transformer: QwenImageTransformer, cache: Cache, plan: Schedule) -> list[float]:
-    """Seconds of each step of a request that moves from noise to a fixed picture."""
+    """Return the seconds of each step of a request whose latents move from noise to a fixed picture."""
     generator = torch.Generator().manual_seed(1)
     noise, picture = (torch.randn(1, 256, 64, generator=generator) for _ in range(2))
     text = {"encoder_hidden_states": torch.randn(1, 32, 256, generator=generator), "encoder_hidden_states_mask": None}
@@ -203,7 +203,7 @@ def loop(transformer: QwenImageTransformer, cache: Cache, plan: Schedule) -> lis
 
 
 def tables(arguments: argparse.Namespace) -> Iterator[Table]:
-    """What was asked for, shown row by row as it is measured."""
+    """Yield the requested tables; rows are printed as they are measured."""
     for steps in () if arguments.only == "wall" else arguments.steps:
         title = f"{steps} steps, the demo model, guidance 2, {arguments.prompts} held-out prompts"
         yield Table(title, HEADER, [shown(row) for row in Demo(steps, arguments.prompts).rows()])
@@ -222,7 +222,7 @@ def shown(row: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def machine() -> str:
-    """Where this was measured."""
+    """Describe the machine."""
     return f"Measured on {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32."
 
 
@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--docs", type=Path, help="a page with marks <!-- bench/cache.py: 24 steps -->, <!-- end -->")
     arguments = parser.parse_args()
-    for table in tables(arguments):  # each is kept as soon as it is made
+    for table in tables(arguments):  # each table is written as soon as it is complete
         print(f"\n{format_plain(table)}\n\n{machine()}\n", flush=True)
         if arguments.docs:
             name = re.sub(r",.*", "", table.title)

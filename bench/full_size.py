@@ -1,7 +1,7 @@
-"""A model at its published size with random weights, and loops over it: diffusers' own, and ours, accelerated.
+"""A model at its published size with random weights, and its denoising loops: diffusers', and ours with accelerations.
 
-No checkpoint is read. All rows share one set of weights (bench/shared_weights.py), the noise that they start from and
-the random text. diffusers' loop is its own pipeline, given embedded prompts; ours are the stages of a run between
+No checkpoint is read. All rows share the weights (bench/shared_weights.py), the initial noise and the random text
+embeddings. The loop of diffusers is its own pipeline with embedded prompts. Ours are the stages of a run between
 encoding and decoding.
 """
 
@@ -37,7 +37,7 @@ from hydrarun.pipeline.stage import Components, Stage, run_stages
 
 @dataclass(frozen=True)
 class Case:
-    """A model option with a size, tokens of text in each branch, and what a reader must know."""
+    """A model option with a size, the number of text tokens per branch, and a note for the table."""
 
     model: str
     width: int
@@ -52,7 +52,7 @@ CASES = {
     "wan22_480p": Case("wan22_t2v_a14b", 832, 480, 512, ", 81 frames, one of the two experts for all steps"),
 }
 
-#: diffusers' arguments for what our transformers take of a text; and the keys of config.json that say how wide it is
+#: our transformers' text inputs: the arguments of diffusers, and the keys of config.json for their width
 TEXT = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
 WIDTHS = {
     "encoder_hidden_states": ("joint_attention_dim", "text_dim"),
@@ -60,8 +60,8 @@ WIDTHS = {
 }
 
 REFERENCE, COMPILED = "diffusers", "diffusers compiled"
-CACHE = ("cache=every_n", "cache/predictor=taylor", "cache.gate.last=0")  # half of an even number of steps
-#: our rows and what they add to a plain run
+CACHE = ("cache=every_n", "cache/predictor=taylor", "cache.gate.last=0")  # half of the steps, if their number is even
+#: our rows, with the accelerations they add to a plain run
 OURS: dict[str, tuple[str, ...]] = {
     "hydrarun": (),
     "+compile": ("compile",),
@@ -76,21 +76,21 @@ ROWS = (REFERENCE, COMPILED, *OURS)
 
 @dataclass
 class Row:
-    """A loop that is ready to run, and what was seen of it."""
+    """A loop that is ready to run, and its measurements."""
 
     transformer: Any
-    #: diffusers' pipeline, or the parts of ours
+    #: the pipeline of diffusers, or our `Components`
     runs: Any
     #: overrides of the cache
     cache: tuple[str, ...] = ()
-    #: bytes of its own weights, as if it were alone, and the most that it allocated beside
+    #: bytes of its weights, shared or not, plus its largest allocation in addition to them
     peak: int = 0
-    #: in each round, a skipped step's time in parts of a computed one's
+    #: in each round, the time of a skipped step divided by that of a computed step
     skipped: list[float] = field(default_factory=list)
 
 
 class Bench:
-    """All rows of a case; each is built when it is first drawn. `blocks` of each list and `heads`: None for all."""
+    """All rows of a case, built at first use. `blocks` (of each list) and `heads`: None for the published ones."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class Bench:
         self.guidance = instantiate(self.model["guidance"], "model.guidance")
         nodes = enumerate(self.model["stages"])
         stages: list[Stage] = [instantiate(node, f"model.stages[{index}]") for index, node in nodes]
-        #: those between the text encoder and the VAE
+        #: the stages between text encoder and VAE
         self.stages = [stage for stage in stages if not {"text_encoder", "vae"} & set(stage.uses)]
         self.state = make_state({**config["sampling"], "prompt": ""})
         self.generator = torch.Generator().manual_seed(0)
@@ -126,7 +126,7 @@ class Bench:
         self.rows: dict[str, Row] = {}
 
     def text(self, name: str) -> Tensor | None:
-        """Random numbers for what a text encoder would give under that name; None for a mask: nothing is padded."""
+        """Return random values in the shape of a text encoder's output; None for a mask, because nothing is padded."""
         if name not in WIDTHS:
             return None
         config = self.configs.components["transformer"]
@@ -135,7 +135,7 @@ class Bench:
         return torch.randn(1, *tokens, width, generator=self.generator).to(self.device, self.dtype)
 
     def parts(self, transformer: Any, device: torch.device) -> Components:
-        """What a run would have built; of the VAE there is only its config."""
+        """Return the components of a run; the VAE is on the meta device, for its config only."""
         with torch.device("meta"), quiet_libraries():
             vae = self.configs.cls("vae").from_config(self.configs.components["vae"])
         pipeline = SimpleNamespace(scheduler=self.scheduler(), vae=vae)
@@ -149,22 +149,22 @@ class Bench:
 
     @cached_property
     def weights(self) -> Any:
-        """Ours, on which all others are made."""
+        """Our transformer, whose weights all rows share."""
         return random_transformer(self.cls, self.configs, self.device, self.dtype)
 
     @cached_property
     def reference(self) -> Any:
-        """diffusers'."""
+        """The transformer of diffusers."""
         return diffusers_transformer(self.weights, self.configs, self.device)
 
     @cached_property
     def eight_bits(self) -> Any:
-        """Ours, quantized; raises `UsageError` where the device cannot compute with it."""
+        """Our transformer, quantized. Raises `UsageError` if the device does not support it."""
         node = compose_unchecked(["quantization=fp8"])[0]["quantization"]
         return quantized(self.weights, instantiate(node, "quantization"), self.device)
 
     def work(self) -> Work:
-        """Of one step with all its branches, counted where there are no numbers."""
+        """Count the work of one step with all its branches, on the meta device."""
         meter = Meter()
         transformer = build_meta_transformer(self.cls, self.configs, "transformer", self.dtype, None)
         meter.leave_out(transformer)
@@ -178,13 +178,13 @@ class Bench:
         return sum((act.work for act in acts), Work()) * (1 / state.num_inference_steps)
 
     def row(self, name: str) -> Row:
-        """Raises `UsageError` for what the device or the model cannot do."""
+        """Return the row, building it if needed. Raises `UsageError` if the device or the model does not support it."""
         if name not in self.rows:
             self.rows[name] = self.ours(OURS[name]) if name in OURS else self.diffusers(name == COMPILED)
         return self.rows[name]
 
     def diffusers(self, compiled: bool) -> Row:
-        """Its pipeline without text encoder and VAE."""
+        """Build the pipeline of diffusers without text encoder and VAE."""
         transformer = twin(self.reference)
         if compiled:
             transformer.compile_repeated_blocks(fullgraph=True)
@@ -196,7 +196,7 @@ class Bench:
         return Row(transformer, pipeline)
 
     def ours(self, settings: tuple[str, ...]) -> Row:
-        """A run's parts with these accelerations."""
+        """Build the components of a run with these accelerations."""
         transformer = twin(self.eight_bits if "fp8" in settings else self.weights)
         parts = self.parts(transformer, self.device)
         if "tables" in settings:
@@ -209,7 +209,7 @@ class Bench:
         return Row(transformer, parts, CACHE if "cache" in settings else ())
 
     def draw(self, name: str) -> Drawn:
-        """One loop; its peak is kept."""
+        """Run one loop and record its peak memory."""
         row, loop = self.row(name), self.our_loop if name in OURS else self.their_loop
         if self.device.type == "cpu":
             return loop(row)

@@ -1,12 +1,12 @@
-"""Our denoising loop against diffusers' at full size, with random weights: what each acceleration gains on a GPU.
+"""Compares our denoising loop with diffusers' at full size, with random weights: gains of each acceleration on a GPU.
 
     python bench/gpu.py                                              # Qwen-Image, 1024 x 1024, guidance, 50 steps
     python bench/gpu.py --model flux_dev --steps 20 --rounds 5       # or wan22_480p
     python bench/gpu.py --docs docs/performance.md                   # the table written into the page
-    python bench/gpu.py --device cpu --blocks 2 --heads 2 --size 64 --steps 4    # small: does it run at all
+    python bench/gpu.py --device cpu --blocks 2 --heads 2 --size 64 --steps 4    # a small check that it runs
 
-No checkpoint is read (bench/full_size.py). Every step is synchronised; each row runs once in every round, after one
-that warms up. docs/performance.md says how to read the columns.
+No checkpoint is read (bench/full_size.py). Every step is synchronized. Each row runs once per round, after a warm-up
+round. docs/performance.md explains the columns.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ HEADER = (
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
-    """Floating-point operations per second: the best of some products of two square matrices."""
+    """Return the floating-point operations per second of the fastest of 20 products of two square matrices."""
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     seconds = []
     for _ in range(20):
@@ -53,7 +53,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
 
 
 def measure(bench: Bench, rows: Sequence[str], rounds: int, rate: float) -> tuple[Table, str]:
-    """The table, and what belongs below it: the floor at `rate` operations a second, and why rows are missing."""
+    """Return the table and the text below it: the floor at `rate` operations per second, and why rows are missing."""
     work = bench.work()
     floor = work.flops / rate
     found, reasons = in_turns({name: partial(bench.draw, name) for name in rows}, rounds)
@@ -70,7 +70,7 @@ def measure(bench: Bench, rows: Sequence[str], rounds: int, rate: float) -> tupl
 
 
 def line(name: str, drawn: Sequence[Drawn], reference: Sequence[Drawn], row: Row, floor: float) -> tuple[str, ...]:
-    """A row of the table. A round's time is the mean of its steps, which a cache makes unequal."""
+    """Format a row. The time of a round is the mean of its steps, because a cache makes them unequal."""
     values, theirs = ([statistics.mean(one.steps) for one in each] for each in (drawn, reference))
     median = statistics.median(values)
     return (
@@ -86,7 +86,7 @@ def line(name: str, drawn: Sequence[Drawn], reference: Sequence[Drawn], row: Row
 
 
 def title(bench: Bench, rounds: int) -> str:
-    """What was run."""
+    """Return the title of the table."""
     case, state = bench.case, bench.state
     return (
         f"{case.model}, {case.width} x {case.height}{case.note}, {case.text} tokens of text, branches"

@@ -1,11 +1,11 @@
-"""How fast weights are loaded, against `cat` of the same files: GB/s of both, in turns, from the system's file cache.
+"""Measures the speed of weight loading and of `cat` of the same files: GB/s, alternately, from the file cache.
 
     python bench/load.py                                     # 2.7 GB of random weights in a temporary folder
     python bench/load.py FOLDER --model wan22_t2v_a14b       # the folder of a checkpoint's transformer
     python bench/load.py --dtype float32 --device cuda       # converted; to another device
 
-Each is read once before the first round, so that the cache holds what fits. `cat` copies into one small buffer: that
-and no more is its work. Loading also gets the memory that stays, from a system that fills it with zeros first.
+A warm-up round fills the file cache. `cat` only copies into one small buffer. Loading also allocates the memory of the
+weights, which the system first fills with zeros.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from hydrarun.models.weights.safetensors import Checkpoint
 
 
 def save_random(cls: Any, folder: Path, blocks: int) -> None:
-    """A bfloat16 checkpoint of `cls` at its published width with so many blocks, a file for each."""
+    """Save a bfloat16 checkpoint of `cls` at its published width with `blocks` blocks, one file per block."""
     settings = {"num_layers": blocks}
     with torch.device("meta"):
         transformer = cls(**settings)
@@ -54,14 +54,14 @@ def save_random(cls: Any, folder: Path, blocks: int) -> None:
 
 
 def cat(files: Sequence[Path]) -> float:
-    """Seconds of `cat FILES > /dev/null`."""
+    """Return the seconds of `cat FILES > /dev/null`."""
     start = time.perf_counter()
     subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - start
 
 
 def load(cls: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of ours."""
+    """Return the seconds of our loader."""
     options = {"device": device, "dtype": dtype, "note": print}
     start = time.perf_counter()
     with Progress(quiet=True).reading("loading") as tally, ThreadPool() as pool:
@@ -70,7 +70,7 @@ def load(cls: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> fl
 
 
 def measure(cls: Any, folder: Path, arguments: argparse.Namespace) -> Table:
-    """GB/s of both, and the ratio of each round."""
+    """Return a table with GB/s of both, and the median ratio."""
     headers = Checkpoint(folder).headers
     files = sorted({header.path for header in headers.values()})
     size = sum(file.stat().st_size for file in files) / 1e9

@@ -1,12 +1,12 @@
-"""Our denoising loop against diffusers' own: same checkpoint, same inputs, one process, in turns.
+"""Compares our denoising loop with diffusers': same checkpoint, same inputs, one process, alternately.
 
     python bench/loop.py                                                           # the shipped demo model
     python bench/loop.py model=flux_dev model.path=FOLDER sampling.prompt="a cat"   # any model option
     python bench/loop.py --rows plain bfloat16                                     # some of the rows
 
-Rows: ours as the options say (`plain`), compiled, in bfloat16, quantized, offloaded; and diffusers' plain and in
-bfloat16. Ratio and difference are to diffusers' loop in the same dtype. A round's time is the median of its steps.
-Every row holds its own weights: where that is too much, name some.
+Rows: ours with the given options (`plain`), compiled, in bfloat16, quantized, offloaded; diffusers' plain and in
+bfloat16. Ratio and difference are to diffusers' loop in the same dtype. The time of a round is the median of its steps.
+Every row has its own weights; if memory is short, select rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hydrarun.pipeline.components import quiet_libraries
 from hydrarun.pipeline.state import State
 
 REFERENCE, NARROW = "diffusers", "diffusers bfloat16"
-#: our rows, by what they change
+#: our rows, with the overrides they add
 ROWS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "compiled": ("compile=blocks",),
@@ -45,7 +45,7 @@ HEADER = ("loop", "ms per step", "min - max", "ratio to diffusers", "difference"
 
 
 class Loops:
-    """Every row's runner, and diffusers' pipelines by their dtypes; each is made when it is first drawn."""
+    """The runner of each row, and diffusers' pipelines by dtype, built at their first use."""
 
     def __init__(self, overrides: Sequence[str]) -> None:
         self.overrides = overrides
@@ -53,13 +53,13 @@ class Loops:
         self.pipelines: dict[torch.dtype, Any] = {}
 
     def runner(self, name: str) -> Runner:
-        """Raises `UsageError` for what does not go together."""
+        """Return the runner of a row. Raises `UsageError` for incompatible settings."""
         if name not in self.runners:
             self.runners[name] = Runner(compose_config([*self.overrides, *ROWS[name]]))
         return self.runners[name]
 
     def draw(self, name: str) -> Drawn:
-        """Our row of that name, or diffusers' loop beside it."""
+        """Run our row of that name, or diffusers' loop."""
         return self.ours(name) if name in ROWS else self.diffusers("bfloat16" if name == NARROW else "plain")
 
     def ours(self, name: str) -> Drawn:
@@ -73,7 +73,7 @@ class Loops:
         return runner.prepare_state(runner.config, runner.read_images(runner.config))
 
     def diffusers(self, name: str) -> Drawn:
-        """The same request by diffusers' pipeline, in the dtype of our row `name`."""
+        """Run the same request with diffusers' pipeline, in the dtype of our row `name`."""
         parts, state = self.runner(name).built.parts, self.state(name)
         if parts.dtype not in self.pipelines:
             self.pipelines[parts.dtype] = reference(self.runner(name))
@@ -83,7 +83,7 @@ class Loops:
         return theirs(pipeline, pipeline.transformer, given, parts.device)
 
     def beside(self, name: str) -> str:
-        """diffusers' loop in the row's dtype."""
+        """Return the name of diffusers' loop in the dtype of the row."""
         if name not in ROWS:
             return name
         same = self.runner(name).built.parts.dtype == self.runner("plain").built.parts.dtype
@@ -91,7 +91,7 @@ class Loops:
 
 
 def reference(runner: Runner) -> Any:
-    """diffusers' pipeline on the same checkpoint; a processor is ours, as theirs may need torchvision."""
+    """Load diffusers' pipeline from the same checkpoint, with our processor, because theirs may need torchvision."""
     parts = runner.built.parts
     ours = {"processor": parts.pipeline.processor} if hasattr(parts.pipeline, "processor") else {}
     kinds = {"default": parts.dtype, "vae": parts.pipeline.vae.dtype}
@@ -102,7 +102,7 @@ def reference(runner: Runner) -> Any:
 
 
 def measure(loops: Loops, rows: Sequence[str], rounds: int) -> tuple[Table, str]:
-    """The table, and why rows are missing."""
+    """Return the table, and the reasons for missing rows."""
     found, reasons = in_turns({name: partial(loops.draw, name) for name in rows}, rounds)
     if REFERENCE not in found:
         raise SystemExit(f"{REFERENCE}: {reasons[REFERENCE]}")

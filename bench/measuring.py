@@ -1,4 +1,4 @@
-"""What the benches share: loops that are measured in turns, medians, the machine's name, tables in a page."""
+"""Shared code of the benches: alternating measurements, medians, a description of the machine, tables in a page."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from hydrarun.pipeline.state import State
 
 
 class Drawn(NamedTuple):
-    """Seconds of each step of a denoising loop, and the latents that it ends with."""
+    """Seconds of each step of a denoising loop, and its final latents."""
 
     steps: list[float]
     latents: Tensor
 
 
 def theirs(pipeline: Any, transformer: Any, given: Mapping[str, Any], device: torch.device) -> Drawn:
-    """diffusers' own loop, each step synchronised as ours are. `given`: arguments of the pipeline's call."""
+    """Run diffusers' loop, synchronizing after each step like ours. `given`: arguments of the pipeline's call."""
     moments: list[float] = []
 
     def note(*_: Any) -> None:
@@ -55,7 +55,7 @@ def theirs(pipeline: Any, transformer: Any, given: Mapping[str, Any], device: to
 
 
 def asked(pipeline: Any, state: State, **texts: Any) -> dict[str, Any]:
-    """A request as diffusers' call takes it, with the noise that ours starts from; what it lacks is left out."""
+    """Return a request as arguments that diffusers' call accepts, with the same initial noise."""
     accepted = inspect.signature(pipeline.__call__).parameters
     given = {name: getattr(state, name) for name in PLAIN} | texts
     generators = [torch.Generator().manual_seed(seed) for seed in state.seeds]
@@ -66,7 +66,7 @@ def asked(pipeline: Any, state: State, **texts: Any) -> dict[str, Any]:
 def in_turns(
     loops: Mapping[str, Callable[[], Drawn]], rounds: int, say: Callable[[str], None] = print
 ) -> tuple[dict[str, list[Drawn]], dict[str, str]]:
-    """Each loop once in every round, A B A B, after a round that warms them up; and why a loop cannot run, by name."""
+    """Run each loop once per round (A B A B), after a warm-up round. Return results, and errors of failed loops."""
     results: dict[str, list[Drawn]] = {}
     reasons: dict[str, str] = {}
     for name, loop in loops.items():
@@ -75,7 +75,7 @@ def in_turns(
             loop()
             results[name] = []
             say(f"warmed up: {name}, {time.perf_counter() - start:.1f} s")
-        except (UsageError, RunError, RuntimeError) as error:  # the last are torch's: out of memory, compilers
+        except (UsageError, RunError, RuntimeError) as error:  # RuntimeError is torch's: out of memory, compiler errors
             reasons[name] = first_line(error)
             say(f"cannot run: {name}: {reasons[name]}")
     for _ in range(rounds):
@@ -85,27 +85,27 @@ def in_turns(
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """Return the first line of an error message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def missing(reasons: Mapping[str, str]) -> str:
-    """Why rows are not in a table, in sentences."""
+    """Return a sentence for each row that could not run."""
     return " ".join(f"`{name}` could not run: {reason.rstrip('.')}." for name, reason in reasons.items())
 
 
 def ratio(ours: Sequence[float], others: Sequence[float]) -> float:
-    """The median of what the rounds give: neighbours in time are compared."""
+    """Return the median of the per-round ratios, so that measurements close in time are compared."""
     return statistics.median(a / b for a, b in zip(ours, others, strict=True))
 
 
 def difference(ours: Sequence[Drawn], others: Sequence[Drawn]) -> float:
-    """The largest difference between final latents, over all rounds."""
+    """Return the largest difference between final latents, over all rounds."""
     return max((a.latents - b.latents).abs().max().item() for a, b in zip(ours, others, strict=True))
 
 
 def machine(device: torch.device) -> str:
-    """Where and when something is measured, and with what; the load is that of the last minute."""
+    """Describe the machine, the versions, the date and the load of the last minute."""
     facts, known = describe_hardware(str(device)), collect_versions()
     name = facts["gpu"] if "gpu" in facts else f"{facts['cpu']}, {facts['torch_threads']} threads"
     libraries = ", ".join(f"{library} {known[library]}" for library in ("torch", "diffusers"))
@@ -113,7 +113,7 @@ def machine(device: torch.device) -> str:
 
 
 def keep(page: Path, mark: str, text: str) -> None:
-    """Put the text between the page's marks `<!-- MARK -->` and `<!-- end -->`."""
+    """Write the text between the marks `<!-- MARK -->` and `<!-- end -->` of a page."""
     before, found, rest = page.read_text(encoding="utf-8").partition(f"<!-- {mark} -->\n")
     _, end, after = rest.partition("<!-- end -->\n")
     if not found or not end:

@@ -1,13 +1,14 @@
-"""How long a run would take on 1 to 64 GPUs, in every layout that fits, predicted from one device's time and the links.
+"""Predicts the time of a run on 1 to 64 GPUs in every possible layout, from the time of one device and link bandwidths.
 
     python bench/scaling.py                                            # two cases, from a published time on one GPU
     python bench/scaling.py --case wan22_720p --step-seconds 14.2      # from a time measured on yours (bench/loop.py)
     python bench/scaling.py --node-gbs 450 --network-gbs 50 --fixed-seconds 19
 
-Nothing is measured here. Compute is one device's seconds per step, shared out by floating-point operations, which torch
-counts on a transformer without weights; communication is the bytes of the formulas in hydrarun/parallel, divided by the
-bandwidth per GPU: inside a node for what fits there, between nodes for the rest. No latencies, no kernels that get less
-efficient when small, nothing overlapped but the ring's turns: real machines are slower. Published times stand beside.
+Nothing is measured. Compute is the seconds per step of one device, divided by floating-point operations, which torch
+counts on a transformer without weights. Communication is the bytes of the formulas in hydrarun/acceleration/parallel,
+divided by the bandwidth per GPU: within a node if the group fits, otherwise between nodes. Latencies and the lower
+efficiency of small kernels are ignored, and only the ring's transfers overlap with compute. Real machines are slower.
+Published times are shown for comparison.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ BYTES = 2  # of an activation: bfloat16
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One request. `dim`, `heads`, `blocks`: of the transformer; `spread`: whether its text is cut like the latents."""
+    """One request. `dim`, `heads`, `blocks`: of the transformer; `spread`: whether text is sharded like the latents."""
 
     name: str
     steps: int
@@ -68,7 +69,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of each method."""
+    """The degree of each method."""
 
     cfg: int
     ring: int
@@ -86,7 +87,7 @@ class Layout:
 
 @cache
 def flops(case: Case) -> tuple[float, float]:
-    """Floating-point operations of one forward, and attention's part of them, counted by torch on the meta device."""
+    """Return the floating-point operations of one forward and attention's share, counted on the meta device."""
     text_dim = 3584 if case.spread else 4096
     inputs: dict[str, Any] = {"encoder_hidden_states": torch.empty(1, case.text, text_dim, device="meta")}
     with torch.device("meta"):
@@ -104,7 +105,7 @@ def flops(case: Case) -> tuple[float, float]:
 
 
 def layouts(case: Case, ranks: int) -> Iterator[Layout]:
-    """Every product of degrees that makes so many ranks; heads stay whole, tensor parallel stays in a node."""
+    """Yield every layout with `ranks` ranks. Heads are not split, and tensor parallelism stays within a node."""
     powers = [1, 2, 4, 8, 16, 32, 64]
     for cfg, ring, ulysses, tensor in itertools.product((1, 2), powers, powers, (1, 2, 4, 8)):
         layout = Layout(cfg, ring, ulysses, tensor)
@@ -113,14 +114,14 @@ def layouts(case: Case, ranks: int) -> Iterator[Layout]:
 
 
 def step_seconds(case: Case, layout: Layout, one_device: float, node: float, network: float) -> float:
-    """One step with two branches: compute shared out, then what is sent, by the formulas of hydrarun/parallel.
+    """Return the seconds of one step with two branches: divided compute plus transfers.
 
-    The ring's turns hide behind the attention that they feed.
+    The bytes follow the formulas in hydrarun/acceleration/parallel. The ring's transfers overlap with attention.
     """
     parts = layout.ring * layout.ulysses
     forward = one_device / 2 / (parts * layout.tensor)
     joint = case.tokens + (case.text if case.spread else 0)
-    here = joint / parts * case.dim * BYTES  # one rank's own activations [s, D]
+    here = joint / parts * case.dim * BYTES  # bytes of one rank's activations [s, D]
 
     def link(span: int) -> float:
         return node if span <= NODE else network
@@ -137,7 +138,7 @@ def step_seconds(case: Case, layout: Layout, one_device: float, node: float, net
 
 
 def show(case: Case, one_device: float, arguments: argparse.Namespace, console: Console) -> None:
-    """The table of a case: for each number of GPUs the best three layouts, and Ulysses alone."""
+    """Print the table of a case: for each number of GPUs the best three layouts, and Ulysses alone."""
     node, network = arguments.node_gbs * 1e9, arguments.network_gbs * 1e9
     table = Table("GPUs", "layout", "s per step", "s per run", "speed-up", "published s")
     whole = case.steps * one_device + arguments.fixed_seconds

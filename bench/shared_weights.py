@@ -1,6 +1,6 @@
-"""Transformers that share one set of random weights, ours and diffusers': so that many rows fit a device together.
+"""Our transformers and diffusers' with one shared set of random weights, so that many rows fit on a device.
 
-Fused weights are kept as ours need them; diffusers' are views of them.
+Weights are stored in our fused layout; diffusers' weights are views of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hydrarun.pipeline.components import quiet_libraries
 
 
 def smaller(configs: ComponentConfigs, blocks: int | None, heads: int | None) -> ComponentConfigs:
-    """The same with a transformer of so many blocks in each list, and heads; None: as published."""
+    """Return configs whose transformer has `blocks` blocks in each list and `heads` heads; None: as published."""
     config = configs.components["transformer"]
     depths = {key: blocks for key in DEPTHS if blocks and key in config}
     widths = {"num_attention_heads": heads} if heads else {}
@@ -35,8 +35,10 @@ def smaller(configs: ComponentConfigs, blocks: int | None, heads: int | None) ->
 def random_transformer(
     cls: type[Transformer], configs: ComponentConfigs, device: torch.device, dtype: torch.dtype
 ) -> Any:
-    """Ours, with weights drawn on the device so that values neither grow nor vanish: the variance of a layer's input
-    is that of its output, norms and tables are near one and zero."""
+    """Build our transformer with random weights on the device, scaled so that activations neither grow nor vanish.
+
+    Matrices preserve the variance of their input. Norm weights are near one, biases near zero.
+    """
     transformer = build_meta_transformer(cls, configs, "transformer", dtype, None)
     torch.manual_seed(0)
     for name, parameter in list(transformer.named_parameters()):
@@ -50,7 +52,7 @@ def random_transformer(
 
 
 def diffusers_transformer(transformer: Transformer, configs: ComponentConfigs, device: torch.device) -> Any:
-    """diffusers' transformer on the weights of ours, by the map that loads its checkpoints."""
+    """Build diffusers' transformer on the weights of ours, using the weight map for its checkpoints."""
     cls, config = configs.cls("transformer"), configs.components["transformer"]
     with quiet_libraries():
         with torch.device("meta"):
@@ -58,7 +60,7 @@ def diffusers_transformer(transformer: Transformer, configs: ComponentConfigs, d
         small = cls.from_config(config | {key: 0 for key in DEPTHS if key in config})
     for name, module in small.named_children():
         if not isinstance(module, nn.ModuleList) and not any(True for _ in module.parameters()):
-            setattr(theirs, name, module.to(device))  # positions: numbers that are no weights
+            setattr(theirs, name, module.to(device))  # positions: buffers without weights
     for name, parameter in transformer.named_parameters():
         for piece in find_placement(transformer, name, tuple(parameter.shape)).pieces:
             set_parameter(theirs, piece.source, parameter.data[piece.put])
@@ -66,13 +68,13 @@ def diffusers_transformer(transformer: Transformer, configs: ComponentConfigs, d
 
 
 def twin(module: Any) -> Any:
-    """A copy that shares all weights, to be compiled, or have tables put in, by itself."""
+    """Copy a module without its weights, which are shared. The copy can be compiled or get tables independently."""
     tensors = (*module.parameters(), *module.buffers())
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def quantized(transformer: Transformer, quantization: TorchAO, device: torch.device) -> Transformer:
-    """A twin with weights in 8 bits where they are quantized. Raises `UsageError` where the device cannot."""
+    """Return a copy with quantized weights. Raises `UsageError` if the device does not support them."""
     quantization.prepare(device)
     changed = twin(transformer)
     for name, _ in list(changed.named_parameters()):
@@ -81,7 +83,7 @@ def quantized(transformer: Transformer, quantization: TorchAO, device: torch.dev
 
 
 class SharedTables(ModulationTables):
-    """Modulation tables from weights that are there for other rows, instead of files."""
+    """Modulation tables computed from the weights in memory, which other rows use, instead of files."""
 
     def __init__(self, transformer: Transformer, dtype: torch.dtype) -> None:
         self.transformer = transformer
@@ -95,5 +97,5 @@ class SharedTables(ModulationTables):
 
 
 def own_bytes(module: nn.Module) -> int:
-    """What a model's weights and tables take, shared or not."""
+    """Return the bytes of a model's weights and tables, shared or not."""
     return sum(count_stored_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))

@@ -1,10 +1,10 @@
-"""What a point of a warm sweep takes beyond a bare `runner.generate` of the same picture, in one process, in turns.
+"""Measures the overhead of a sweep point over `runner.generate` of the same picture, alternately, in one process.
 
     python bench/sweep.py                                      # the shipped demo model, 64 x 64
     python bench/sweep.py sampling.num_inference_steps=8 --rounds 9
 
-A sweep of one point and one of three, both with the weights loaded already: their difference is two points, with what
-Hydra composes, checks, run.json and the files. It prints each and what of it is the picture itself.
+Runs sweeps of one and of three points with the weights already loaded. Their difference is two points: Hydra's
+composition, checks, drawing, run.json and the files. Prints the time of `runner.generate` and of a point.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DEFAULT = ("device=cpu", "sampling.height=64", "sampling.width=64")
 
 
 def swept(overrides: Sequence[str], points: int) -> float:
-    """Seconds of a sweep over so many seeds, by what is loaded."""
+    """Return the seconds of a sweep over `points` seeds, with the weights loaded."""
     seeds = f"sampling.seed={','.join(map(str, range(points)))}"
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silence, redirect_stderr(silence):
         start = time.perf_counter()
@@ -41,7 +41,7 @@ def swept(overrides: Sequence[str], points: int) -> float:
 
 
 def generated(runner: Runner) -> float:
-    """Seconds of the same picture, without a sweep."""
+    """Return the seconds of the same picture, without a sweep."""
     start = time.perf_counter()
     runner.generate(seed=1)
     return time.perf_counter() - start

@@ -1,10 +1,10 @@
-"""Train the demo text-to-image model from nothing and write it as a QwenImagePipeline folder.
+"""Train the demo text-to-image model from scratch and write it as a QwenImagePipeline folder.
 
     python tools/train_demo.py --work DIR --out weights/demo [--minutes 90]
 
-Stages: tokenizer, vae, pool, transformer, refine (the decoder), save, judge. A stage whose result lies in the work
-folder is not done again, and the transformer continues from its last checkpoint, so a killed run goes on where it was.
-`--stage` does one alone.
+Stages: tokenizer, vae, pool, transformer, refine (the decoder), save, judge. A stage whose result is in the work folder
+is skipped, and the transformer continues from its last checkpoint, so a killed run can be resumed. `--stage` runs one
+stage.
 """
 
 from __future__ import annotations

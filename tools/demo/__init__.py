@@ -1,1 +1,1 @@
-"""Parts of the training tool for the demo model: see tools/train_demo.py."""
+"""Modules of the training tool for the demo model, see tools/train_demo.py."""

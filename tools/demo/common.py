@@ -1,4 +1,4 @@
-"""What the two training loops share: worker processes, gradient averaging and the Muon update."""
+"""Code shared by the two training loops: worker processes, gradient averaging and the Muon update."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MUON_MOMENTUM = 0.95
 
 
 def log(text: str) -> None:
-    """Print a line with the time of day, at once, so that a log file can be followed."""
+    """Print a line with the time of day, unbuffered, so that a log file can be followed."""
     print(time.strftime("%H:%M:%S"), text, flush=True)
 
 
@@ -25,15 +25,15 @@ def default_device() -> torch.device:
 
 
 def default_workers() -> int:
-    """One process for a GPU; on a CPU one single-threaded process per core, four at most.
+    """Return 1 for a GPU; on a CPU one single-threaded process per core, at most four.
 
-    Small models lose more to thread synchronisation than they gain, so processes beat threads here.
+    For small models thread synchronization costs more than threads gain, so processes are faster.
     """
     return 1 if torch.cuda.is_available() else max(1, min(4, os.cpu_count() or 1))
 
 
 def launch(function: Callable[..., None], workers: int, *args: Any) -> None:
-    """Run `function(rank, workers, *args)` in that many processes of one gloo group; in this process if it is one."""
+    """Run `function(rank, workers, *args)` in `workers` processes of a gloo group, or here for one worker."""
     if workers == 1:
         function(0, 1, *args)
         return
@@ -53,7 +53,7 @@ def _worker(rank: int, workers: int, port: int, function: Callable[..., None], a
 
 
 def average_gradients(parameters: Sequence[torch.nn.Parameter], workers: int) -> None:
-    """Replace each gradient by its mean over the workers, in one exchange."""
+    """Replace each gradient by its mean over the workers, with one all-reduce."""
     if workers == 1:
         return
     owners = [p for p in parameters if p.grad is not None]
@@ -67,7 +67,7 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter], workers: int) ->
 
 
 def agree(value: float, workers: int) -> float:
-    """The first worker's value, so that all of them see the same clock and stop at the same step."""
+    """Return the first worker's value, so that all workers use the same clock and stop at the same step."""
     if workers == 1:
         return value
     shared = torch.tensor(value, dtype=torch.float64)
@@ -76,7 +76,7 @@ def agree(value: float, workers: int) -> float:
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Nearest (semi-)orthogonal matrices, roughly, by four quintic Newton-Schulz steps: [n, rows, columns] -> same.
+    """Approximate the nearest (semi-)orthogonal matrices [n, rows, columns] by four quintic Newton-Schulz steps.
 
     The result is scaled so that an update changes tall matrices as much as wide ones (the Muon rule).
     """

@@ -1,4 +1,4 @@
-"""Train transformer and text encoder together by flow matching on the pre-encoded pool, for a given time."""
+"""Trains transformer and text encoder together by flow matching on the pre-encoded pool, for a given time."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from demo.transformer import check_against_diffusers, joint_block, make_transfor
 TEXT_DIM = 64
 BATCH = 64  # over all workers
 CAPTION_DROP = 0.1
-SHORT_CAPTION = 19  # tokens; three captions in four are no longer, and are not padded to the longest
+SHORT_CAPTION = 19  # tokens; three in four captions are at most this long, and are not padded to the longest
 WARM_UP_STEPS = 100
-DECAY_PART = 0.5  # of the time, at the end, in which the learning rate falls to zero
+DECAY_PART = 0.5  # final part of the time, in which the learning rate falls to zero
 MUON_RATE, ADAM_RATE = 0.015, 0.0015
 EMA_DECAY = 0.9985
 SAVE_SECONDS = 180
-COMPILE_STEPS = 12  # untrained steps at the start: both lengths come up in so many
+COMPILE_STEPS = 12  # steps at the start without an update: enough for both lengths to occur
 
 
 class Models(nn.Module):
-    """Transformer and text encoder under one roof, so that names and averages cover both."""
+    """Transformer and text encoder in one module, so that parameter names and averages cover both."""
 
     def __init__(self, z_dim: int, tokenizer: Qwen2Tokenizer) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Models(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def encode_text(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """ids and bool mask [n, 34 + t] -> what the pipeline hands to the transformer, [n, t, TEXT_DIM]."""
+        """Encode ids and bool mask [n, 34 + t] to the pipeline's prompt embeddings, [n, t, TEXT_DIM]."""
         model = self.text_encoder.model.language_model
         hidden = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
         return hidden[:, PREFIX_TOKENS:] * mask[:, PREFIX_TOKENS:].unsqueeze(-1)
@@ -52,7 +52,7 @@ class Models(nn.Module):
 class Optimizer:
     """Muon for the matrices of attention and MLPs, AdamW for everything else.
 
-    The workers share the orthogonalization, a fifth of a step's time otherwise: each does its part of the matrices.
+    The workers split the matrices to orthogonalize, which would otherwise take a fifth of a step.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], rank: int = 0, workers: int = 1) -> None:
@@ -81,7 +81,7 @@ class Optimizer:
             torch._foreach_add_(parameters, list(update.unbind(0)), alpha=-MUON_RATE * scale)
 
     def _shared_update(self, direction: torch.Tensor) -> torch.Tensor:
-        """Orthogonalize [n, rows, columns], in bf16 as is usual for Muon: it need only be roughly orthogonal."""
+        """Orthogonalize [n, rows, columns], in bf16 as usual for Muon: an approximation is enough."""
         update = torch.empty_like(direction)
         bounds = [len(direction) * rank // self.workers for rank in range(self.workers + 1)]
         own = slice(bounds[self.rank], bounds[self.rank + 1])
@@ -101,9 +101,9 @@ class Optimizer:
 
 
 class Batches:
-    """Endless shuffled batches with noise. A batch holds captions of similar length, so that little is padded.
+    """Endless shuffled batches with noise. A batch has captions of similar length, to avoid padding.
 
-    Workers that share `seed` see batches of the same length at the same step and wait less for each other.
+    Workers with the same `seed` get batches of the same length at each step, so they wait less for each other.
     """
 
     def __init__(
@@ -121,14 +121,14 @@ class Batches:
         self.orders = [torch.empty(0, dtype=torch.long) for _ in self.buckets]
 
     def __next__(self) -> dict[str, torch.Tensor]:
-        """latents and noise [n, 64, c], sigma [n], ids and mask [n, 34 + t]; a tenth of the captions is empty."""
+        """Draw latents and noise [n, 64, c], sigma [n], ids and mask [n, 34 + t]; a tenth of the captions is empty."""
         length, chosen = self._choose()
         latents = self.pool["latents"][chosen].float()
         ids, mask = self.pool["ids"][chosen, :length], self.pool["mask"][chosen, :length]
         drop = torch.rand(self.size, generator=self.generator) < CAPTION_DROP
         which = torch.randint(len(self.empty[0]), (int(drop.sum()),), generator=self.generator)
         ids[drop], mask[drop] = self.empty[0][which, :length], self.empty[1][which, :length]
-        # More weight on the noisy middle, where the layout is decided; a fifth uniform for both ends.
+        # More weight on medium noise, where the layout is decided; a fifth is uniform, to cover both ends.
         sigma = torch.sigmoid(torch.randn(self.size, generator=self.generator) + 0.4)
         uniform = torch.rand(self.size, generator=self.generator)
         sigma = torch.where(torch.rand(self.size, generator=self.generator) < 0.2, uniform, sigma)
@@ -136,7 +136,7 @@ class Batches:
         return {"latents": latents, "noise": noise, "sigma": sigma, "ids": ids.long(), "mask": mask}
 
     def _choose(self) -> tuple[int, torch.Tensor]:
-        """The batch's token length and its members: a bucket as often as it is large, each walked in random order."""
+        """Choose a batch: its token length and its members. Buckets are sampled by size, members in random order."""
         shares = torch.tensor([float(len(members)) for _, members in self.buckets])
         index = int(torch.multinomial(shares, 1, generator=self.schedule))
         length, members = self.buckets[index]
@@ -161,9 +161,9 @@ def _save(path: Path, content: dict[str, Any]) -> None:
 
 
 def train(rank: int, workers: int, work: Path, minutes: float) -> None:
-    """Train until `minutes` have passed in all, continuing from the checkpoint in `work` if there is one.
+    """Train until `minutes` have passed in total, continuing from the checkpoint in `work` if there is one.
 
-    The learning rate follows the clock: it reaches zero when the time is up, however fast the machine is.
+    The learning rate follows the clock, so it reaches zero when the time is up on any machine.
     """
     torch.manual_seed(0)
     device = default_device()
@@ -189,7 +189,7 @@ def train(rank: int, workers: int, work: Path, minutes: float) -> None:
         log(f"quick forward against diffusers: relative difference {difference:.1e}; {len(pool['ids'])} scenes")
         if difference > 1e-5:
             raise RuntimeError("the training forward does not equal the one of diffusers")
-    # The pipeline's negative prompt for guidance is " "; nothing at all is taught too.
+    # The pipeline's negative prompt for guidance is " "; the empty prompt is trained too.
     batches = Batches(pool, tokenize(tokenizer, [" ", ""]), BATCH // workers, seed=step, rank=rank)
     tables = {t: rotation_tables(models.transformer, t) for t in (SHORT_CAPTION, text_tokens)}
     block = torch.compile(joint_block, dynamic=False)
@@ -233,7 +233,7 @@ def train(rank: int, workers: int, work: Path, minutes: float) -> None:
 
 
 def _compile_in_turn(rank: int, workers: int, run: Any) -> None:
-    """Let the first worker compile alone; the others then find its work in the cache."""
+    """Compile on the first worker alone; the others then use its cache."""
     if workers > 1 and rank > 0:
         dist.barrier()
     run()
@@ -242,7 +242,7 @@ def _compile_in_turn(rank: int, workers: int, run: Any) -> None:
 
 
 def load_average(work: Path) -> Models:
-    """The averaged weights of the checkpoint, fp32 on the CPU."""
+    """Load the averaged weights of the checkpoint, fp32 on the CPU."""
     saved = torch.load(checkpoint_file(work), map_location="cpu")
     tokenizer = Qwen2Tokenizer.from_pretrained(work / "tokenizer")
     z_dim = saved["average"]["transformer.proj_out.weight"].shape[0] // 4

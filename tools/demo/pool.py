@@ -1,4 +1,4 @@
-"""Pre-encoded training data: normalised, packed latents of captioned scenes, with their tokens."""
+"""Pre-encoded training data: normalized, packed latents of captioned scenes, and the tokens of the captions."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from hydrarun.outputs.quality.scenes import caption_scene, render_scene, sample_
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Join 2x2 cells into tokens as the pipeline does: [n, z, h, w] -> [n, h / 2 * w / 2, 4 * z]."""
+    """Join 2x2 cells into tokens like the pipeline: [n, z, h, w] -> [n, h / 2 * w / 2, 4 * z]."""
     n, z, height, width = latents.shape
     cells = latents.view(n, z, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return cells.reshape(n, height // 2 * (width // 2), z * 4)
 
 
 def _spoken(text: str, rng: random.Random) -> str:
-    """A caption as people type it: now and then a capital letter or a full stop."""
+    """Vary a caption: sometimes begin it with a capital letter or end it with a full stop."""
     if rng.random() < 0.1:
         text = text[0].upper() + text[1:]
     return text + "." if rng.random() < 0.05 else text
@@ -35,7 +35,7 @@ def part_file(work: Path, rank: int) -> Path:
 
 @torch.no_grad()
 def encode_part(rank: int, workers: int, work: Path, size: int) -> None:
-    """Write this worker's share of `size` scenes to its part file: latents (bf16), ids, mask. Training scenes only."""
+    """Write this worker's share of `size` training scenes to its part file: latents (bf16), ids, mask."""
     tokenizer = Qwen2Tokenizer.from_pretrained(work / "tokenizer")
     device = default_device()
     vae = auto_encoder.load(work / "vae.pt").to(device)
@@ -56,6 +56,6 @@ def encode_part(rank: int, workers: int, work: Path, size: int) -> None:
 
 
 def load_pool(work: Path) -> dict[str, torch.Tensor]:
-    """All parts together: latents [n, tokens, channels], ids and mask [n, text tokens]."""
+    """Load and join all parts: latents [n, tokens, channels], ids and mask [n, text tokens]."""
     parts = [torch.load(path) for path in sorted(work.glob("pool_*.pt"))]
     return {key: torch.cat([part[key] for part in parts]) for key in ("latents", "ids", "mask")}

@@ -1,4 +1,4 @@
-"""Assemble the diffusers folder, and judge what its pictures show."""
+"""Writes the diffusers folder and judges its pictures."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype) -> QwenImagePipeline:
 def draw(
     pipeline: QwenImagePipeline, prompts: list[str], steps: int, guidance: float, seed: int, side: int = 128
 ) -> NDArray[np.uint8]:
-    """One picture for each prompt, with seeds counted up from `seed`: uint8 [n, side, side, 3]."""
+    """Draw one picture per prompt, with consecutive seeds from `seed`: uint8 [n, side, side, 3]."""
     generators = [torch.Generator().manual_seed(seed + k) for k in range(len(prompts))]
     negative = {"negative_prompt": [" "] * len(prompts)} if guidance > 1 else {}
     images = pipeline(
@@ -93,7 +93,7 @@ def judge_prompts(
     batch: int = 20,
     side: int = 128,
 ) -> tuple[SceneAccuracy, float, list[SceneVerdict]]:
-    """The accuracy over the prompts, seconds a picture, and the verdicts; `sheet` gets the first 64 pictures."""
+    """Return the accuracy, the seconds per picture and the verdicts. Saves the first 64 pictures to `sheet`."""
     start, pictures = time.time(), []
     for first in range(0, len(prompts), batch):
         pictures += list(draw(pipeline, prompts[first : first + batch], steps, guidance, 1000 + first, side))
@@ -105,20 +105,20 @@ def judge_prompts(
 
 
 def save_sheet(path: Path, pictures: list[NDArray[np.uint8]]) -> None:
-    """Eight pictures a row; an incomplete last row is left out."""
+    """Save pictures as a grid with eight per row, without an incomplete last row."""
     rows = [np.concatenate(pictures[k : k + SHEET_COLUMNS], 1) for k in range(0, len(pictures), SHEET_COLUMNS)]
     Image.fromarray(np.concatenate([row for row in rows if row.shape == rows[0].shape], 0)).save(path)
 
 
 def describe(accuracy: SceneAccuracy) -> str:
-    """One row of a Markdown table, in per cent: right, with size, background, clean, place, colour, shape, size."""
+    """Format a Markdown table row, in per cent: right, with size, background, clean, place, colour, shape, size."""
     names = ("right", "right_with_size", "background", "clean", "position", "color", "shape", "size")
     return " | ".join(f"{100 * getattr(accuracy, name):.1f}" for name in names)
 
 
 @torch.no_grad()
 def judge_auto_encoder(file: Path, count: int = 200, sheet: Path | None = None) -> tuple[SceneAccuracy, float, float]:
-    """The accuracy of reconstructed held-out scenes, and mean and least PSNR in dB. Nothing of them was trained on."""
+    """Return the accuracy of reconstructed held-out scenes, and their mean and minimum PSNR in dB."""
     vae = auto_encoder.load(file)
     auto_encoder.use_single_frame_convolutions(vae)
     rng = random.Random(77)

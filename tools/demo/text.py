@@ -13,15 +13,15 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from hydrarun.outputs.quality.scenes import caption_scene, sample_scene
 
-# The prompt template of QwenImagePipeline. The pipeline drops the first 34 hidden states, which are the template's
-# words before the prompt in Qwen's own vocabulary; the vocabulary made here must split them into as many tokens.
+# The prompt template of QwenImagePipeline. The pipeline drops the first 34 hidden states, the tokens of the template
+# before the prompt in Qwen's vocabulary. The vocabulary trained here must give the same number of tokens.
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
     "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
     "<|im_start|>assistant\n"
 )
 PREFIX_TOKENS = 34
-CAPTION_TOKENS = 28  # room for the longest caption and the template's end
+CAPTION_TOKENS = 28  # enough for the longest caption and the end of the template
 SPECIAL_TOKENS = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -33,7 +33,7 @@ SPECIAL_TOKENS = [
     "<|video_pad|>",
 ]
 # fmt: off
-_MORE_WORDS = [  # what people try besides; one token each is kinder than letters
+_MORE_WORDS = [  # other words that users try; one token each instead of single letters
     "ring", "cross", "striped", "tiny", "big", "huge", "next", "to", "with", "between", "behind", "picture", "image",
     "drawing", "shapes", "three", "two",
 ]
@@ -41,7 +41,7 @@ _MORE_WORDS = [  # what people try besides; one token each is kinder than letter
 
 
 def train_tokenizer(folder: Path) -> Qwen2Tokenizer:
-    """Learn the vocabulary from the template and from captions, save it, and check the length of the prefix."""
+    """Train the vocabulary on the template and on captions, save it, and check the length of the prefix."""
     rng = random.Random(0)
     template_parts = [part for part in TEMPLATE.replace("<|im_start|>", "<|im_end|>").split("<|im_end|>") if part]
     captions = [caption_scene(sample_scene(rng)) for _ in range(4000)]
@@ -77,7 +77,7 @@ def train_tokenizer(folder: Path) -> Qwen2Tokenizer:
 
 
 def tokenize(tokenizer: Qwen2Tokenizer, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Captions in the template, padded right: int16 ids and bool mask, both [n, 34 + CAPTION_TOKENS]."""
+    """Tokenize captions in the template, padded right: int16 ids and bool mask, both [n, 34 + CAPTION_TOKENS]."""
     length = PREFIX_TOKENS + CAPTION_TOKENS
     batch = tokenizer([TEMPLATE.format(c) for c in captions], padding="max_length", max_length=length)
     if max(map(len, batch["input_ids"])) > length:
@@ -86,7 +86,7 @@ def tokenize(tokenizer: Qwen2Tokenizer, captions: list[str]) -> tuple[torch.Tens
 
 
 def make_text_encoder(tokenizer: Qwen2Tokenizer, hidden: int) -> Qwen2_5_VLForConditionalGeneration:
-    """An untrained encoder of that width. Its vision tower is a stub: the pipeline never shows it a picture."""
+    """Build an untrained encoder of width `hidden`. Its vision tower is a stub, because the pipeline never uses it."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = Qwen2_5_VLConfig(
         text_config={

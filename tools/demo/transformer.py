@@ -1,7 +1,7 @@
-"""The demo transformer, and a forward of it for training that equals the one of diffusers but is quicker on a CPU.
+"""The demo transformer, and a training forward that equals diffusers' but is faster on a CPU.
 
-The quick form rotates in real instead of complex numbers, joins the three projections of a stream into one product,
-computes what depends on the noise level once per picture, and is one compiled function for all blocks.
+The fast forward rotates with real instead of complex numbers, fuses the three projections of a stream, computes values
+that depend on the noise level once per picture, and is one compiled function for all blocks.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
 LAYERS, HEADS, HEAD_DIM, ROPE_AXES = 6, 4, 32, (8, 12, 12)
-GRID = 8  # image tokens a side: 128 pixels, 8 a latent cell, 2 cells a token
+GRID = 8  # image tokens per side: 128 pixels, 8 per latent cell, 2 cells per token
 EPSILON = 1e-6
 
 Block = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def make_transformer(z_dim: int, text_dim: int) -> QwenImageTransformer2DModel:
-    """An untrained transformer that starts as the identity in every block and predicts zero."""
+    """Build an untrained transformer whose blocks are the identity and which predicts zero."""
     model = QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=4 * z_dim,
@@ -47,14 +47,14 @@ def make_transformer(z_dim: int, text_dim: int) -> QwenImageTransformer2DModel:
         nn.init.zeros_(layer.bias)
     for layer in (model.time_text_embed.timestep_embedder.linear_1, model.time_text_embed.timestep_embedder.linear_2):
         nn.init.normal_(layer.weight, std=0.02)
-    # What the last block writes to the text stream is never read.
+    # The text output of the last block is never used.
     for layer in (model.transformer_blocks[-1].attn.to_add_out, model.transformer_blocks[-1].txt_mlp):
         layer.requires_grad_(False)
     return model
 
 
 def rotation_tables(model: QwenImageTransformer2DModel, text_tokens: int) -> tuple[torch.Tensor, ...]:
-    """Cosines and sines for the 8x8 picture and for the text: 4 tensors [tokens, 1, head_dim / 2]."""
+    """Return cosines and sines for the 8x8 picture and for the text: 4 tensors [tokens, 1, head_dim / 2]."""
     device = next(model.parameters()).device
     tables = model.pos_embed([[(1, GRID, GRID)]], max_txt_seq_len=text_tokens, device=device)
     image, text = (table.unsqueeze(1) for table in tables)
@@ -66,7 +66,7 @@ def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torc
 
 
 def _rotated(x: torch.Tensor, weight: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """RMS norm and rotary embedding in fp32: [n, tokens, heads, head_dim] -> the same in x's dtype."""
+    """Apply RMS norm and rotary embedding in fp32: [n, tokens, heads, head_dim] -> the same in x's dtype."""
     y = x.float()
     y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPSILON) * weight
     even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)
@@ -74,7 +74,7 @@ def _rotated(x: torch.Tensor, weight: torch.Tensor, cosine: torch.Tensor, sine: 
 
 
 def stream_weights(block: nn.Module) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """The weights of a block's image and text stream, each in the order `joint_block` takes them apart."""
+    """Return the weights of a block's image and text stream, each in the order that `joint_block` expects."""
     attn = block.attn
     image = (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0], attn.norm_q, attn.norm_k, block.img_mod[1], block.img_mlp)
     text = (
@@ -100,9 +100,9 @@ def joint_block(
     tables: tuple[torch.Tensor, ...],
     weights: tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One dual-stream block: image [n, i, d], text [n, t, d] -> the same.
+    """Run a dual-stream block: image [n, i, d], text [n, t, d] -> the same.
 
-    `condition` is SiLU of the time embedding [n, d]; `mask` bool [n, 1, 1, t + i], True where a key may be read.
+    `condition` is SiLU of the time embedding [n, d]; `mask` bool [n, 1, 1, t + i], True where a key may be attended to.
     """
     streams = []
     for x, w, cosine, sine in ((text, weights[1], *tables[2:]), (image, weights[0], *tables[:2])):
@@ -129,7 +129,7 @@ def predict(
     tables: tuple[torch.Tensor, ...],
     block: Block = joint_block,
 ) -> torch.Tensor:
-    """The velocity: noisy [n, 64, 4 z], text [n, t, text_dim], text_mask bool [n, t], sigma [n] -> [n, 64, 4 z]."""
+    """Predict the velocity: noisy [n, 64, 4 z], text [n, t, text_dim], text_mask bool [n, t], sigma [n] -> [n, 64, 4 z]."""
     context = model.txt_in(model.txt_norm(text))
     x = model.img_in(noisy)
     time = model.time_text_embed(sigma, x.float())
@@ -142,7 +142,7 @@ def predict(
 
 @torch.no_grad()
 def check_against_diffusers(z_dim: int, text_dim: int, text_tokens: int) -> float:
-    """Largest difference between `predict` and the model's own forward on random weights, in fp32."""
+    """Return the largest relative difference of `predict` from the model's own forward with random weights, in fp32."""
     generator = torch.Generator().manual_seed(0)
     model = make_transformer(z_dim, text_dim).float().eval()
     for parameter in model.parameters():

@@ -1,7 +1,7 @@
 """The demo auto-encoder: a small AutoencoderKLQwenImage trained on single frames.
 
-A causal 3-D convolution over one frame sees zeros in every temporal tap but the last, so it *is* the 2-D convolution by
-that tap. Training uses the 2-D form (several times quicker on a CPU) and leaves the other taps at zero.
+For one frame, all temporal taps of a causal 3-D convolution except the last see zeros, so it equals the 2-D convolution
+with the last tap. Training uses the 2-D form (several times faster on a CPU) and leaves the other taps at zero.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch import nn
 from demo.common import MUON_MOMENTUM, agree, average_gradients, default_device, log, orthogonalize
 from hydrarun.outputs.quality.scenes import Scene, render_scene, sample_loose_scene, sample_scene
 
-PICTURE = 128  # pixels a side
-CROP = 64  # pixels a side in the first part of the training
-CELL = 8  # pixels a side of one latent cell
-LATENT_NOISE = 0.1  # teaches the decoder to bear the transformer's small errors
-JOINT_PART, CROP_PART = 0.7, 0.5  # parts of the time: encoder trained at all; on crops
+PICTURE = 128  # pixels per side
+CROP = 64  # pixels per side in the first part of the training
+CELL = 8  # pixels per side of a latent cell
+LATENT_NOISE = 0.1  # makes the decoder robust to small errors of the transformer
+JOINT_PART, CROP_PART = 0.7, 0.5  # shares of the time in which the encoder is trained, and in which crops are used
 
 
 def make_vae(z_dim: int, mean: list[float] | None = None, std: list[float] | None = None) -> AutoencoderKLQwenImage:
-    """An untrained 8x auto-encoder in the Qwen-Image layout; `mean` and `std` are per latent channel."""
+    """Build an untrained 8x auto-encoder in the Qwen-Image layout; `mean` and `std` are per latent channel."""
     return AutoencoderKLQwenImage(
         base_dim=16,
         dim_mult=[1, 2, 2, 2],
@@ -42,14 +42,14 @@ def make_vae(z_dim: int, mean: list[float] | None = None, std: list[float] | Non
 
 
 def use_single_frame_convolutions(vae: AutoencoderKLQwenImage) -> None:
-    """Compute one-frame inputs by the exactly equal 2-D convolutions. Touches this instance only."""
+    """Compute one-frame inputs with the equivalent 2-D convolutions. Changes only this instance."""
     for module in vae.modules():
         if isinstance(module, qwen_vae.QwenImageCausalConv3d) and module.stride == (1, 1, 1):
             module.forward = functools.partial(_convolve_frame, module)
 
 
 def _convolve_frame(conv: nn.Conv3d, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
-    """[batch, channels, 1, height, width] -> the same with the output channels."""
+    """Convolve [batch, channels, 1, height, width] to the same shape with the output channels."""
     if x.shape[2] != 1 or cache_x is not None:
         return type(conv).forward(conv, x, cache_x)
     padding = conv._padding  # left, right, top, bottom, front, back
@@ -59,8 +59,8 @@ def _convolve_frame(conv: nn.Conv3d, x: torch.Tensor, cache_x: torch.Tensor | No
 def initialize(vae: AutoencoderKLQwenImage) -> None:
     """Scale the used temporal tap by its own fan-in and start residual branches at zero: a linear auto-encoder.
 
-    The default initialisation counts all 27 taps of a 3x3x3 kernel where a single frame uses 9: weights come out too
-    small and the first hundred steps are lost.
+    The default initialization counts all 27 taps of a 3x3x3 kernel, while a single frame uses 9. Weights would be too
+    small, and the first hundred steps wasted.
     """
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv3d):
@@ -78,30 +78,30 @@ def initialize(vae: AutoencoderKLQwenImage) -> None:
 
 
 def encode(vae: AutoencoderKLQwenImage, pictures: torch.Tensor) -> torch.Tensor:
-    """uint8 [n, 3, height, width] -> the posterior's mean, float [n, z, height / 8, width / 8], not normalised."""
+    """Encode uint8 [n, 3, height, width] to the posterior mean, float [n, z, height / 8, width / 8], not normalized."""
     x = (pictures.float() / 127.5 - 1).unsqueeze(2)
     return vae.quant_conv(vae.encoder(x)).chunk(2, dim=1)[0][:, :, 0]
 
 
 def decode(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
-    """[n, z, height / 8, width / 8] -> [n, 3, height, width] in about -1..1."""
+    """Decode [n, z, height / 8, width / 8] to [n, 3, height, width] in about -1..1."""
     return vae.decoder(vae.post_quant_conv(latents.unsqueeze(2)))[:, :, 0]
 
 
 def to_pictures(decoded: torch.Tensor) -> np.ndarray:
-    """[n, 3, h, w] in -1..1 -> uint8 [n, h, w, 3]."""
+    """Convert [n, 3, h, w] in -1..1 to uint8 [n, h, w, 3]."""
     return ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L1 for flat areas, L1 of the gradients for crisp edges, a little L2 against outliers."""
+    """Return L1 (flat areas) + L1 of the gradients (sharp edges) + L2 with a small weight (outliers)."""
     error = output - target
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + 0.3 * edges + 0.5 * error.pow(2).mean()
 
 
 class KernelMuon:
-    """Muon for convolution kernels, seen as [out, in * height * width]; a 3-D kernel counts by its last tap only."""
+    """Muon for convolution kernels as matrices [out, in * height * width]; of a 3-D kernel only the last temporal tap."""
 
     def __init__(self, kernels: list[nn.Parameter]) -> None:
         self.kernels = kernels
@@ -123,7 +123,7 @@ class KernelMuon:
 
 
 def _picture_pool(seed: int, count: int) -> torch.Tensor:
-    """uint8 [count, 3, 128, 128]: three in four are captioned training scenes, the others anything anywhere."""
+    """Render uint8 [count, 3, 128, 128]: three in four are captioned training scenes, the others random shapes."""
     rng = random.Random(seed)
     scenes = [sample_scene(rng) if k % 4 else sample_loose_scene(rng) for k in range(count)]
     return torch.from_numpy(np.stack([render_scene(s, PICTURE) for s in scenes])).permute(0, 3, 1, 2).contiguous()
@@ -138,7 +138,7 @@ def _batch(pool: torch.Tensor, size: int, crop: bool) -> torch.Tensor:
 
 
 class _Optimizer:
-    """Muon for kernels and AdamW for the rest, over the parameters given."""
+    """Muon for the kernels among `parameters`, AdamW for the rest."""
 
     def __init__(self, parameters: list[nn.Parameter], workers: int, muon_rate: float, adam_rate: float) -> None:
         self.parameters, self.workers, self.muon_rate, self.adam_rate = parameters, workers, muon_rate, adam_rate
@@ -158,9 +158,9 @@ class _Optimizer:
 
 
 def train(rank: int, workers: int, out: Path, z_dim: int, minutes: float, pictures: int = 6000) -> None:
-    """Train for that long and leave state, latent mean and latent deviation in the file `out`.
+    """Train for `minutes` and save state, latent mean and standard deviation to the file `out`.
 
-    First everything on crops, then on whole pictures, at last the decoder alone on a frozen encoder.
+    Trains everything on crops first, then on whole pictures, and finally the decoder alone with a frozen encoder.
     """
     torch.manual_seed(0)
     device = default_device()
@@ -192,9 +192,9 @@ def train(rank: int, workers: int, out: Path, z_dim: int, minutes: float, pictur
 
 
 def refine(rank: int, workers: int, source: Path, out: Path, minutes: float, pictures: int = 2400) -> None:
-    """Train the decoder further, on captioned scenes with many stars (their points are what it rounds off).
+    """Train the decoder further, on captioned scenes with many stars, whose points it rounds off.
 
-    Encoder and latents stay as they are, so a transformer trained on them stays valid.
+    Encoder and latents do not change, so a transformer trained on them remains valid.
     """
     device = default_device()
     vae = load(source).to(device)
@@ -230,7 +230,7 @@ def refine(rank: int, workers: int, source: Path, out: Path, minutes: float, pic
 
 
 def _star_pool(seed: int, count: int) -> torch.Tensor:
-    """uint8 [count, 3, 128, 128]: captioned training scenes, at least half of them with a star that is not large."""
+    """Render uint8 [count, 3, 128, 128]: training scenes, at least half of them with a star that is not large."""
     rng = random.Random(seed)
     scenes: list[Scene] = []
     while len(scenes) < count:
@@ -245,7 +245,7 @@ def _star_pool(seed: int, count: int) -> torch.Tensor:
 def _finish(vae: AutoencoderKLQwenImage, pool: torch.Tensor, out: Path) -> None:
     device = next(vae.parameters()).device
     latents = torch.cat([encode(vae, part.to(device)) for part in pool[:1024].split(32)])
-    vae.quant_conv.weight[vae.config.z_dim :] = 0  # the second half is the log variance: make sampling the mean
+    vae.quant_conv.weight[vae.config.z_dim :] = 0  # the second half is the log variance: makes sampling return the mean
     vae.quant_conv.bias[vae.config.z_dim :] = -10.0
     for name, parameter in vae.named_parameters():
         if "time_conv" in name:
@@ -258,7 +258,7 @@ def _finish(vae: AutoencoderKLQwenImage, pool: torch.Tensor, out: Path) -> None:
 
 
 def load(path: Path) -> AutoencoderKLQwenImage:
-    """The trained auto-encoder, its latent statistics in the config, ready to use on single frames (fp32, CPU)."""
+    """Load the trained auto-encoder, with its latent statistics in the config, for single frames (fp32, CPU)."""
     saved = torch.load(path)
     mean, std = ([round(float(v), 4) for v in saved[key]] for key in ("mean", "std"))
     vae = make_vae(len(mean), mean, std)

@@ -281,10 +281,10 @@ def test_the_schema_says_what_conf_says():
     properties = json_schema.make_schema()["properties"]
     assert properties["sampling"]["properties"]["seed"]["description"].startswith("whole number >= 0")
     assert properties["sampling"]["properties"]["height"]["type"] == ["integer", "null"]
-    assert properties["parallel"]["properties"]["ulysses_degree"]["description"].startswith("tokens in parts")
+    assert properties["parallel"]["properties"]["ulysses_degree"]["description"].startswith("tokens are split")
     assert properties["cache"]["properties"]["gate"]["properties"]["threshold"]["description"]
-    assert properties["cache"]["properties"]["predictor"]["properties"]["order"]["description"].startswith("1: a str")
-    assert properties["dtype"]["description"].startswith("numbers to compute with")
+    assert properties["cache"]["properties"]["predictor"]["properties"]["order"]["description"].startswith("1: a line")
+    assert properties["dtype"]["description"].startswith("dtype of the comp")
     assert "twins" not in properties["report"]["properties"]
     assert "hydra" not in properties
 
