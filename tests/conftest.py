@@ -29,6 +29,7 @@ def pytest_addoption(parser) -> None:
     parser.addoption("--write-matrix", action="store_true", help="write the results to docs/matrix.md")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
     """Send the tests of one model to one worker, which builds its checkpoint once, and other tests by their file."""
     for item in items:
