@@ -174,8 +174,8 @@ class Bench:
             branch: {name: None if value is None else value.to(META) for name, value in texts.items()}
             for branch, texts in self.state.conditioning.items()
         }
-        acts = DryForward(self.stages, self.parts(transformer, META), meter).run(state)
-        return sum((act.work for act in acts), Work()) * (1 / state.num_inference_steps)
+        estimates = DryForward(self.stages, self.parts(transformer, META), meter).run(state)
+        return sum((estimate.work for estimate in estimates), Work()) * (1 / state.num_inference_steps)
 
     def row(self, name: str) -> Row:
         """Return the row, building it if needed. Raises `UsageError` if the device or the model does not support it."""

@@ -87,9 +87,9 @@ def measure(cls: Any, folder: Path, arguments: argparse.Namespace) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, help="of a transformer (default: a random one)")
-    parser.add_argument("--model", default="qwen_image", help="the model option that it belongs to")
-    parser.add_argument("--blocks", type=int, default=4, help="of the random one")
+    parser.add_argument("folder", nargs="?", type=Path, help="folder of a transformer (default: a random one)")
+    parser.add_argument("--model", default="qwen_image", help="model option of the transformer")
+    parser.add_argument("--blocks", type=int, default=4, help="blocks of the random transformer")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--rounds", type=int, default=7)

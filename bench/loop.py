@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="as for `hydrarun` (default: the shipped demo model)")
     parser.add_argument("--rows", choices=ROWS, nargs="+", default=tuple(ROWS))
-    parser.add_argument("--rounds", type=int, default=7, help="times that each loop runs, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of each loop, after a warm-up round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--docs", type=Path, help="a page with the marks <!-- bench/loop.py --> and <!-- end -->")
     arguments = parser.parse_args()

@@ -49,8 +49,8 @@ def generated(runner: Runner) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="as for `hydrarun`, without values to sweep over")
-    parser.add_argument("--rounds", type=int, default=7, help="times that each is measured, after one to warm up")
+    parser.add_argument("overrides", nargs="*", help="as for `hydrarun`, without sweep values")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of measurement, after a warm-up round")
     arguments = parser.parse_args()
     overrides = [*DEFAULT, *arguments.overrides]
     runner = Runner(compose_config(overrides))

@@ -129,7 +129,7 @@ def predict(
     tables: tuple[torch.Tensor, ...],
     block: Block = joint_block,
 ) -> torch.Tensor:
-    """Predict the velocity: noisy [n, 64, 4 z], text [n, t, text_dim], text_mask bool [n, t], sigma [n] -> [n, 64, 4 z]."""
+    """Predict the velocity, shaped like noisy [n, 64, 4 z]; text [n, t, text_dim], text_mask bool [n, t], sigma [n]."""
     context = model.txt_in(model.txt_norm(text))
     x = model.img_in(noisy)
     time = model.time_text_embed(sigma, x.float())

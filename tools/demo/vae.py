@@ -101,7 +101,7 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
 
 class KernelMuon:
-    """Muon for convolution kernels as matrices [out, in * height * width]; of a 3-D kernel only the last temporal tap."""
+    """Muon for convolution kernels as matrices [out, in * height * width]. 3-D kernels use only their last tap."""
 
     def __init__(self, kernels: list[nn.Parameter]) -> None:
         self.kernels = kernels

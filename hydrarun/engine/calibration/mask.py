@@ -32,22 +32,22 @@ def calibrate_mask(job: CalibrationJob) -> Path:
     """Search a mask, print a report, write the option and return its file. Raises UsageError."""
     instantiate(make_cache_node(job, (0,)), "cache")  # raises for an invalid node before the model is loaded
     progress = Progress()
-    twins = ReferenceRuns(job, TrialRunner(job.config, progress))
-    ledger = ScoreLedger(job.folder / "scores.jsonl", make_identity(job, twins))
-    starts = [spread_steps(twins.count, twins.steps, twins.firsts, power) for power in POWERS]
+    references = ReferenceRuns(job, TrialRunner(job.config, progress))
+    ledger = ScoreLedger(job.folder / "scores.jsonl", make_identity(job, references))
+    starts = [spread_steps(references.count, references.steps, references.firsts, power) for power in POWERS]
     with progress.phase("searching", total=job.evaluations) as advance:
 
         def score(steps: Steps) -> float:
             if steps not in ledger.scores:
-                ledger.add(steps, twins.score(steps))
+                ledger.add(steps, references.score(steps))
             advance()
             return ledger.scores[steps]
 
-        found = search_steps(score, starts, twins.steps, twins.firsts, job.evaluations)
-    near = {steps: twins.nearness(steps) for steps in dict.fromkeys([found.start, found.best])}
-    print(format_report(found, near, job, twins))
+        found = search_steps(score, starts, references.steps, references.firsts, job.evaluations)
+    near = {steps: references.nearness(steps) for steps in dict.fromkeys([found.start, found.best])}
+    print(format_report(found, near, job, references))
     file = job.option("mask")
-    write_mask_option(file, job, twins, found, near[found.best])
+    write_mask_option(file, job, references, found, near[found.best])
     return file
 
 
@@ -85,8 +85,8 @@ class ReferenceRuns:
     def score(self, steps: Steps) -> float:
         """Return the mean squared error of the latents, over all prompts."""
         errors = [
-            (self.denoise(index, steps).latents.float() - twin.latents.float()).square().mean().item()
-            for index, twin in enumerate(self.uncached)
+            (self.denoise(index, steps).latents.float() - reference.latents.float()).square().mean().item()
+            for index, reference in enumerate(self.uncached)
         ]
         return sum(errors) / len(errors)
 
@@ -95,8 +95,8 @@ class ReferenceRuns:
         measure = kinds.find_model_kind(self.job.config["model"]).metrics[0]
         pairs = [
             pair
-            for index, twin in enumerate(self.uncached)
-            for pair in zip(self.draws.decode(self.denoise(index, steps)), self.draws.decode(twin), strict=True)
+            for index, reference in enumerate(self.uncached)
+            for pair in zip(self.draws.decode(self.denoise(index, steps)), self.draws.decode(reference), strict=True)
         ]
         decibels = float(np.mean([compare_outputs(*pair, [measure])[measure] for pair in pairs]))
         return f"{measure.upper()} {decibels:.2f} dB"
@@ -107,21 +107,21 @@ def make_cache_node(job: CalibrationJob, steps: Steps) -> dict[str, Any]:
     return {**job.cache, "gate": {**job.cache["gate"], "steps": list(steps), "density": None}}
 
 
-def make_identity(job: CalibrationJob, twins: ReferenceRuns) -> dict[str, Any]:
+def make_identity(job: CalibrationJob, references: ReferenceRuns) -> dict[str, Any]:
     """Return what a score depends on, except the steps. Equal in every version, so that an older search continues."""
-    facts = twins.draws.runner.collect_facts()
+    facts = references.draws.runner.collect_facts()
     known = {
         **{key: job.config[key] for key in ("model", "sampling", "input", "compile", "quantization")},
         **{key: facts[key] for key in ("weights", "device", "dtype", "attention", "scheduler")},
         "prompts": job.prompts,
         "predictor": job.cache["predictor"],
-        "computed steps": twins.count,
+        "computed steps": references.count,
         **({"scheduler settings": job.config["scheduler"]} if job.config["scheduler"] else {}),
     }
     return use_original_names(known)
 
 
-def format_report(found: SearchResult, near: dict[Steps, str], job: CalibrationJob, twins: ReferenceRuns) -> str:
+def format_report(found: SearchResult, near: dict[Steps, str], job: CalibrationJob, references: ReferenceRuns) -> str:
     """Format the result of the search for the user."""
     at_limit = found.count >= job.evaluations
     why = "cache.evaluations is reached" if at_limit else "no move of a single step is better"
@@ -130,16 +130,18 @@ def format_report(found: SearchResult, near: dict[Steps, str], job: CalibrationJ
         f"{name}: latents' mean squared error {score:.4g}, {near[steps]}, computed {list(steps)}"
         for name, steps, score in rows
     ]
-    masks = f"{found.count} masks of {twins.count} of {twins.steps} steps"
+    masks = f"{found.count} masks of {references.count} of {references.steps} steps"
     return "\n".join([*lines, f"{masks} tried on {format_prompt_count(job.prompts)}: {why}"])
 
 
-def write_mask_option(file: Path, job: CalibrationJob, twins: ReferenceRuns, found: SearchResult, near: str) -> None:
+def write_mask_option(
+    file: Path, job: CalibrationJob, references: ReferenceRuns, found: SearchResult, near: str
+) -> None:
     """Write the option of the mask."""
     name = job.config["model"]["name"]
     about = (
-        f"{twins.count} of {twins.steps} steps of {name} (budget {job.budget}), searched by hydrarun calibrate on"
-        f" {format_prompt_count(job.prompts)}: latents' mean squared error {found.best_score:.4g}, {near}"
+        f"{references.count} of {references.steps} steps of {name} (budget {job.budget}), searched by hydrarun"
+        f" calibrate on {format_prompt_count(job.prompts)}: latents' mean squared error {found.best_score:.4g}, {near}"
     )
     predictor, body = format_predictor(job.cache["predictor"])
     steps = format_entry("steps that are computed, from 0", "steps", list(found.best), indent=2)

@@ -98,10 +98,10 @@ class FitQuality:
 def measure_fit(found: Sequence[tuple[float, float]], coefficients: Sequence[float]) -> FitQuality:
     """Measure the fit of one branch's pairs. 0 where nothing varies."""
     x, y = np.array(found).T
-    told = np.polyval(coefficients, x)
-    if not (y.std() and told.std()):
+    predicted = np.polyval(coefficients, x)
+    if not (y.std() and predicted.std()):
         return FitQuality(0.0, 0.0)
-    return FitQuality(float(np.corrcoef(told, y)[0, 1]), float(1 - np.square(y - told).mean() / y.var()))
+    return FitQuality(float(np.corrcoef(predicted, y)[0, 1]), float(1 - np.square(y - predicted).mean() / y.var()))
 
 
 def make_fit_table(pairs: Pairs, coefficients: Coefficients) -> Table:
@@ -161,22 +161,22 @@ def collect_facts(job: CalibrationJob, used: Mapping[str, Any], pairs: Pairs) ->
 
 
 def write_teacache_option(
-    file: Path, told: Mapping[str, Any], coefficients: Coefficients, found: Sequence[str]
+    file: Path, facts: Mapping[str, Any], coefficients: Coefficients, found: Sequence[str]
 ) -> None:
-    """Write the option. `told`: from `collect_facts`; `found`: from `list_warnings`."""
+    """Write the option. `facts`: from `collect_facts`; `found`: from `list_warnings`."""
     rounded = {expert: [float(f"{value:.9g}") for value in values] for expert, values in coefficients.items()}
     fields = {
-        "model": ("the model it is for, by its name; another is refused", told["model"]),
+        "model": ("the model it is for, by its name; another is refused", facts["model"]),
         "coefficients": ("each expert's polynomial, highest power first", rounded),
-        "revision": ("commit of the hub's repository; null: the weights are a folder's", told["revision"]),
-        "weights": ("fingerprint of the weights; others are refused", told["weights"]),
-        "scheduler": ("the scheduler's class; another is refused", told["scheduler"]),
-        "num_inference_steps": ("least and most steps; other numbers are refused", told["num_inference_steps"]),
-        "source": ("what it was fitted on", told["source"]),
+        "revision": ("commit of the hub's repository; null: the weights are a folder's", facts["revision"]),
+        "weights": ("fingerprint of the weights; others are refused", facts["weights"]),
+        "scheduler": ("the scheduler's class; another is refused", facts["scheduler"]),
+        "num_inference_steps": ("least and most steps; other numbers are refused", facts["num_inference_steps"]),
+        "source": ("what it was fitted on", facts["source"]),
     }
     lines = [line for key, (comment, value) in fields.items() for line in format_entry(comment, key, value, indent=4)]
-    steps = told["num_inference_steps"][0]
-    about = f"TeaCache with the coefficients of {told['model']} at {steps} steps, fitted by hydrarun calibrate"
+    steps = facts["num_inference_steps"][0]
+    about = f"TeaCache with the coefficients of {facts['model']} at {steps} steps, fitted by hydrarun calibrate"
     warned = [f"  # warning: {line}" for line in found]
     write_option(file, about, ["teacache"], ["gate:", *warned, "  # the fitted polynomial", "  fit:", *lines])
 

@@ -54,15 +54,15 @@ class DryForward:
 
     def run(self, state: State) -> list[StageEstimate]:
         """Run every stage in order. `state` is this rank's request; the stages' results go to the meta device."""
-        acts = []
+        estimates = []
         with torch.inference_mode(), self.meter:
             for stage in self.stages:
                 self.meter.peak = self.meter.live
-                act = self.denoise(stage, state) if isinstance(stage, Denoise) else self.run_stage(stage, state)
-                act = replace(act, activations=self.meter.peak)
+                estimate = self.denoise(stage, state) if isinstance(stage, Denoise) else self.run_stage(stage, state)
+                estimate = replace(estimate, activations=self.meter.peak)
                 move_to_meta(state)
-                acts.append(act)
-        return acts
+                estimates.append(estimate)
+        return estimates
 
     def run_stage(self, stage: Stage, state: State) -> StageEstimate:
         """Run a stage unchanged. Meta components encode prompts from the host; pixels and latents are on the device."""

@@ -44,7 +44,7 @@ class DryForwardResult:
     """The part of a plan that all its settings share: components, and stages with everything on the device."""
 
     components: tuple[ComponentSize, ...]
-    acts: tuple[StageEstimate, ...]
+    estimates: tuple[StageEstimate, ...]
     #: rows of the modulation tables
     table_rows: int
 
@@ -90,9 +90,9 @@ def run_dry_forward(config: dict[str, Any], configs: ComponentConfigs, dtype: to
         state = make_state(config["sampling"], load_input_images(config))
         if mesh and (axis := mesh["data"]):
             state = state.select(find_own_indices(len(state.prompts), axis))
-        acts = play.run(state)
+        estimates = play.run(state)
     steps = config["sampling"]["num_inference_steps"]
-    return DryForwardResult(components, tuple(acts), steps * count_table_rows(transformers["transformer"], state))
+    return DryForwardResult(components, tuple(estimates), steps * count_table_rows(transformers["transformer"], state))
 
 
 def build_meta_transformer(

@@ -67,9 +67,9 @@ class WeightSettings:
         offload = instantiate(config["offload"], "offload")
         return cls(offload, config["quantization"], config["parallel"]["hsdp_degree"])
 
-    def make_layout(self, rehearsed: DryForwardResult) -> WeightLayout:
+    def make_layout(self, dry_run: DryForwardResult) -> WeightLayout:
         """Return the layout of the weights."""
-        rows = rehearsed.table_rows if isinstance(self.offload, ModulationOffload) else None
+        rows = dry_run.table_rows if isinstance(self.offload, ModulationOffload) else None
         quantized = frozenset(self.quantization.get("components") or ())
         return WeightLayout(quantized, ROW_BYTES.get(self.quantization.get("weights", ""), 0), rows, self.hsdp_degree)
 
@@ -77,13 +77,13 @@ class WeightSettings:
 class Estimate:
     """The estimate of a dry forward with one setting on one device."""
 
-    def __init__(self, rehearsed: DryForwardResult, setting: WeightSettings, device: DeviceSpec) -> None:
-        self.rehearsed, self.setting, self.device = rehearsed, setting, device
-        self.held = setting.make_layout(rehearsed)
+    def __init__(self, dry_run: DryForwardResult, setting: WeightSettings, device: DeviceSpec) -> None:
+        self.dry_run, self.setting, self.device = dry_run, setting, device
+        self.held = setting.make_layout(dry_run)
         #: bytes of offloaded weights on the host
-        self.host = count_host_bytes(rehearsed.components, self.held, setting.offload) if device.kind != "cpu" else 0
+        self.host = count_host_bytes(dry_run.components, self.held, setting.offload) if device.kind != "cpu" else 0
         weights = list_device_bytes(
-            rehearsed.components, [act.uses for act in rehearsed.acts], self.held, setting.offload
+            dry_run.components, [estimate.uses for estimate in dry_run.estimates], self.held, setting.offload
         )
         self.phases = [self.phase(name, weights) for name in PHASES]
 
@@ -104,33 +104,37 @@ class Estimate:
 
     def phase(self, name: str, weights: Sequence[int]) -> Phase:
         """Estimate one phase. `weights`: bytes of weights on the device in each stage."""
-        own = [(size, act) for size, act in zip(weights, self.rehearsed.acts, strict=True) if act.phase == name]
+        own = [
+            (size, estimate)
+            for size, estimate in zip(weights, self.dry_run.estimates, strict=True)
+            if estimate.phase == name
+        ]
         size, largest = max(own, key=lambda one: one[0] + self.count_activations(one[1]))
-        work = sum((act.work for _, act in own), Work())
-        sent = work.sent_bytes + sum(self.count_gathered_bytes(act) for _, act in own)
-        seconds = [self.seconds_of(act) for _, act in own]
+        work = sum((estimate.work for _, estimate in own), Work())
+        sent = work.sent_bytes + sum(self.count_gathered_bytes(estimate) for _, estimate in own)
+        seconds = [self.seconds_of(estimate) for _, estimate in own]
         total = None if None in seconds else sum(seconds)  # type: ignore[arg-type]
         return Phase(name, size, self.count_activations(largest), largest.cache, work.flops, sent, total)
 
-    def list_used(self, act: StageEstimate) -> Iterator[ComponentSize]:
+    def list_used(self, estimate: StageEstimate) -> Iterator[ComponentSize]:
         """Yield the components that a stage runs. Of two experts, which run one at a time, yields the first."""
-        return (c for c in self.rehearsed.components if find_use(c.name) in act.uses and c.name != LOW_NOISE)
+        return (c for c in self.dry_run.components if find_use(c.name) in estimate.uses and c.name != LOW_NOISE)
 
-    def count_activations(self, act: StageEstimate) -> int:
+    def count_activations(self, estimate: StageEstimate) -> int:
         """Return the bytes in addition to weights: activations, and one weight dequantized for its matrix product."""
-        unpacked = (c.largest for c in self.list_used(act) if find_use(c.name) in self.held.quantized)
-        return act.activations + max(unpacked, default=0)
+        unpacked = (c.largest for c in self.list_used(estimate) if find_use(c.name) in self.held.quantized)
+        return estimate.activations + max(unpacked, default=0)
 
-    def count_gathered_bytes(self, act: StageEstimate) -> float:
+    def count_gathered_bytes(self, estimate: StageEstimate) -> float:
         """Return the bytes that HSDP sends: this rank's shard of each component that runs, to every other rank."""
         ranks = self.held.shards
         return sum(
-            sum(self.held.count_sizes(c)[1]) * (ranks - 1) / ranks * act.forwards
-            for c in self.list_used(act)
+            sum(self.held.count_sizes(c)[1]) * (ranks - 1) / ranks * estimate.forwards
+            for c in self.list_used(estimate)
             if is_sharded(c.name)
         )
 
-    def seconds_of(self, act: StageEstimate) -> float | None:
+    def seconds_of(self, estimate: StageEstimate) -> float | None:
         """Return the longer of compute and prefetched blocks, plus onloading weights and sending to other ranks."""
         device = self.device
         if device.float16 is None or device.link is None or device.host is None:
@@ -138,22 +142,26 @@ class Estimate:
         rate = device.float16
         if self.setting.quantization.get("activations", "none") != "none" and device.float8:
             rate = device.float8
-        compute = act.work.linear_flops / rate + act.work.attention_flops / device.float16
+        compute = estimate.work.linear_flops / rate + estimate.work.attention_flops / device.float16
         source = DISK if isinstance(self.setting.offload, DiskOffload) else device.host
         moved = (
             sum(
                 count_active_bytes(c, self.held, self.setting.offload)
-                for c in self.list_used(act)
+                for c in self.list_used(estimate)
                 if self.is_offloaded(c)
             )
             / source
         )
         blocks = (
-            sum(count_streamed_bytes(c, self.held, self.setting.offload) for c in self.list_used(act))
-            * act.forwards
+            sum(count_streamed_bytes(c, self.held, self.setting.offload) for c in self.list_used(estimate))
+            * estimate.forwards
             / source
         )
-        return max(compute, blocks) + moved + (act.work.sent_bytes + self.count_gathered_bytes(act)) / device.link
+        return (
+            max(compute, blocks)
+            + moved
+            + (estimate.work.sent_bytes + self.count_gathered_bytes(estimate)) / device.link
+        )
 
     def is_offloaded(self, component: ComponentSize) -> bool:
         """Return whether a component is off the device while it is not in use."""

@@ -108,21 +108,21 @@ def plan_configuration(config: dict[str, Any], device: DeviceSpec, ranks: int) -
         config, configs.index, *(configs.components.get(name, {}) for name in ("vae", "transformer"))
     )
     dtype = choose_dtype(config["dtype"], torch.device(device.kind), Progress(quiet=True))
-    rehearsed = run_dry_forward(config, configs, dtype)
+    dry_run = run_dry_forward(config, configs, dtype)
     setting = WeightSettings.from_config(config)
-    found = find_suggestions(config, rehearsed, device)
+    found = find_suggestions(config, dry_run, device)
     if len(found) < 3 and can_tile(config):
         tiled = {**config, "vae": {**config["vae"], "tiling": True}}
-        found = find_suggestions(config, rehearsed, device, run_dry_forward(tiled, configs, dtype))
+        found = find_suggestions(config, dry_run, device, run_dry_forward(tiled, configs, dtype))
     return Plan(
         config["model"]["name"],
         device,
         ranks,
         [],
         configs.said,
-        Estimate(rehearsed, setting, device),
+        Estimate(dry_run, setting, device),
         config["sampling"]["num_inference_steps"],
-        {component.name: component.all.plain for component in rehearsed.components},
+        {component.name: component.all.plain for component in dry_run.components},
         found,
     )
 

@@ -38,10 +38,10 @@ class Suggestion:
 
 
 def find_suggestions(
-    config: dict[str, Any], rehearsed: DryForwardResult, device: DeviceSpec, tiled: DryForwardResult | None = None
+    config: dict[str, Any], dry_run: DryForwardResult, device: DeviceSpec, tiled: DryForwardResult | None = None
 ) -> list[Suggestion]:
     """Return at most three, the cheapest first. `tiled`: a dry forward with VAE tiling, to be considered too."""
-    fitting = list(list_candidates(config, config["vae"]["tiling"], rehearsed, device))
+    fitting = list(list_candidates(config, config["vae"]["tiling"], dry_run, device))
     if tiled:
         fitting += list_candidates(config, True, tiled, device)
     least = min((one.seconds or 0 for one in fitting), default=0)
@@ -49,7 +49,7 @@ def find_suggestions(
 
 
 def list_candidates(
-    config: dict[str, Any], tiling: bool, rehearsed: DryForwardResult, device: DeviceSpec
+    config: dict[str, Any], tiling: bool, dry_run: DryForwardResult, device: DeviceSpec
 ) -> Iterator[Suggestion]:
     """Yield every compatible setting that fits."""
     offloads, quantizations = (
@@ -60,9 +60,9 @@ def list_candidates(
     for offload, quantization in itertools.product(offloads, quantizations):
         changes = {"offload": offloads[offload], "quantization": quantizations[quantization], "vae": vae}
         changed = {**config, **changes}
-        if any(compatibility.find_violations(changed)) or not has_enough_blocks(changes["offload"], rehearsed):
+        if any(compatibility.find_violations(changed)) or not has_enough_blocks(changes["offload"], dry_run):
             continue
-        found = Estimate(rehearsed, WeightSettings.from_config(changed), device)
+        found = Estimate(dry_run, WeightSettings.from_config(changed), device)
         if found.fits:
             words = {"offload": offload, "quantization": quantization}
             overrides = [f"{name}={word}" for name, word in words.items() if changes[name] != config[name]]
@@ -71,10 +71,10 @@ def list_candidates(
             yield Suggestion(tuple(overrides), changes, lossless, found.peak, found.seconds)
 
 
-def has_enough_blocks(offload: dict[str, Any], rehearsed: DryForwardResult) -> bool:
+def has_enough_blocks(offload: dict[str, Any], dry_run: DryForwardResult) -> bool:
     """Return whether the model has enough blocks for an offload that prefetches blocks."""
     try:
-        check_offloaded_blocks(offload, next(len(one.blocks) for one in rehearsed.components if one.name == HIGH_NOISE))
+        check_offloaded_blocks(offload, next(len(one.blocks) for one in dry_run.components if one.name == HIGH_NOISE))
     except UsageError:
         return False
     return True

@@ -41,19 +41,22 @@ class ReferenceDraw(NamedTuple):
 class QualityReport:
     """The reference run's pixels, the prompts, and the metrics to compute."""
 
-    twin: list[np.ndarray]
+    baseline: list[np.ndarray]
     prompts: list[str]
     metrics: list[str]
 
     def each(self, drawn: Sequence[Picture]) -> list[dict[str, float]]:
         """Return the measures of each pair."""
-        return [compare_outputs(ours.pixels, twin, self.metrics) for ours, twin in zip(drawn, self.twin, strict=True)]
+        return [
+            compare_outputs(ours.pixels, baseline, self.metrics)
+            for ours, baseline in zip(drawn, self.baseline, strict=True)
+        ]
 
     def block(self, drawn: Sequence[Picture], each: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         """Return the measures of all pictures together. `each`: those of each pair."""
         block = summarize_measures(each, self.metrics)
         if "accuracy" in self.metrics:
-            shares = {"outputs": [picture.pixels for picture in drawn], "twins": self.twin}
+            shares = {"outputs": [picture.pixels for picture in drawn], "twins": self.baseline}
             block["accuracy"] = {name: measure_accuracy(pixels, self.prompts) for name, pixels in shares.items()}
             block["accuracy"]["count"] = len(drawn)
         return block
@@ -90,25 +93,25 @@ def measure_quality(
     """
     start = time.perf_counter()
     facts = {**facts, "quantization": NoQuantization.name}
-    place, twin, note = reference.find_reference_dir(config), reference.read_reference(config, facts), "kept"
+    place, baseline, note = reference.find_reference_dir(config), reference.read_reference(config, facts), "kept"
     if config == reference.strip_accelerations(config):
-        if twin is None:
+        if baseline is None:
             reference.save_reference(config, facts, ours, results)
-        twin, note = [picture.pixels for picture in ours], "this run itself, kept"
-    others = draw_references(runner, config, given, twin is None)
-    if twin is None:
+        baseline, note = [picture.pixels for picture in ours], "this run itself, kept"
+    others = draw_references(runner, config, given, baseline is None)
+    if baseline is None:
         made = next(others)
         reference.save_reference(config, facts, made.pictures, made.results)
-        twin, note = [picture.pixels for picture in made.pictures], "made, kept"
+        baseline, note = [picture.pixels for picture in made.pictures], "made, kept"
     runner.progress.note(f"the reference run: {note} in {place}")
 
-    yardstick = QualityReport(twin, [picture.prompt for picture in ours], config["report"]["metrics"])
-    each = yardstick.each(ours)
-    quality = {**redact_config({"twin": str(place)}), **yardstick.block(ours, each)}
+    report = QualityReport(baseline, [picture.prompt for picture in ours], config["report"]["metrics"])
+    each = report.each(ours)
+    quality = {**redact_config({"twin": str(place)}), **report.block(ours, each)}
     floor, blocks = {}, {}
     for draw in others:
-        floor[draw.name] = yardstick.each(draw.pictures)
-        blocks[draw.name] = yardstick.block(draw.pictures, floor[draw.name])
+        floor[draw.name] = report.each(draw.pictures)
+        blocks[draw.name] = report.block(draw.pictures, floor[draw.name])
     if blocks:
         quality["noise_floor"] = blocks
     return MeasuredQuality(quality, time.perf_counter() - start, each, floor)
@@ -121,14 +124,14 @@ def follow_measuring(runner: Runner, config: dict[str, Any], given: list[InputIm
 
 
 def draw_references(
-    runner: Runner, config: dict[str, Any], given: list[InputImage], twin: bool
+    runner: Runner, config: dict[str, Any], given: list[InputImage], baseline: bool
 ) -> Iterator[ReferenceDraw]:
     """Draw the reference run if rank 0 needs it, then the noise floor, in the same order on every rank."""
-    twin, others = broadcast_decision(runner, twin), make_backends(config)
-    if not (twin or others):
+    baseline, others = broadcast_decision(runner, baseline), make_backends(config)
+    if not (baseline or others):
         return
     with load_unquantized(runner, config) as plain:
-        if twin:
+        if baseline:
             runner.progress.note("drawing the reference run")
             yield ReferenceDraw("twin", *plain.redraw(config, given, reference.make_no_cache_node()))
         for name, backend in others.items():

@@ -122,13 +122,13 @@ def test_quantized_weights_take_what_the_plan_expects(subject, option, component
     """To the byte."""
     words = [*subject.overrides(), f"quantization={option}", f"quantization.components={components}"]
     drawn = Runner(compose_config(words))
-    rehearsed = run_dry_forward(drawn.config, configs.read_folder_configs(subject.folder), torch.float32)
-    held = WeightSettings.from_config(drawn.config).make_layout(rehearsed)
+    dry_run = run_dry_forward(drawn.config, configs.read_folder_configs(subject.folder), torch.float32)
+    held = WeightSettings.from_config(drawn.config).make_layout(dry_run)
     built = drawn.built.parts
     modules = {name: value for name, value in built.pipeline.components.items() if isinstance(value, torch.nn.Module)}
     for name, module in (modules | built.experts.transformers).items():
         stored = sum(count_stored_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
-        (component,) = (one for one in rehearsed.components if one.name == name)
+        (component,) = (one for one in dry_run.components if one.name == name)
         assert count_active_bytes(component, held, NoOffload()) == stored, name
 
 
@@ -137,11 +137,11 @@ def test_quantized_weights_take_what_the_plan_expects(subject, option, component
 def test_narrow_weights_take_what_the_plan_expects(subject, dtype):
     """To the byte, with the modules that libraries and we keep in float32."""
     drawn = Runner(compose_config([*subject.overrides(), f"dtype={dtype}"]))
-    rehearsed = run_dry_forward(drawn.config, configs.read_folder_configs(subject.folder), getattr(torch, dtype))
+    dry_run = run_dry_forward(drawn.config, configs.read_folder_configs(subject.folder), getattr(torch, dtype))
     built = drawn.built.parts
     for name, module in (built.pipeline.components | built.experts.transformers).items():
         if isinstance(module, torch.nn.Module):
-            (component,) = (one for one in rehearsed.components if one.name == name)
+            (component,) = (one for one in dry_run.components if one.name == name)
             stored = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
             assert component.all.plain == stored, name
 
