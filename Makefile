@@ -20,14 +20,14 @@ test: $(VENV)/installed-test ## lint, check types, run all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-all: $(VENV)/installed-launchers ## all that `make test` runs, the wheel, every variant, and sweeps by Ray, submitit and Optuna
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "" tests tests/launchers
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "" tests tests/launchers
 
 golden: $(VENV)/installed-test ## rewrite what is made from the code: tests/golden, tables of README and docs/models.md, recipes/schema.json
 	$(BIN)/python -m tests.golden.update

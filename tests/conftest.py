@@ -29,12 +29,12 @@ def pytest_addoption(parser) -> None:
     parser.addoption("--write-matrix", action="store_true", help="write the results to docs/matrix.md")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items) -> None:
-    """Send the tests of one model to one worker, which builds its checkpoint once, and other tests by their file."""
-    for item in items:
-        subject = item.callspec.params.get("subject") if hasattr(item, "callspec") else None
-        item.add_marker(pytest.mark.xdist_group(subject or item.nodeid.partition("::")[0]))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Send the tests of one model to one worker, under `--dist loadscope`."""
+    from tests.helpers.scheduling import ModelScheduling
+
+    return ModelScheduling(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 @pytest.fixture(scope="session")
