@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import yaml
 from PIL import Image
@@ -60,16 +59,6 @@ VARIANTS = {name: parent for name in MODELS if (parent := base(name))}
 
 #: the other options
 FAMILIES = [name for name in MODELS if name not in VARIANTS]
-
-
-def with_variants(*values: Any) -> list[Any]:
-    """Parameters of a test, of which those of a variant run in `make test-all` alone."""
-    names = [value[0] if isinstance(value, tuple) else value for value in values]
-    full = pytest.mark.full
-    return [
-        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=full if name in VARIANTS else ())
-        for name, value in zip(names, values, strict=True)
-    ]
 
 
 #: one option for each sort of transformer, for slow tests of shared code

@@ -15,14 +15,14 @@ import torch
 
 from tests.helpers import tiny
 from tests.helpers.checkpoints_prior import with_images_as_expected
-from tests.helpers.subjects import FAMILIES, LONG, SHORT, VARIANTS, apart, cases, pictures, with_variants
+from tests.helpers.subjects import FAMILIES, LONG, SHORT, VARIANTS, apart, cases, pictures
 
 LATENTS = 1e-4
 
 #: of options that differ from another in data alone, one case, and more in `make test-all`
 EVERY_CASE = [(name, case) for name in FAMILIES for case in cases(name)]
 EVERY_CASE += [(name, next(iter(cases(name)))) for name in VARIANTS]
-EVERY_CASE += with_variants(*((name, case) for name in VARIANTS for case in list(cases(name))[1:5]))
+EVERY_CASE += [pytest.param(name, case, marks=pytest.mark.full) for name in VARIANTS for case in list(cases(name))[1:5]]
 
 
 def reference_pipeline(subject, state):
