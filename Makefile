@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-launchers golden matrix bench
+.PHONY: help demo test test-all golden matrix bench
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,16 +20,20 @@ test: $(VENV)/installed-test ## lint, check types, run all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
-test-launchers: $(VENV)/installed-launchers ## run sweeps by Ray, submitit and Optuna, for real, on this machine
-	$(BIN)/python -m pytest tests/launchers
+test-all: $(VENV)/installed-launchers ## all that `make test` runs, the wheel, every variant, and sweeps by Ray, submitit and Optuna
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "" tests tests/launchers
 
 golden: $(VENV)/installed-test ## rewrite what is made from the code: tests/golden, tables of README and docs/models.md, recipes/schema.json
 	$(BIN)/python -m tests.golden.update
 
 matrix: $(VENV)/installed-test ## run every model with every acceleration and write docs/matrix.md
-	$(BIN)/python -m pytest tests/test_matrix.py --write-matrix
+	$(BIN)/python -m pytest tests/test_matrix.py -m "" --write-matrix
 
 bench: $(VENV)/installed-test ## our denoising loop against diffusers' on the demo model
 	$(BIN)/python bench/loop.py

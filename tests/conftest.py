@@ -29,6 +29,14 @@ def pytest_addoption(parser) -> None:
     parser.addoption("--write-matrix", action="store_true", help="write the results to docs/matrix.md")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Send the tests of one model to one worker, under `--dist loadscope`."""
+    from tests.helpers.scheduling import ModelScheduling
+
+    return ModelScheduling(config, log) if config.getvalue("dist") == "loadscope" else None
+
+
 @pytest.fixture(scope="session")
 def tiny_pipeline():
     """The reference: diffusers' QwenImagePipeline with random weights, in float32 on the CPU."""

@@ -16,6 +16,8 @@ from hydrarun.core.version import __version__
 from hydrarun.outputs.media import png
 from tests.helpers.paths import ROOT
 
+pytestmark = pytest.mark.full
+
 SHIPPED = ("conf", "recipes", "weights")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 
 from hydrarun.config.checks.checkpoint import find_size_multiple, read_vae_factors
@@ -37,11 +38,28 @@ class Configs(dict[str, dict[str, Any]]):
 
 CONFIGS = Configs()
 
-#: options that differ from another option only in checkpoint and defaults
-VARIANTS = {"qwen_image_2512", "wan21_t2v_1_3b", "flux_schnell", "sd35_large", "zimage_turbo"}
+#: keys of `model` that may differ between options that run the same code
+DATA = ("name", "path", "revision", "takes", "limits", "teacache", "facts")
+
+
+def structure(name: str) -> dict[str, Any]:
+    """The keys of a model option that decide which code runs."""
+    return {key: value for key, value in CONFIGS[name]["model"].items() if key not in DATA}
+
+
+def base(name: str) -> str | None:
+    """The option that this one inherits from and differs from in data alone, if there is one."""
+    node = yaml.safe_load((resources.find_folder("conf") / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
+    parent = (node.get("defaults") or [None])[0]
+    return parent if parent in MODELS and structure(parent) == structure(name) else None
+
+
+#: options that differ from another in data alone, with that other
+VARIANTS = {name: parent for name in MODELS if (parent := base(name))}
 
 #: the other options
 FAMILIES = [name for name in MODELS if name not in VARIANTS]
+
 
 #: one option for each sort of transformer, for slow tests of shared code
 SORTS = ("qwen_image_edit_plus", "flux_dev", "wan22_t2v_a14b", "zimage", "stable_audio")

@@ -1,4 +1,4 @@
-"""Sweeps by engines beyond one process, run for real in their local modes: `make test-launchers`."""
+"""Sweeps by engines beyond one process, run for real in their local modes: `make test-all`."""
 
 from __future__ import annotations
 

@@ -15,12 +15,14 @@ import torch
 
 from tests.helpers import tiny
 from tests.helpers.checkpoints_prior import with_images_as_expected
-from tests.helpers.subjects import FAMILIES, LONG, MODELS, SHORT, VARIANTS, apart, cases, pictures
+from tests.helpers.subjects import FAMILIES, LONG, SHORT, VARIANTS, apart, cases, pictures
 
 LATENTS = 1e-4
 
-#: all cases, but only the first 5 for options that differ from another in checkpoint and defaults alone
-EVERY_CASE = [(name, case) for name in MODELS for case in list(cases(name))[: 5 if name in VARIANTS else None]]
+#: of options that differ from another in data alone, one case, and more in `make test-all`
+EVERY_CASE = [(name, case) for name in FAMILIES for case in cases(name)]
+EVERY_CASE += [(name, next(iter(cases(name)))) for name in VARIANTS]
+EVERY_CASE += [pytest.param(name, case, marks=pytest.mark.full) for name in VARIANTS for case in list(cases(name))[1:5]]
 
 
 def reference_pipeline(subject, state):
