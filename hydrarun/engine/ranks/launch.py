@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import sys
 import tempfile
-import threading
-from contextlib import AbstractContextManager, nullcontext, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +11,9 @@ from hydrarun.config import batches
 from hydrarun.core.distributed.degrees import DIMENSIONS, Degrees, count_worker_ranks, find_degree_problems, world_size
 from hydrarun.core.distributed.rank import is_rank, rank_info
 from hydrarun.core.errors import RunError, UsageError
-from hydrarun.engine.ranks import worker
-from hydrarun.engine.ranks.local_group import FAREWELL, GRACE, RanksExecutor
-from hydrarun.outputs.failure_record import record_failure
+from hydrarun.engine.ranks import torchrun, worker
+from hydrarun.engine.ranks.local_group import RanksExecutor
+from hydrarun.engine.ranks.torchrun import TorchrunExecutor
 
 if TYPE_CHECKING:
     from hydrarun.engine.runner import Runner
@@ -44,67 +38,6 @@ class LocalExecutor:
     def close(self) -> None:
         """Free the model and its memory."""
         self.session.close()
-
-
-class TorchrunExecutor:
-    """Rank 0 of torchrun's ranks: both driver and rank. A failure ends this process too."""
-
-    def __init__(self) -> None:
-        self.store = worker.open_torchrun_store()
-        self.session: worker.RankSession | None = None
-        self.jobs = 0
-        signal.signal(signal.SIGTERM, delay_exit)
-
-    def run_job(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
-        """Run a job on all ranks and return this rank's result. Records a failed run before the process ends."""
-        job = json.dumps({"action": action, "config": config, "arguments": arguments})
-        self.store.set(f"job/{self.jobs}", job)
-        self.jobs += 1
-        try:
-            with record_job_failure(action, config, arguments):
-                return self._own(**json.loads(job))
-        except BaseException as error:
-            worker.abort(self.store, 0, error, tell=True)
-
-    def _own(self, **job: Any) -> Any:
-        """Run this rank's part. Raises the first failure of any rank."""
-        try:
-            self.session = self.session or worker.RankSession(self.store)
-            return self.session.run_job(**job)
-        except Exception as error:
-            worker.publish_failure(self.store, 0, error)
-            raise worker.read_failure(self.store)[1] from error
-
-    def close(self) -> None:
-        """End the other ranks."""
-        from torch.distributed import DistError
-
-        self.store.set(f"job/{self.jobs}", "null")
-        if self.session:
-            self.session.close()
-        with suppress(DistError):  # this process may host the store: wait until the others have read it
-            self.store.wait([f"left/{rank}" for rank in range(1, rank_info().size)], timedelta(seconds=FAREWELL))
-
-
-def record_job_failure(action: str, config: dict[str, Any], arguments: dict[str, Any]) -> AbstractContextManager[None]:
-    """Return a context manager that records a failed job, for a process that ends at a failure."""
-    if action == "run":
-        return record_failure(config, Path(arguments["output_dir"]))
-    if action == "batches":
-        from hydrarun.core.progress import Progress
-        from hydrarun.engine.runs.batch import BatchPlan, recording_failures
-        from hydrarun.outputs.writer import current_timestamp
-
-        folder = Path(arguments["output_dir"])
-        return recording_failures(lambda: BatchPlan(config, folder, Progress()), current_timestamp())
-    return nullcontext()
-
-
-def delay_exit(*_: Any) -> None:
-    """Delay the exit on SIGTERM, so that rank 0 can record the failure when torchrun ends the other ranks."""
-    end = threading.Timer(GRACE, os._exit, [128 + signal.SIGTERM])
-    end.daemon = True
-    end.start()
 
 
 class RemoteRunner:
@@ -205,7 +138,7 @@ def load_runner(config: dict[str, Any]) -> Runner | RemoteRunner:
 
     if is_initialized():
         raise UsageError("load: this process has a process group already; under torchrun, load one model only")
-    return worker.RankSession(worker.open_torchrun_store()).build(config, quiet=True)
+    return worker.RankSession(torchrun.open_store()).build(config, quiet=True)
 
 
 def check_rank_count(degrees: Degrees) -> None:
