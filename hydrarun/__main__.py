@@ -29,9 +29,7 @@ def serve_torchrun(argv: list[str]) -> None:
         for name in parse_arguments(argv).targets:
             targets.allow_target(name)
     store = torchrun.open_store()
-    link = torchrun.TorchrunLink(store)
-    worker.serve_rank(link, store)
-    link.leave()
+    worker.serve_rank(torchrun.TorchrunLink(store), store)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydrarun.config import batches
-from hydrarun.core.distributed.degrees import DIMENSIONS, Degrees, count_worker_ranks, find_degree_problems, world_size
+from hydrarun.core.distributed import limits
+from hydrarun.core.distributed.degrees import (
+    DIMENSIONS,
+    KEYS,
+    Degrees,
+    count_worker_ranks,
+    find_degree_problems,
+    world_size,
+)
 from hydrarun.core.distributed.rank import is_rank, rank_info
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.engine.ranks import torchrun, worker
@@ -81,8 +89,8 @@ def run_configuration(config: dict[str, Any], output_dir: Path) -> dict[str, Any
 
     Returns the content of run.json. Raises UsageError and RunError. Call `close_executor` in the end.
     """
+    check_rank_count(config)
     config = fit_plan(config)
-    check_rank_count(config["parallel"])
     if batches.is_batch_run(config):
         from hydrarun.engine.runs.batch import run_batches
 
@@ -126,8 +134,8 @@ def load_runner(config: dict[str, Any]) -> Runner | RemoteRunner:
         raise UsageError("warmup: only for the command; from Python, the first call of generate() is the warm-up")
     if batches.is_batch_run(config):
         raise UsageError("input.prompts, batch_size: only for the command; from Python, call generate(prompt=…)")
+    check_rank_count(config)
     config = fit_plan(config)
-    check_rank_count(config["parallel"])
     if world_size(config["parallel"]) > 1 and not is_rank():
         return RemoteRunner(config)
     from hydrarun.engine.runner import Runner
@@ -141,10 +149,34 @@ def load_runner(config: dict[str, Any]) -> Runner | RemoteRunner:
     return worker.RankSession(torchrun.open_store()).build(config, quiet=True)
 
 
-def check_rank_count(degrees: Degrees) -> None:
-    """Raise UsageError if torchrun started another number of ranks than the degrees ask for."""
-    if not is_rank():
+def check_rank_count(config: dict[str, Any]) -> None:
+    """Raise UsageError if the configuration asks for more ranks than may be started, before any is.
+
+    Under torchrun, raise it if torchrun started another number of ranks.
+    """
+    degrees, device = config["parallel"], config["device"]
+    if is_rank():
+        check_torchrun_count(degrees)
         return
+    wanted, limit = world_size(degrees), degrees["max_ranks"] or limits.max_ranks(device)
+    if wanted == 1 or wanted <= limit:
+        return
+    if degrees["max_ranks"]:
+        reason = f"above parallel.max_ranks={limit}"
+    elif device != "cpu" and limits.count_nvidia_devices():
+        reason = f"and this machine has {limit} CUDA device{'' if limit == 1 else 's'}"
+    else:
+        reason = f"and this machine starts {limit} at most (one per core, or {limits.MIN_CPU_RANKS})"
+    raise UsageError(
+        f"parallel: {format_layout(degrees)}, {reason}: use smaller degrees, or parallel.max_ranks={wanted} on the"
+        " command line"
+    )
+
+
+def check_torchrun_count(degrees: Degrees) -> None:
+    """Raise UsageError if torchrun started another number of ranks than the degrees ask for."""
+    if degrees["max_ranks"]:
+        raise UsageError("parallel.max_ranks: torchrun starts the ranks, so it has no effect: leave it out")
     here, wanted = rank_info(), world_size(degrees)
     if here.size == wanted:
         return
@@ -175,7 +207,7 @@ def format_ranks(count: int) -> str:
 
 def suggest_degree(degrees: Degrees, count: int) -> str:
     """Return `, or parallel.ulysses_degree=2`: a change of one degree that gives `count` ranks; "" if none does."""
-    for key in sorted(degrees, key=lambda key: (-degrees[key], key != "ulysses_degree")):
+    for key in sorted(KEYS, key=lambda key: (-degrees[key], key != "ulysses_degree")):
         for value in range(1, count + 1):
             changed = {**degrees, key: value}
             if world_size(changed) == count and not list(find_degree_problems(changed)):

@@ -15,9 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hydrarun.config import targets
 from hydrarun.core.distributed.degrees import world_size
@@ -43,9 +44,9 @@ class RankGroup:
     """Ranks on this machine. They die with the thread that started them, so start them from the main thread."""
 
     def __init__(self, size: int) -> None:
+        """Start the ranks. Raises RunError if the system does not start them all."""
         self.size = size
-        # output of each rank; unnamed files, so nothing is left behind
-        self.logs = [tempfile.TemporaryFile() for _ in range(size)]  # noqa: SIM115
+        self.logs: list[IO[bytes]] = []
         self.folder = tempfile.TemporaryDirectory(prefix="hydrarun-ranks-")  # mode 0700
         self.processes: list[subprocess.Popen[bytes]] = []
         self.buffers: list[MessageBuffer] = []
@@ -56,6 +57,9 @@ class RankGroup:
         try:
             for rank in range(size):
                 self._start(rank)
+        except OSError as error:
+            self.kill()
+            raise RunError(f"parallel: rank {len(self.processes)} cannot be started: {error.strerror}") from error
         except BaseException:
             self.kill()
             raise
@@ -69,6 +73,7 @@ class RankGroup:
         }
         quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
         loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+        self.logs.append(tempfile.TemporaryFile())  # noqa: SIM115 - unnamed, so nothing is left behind
         ours, theirs = socket.socketpair()
         self.buffers.append(MessageBuffer(ours))
         rendezvous = Path(self.folder.name, "rendezvous")
@@ -94,7 +99,7 @@ class RankGroup:
         try:
             while not self.results:
                 if self.failures or self.ended:
-                    self._wait(self.size, GRACE)
+                    self._wait(lambda: len(self.ended) == self.size, GRACE)
                     raise self._find_cause()
                 self._exchange(POLL)
         except KeyboardInterrupt:
@@ -129,10 +134,10 @@ class RankGroup:
         else:
             self.results.append(content["result"])
 
-    def _wait(self, ranks: int, seconds: float) -> None:
-        """Wait up to `seconds` for the first `ranks` ranks to end."""
+    def _wait(self, done: Callable[[], bool], seconds: float) -> None:
+        """Wait up to `seconds` until `done()`."""
         deadline = time.monotonic() + seconds
-        while not self.ended.keys() >= set(range(ranks)) and time.monotonic() < deadline:
+        while not done() and time.monotonic() < deadline:
             self._exchange(POLL)
 
     def _find_cause(self) -> Exception:
@@ -163,7 +168,7 @@ class RankGroup:
         with suppress(ProcessLookupError):
             self.processes[0].send_signal(signal.SIGINT)
         try:
-            self._wait(1, GRACE)
+            self._wait(lambda: 0 in self.ended, GRACE)
         finally:
             self.kill()
 
@@ -179,10 +184,10 @@ class RankGroup:
         self.folder.cleanup()
 
     def close(self) -> None:
-        """End the ranks after their last job."""
+        """End the ranks after their last job, without waiting until Python has freed all objects."""
         try:
             self._send(None)
-            self._wait(self.size, FAREWELL)
+            self._wait(lambda: all(buffer.closed for buffer in self.buffers), FAREWELL)
         finally:
             self.kill()
 

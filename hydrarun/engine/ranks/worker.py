@@ -197,6 +197,9 @@ class Link(Protocol):
     def report_failure(self, error: BaseException) -> RankFailure | None:
         """Tell the driver why this rank ends. Return the failure if this rank has to print it."""
 
+    def leave(self) -> None:
+        """Tell the driver that this rank ends without a failure."""
+
 
 class DriverLink:
     """The link of a rank to the driver that started it. The process ends as soon as the driver's end is closed."""
@@ -228,6 +231,11 @@ class DriverLink:
         """Send the failure. The driver prints it."""
         failure = describe_failure(self.rank, time.monotonic(), error)
         send_message(self.end, {"failure": failure.to_json()})
+
+    def leave(self) -> None:
+        """Tell the driver that this rank has finished; it may be killed now."""
+        sys.stderr.flush()
+        self.end.shutdown(socket.SHUT_WR)
 
 
 def abort(link: Link, error: BaseException) -> NoReturn:
@@ -263,6 +271,7 @@ def serve_rank(link: Link, store: Store) -> None:
         while (job := link.receive_job()) is not None:
             link.finish_job(session.run_job(**job))
         session.close()
+        link.leave()
     except BaseException as error:
         abort(link, error)
 
