@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.engine.ranks import local_group
 from hydrarun.engine.ranks.failure import MAX_TEXT, RankFailure, describe_failure
+from tests.helpers import other_user
 
 LOST = RuntimeError("Connection reset by peer")
 ABORT, KILL, SEGV = -signal.SIGABRT, -signal.SIGKILL, -signal.SIGSEGV
@@ -50,6 +53,23 @@ def test_a_failure_travels_as_json():
         failure = describe_failure(3, 1.5, error)
     assert len(failure.text) == MAX_TEXT
     assert RankFailure(**failure.to_json()) == failure
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
+def test_other_users_reach_neither_jobs_nor_results_nor_the_rendezvous(monkeypatch):
+    monkeypatch.setattr(local_group, "WORKER", "tests.helpers.idle_rank")
+    group = local_group.RankGroup(2)
+    try:
+        rendezvous = Path(group.folder.name, "rendezvous")
+        rendezvous.touch()
+        pids = [os.getpid(), *(process.pid for process in group.processes)]
+        paths = [group.folder.name, str(rendezvous), *(f"/proc/{pid}/fd" for pid in pids)]
+        assert other_user.try_to_open(paths) == [0] * len(paths)
+        assert other_user.try_to_open(paths, other_user.NOBODY) == [errno.EACCES] * len(paths)
+        assert [other_user.list_listening_ports(pid) for pid in pids] == [[], [], []]
+    finally:
+        group.kill()
+    assert not rendezvous.parent.exists()
 
 
 def test_ranks_that_cannot_all_be_started_are_ended(monkeypatch, tmp_path):
