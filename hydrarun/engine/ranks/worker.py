@@ -263,10 +263,9 @@ def end_process(error: BaseException, shown: str) -> NoReturn:
 
 def serve_rank(link: Link, store: Store) -> None:
     """Run jobs until there are no more. The process ends at the first failure."""
-    rank = rank_info().rank
-    if rank > 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to clean up, and no waiting in a collective
     try:
+        # ranks above 0 have nothing to clean up, and must not wait in a collective
+        signal.signal(signal.SIGINT, signal.default_int_handler if rank_info().rank == 0 else signal.SIG_DFL)
         session = RankSession(store)
         while (job := link.receive_job()) is not None:
             link.finish_job(session.run_job(**job))
@@ -293,6 +292,7 @@ def main(argv: Sequence[str]) -> None:
     `argv`: the driver's process id, the descriptor of this rank's end of the pair, the file in which the ranks find
     each other, then classes to allow.
     """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a job begins there is nothing to clean up
     parent, descriptor, rendezvous, *allowed = argv
     end_with_parent(int(parent))
     end = socket.socket(fileno=int(descriptor))
