@@ -23,12 +23,13 @@ def serve_torchrun(argv: list[str]) -> None:
     """Serve jobs as a torchrun rank above 0. It has rank 0's command line; rank 0 reports the mistakes in it."""
     from hydrarun.cli.arguments import parse_arguments
     from hydrarun.config import targets
-    from hydrarun.engine.ranks.worker import open_torchrun_store, serve_rank
+    from hydrarun.engine.ranks import torchrun, worker
 
     with suppress(UsageError):
         for name in parse_arguments(argv).targets:
             targets.allow_target(name)
-    serve_rank(open_torchrun_store(), tell=True)
+    store = torchrun.open_store()
+    worker.serve_rank(torchrun.TorchrunLink(store), store)
 
 
 if __name__ == "__main__":

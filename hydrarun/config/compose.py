@@ -64,6 +64,8 @@ def check_composed(config: dict[str, Any], origin: ConfigOrigin) -> dict[str, An
         raise UsageError(f"sampling.prompt ({setter}) and input.prompts are both given: leave one out")
     config = batches.resolve_prompts(config)
     check_configuration(config, origin)
+    if config["parallel"]["max_ranks"] is not None and not origin.is_override("parallel.max_ranks"):
+        raise UsageError("parallel.max_ranks: set in the file of an option; only the command line may set it")
     folder = find_local_folder(config["model"]["path"], config["model"]["revision"])
     if folder is not None:  # a hub checkpoint is checked after its download
         raise_mistakes(_find_line_refusals(config, lambda one: check_folder_fit(one, folder)))
@@ -130,9 +132,15 @@ class ConfigOrigin:
             notes.append(f"sampling.negative_prompt ({setter}) is not used: {off}")
         return notes
 
+    def is_override(self, key: str) -> bool:
+        """Return whether an override sets exactly this key."""
+        return key in self._list_keys()
+
     def _on_command_line(self, key: str) -> bool:
-        keys = [override.lstrip("+").partition("=")[0] for override in self.overrides]
-        return any(key == one or key.startswith((f"{one}.", f"{one}[")) for one in keys)
+        return any(key == one or key.startswith((f"{one}.", f"{one}[")) for one in self._list_keys())
+
+    def _list_keys(self) -> list[str]:
+        return [override.lstrip("+").partition("=")[0] for override in self.overrides]
 
 
 def _has_key(content: Any, key: str) -> bool:

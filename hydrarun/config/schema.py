@@ -86,7 +86,10 @@ class Input:
 
 @dataclass
 class Parallel:
-    """Ranks per parallel method. `core.distributed.degrees.world_size` gives the total number of ranks."""
+    """Ranks per parallel method. `core.distributed.degrees.world_size` gives the total number of ranks.
+
+    `max_ranks`: the limit on that number; null: `core.distributed.limits.max_ranks`. Set only on the command line.
+    """
 
     data_degree: int = 1
     cfg_degree: int = 1
@@ -95,6 +98,7 @@ class Parallel:
     tensor_degree: int = 1
     hsdp_degree: int = 1
     vae_degree: int = 1
+    max_ranks: Optional[int] = None  # noqa: UP045
 
 
 @dataclass

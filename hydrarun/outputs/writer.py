@@ -264,8 +264,13 @@ def _refuse_constant(pixels: np.ndarray, prompt: str, seed: int) -> None:
 
 
 def to_recorded_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration as output files and run.json store it: absolute paths, home folder `~`, no secrets."""
-    return redact_config(_make_paths_absolute(config))
+    """Return the configuration as output files and run.json store it: absolute paths, home folder `~`, no secrets.
+
+    Leaves out the limit on the number of ranks, which a file may not set.
+    """
+    recorded = redact_config(_make_paths_absolute(config))
+    recorded.get("parallel", {}).pop("max_ranks", None)
+    return recorded
 
 
 def _make_paths_absolute(config: dict[str, Any]) -> dict[str, Any]:

@@ -252,6 +252,7 @@ def test_help_names_verbs_groups_and_examples(capsys):
         (["-sc", "query=bash"], 0),
         (["sampling.stpes=3"], 2),
         (["sampling.height=100"], 2),
+        (["device=cpu", "parallel.hsdp_degree=1000"], 2),
     ],
 )
 def test_the_driver_imports_nothing_heavy(words, code, tmp_path):

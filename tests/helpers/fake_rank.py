@@ -1,6 +1,7 @@
 """The command and its ranks with a fake runner that executes the prompt.
 
-`1 SIGKILL`: rank 1 is killed during the job; `1 ZeroDivisionError`: it raises this error; `1 sleep`: it is slow.
+`1 SIGKILL`: rank 1 is killed during the job; `1 exit 3`: it ends without a word; `1 ZeroDivisionError`: it raises this
+error; `1 sleep`: it is slow.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class FakeRunner:
         total = torch.ones(1)
         dist.all_reduce(total)
         self.jobs += 1
-        asked = {"seed": config["sampling"]["seed"], "device": self.device}
+        asked = {"seed": config["sampling"]["seed"], "prompt": config["sampling"]["prompt"], "device": self.device}
         done = {"pids": pids, "total": total.item(), "jobs": self.jobs, "load_s": self.load_s}
         done["read_bytes"] = self.read_bytes
         here = {"threads": torch.get_num_threads(), "allowed": targets.list_user_allowed()}
@@ -71,6 +72,8 @@ def act(prompt: str) -> None:
     print(f"about to {what}", file=sys.stderr, flush=True)
     if what.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, what))
+    elif what.startswith("exit"):
+        os._exit(int(what.split()[1]))
     elif what == "sleep":
         time.sleep(60)
     else:

@@ -123,7 +123,7 @@ def make_uncached_config(config: dict[str, Any], origin: ConfigOrigin, prompts: 
         "cache": compose_unchecked(["cache=none"])[0]["cache"],
     }
     check_composed(changed, origin)
-    launch.check_rank_count(config["parallel"])
+    launch.check_rank_count(config)
     if config["warmup"]:
         raise UsageError("warmup: calibrate measures no times; leave it out")
     if world_size(config["parallel"]) > 1:

@@ -101,13 +101,21 @@ def rebuild_config(recorded: RecordedRun, overrides: Sequence[str]) -> dict[str,
         config["warmup"] = 0
         if isinstance(config.get("compile"), dict) and "cache_dir" in config["compile"]:
             config["compile"]["cache_dir"] = None
-        for override in overrides:
+        _refuse_rank_limit(config)
+        for override in sorted(overrides, key=lambda text: text.partition("=")[0] not in GROUPS):  # as Hydra does
             _apply_override(config, override)
         config = expand_home(config)
         check_configuration(config)
     except RecursionError:
         raise UsageError("the file's configuration is nested too deeply") from None
     return config
+
+
+def _refuse_rank_limit(config: dict[str, Any]) -> None:
+    """Raise UsageError if the file sets how many ranks may be started. No file that hydrarun wrote does."""
+    parallel = config.get("parallel")
+    if isinstance(parallel, dict) and parallel.get("max_ranks") is not None:
+        raise UsageError("parallel.max_ranks: set in the file; only the command line may set it")
 
 
 def _pin_config(config: dict[str, Any], facts: dict[str, Any]) -> None:

@@ -77,7 +77,7 @@ def run_once(overrides: list[str], flags: list[str]) -> int:
     with translate_errors(overrides):
         composed_config, origin = split_composed(composed, composed.hydra)
     config = check_composed(composed_config, origin)
-    launch.check_rank_count(config["parallel"])
+    launch.check_rank_count(config)
     if folder := choose_resume_dir(composed_config, overrides):
         set_run_folder(composed, folder)
 

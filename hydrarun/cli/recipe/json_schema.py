@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from hydrarun.config.recipes import metadata
+from hydrarun.config.recipes.vet import COMMAND_LINE_ONLY
 from hydrarun.config.schema import Config
 from hydrarun.core import resources
 from hydrarun.core.resources import list_groups
@@ -25,9 +26,6 @@ PLAIN = {bool: "boolean", int: "integer", float: "number", str: "string", type(N
 
 #: sections that hold a `_target_` node from the options of a group
 NODES = ("scheduler", "cache", "attention", "compile", "quantization", "offload")
-
-#: fields that a recipe may not set
-BARRED = ("report.twins", "compile.cache_dir")
 
 FIELD = re.compile(r"^( *)(?:- )?([A-Za-z_]\w*):")
 
@@ -78,7 +76,7 @@ def make_class_schema(kind: Any, path: str) -> Schema:
     properties = {}
     for name, hint in typing.get_type_hints(kind).items():
         here = f"{path}.{name}" if path else name
-        if here in BARRED:
+        if here in COMMAND_LINE_ONLY:
             continue
         if here in NODES:
             properties[name] = make_group_schema(name)
@@ -103,7 +101,7 @@ def make_group_schema(group: str) -> Schema:
             *above, name = (*inner, *key.split("."))
             for part in above:
                 node = node.setdefault(part, {"type": "object"}).setdefault("properties", {})
-            if name not in ("_target_", "defaults") and f"{group}.{key}" not in BARRED:
+            if name not in ("_target_", "defaults") and f"{group}.{key}" not in COMMAND_LINE_ONLY:
                 node.setdefault(name, {}).setdefault("description", text)
     return {"type": "object", "properties": properties}
 

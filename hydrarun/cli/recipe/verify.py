@@ -27,6 +27,7 @@ RUN_DIR = "hydra.run.dir"
 ALLOWED = (
     "model.path",
     "device",
+    "parallel.max_ranks",
     "verify",
     "compile.cache_dir",
     "report.metrics",
@@ -45,6 +46,7 @@ def verify_evidence(name: str, overrides: Sequence[str]) -> int:
     file.replace_evidence(recipe, Evidence(FORMAT, "unverified", ""))  # refuses a file without room for it
     old = recipe.evidence.measured if recipe.evidence and recipe.genuine else None
     config = compose_config([quote_recipe(name), *choose_overrides(overrides, old)])
+    launch.check_rank_count(config)
     for line in describe_recipe(recipe, name, config, str(folder)):
         print(line, file=sys.stderr)
     check_weights(config, old)

@@ -82,7 +82,8 @@ def plan_point(config: dict[str, Any], origin: ConfigOrigin, plans: dict[str, Pl
     Raises the UsageError that a run on the planned device would raise.
     """
     asked = check_composed({**config, "device": find_plan_device(config).kind, "plan": NO_PLAN}, origin)
-    launch.check_rank_count(config["parallel"])
+    if config["plan"]["device"] is None:  # else the ranks are those of another machine
+        launch.check_rank_count(config)
     sampling = asked["sampling"]
     count = len(sampling["seed"]) if isinstance(sampling["seed"], list) else None
     key = json.dumps([config["plan"], {**asked, "sampling": {**sampling, "seed": count}}], sort_keys=True)

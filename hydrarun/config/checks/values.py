@@ -87,6 +87,7 @@ def _check_settings(config: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _check_device(config["device"])
     yield from _check_dtype(config["dtype"])
     yield from ((f"parallel.{key}", text) for key, text in degrees.find_degree_problems(config["parallel"]))
+    yield from _check_minimum("parallel.max_ranks", config["parallel"]["max_ranks"], 1)
     yield from _check_vae_dtype(config["vae"]["dtype"])
     yield from _check_plan(config["plan"])
     yield from _check_teacache_fit(

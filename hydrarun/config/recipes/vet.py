@@ -1,7 +1,7 @@
 """Vets the content of recipes: choices of options and plain values only. A recipe is data, never code.
 
 Not allowed: keys of the form `_key_`, the section `hydra` (Hydra runs callbacks and writes files before the program
-starts), interpolations and resolvers, and folders that the run writes to.
+starts), interpolations and resolvers, folders that the run writes to, and the limit on the number of ranks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,13 @@ from hydrarun.core.resources import list_groups
 
 NAME = re.compile(r"[\w-]+(/[\w-]+)*")
 KEY = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+#: keys that no recipe may set, and what they set
+COMMAND_LINE_ONLY = {
+    "report.twins": "where files are written",
+    "compile.cache_dir": "where files are written",
+    "parallel.max_ranks": "how many ranks may be started",
+}
 
 #: keys whose values are literal text: prompts, and paths after they are made absolute
 LITERAL = (*TEXT_KEYS, "input.images", "input.prompts", "model.path")
@@ -67,8 +74,8 @@ def _check_value(node: Any, path: str) -> Iterator[str]:
             here = f"{path}.{key}" if path else str(key)
             if not isinstance(key, str) or not KEY.fullmatch(key) or here == "hydra":
                 yield f"'{here}' is not allowed: a recipe chooses options and sets values, it cannot bring code."
-            elif here in ("report.twins", "compile.cache_dir"):
-                yield f"'{here}' is not allowed: only the command line sets where files are written."
+            elif here in COMMAND_LINE_ONLY:
+                yield f"'{here}' is not allowed: only the command line sets {COMMAND_LINE_ONLY[here]}."
             elif key in FORBIDDEN_ARGUMENTS:
                 yield f"'{here}' is not allowed: it would run code that comes with a checkpoint."
             else:

@@ -8,6 +8,12 @@ from collections.abc import Iterator, Mapping
 #: dimensions that split the work, from the outermost (ranks far apart) to the innermost
 DIMENSIONS = ("data", "cfg", "ring", "ulysses", "tensor")
 
+#: the keys of the degrees in the section `parallel`
+KEYS = (*(f"{name}_degree" for name in DIMENSIONS), "hsdp_degree", "vae_degree")
+
+#: no machine has that many; keeps the numbers in messages readable
+MAX_DEGREE = 2**16
+
 Degrees = Mapping[str, int]
 
 
@@ -23,9 +29,9 @@ def world_size(degrees: Degrees) -> int:
 
 def find_degree_problems(degrees: Degrees) -> Iterator[tuple[str, str]]:
     """Yield a key and a message for each invalid degree."""
-    for key, value in degrees.items():
-        if value < 1:
-            yield key, f"{value} is below 1."
+    for key in KEYS:
+        if not 1 <= degrees[key] <= MAX_DEGREE:
+            yield key, f"{degrees[key]} is below 1." if degrees[key] < 1 else f"above {MAX_DEGREE}."
             return
     ranks, work = world_size(degrees), count_worker_ranks(degrees)
     layout = " x ".join(f"{name} {degrees[f'{name}_degree']}" for name in DIMENSIONS)

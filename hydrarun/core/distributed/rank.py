@@ -28,7 +28,11 @@ def rank_info() -> RankInfo:
     return RankInfo(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
 
+def count_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def threads_per_rank(ranks: int) -> int:
     """Return the number of threads for each of `ranks` processes on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // ranks)
+    return max(1, count_cores() // ranks)

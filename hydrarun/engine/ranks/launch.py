@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import sys
 import tempfile
-import threading
-from contextlib import AbstractContextManager, nullcontext, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydrarun.config import batches
-from hydrarun.core.distributed.degrees import DIMENSIONS, Degrees, count_worker_ranks, find_degree_problems, world_size
+from hydrarun.core.distributed import limits
+from hydrarun.core.distributed.degrees import (
+    DIMENSIONS,
+    KEYS,
+    Degrees,
+    count_worker_ranks,
+    find_degree_problems,
+    world_size,
+)
 from hydrarun.core.distributed.rank import is_rank, rank_info
 from hydrarun.core.errors import RunError, UsageError
-from hydrarun.engine.ranks import worker
-from hydrarun.engine.ranks.local_group import FAREWELL, GRACE, RanksExecutor
-from hydrarun.outputs.failure_record import record_failure
+from hydrarun.engine.ranks import torchrun, worker
+from hydrarun.engine.ranks.local_group import RanksExecutor
+from hydrarun.engine.ranks.torchrun import TorchrunExecutor
 
 if TYPE_CHECKING:
     from hydrarun.engine.runner import Runner
@@ -44,67 +46,6 @@ class LocalExecutor:
     def close(self) -> None:
         """Free the model and its memory."""
         self.session.close()
-
-
-class TorchrunExecutor:
-    """Rank 0 of torchrun's ranks: both driver and rank. A failure ends this process too."""
-
-    def __init__(self) -> None:
-        self.store = worker.open_torchrun_store()
-        self.session: worker.RankSession | None = None
-        self.jobs = 0
-        signal.signal(signal.SIGTERM, delay_exit)
-
-    def run_job(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
-        """Run a job on all ranks and return this rank's result. Records a failed run before the process ends."""
-        job = json.dumps({"action": action, "config": config, "arguments": arguments})
-        self.store.set(f"job/{self.jobs}", job)
-        self.jobs += 1
-        try:
-            with record_job_failure(action, config, arguments):
-                return self._own(**json.loads(job))
-        except BaseException as error:
-            worker.abort(self.store, 0, error, tell=True)
-
-    def _own(self, **job: Any) -> Any:
-        """Run this rank's part. Raises the first failure of any rank."""
-        try:
-            self.session = self.session or worker.RankSession(self.store)
-            return self.session.run_job(**job)
-        except Exception as error:
-            worker.publish_failure(self.store, 0, error)
-            raise worker.read_failure(self.store)[1] from error
-
-    def close(self) -> None:
-        """End the other ranks."""
-        from torch.distributed import DistError
-
-        self.store.set(f"job/{self.jobs}", "null")
-        if self.session:
-            self.session.close()
-        with suppress(DistError):  # this process may host the store: wait until the others have read it
-            self.store.wait([f"left/{rank}" for rank in range(1, rank_info().size)], timedelta(seconds=FAREWELL))
-
-
-def record_job_failure(action: str, config: dict[str, Any], arguments: dict[str, Any]) -> AbstractContextManager[None]:
-    """Return a context manager that records a failed job, for a process that ends at a failure."""
-    if action == "run":
-        return record_failure(config, Path(arguments["output_dir"]))
-    if action == "batches":
-        from hydrarun.core.progress import Progress
-        from hydrarun.engine.runs.batch import BatchPlan, recording_failures
-        from hydrarun.outputs.writer import current_timestamp
-
-        folder = Path(arguments["output_dir"])
-        return recording_failures(lambda: BatchPlan(config, folder, Progress()), current_timestamp())
-    return nullcontext()
-
-
-def delay_exit(*_: Any) -> None:
-    """Delay the exit on SIGTERM, so that rank 0 can record the failure when torchrun ends the other ranks."""
-    end = threading.Timer(GRACE, os._exit, [128 + signal.SIGTERM])
-    end.daemon = True
-    end.start()
 
 
 class RemoteRunner:
@@ -148,8 +89,8 @@ def run_configuration(config: dict[str, Any], output_dir: Path) -> dict[str, Any
 
     Returns the content of run.json. Raises UsageError and RunError. Call `close_executor` in the end.
     """
+    check_rank_count(config)
     config = fit_plan(config)
-    check_rank_count(config["parallel"])
     if batches.is_batch_run(config):
         from hydrarun.engine.runs.batch import run_batches
 
@@ -193,8 +134,8 @@ def load_runner(config: dict[str, Any]) -> Runner | RemoteRunner:
         raise UsageError("warmup: only for the command; from Python, the first call of generate() is the warm-up")
     if batches.is_batch_run(config):
         raise UsageError("input.prompts, batch_size: only for the command; from Python, call generate(prompt=…)")
+    check_rank_count(config)
     config = fit_plan(config)
-    check_rank_count(config["parallel"])
     if world_size(config["parallel"]) > 1 and not is_rank():
         return RemoteRunner(config)
     from hydrarun.engine.runner import Runner
@@ -205,13 +146,37 @@ def load_runner(config: dict[str, Any]) -> Runner | RemoteRunner:
 
     if is_initialized():
         raise UsageError("load: this process has a process group already; under torchrun, load one model only")
-    return worker.RankSession(worker.open_torchrun_store()).build(config, quiet=True)
+    return worker.RankSession(torchrun.open_store()).build(config, quiet=True)
 
 
-def check_rank_count(degrees: Degrees) -> None:
-    """Raise UsageError if torchrun started another number of ranks than the degrees ask for."""
-    if not is_rank():
+def check_rank_count(config: dict[str, Any]) -> None:
+    """Raise UsageError if the configuration asks for more ranks than may be started, before any is.
+
+    Under torchrun, raise it if torchrun started another number of ranks.
+    """
+    degrees, device = config["parallel"], config["device"]
+    if is_rank():
+        check_torchrun_count(degrees)
         return
+    wanted, limit = world_size(degrees), degrees["max_ranks"] or limits.max_ranks(device)
+    if wanted == 1 or wanted <= limit:
+        return
+    if degrees["max_ranks"]:
+        reason = f"above parallel.max_ranks={limit}"
+    elif device != "cpu" and limits.count_nvidia_devices():
+        reason = f"and this machine has {limit} CUDA device{'' if limit == 1 else 's'}"
+    else:
+        reason = f"and this machine starts {limit} at most (one per core, or {limits.MIN_CPU_RANKS})"
+    raise UsageError(
+        f"parallel: {format_layout(degrees)}, {reason}: use smaller degrees, or parallel.max_ranks={wanted} on the"
+        " command line"
+    )
+
+
+def check_torchrun_count(degrees: Degrees) -> None:
+    """Raise UsageError if torchrun started another number of ranks than the degrees ask for."""
+    if degrees["max_ranks"]:
+        raise UsageError("parallel.max_ranks: torchrun starts the ranks, so it has no effect: leave it out")
     here, wanted = rank_info(), world_size(degrees)
     if here.size == wanted:
         return
@@ -242,7 +207,7 @@ def format_ranks(count: int) -> str:
 
 def suggest_degree(degrees: Degrees, count: int) -> str:
     """Return `, or parallel.ulysses_degree=2`: a change of one degree that gives `count` ranks; "" if none does."""
-    for key in sorted(degrees, key=lambda key: (-degrees[key], key != "ulysses_degree")):
+    for key in sorted(KEYS, key=lambda key: (-degrees[key], key != "ulysses_degree")):
         for value in range(1, count + 1):
             changed = {**degrees, key: value}
             if world_size(changed) == count and not list(find_degree_problems(changed)):

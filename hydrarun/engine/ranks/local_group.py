@@ -1,30 +1,32 @@
 """The driver's side of several ranks: starts them, sends them jobs, reports which one failed and why.
 
-Jobs and results are sent as JSON through a store that listens only on the loopback interface. torch's `elastic_launch`
-could start the ranks too, but its rendezvous listens on every interface.
+Jobs, results and failures travel through pairs of sockets that the ranks inherit, and the ranks find each other by a
+file in a folder that only its owner may enter. torch's launcher and its TCPStore could do both, but every user of this
+machine can connect to their ports.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import selectors
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, Any
 
 from hydrarun.config import targets
 from hydrarun.core.distributed.degrees import world_size
 from hydrarun.core.distributed.rank import threads_per_rank
 from hydrarun.core.errors import RunError
 from hydrarun.engine.ranks import worker
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
+from hydrarun.engine.ranks.failure import RankFailure
+from hydrarun.engine.ranks.messages import MessageBuffer, encode_message
 
 #: the module that a rank runs
 WORKER = "hydrarun.engine.ranks.worker"
@@ -42,20 +44,27 @@ class RankGroup:
     """Ranks on this machine. They die with the thread that started them, so start them from the main thread."""
 
     def __init__(self, size: int) -> None:
+        """Start the ranks. Raises RunError if the system does not start them all."""
         self.size = size
-        self.jobs = 0
-        # output of each rank; unnamed files, so nothing is left behind
-        self.logs = [tempfile.TemporaryFile() for _ in range(size)]  # noqa: SIM115
-        listener = socket.create_server(("127.0.0.1", 0), backlog=size)
-        port = listener.getsockname()[1]
-        self.processes = [self._start(rank, port) for rank in range(size)]
+        self.logs: list[IO[bytes]] = []
+        self.folder = tempfile.TemporaryDirectory(prefix="hydrarun-ranks-")  # mode 0700
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.buffers: list[MessageBuffer] = []
+        #: exit codes and failures by rank, in the order in which they were noticed; results of rank 0
+        self.ended: dict[int, int] = {}
+        self.failures: dict[int, RankFailure] = {}
+        self.results: list[Any] = []
         try:
-            self.store = _make_store(listener, port)  # the ranks import torch meanwhile
+            for rank in range(size):
+                self._start(rank)
+        except OSError as error:
+            self.kill()
+            raise RunError(f"parallel: rank {len(self.processes)} cannot be started: {error.strerror}") from error
         except BaseException:
             self.kill()
             raise
 
-    def _start(self, rank: int, port: int) -> subprocess.Popen[bytes]:
+    def _start(self, rank: int) -> None:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.size, "LOCAL_WORLD_SIZE": self.size}
         settings = {
             **place,
@@ -64,57 +73,89 @@ class RankGroup:
         }
         quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
         loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-        return subprocess.Popen(
-            [sys.executable, "-m", WORKER, str(port), *targets.list_user_allowed()],
-            env={**quiet, **loopback, **os.environ, **{name: str(value) for name, value in settings.items()}},
-            stdin=subprocess.DEVNULL,
-            stdout=self.logs[rank],
-            stderr=None if rank == 0 else subprocess.STDOUT,  # rank 0 shows the progress
-            start_new_session=True,  # Ctrl-C is the driver's to handle
-        )
+        self.logs.append(tempfile.TemporaryFile())  # noqa: SIM115 - unnamed, so nothing is left behind
+        ours, theirs = socket.socketpair()
+        self.buffers.append(MessageBuffer(ours))
+        rendezvous = Path(self.folder.name, "rendezvous")
+        words = map(str, (os.getpid(), theirs.fileno(), rendezvous, *targets.list_user_allowed()))
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", WORKER, *words],
+                env={**quiet, **loopback, **os.environ, **{name: str(value) for name, value in settings.items()}},
+                stdin=subprocess.DEVNULL,
+                stdout=self.logs[rank],
+                stderr=None if rank == 0 else subprocess.STDOUT,  # rank 0 shows the progress
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is the driver's to handle
+            )
+        self.processes.append(process)
 
     def run_job(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
         """Run a job on all ranks and return rank 0's result. After any exception the group cannot be used.
 
         Raises a rank's own UsageError or RunError; RunError for a rank that failed otherwise, or died.
         """
-        number = self.jobs
-        self.jobs += 1
+        self._send({"action": action, "config": config, "arguments": arguments})
         try:
-            self.store.set(f"job/{number}", json.dumps({"action": action, "config": config, "arguments": arguments}))
-            while not self.store.check([f"result/{number}"]):
-                if self.store.check(["failure"]) or self._ended():
-                    raise self._failure()
-                time.sleep(POLL)
+            while not self.results:
+                if self.failures or self.ended:
+                    self._wait(lambda: len(self.ended) == self.size, GRACE)
+                    raise self._find_cause()
+                self._exchange(POLL)
         except KeyboardInterrupt:
             self._interrupt()
             raise
-        return json.loads(self.store.get(f"result/{number}"))
+        return self.results.pop()
 
-    def _ended(self) -> dict[int, int]:
-        """Return the exit codes of the ranks that have ended."""
-        codes = {rank: process.poll() for rank, process in enumerate(self.processes)}
-        return {rank: code for rank, code in codes.items() if code is not None}
+    def _send(self, content: Any) -> None:
+        message = encode_message(content)
+        for buffer in self.buffers:
+            buffer.put(message)
 
-    def _wait(self, ranks: int, seconds: float) -> None:
-        """Wait up to `seconds` for the first `ranks` ranks to end."""
+    def _exchange(self, seconds: float) -> None:
+        """Wait up to `seconds` for ranks; send and receive what is possible; notice ranks that have ended."""
+        with selectors.DefaultSelector() as selector:
+            for buffer in self.buffers:
+                if not buffer.closed:
+                    wanted = selectors.EVENT_WRITE if buffer.unsent else 0
+                    selector.register(buffer.end, selectors.EVENT_READ | wanted)
+            selector.select(seconds)
+        ended = {rank: process.poll() for rank, process in enumerate(self.processes)}
+        for rank, buffer in enumerate(self.buffers):  # after `poll`: whoever has ended has said all that it will say
+            buffer.send()
+            for content in buffer.receive():
+                self._take(rank, content)
+        self.ended |= {rank: code for rank, code in ended.items() if code is not None and rank not in self.ended}
+
+    def _take(self, rank: int, content: dict[str, Any]) -> None:
+        """Keep a message of a rank: its failure, or the result of rank 0."""
+        if "failure" in content:
+            self.failures[rank] = RankFailure(**content["failure"])
+        else:
+            self.results.append(content["result"])
+
+    def _wait(self, done: Callable[[], bool], seconds: float) -> None:
+        """Wait up to `seconds` until `done()`."""
         deadline = time.monotonic() + seconds
-        while any(process.poll() is None for process in self.processes[:ranks]) and time.monotonic() < deadline:
-            time.sleep(POLL)
+        while not done() and time.monotonic() < deadline:
+            self._exchange(POLL)
 
-    def _failure(self) -> Exception:
-        """Return the first failure. A killed rank reports none, and the others then report a lost connection."""
-        self._wait(self.size, GRACE)
-        ended = self._ended()
-        said = worker.read_failure(self.store)[1] if self.store.check(["failure"]) else None
-        for rank, code in ended.items():
-            # NCCL and gloo may abort when another rank has ended
-            if code < 0 and (said is None or code != -signal.SIGABRT):
-                return RunError(f"rank {rank} was killed (signal {-code}){self._last_lines(rank)}")
-        if said:
-            return said
-        rank, code = next(iter(ended.items()))
-        return RunError(f"rank {rank} ended with exit code {code}{self._last_lines(rank)}")
+    def _find_cause(self) -> Exception:
+        """Return the failure that ended the others.
+
+        A rank that ended without a message is the cause: the others report that they lost it. But NCCL aborts a rank
+        whose partner has ended; then the cause is a failure that losing a connection cannot have.
+        """
+        failures = sorted(self.failures.values(), key=lambda failure: failure.order)
+        silent = [(rank, code) for rank, code in self.ended.items() if rank not in self.failures]
+        if not silent:
+            return failures[0].to_exception()
+        rank, code = min(silent, key=lambda end: end[1] == -signal.SIGABRT)
+        own = [failure for failure in failures if not failure.may_follow]
+        if own and code == -signal.SIGABRT:
+            return own[0].to_exception()
+        end = f"was killed (signal {-code})" if code < 0 else f"ended with exit code {code}"
+        return RunError(f"rank {rank} {end}{self._last_lines(rank)}")
 
     def _last_lines(self, rank: int) -> str:
         """Return the last lines that a rank printed before it ended."""
@@ -127,7 +168,7 @@ class RankGroup:
         with suppress(ProcessLookupError):
             self.processes[0].send_signal(signal.SIGINT)
         try:
-            self._wait(1, GRACE)
+            self._wait(lambda: 0 in self.ended, GRACE)
         finally:
             self.kill()
 
@@ -138,21 +179,17 @@ class RankGroup:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        for buffer in self.buffers:
+            buffer.end.close()
+        self.folder.cleanup()
 
     def close(self) -> None:
-        """End the ranks after their last job."""
+        """End the ranks after their last job, without waiting until Python has freed all objects."""
         try:
-            self.store.set(f"job/{self.jobs}", "null")
-            self._wait(self.size, FAREWELL)
+            self._send(None)
+            self._wait(lambda: all(buffer.closed for buffer in self.buffers), FAREWELL)
         finally:
             self.kill()
-
-
-def _make_store(listener: socket.socket, port: int) -> Store:
-    from torch.distributed import PrefixStore, TCPStore
-
-    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
-    return PrefixStore("hydrarun", store)
 
 
 def _list_module_paths() -> list[str]:

@@ -1,28 +1,32 @@
 """The rank's side: builds once, then runs jobs in order until there are none. Does not use Hydra.
 
-Driver and ranks share a key-value store: `job/0`, `job/1`… are jobs as JSON (`null`: no more jobs), `result/0`… are
-rank 0's results, `failure` is the first failure of all ranks.
+Jobs, results and failures are JSON. A rank that a driver on this machine started shares a pair of sockets with it
+(`DriverLink`); a rank of torchrun has a link to rank 0 (`torchrun.TorchrunLink`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import itertools
 import json
 import os
+import queue
 import signal
+import socket
 import sys
-import traceback
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from hydrarun.config import targets
 from hydrarun.core.distributed.rank import RankInfo, rank_info, threads_per_rank
-from hydrarun.core.errors import RunError, UsageError
+from hydrarun.core.errors import UsageError
+from hydrarun.engine.ranks.failure import RankFailure, describe_failure
+from hydrarun.engine.ranks.messages import receive_message, send_message
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -32,12 +36,6 @@ if TYPE_CHECKING:
 
 #: timeout of a collective: another rank may be reading weights, or compiling
 COLLECTIVE = timedelta(hours=1)
-
-#: timeout of the wait for the next job
-IDLE = timedelta(days=365)
-
-#: timeout of connecting to the store of a driver on the same machine
-CONNECT = timedelta(minutes=2)
 
 #: config sections that a runner is built from; jobs with equal ones share a runner
 BUILT_FROM = (
@@ -73,7 +71,7 @@ class RankSession:
     """A process's runner and process group: built for the first job, kept while jobs have equal build settings."""
 
     def __init__(self, store: Store | None) -> None:
-        """`store`: the ranks' shared store; None for a single process."""
+        """`store`: where the ranks find each other; None for a single process."""
         self.store = store
         self.place = rank_info()
         self.runner: Runner | None = None
@@ -187,87 +185,126 @@ def save_arrays(drawn: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in vars(picture).items() if key != "pixels"} for picture in drawn]
 
 
-def publish_failure(store: Store, rank: int, error: BaseException) -> None:
-    """Put the first failure of all ranks into the store. Later failures are its consequences."""
-    if store.add("failures", 1) > 1:
-        return
-    if isinstance(error, (UsageError, RunError)):
-        text = str(error)
-    else:
-        last = "".join(traceback.format_exception_only(type(error), error))
-        whole = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        text = f"{whole.removesuffix(last)}rank {rank}: {last}".rstrip()
-    store.set("failure", json.dumps({"rank": rank, "usage": isinstance(error, UsageError), "text": text}))
+class Link(Protocol):
+    """A rank's connection to its driver."""
+
+    def receive_job(self) -> dict[str, Any] | None:
+        """Wait for the next job: the arguments of `RankSession.run_job`, or None after the last job."""
+
+    def finish_job(self, result: Any) -> None:
+        """Tell the driver that this rank has run the job. Only rank 0 has a result."""
+
+    def report_failure(self, error: BaseException) -> RankFailure | None:
+        """Tell the driver why this rank ends. Return the failure if this rank has to print it."""
+
+    def leave(self) -> None:
+        """Tell the driver that this rank ends without a failure."""
 
 
-def read_failure(store: Store) -> tuple[int, UsageError | RunError]:
-    """Return the rank that failed first, and its error."""
-    said = json.loads(store.get("failure"))
-    return said["rank"], (UsageError if said["usage"] else RunError)(said["text"])
+class DriverLink:
+    """The link of a rank to the driver that started it. The process ends as soon as the driver's end is closed."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.end = end
+        self.rank = rank_info().rank
+        self.jobs: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._receive_jobs, daemon=True).start()
+
+    def _receive_jobs(self) -> None:
+        """Queue the jobs. A thread does it, to notice the driver's end during a job too."""
+        try:
+            while True:
+                self.jobs.put(receive_message(self.end))
+        except (EOFError, OSError):
+            os._exit(1)
+
+    def receive_job(self) -> dict[str, Any] | None:
+        """Wait for the next job; None after the last one."""
+        return self.jobs.get()
+
+    def finish_job(self, result: Any) -> None:
+        """Send rank 0's result."""
+        if self.rank == 0:
+            send_message(self.end, {"result": result})
+
+    def report_failure(self, error: BaseException) -> None:
+        """Send the failure. The driver prints it."""
+        failure = describe_failure(self.rank, time.monotonic(), error)
+        send_message(self.end, {"failure": failure.to_json()})
+
+    def leave(self) -> None:
+        """Tell the driver that this rank has finished; it may be killed now."""
+        sys.stderr.flush()
+        self.end.shutdown(socket.SHUT_WR)
 
 
-def abort(store: Store, rank: int, error: BaseException, tell: bool) -> NoReturn:
-    """End this process after a failure. If `tell` is set and this rank failed first, print the error.
+def abort(link: Link, error: BaseException) -> NoReturn:
+    """Report a failure and end this process."""
+    shown = ""
+    try:
+        if failure := link.report_failure(error):
+            shown = failure.text
+    finally:
+        end_process(error, shown)
+
+
+def end_process(error: BaseException, shown: str) -> NoReturn:
+    """End this process with the exit code of `error`; print `shown` if it is not empty.
 
     Skips destructors: those of gloo and NCCL abort, or wait for ranks that have ended.
     """
-    code = 1
-    try:
-        publish_failure(store, rank, error)
-        first, said = read_failure(store)
-        code = 2 if isinstance(said, UsageError) else 1
-        if isinstance(error, KeyboardInterrupt):
-            code, said = 130, RunError("interrupted")
-        if tell and first == rank:
-            print(said, file=sys.stderr)
-    finally:
-        with suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
+    with suppress(OSError):
+        if shown:
+            print(shown, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, UsageError) else 1)
 
 
-def serve_rank(store: Store, tell: bool) -> None:
+def serve_rank(link: Link, store: Store) -> None:
     """Run jobs until there are no more. The process ends at the first failure."""
-    rank = rank_info().rank
-    if rank > 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to clean up, and no waiting in a collective
     try:
+        # ranks above 0 have nothing to clean up, and must not wait in a collective
+        signal.signal(signal.SIGINT, signal.default_int_handler if rank_info().rank == 0 else signal.SIG_DFL)
         session = RankSession(store)
-        for number in itertools.count():
-            job = json.loads(store.get(f"job/{number}"))
-            if job is None:
-                break
-            result = session.run_job(**job)
-            if rank == 0:
-                store.set(f"result/{number}", json.dumps(result))
+        while (job := link.receive_job()) is not None:
+            link.finish_job(session.run_job(**job))
         session.close()
-        store.set(f"left/{rank}", "")
+        link.leave()
     except BaseException as error:
-        abort(store, rank, error, tell)
+        abort(link, error)
 
 
-def open_torchrun_store() -> Store:
-    """Open the store that torchrun's ranks share."""
-    from torch.distributed import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
+def end_with_parent(parent: int) -> None:
+    """End this process when its parent, the process with the id `parent`, ends; at once if that has ended already.
 
-    store, _, _ = next(rendezvous("env://", timeout=IDLE))
-    return PrefixStore("hydrarun", store)
+    Only on Linux; elsewhere `DriverLink` notices it.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the request: no signal will come
+        os._exit(1)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run a rank that a driver on this machine started. `argv`: the port of its store, then classes to allow."""
-    if sys.platform == "linux":  # the rank is killed when its driver is
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    from torch.distributed import PrefixStore, TCPStore
+    """Run a rank that a driver on this machine started.
 
-    port, *allowed = argv
+    `argv`: the driver's process id, the descriptor of this rank's end of the pair, the file in which the ranks find
+    each other, then classes to allow.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a job begins there is nothing to clean up
+    parent, descriptor, rendezvous, *allowed = argv
+    end_with_parent(int(parent))
+    end = socket.socket(fileno=int(descriptor))
+    end.set_inheritable(False)  # the driver waits until no process holds it
+    link = DriverLink(end)
     for name in allowed:
         targets.allow_target(name)
-    store = TCPStore("127.0.0.1", int(port), is_master=False, timeout=CONNECT)
-    store.set_timeout(IDLE)
-    serve_rank(PrefixStore("hydrarun", store), tell=False)
+    from torch.distributed import FileStore
+
+    store = FileStore(rendezvous)
+    store.set_timeout(COLLECTIVE)
+    serve_rank(link, store)
 
 
 if __name__ == "__main__":

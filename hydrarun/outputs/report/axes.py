@@ -145,8 +145,8 @@ def name_option(node: Any) -> str:
     if target is not None:
         name = target.rpartition(".")[2]
         return "none" if name.startswith("No") else name
-    degrees = node.items() if isinstance(node, dict) else ()
-    return " ".join(f"{key.removesuffix('_degree')} {value}" for key, value in degrees if value != 1) or "none"
+    degrees = {key: value for key, value in node.items() if value not in (1, None)} if isinstance(node, dict) else {}
+    return " ".join(f"{key.removesuffix('_degree')} {value}" for key, value in degrees.items()) or "none"
 
 
 def format_value(value: Any) -> str:

@@ -100,21 +100,30 @@ def test_an_index_beyond_the_batch(second, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
-def test_a_bad_file_is_refused_before_torch_is_imported(tmp_path):
+def test_bad_files_are_refused_before_torch_is_imported(second, tmp_path):
     path = tmp_path / "picture.png"
     path.write_bytes(b"GIF89a")
+    pixels, record = png.read_png(second)
+    record["config"]["parallel"]["hsdp_degree"] = 1000
+    record["config"]["plan"]["auto"] = True
+    second.write_bytes(png.encode_png(pixels, {"hydrarun": json.dumps(record)}))
     code = f"""
 import sys
 from hydrarun.cli.main import dispatch_verb
 from hydrarun.core.errors import UsageError
-try:
-    dispatch_verb(["replay", {str(path)!r}])
-except UsageError as error:
-    print(error)
+for path in ({str(path)!r}, {str(second)!r}):
+    try:
+        dispatch_verb(["replay", path])
+    except UsageError as error:
+        print(error)
 print([name for name in ("torch", "diffusers", "transformers") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [f"{path}: not a PNG file, or damaged at its start", "[]"]
+    bad, many, imported = done.stdout.splitlines()
+    assert bad == f"{path}: not a PNG file, or damaged at its start"
+    assert ", with hsdp 1000 and vae 1: 1000 ranks, and this machine starts " in many
+    assert many.endswith(": use smaller degrees, or parallel.max_ranks=1000 on the command line")
+    assert imported == "[]"
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -166,6 +175,11 @@ def test_overrides_change_how_it_is_drawn(config):
     assert (changed["device"], changed["vae"]["tiling"], changed["sampling"]["true_cfg_scale"]) == ("cuda:1", True, 2.5)
     assert changed["attention"] == {"_target_": "hydrarun.models.layers.attention_backends.FlashAttention"}
     assert config["device"] == "cpu"
+
+
+def test_the_limit_on_ranks_is_set_beside_an_option(config):
+    changed = configured(config, "parallel.max_ranks=16", "parallel.ring_degree=2", "parallel=ulysses8")
+    assert [changed["parallel"][key] for key in ("max_ranks", "ring_degree", "ulysses_degree")] == [16, 2, 8]
 
 
 def test_the_scheduler_can_be_another(config):
@@ -224,6 +238,8 @@ def test_bad_overrides(config, override, said):
         ("sampling.prompt", {"a": 1}),
         ("output.metadata", "yes"),
         ("vae", []),
+        ("parallel.max_ranks", 1000),
+        ("parallel", []),
     ],
 )
 def test_a_hostile_or_damaged_configuration_is_refused(config, path, value):

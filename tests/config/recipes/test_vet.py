@@ -73,6 +73,7 @@ HOSTILE = {
     "set": ("model: {facts: !!set {a, b}}", "not a plain value"),
     "another folder for twins": ("report: {twins: /elsewhere}", "'report.twins' is not allowed"),
     "another folder for graphs": ("compile: {cache_dir: /elsewhere}", "'compile.cache_dir' is not allowed"),
+    "any number of ranks": ("parallel: {max_ranks: 1000}", "'parallel.max_ranks' is not allowed: only the"),
     "alias bomb": (
         "a: &a [x,x,x]\n" + "".join(f"{c}: &{c} [{', '.join(4 * ['*' + p])}]\n" for p, c in pairwise("abcdefghi")),
         "line 2: a recipe may not use aliases",

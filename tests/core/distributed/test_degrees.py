@@ -32,6 +32,7 @@ def test_world_size(chosen, ranks):
     ("chosen", "key", "words"),
     [
         ({"ulysses_degree": 0}, "ulysses_degree", "0 is below 1"),
+        ({"hsdp_degree": 10**5000}, "hsdp_degree", "above 65536"),
         ({"hsdp_degree": 3, "ulysses_degree": 2}, "hsdp_degree", "not a multiple of the 2 ranks of"),
         ({"hsdp_degree": 2, "ulysses_degree": 3}, "hsdp_degree", "3 ranks hold equal weights"),
         ({"vae_degree": 2, "ulysses_degree": 3}, "vae_degree", "3 ranks draw the same pictures"),

@@ -55,32 +55,35 @@ def records(folder: Path) -> list[dict]:
 
 
 def test_a_sweep_keeps_its_ranks_survives_a_failure_and_names_it_once(fake, tmp_path, capfd):
-    prompts = '"fine","so so","1 ZeroDivisionError","well"'
+    prompts = '"fine","so so","1 ZeroDivisionError","well","1 exit 3"'
     words = [*TWO, "-m", f"sampling.prompt=choice({prompts})", "sampling.seed=7", "hydra.sweep.dir=here"]
     assert main.main(words) == 1
-    first, second, failed, last = records(tmp_path)
+    first, second, failed, last, silent = records(tmp_path)
     assert (failed["status"], failed["error"]["type"]) == ("failed", "RunError")
     assert failed["error"]["message"].endswith("rank 1: ZeroDivisionError: the sky is green")
     assert [first[key] for key in ("seed", "device", "total", "jobs", "load_s")] == [7, "cpu", 2.0, 1, 1.0]
     assert (first["threads"], first["allowed"]) == (threads_per_rank(2), ["my.Own"])
-    assert second == {**first, "jobs": 2, "load_s": 0.0, "read_bytes": 0}
+    assert second == {**first, "prompt": "so so", "jobs": 2, "load_s": 0.0, "read_bytes": 0}
+    assert silent["error"]["message"] == "rank 1 ended with exit code 3\n  about to exit 3"  # not that rank 0 lost it
     assert not set(last["pids"]) & set(first["pids"])
     assert gone(first["pids"] + last["pids"])
     error = capfd.readouterr().err
     assert error.count("Traceback") == 1
     point = '2 (sampling.prompt="1 ZeroDivisionError")'
-    closing = f"1 of 4 points failed:\n  {point}: rank 1: ZeroDivisionError: the sky is green\n"
-    assert f"{closing}report: " in error
+    closing = f"2 of 5 points failed:\n  {point}: rank 1: ZeroDivisionError: the sky is green\n"
+    assert closing in error
     assert error.partition(closing)[0].count("the sky is green") == 1
     assert "\nrank 1: ZeroDivisionError: the sky is green\n" in error
     assert sorted(path.name for path in (tmp_path / "here" / "0").iterdir()) == [".hydra", "pids.json", "run.json"]
 
 
-def test_another_build_gets_other_ranks(fake):
+def test_large_jobs_pass_and_another_build_gets_other_ranks(fake):
     ranks = local_group.RanksExecutor()
     folder = {"output_dir": str(Path.cwd())}
     config = compose_config(TWO)
-    first = ranks.run_job("run", config, folder)
+    large = "fine " + "x" * 9 * 2**20
+    first = ranks.run_job("run", {**config, "sampling": {**config["sampling"], "prompt": large}}, folder)
+    assert first["prompt"] == large
     second = ranks.run_job("run", {**config, "dtype": "bfloat16"}, folder)
     assert gone(first["pids"], 1)
     assert second["jobs"] == 1
@@ -92,15 +95,16 @@ def test_another_build_gets_other_ranks(fake):
     assert time.monotonic() - start < 10
 
 
-def test_a_killed_rank_is_named(fake, capfd, tmp_path):
-    assert main.main([*TWO, "sampling.prompt=1 SIGKILL", "hydra.run.dir=here"]) == 1
+def test_an_aborted_rank_is_named(fake, capfd, tmp_path):
+    assert main.main([*TWO, "sampling.prompt=1 SIGABRT", "hydra.run.dir=here"]) == 1
     file = tmp_path / "here" / "pids.json"  # written right before
     pids = json.loads(file.read_text())
     assert time.time() - file.stat().st_mtime < 10
     assert gone(pids, 0)
     error = capfd.readouterr().err
-    assert "rank 1 was killed (signal 9)\n" in error
-    assert error.splitlines()[-1] == "  about to SIGKILL"
+    assert "rank 1 was killed (signal 6)\n" in error
+    assert error.splitlines()[-1] == "  about to SIGABRT"
+    assert "Traceback" not in error
 
 
 def started(tmp_path: Path) -> tuple[subprocess.Popen, list[int]]:
@@ -149,7 +153,7 @@ def test_torchrun(tmp_path):
     first, second, failed = records(tmp_path)
     assert failed["error"] == {"type": "RunError", "message": "the sky is green"}
     assert (first["total"], first["jobs"], first["allowed"]) == (2.0, 1, ["my.Own"])
-    assert second == {**first, "jobs": 2, "load_s": 0.0, "read_bytes": 0}
+    assert second == {**first, "prompt": "so so", "jobs": 2, "load_s": 0.0, "read_bytes": 0}
     assert done.returncode == 1
     assert done.stderr.count("the sky is green") == 1
     assert not (tmp_path / "here" / "3").exists()
@@ -180,6 +184,8 @@ def test_torchrun_lets_its_ranks_go(tmp_path):
          "or parallel.ulysses_degree=1"),
         (["parallel=hsdp2"], 3, 3, "= 1 rank, with hsdp 2 and vae 1: 2 ranks, and torchrun started 3: "
          "use --nproc_per_node 2"),
+        (["parallel=ulysses2", "parallel.max_ranks=4"], 2, 2, "parallel.max_ranks: torchrun starts the ranks, so it has"
+         " no effect"),
         (["parallel=ulysses4"], 16, 8, "and torchrun started 16: use --nproc_per_node 2, "
          "or parallel.ulysses_degree=16"),
     ],
@@ -188,8 +194,51 @@ def test_the_wrong_number_of_ranks(monkeypatch, overrides, size, local, text):
     for name, value in {"RANK": 0, "WORLD_SIZE": size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": local}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UsageError) as raised:
-        launch.check_rank_count(compose_config(overrides)["parallel"])
+        launch.check_rank_count(compose_config(overrides))
     assert text in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cuda", "text"),
+    [
+        (["parallel.hsdp_degree=1000", "device=cpu"], 0, "= 1 rank, with hsdp 1000 and vae 1: 1000 ranks, and this"
+         " machine starts 8 at most (one per core, or 8): use smaller degrees, or parallel.max_ranks=1000"),
+        (["parallel.ring_degree=3", "parallel.ulysses_degree=3"], 0, "= 9 ranks, and this machine starts 8 at most"),
+        (["parallel=ulysses4"], 2, "= 4 ranks, and this machine has 2 CUDA devices: use smaller"),
+        (["parallel=ulysses2", "device=cuda"], 1, "= 2 ranks, and this machine has 1 CUDA device: use smaller"),
+        (["parallel=ulysses4", "parallel.max_ranks=3"], 0, "= 4 ranks, above parallel.max_ranks=3: use smaller"),
+        (["parallel=ulysses8", "device=cpu"], 1, None),
+        (["parallel=usp2x4", "parallel.data_degree=2", "sampling.seed=[1,2]", "parallel.max_ranks=16"], 2, None),
+        ([], 0, None),
+    ],
+)  # fmt: skip
+def test_no_file_starts_any_number_of_ranks(monkeypatch, overrides, cuda, text):
+    monkeypatch.setattr(launch.limits, "count_nvidia_devices", lambda: cuda)
+    monkeypatch.setattr(launch.limits, "count_cores", lambda: 2)
+    monkeypatch.setattr(local_group, "RankGroup", lambda size: pytest.fail("ranks were started"))
+    config = compose_config(overrides)
+    if text is None:
+        launch.check_rank_count(config)
+        return
+    for start in (lambda: launch.run_configuration(config, Path("nowhere")), lambda: launch.load_runner(config)):
+        with pytest.raises(UsageError) as raised:
+            start()
+        assert text in str(raised.value)
+
+
+def test_only_the_command_line_sets_the_limit(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parallel").mkdir()
+    (tmp_path / "parallel" / "many.yaml").write_text("ulysses_degree: 9\nmax_ranks: 9\n")
+    assert main.main(["parallel=many", "--config-dir", "."]) == 2
+    assert (
+        capsys.readouterr().err
+        == "parallel.max_ranks: set in the file of an option; only the command line may set it\n"
+    )
+    assert main.main(["parallel=many", "parallel.max_ranks=8", "--config-dir", "."]) == 2
+    assert "= 9 ranks, above parallel.max_ranks=8: " in capsys.readouterr().err
+    assert main.main(["parallel.max_ranks=0"]) == 2
+    assert capsys.readouterr().err == "parallel.max_ranks (command line): 0 is below 1.\n"
 
 
 @pytest.fixture
@@ -256,17 +305,6 @@ def test_a_rank_of_torchrun_serves_and_reads_no_configuration(monkeypatch):
         monkeypatch.setenv("RANK", rank)
         assert __main__.main() == code
     assert served == [["x=1"], ["x=1"]]
-
-
-def test_the_store_listens_to_this_machine_alone():
-    listener = local_group.socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    store = local_group._make_store(listener, port)
-    store.set("a", "1")
-    table = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
-    lines = [line.split() for line in table.splitlines()]
-    listening = [line[1] for line in lines if line[3] == "0A" and line[1].endswith(f":{port:04X}")]
-    assert listening == [f"0100007F:{port:04X}"]
 
 
 def test_pictures_of_ranks_are_those_of_one_process():

@@ -10,7 +10,7 @@ import pytest
 
 from hydrarun.config import batches
 from hydrarun.core.errors import RunError
-from hydrarun.engine.ranks import launch
+from hydrarun.engine.ranks import torchrun
 from hydrarun.engine.runs.batch import run_batches
 from hydrarun.engine.runs.batch_ledger import BatchLedger
 from tests.helpers.batch_runs import compose_lines, failing, prompts, read_record
@@ -106,7 +106,7 @@ def test_a_failure_that_ends_a_rank_of_torchrun_is_recorded(config, tmp_path):
         BatchLedger(tmp_path, asked).record_failure([1], RunError("overflow"))
         raise RunError("rank 1 stumbled")
 
-    with pytest.raises(RunError, match="rank 1"), launch.record_job_failure("batches", asked, arguments):
+    with pytest.raises(RunError, match="rank 1"), torchrun.record_job_failure("batches", asked, arguments):
         do_job()
     made = read_record(tmp_path)
     assert (made["status"], made["error"]["message"], len(made["outputs"])) == ("failed", "rank 1 stumbled", 1)
