@@ -16,12 +16,13 @@ from hydrarun.config.compose import compose_config
 from hydrarun.config.prompts import LINE
 from hydrarun.config.recipes import file
 from hydrarun.config.recipes.metadata import FORMAT, Evidence, Measurement
-from hydrarun.config.recipes.yaml_loader import dump_yaml, parse_sections
+from hydrarun.config.recipes.yaml_loader import parse_sections
 from hydrarun.config.schema import fill_defaults
 from hydrarun.core.errors import UsageError
-from hydrarun.core.files import write_atomically
+from hydrarun.core.files import read_file, write_atomically
 from hydrarun.core.inputs import image_paths
 from hydrarun.core.resources import read_options
+from hydrarun.core.strict_yaml import dump_yaml
 from hydrarun.outputs.provenance import expand_home, keep_pixel_settings
 from hydrarun.outputs.reader import read_run_json
 
@@ -96,7 +97,7 @@ def collect_images(config: Mapping[str, Any], measured: Measurement, path: Path)
     found: dict[Path, bytes] = {}
     for index, (name, known) in enumerate(zip(image_paths(config), measured.inputs, strict=False)):
         try:
-            data = Path(name).read_bytes()
+            data = read_file(name, MAX_IMAGES)
         except OSError as error:
             raise UsageError(f"recipe export: the input image {name}: {error.strerror}.") from None
         if hashlib.sha256(data).hexdigest() != known:

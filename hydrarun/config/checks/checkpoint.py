@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hydrarun.core.errors import UsageError
+from hydrarun.core.files import MAX_TEXT_BYTES
+from hydrarun.core.strict_json import read_json_object
 
 #: keys of a transformer's config.json for the number of blocks
 DEPTHS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")
@@ -195,7 +196,6 @@ def check_guidance_scale(scale: float | None, distilled: bool) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; return an empty one if the file cannot be read. Loading the checkpoint reports that error."""
     try:
-        content = json.loads(path.read_text())
+        return read_json_object(path, MAX_TEXT_BYTES, finite=False)
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}

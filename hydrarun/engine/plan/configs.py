@@ -12,6 +12,7 @@ from hydrarun.config.checks.checkpoint import read_json
 from hydrarun.config.hub import find_cached_snapshot, find_local_folder
 from hydrarun.core.errors import UsageError
 from hydrarun.core.resources import PACKAGE
+from hydrarun.models.weights.safetensors import check_library_files
 from hydrarun.pipeline.components import LIBRARIES, find_component_class, find_components
 
 #: published configs of checkpoints, one file each
@@ -67,7 +68,8 @@ def find_configs(model: dict[str, Any]) -> ComponentConfigs:
 
 
 def read_folder_configs(path: Path) -> ComponentConfigs:
-    """Read the configs of a checkpoint folder. Raises `UsageError` if it has no index."""
+    """Read the configs of a checkpoint folder. Raises `UsageError` if it has no index, `RunError` for no plain files."""
+    check_library_files(path)
     index = read_json(path / "model_index.json")
     if not index:
         raise UsageError(f"{path / 'model_index.json'}: not the index of a diffusers pipeline")

@@ -3,7 +3,6 @@ that can be replayed."""
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 from hydrarun.config.schema import Report
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.core.resources import read_options
+from hydrarun.core.strict_json import read_json
 from hydrarun.outputs import reader
 from hydrarun.outputs.media import kinds
 from hydrarun.outputs.provenance import hash_config, keep_pixel_settings
@@ -63,7 +63,7 @@ def read_reference(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[
         {key: facts.get(key) for key in reader.FACTS},
     )
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file, reader.MAX_JSON_BYTES, finite=False)
         if (
             record["status"],
             keep_pixel_settings(record["config"]),
