@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydrarun.core.errors import RunError, UsageError, suggest_name
+from hydrarun.core.files import expand_home
 from hydrarun.core.resources import find_folder
 
 PACKAGE = "package:"
@@ -47,18 +50,20 @@ def find_named_folder(path: str) -> Path | None:
                 f" It has: {', '.join(names)}"
             )
         return shipped / name
-    expanded = Path(path).expanduser()
-    if expanded.is_dir():
-        if not (expanded / "model_index.json").is_file():
+    expanded = expand_home(path)
+    if os.path.isdir(expanded):
+        if not os.path.lexists(expanded / "model_index.json"):
             raise UsageError(
                 f"model.path={path}: not a checkpoint in diffusers layout, there is no model_index.json in it"
             )
         return expanded
-    if expanded.exists():
+    if os.path.lexists(expanded):
         raise UsageError(f"model.path={path}: a single file; give the folder that holds model_index.json")
     if HUB_ID.fullmatch(path):
         return None
-    siblings = [p.name for p in expanded.parent.iterdir()] if expanded.parent.is_dir() else []
+    siblings: list[str] = []
+    with suppress(OSError):
+        siblings = os.listdir(expanded.parent)
     raise UsageError(
         f"model.path={path}: no such folder.{suggest_name(expanded.name, siblings)}"
         " Give a folder in diffusers layout, or a hub id like owner/name"

@@ -16,7 +16,7 @@ from typing import Any
 from hydrarun.config.schema import Sampling
 from hydrarun.config.type_check import describe_hint, format_value, matches_hint
 from hydrarun.core.errors import UsageError, raise_mistakes, suggest_name
-from hydrarun.core.files import MAX_TEXT_BYTES, read_file
+from hydrarun.core.files import MAX_TEXT_BYTES, expand_home, read_file
 from hydrarun.core.strict_json import parse_json
 
 #: the fields of a line and their types; a line has one value where `sampling` also takes lists
@@ -40,7 +40,7 @@ Numbered = Iterator[tuple[int, Any]]
 
 def read_prompts(name: str) -> list[Line]:
     """Read the lines of a file: their fields, and `line`. Raises UsageError that lists every bad line."""
-    path = Path(name).expanduser()
+    path = expand_home(name)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UsageError(f"input.prompts={name}: its name ends in none of {', '.join(READERS)}")
@@ -161,7 +161,7 @@ def _resolve_image_paths(fields: Line, folder: Path) -> Line:
     if not images:
         return fields
     paths = [images] if isinstance(images, str) else images
-    return {**fields, "images": [path if "://" in path else str(folder / Path(path).expanduser()) for path in paths]}
+    return {**fields, "images": [path if "://" in path else str(folder / expand_home(path)) for path in paths]}
 
 
 READERS = {".txt": _parse_plain_text, ".csv": _parse_csv, ".jsonl": _parse_json_lines}

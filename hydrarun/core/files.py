@@ -22,6 +22,16 @@ _KINDS = (
 )
 
 
+def expand_home(path: str | Path) -> Path:
+    """Return the path with `~` as the home folder. The name of an unknown user stays."""
+    return Path(os.path.expanduser(path))
+
+
+def resolve_path(path: str | Path) -> Path:
+    """Return the absolute path without `~` and links. A link loop stays."""
+    return Path(os.path.realpath(os.path.expanduser(path)))
+
+
 def open_file(path: str | Path, most: int | None = None, buffering: int = -1) -> BinaryIO:
     """Open a regular file for reading, without ever waiting: a pipe or a device may never end.
 
@@ -60,10 +70,10 @@ def compute_sha256(path: str | Path, count: Callable[[int], None] = lambda _: No
     return digest.hexdigest()
 
 
-def find_file_problem(path: str | Path, most: int | None = None) -> str | None:
-    """Return the reason why a path is no readable regular file of at most `most` bytes, or None."""
+def find_file_problem(path: str | Path) -> str | None:
+    """Return the reason why a path is no readable regular file, or None."""
     try:
-        open_file(path, most).close()
+        open_file(path).close()
     except OSError as error:
         return error.strerror
     return None

@@ -98,7 +98,7 @@ def _load_media_file(path: Path) -> RecordedRun:
     run_config = {**config, "sampling": {**sampling, **which}}
     whole, part = "pixels_sha256", None
     for form, (stem, _) in frames.STEMS.items():
-        if stem in record and not path.is_dir():
+        if stem in record and not os.path.isdir(path):
             whole, part = f"{stem}_sha256", frames.frame_file_name(_get_field(path, record, stem, int), form)
     digest = _get_field(path, record, whole, str)
     picture = RecordedPicture(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -43,7 +44,7 @@ def export_run(run_dir: Path, path: Path) -> None:
     images, lines = collect_images(config, measured, path), collect_prompts(config, path)
     thumbnail = path.with_suffix(".webp")
     for target in (path, thumbnail, *images, *lines):
-        if target.exists():
+        if os.path.lexists(target):
             raise UsageError(
                 f"recipe export: {target} exists; choose another: hydrarun recipe export {run_dir} FILE.yaml"
             )
@@ -65,9 +66,8 @@ def export_run(run_dir: Path, path: Path) -> None:
 def read_finished_run(run_dir: Path) -> dict[str, Any]:
     """Read the run.json of a complete run. Raises UsageError."""
     where = f"recipe export: {run_dir}"
-    points = sorted(point.parent.name for point in run_dir.glob("*/run.json"))
-    if not (run_dir / "run.json").is_file():
-        if points:
+    if not os.path.lexists(run_dir / "run.json"):
+        if points := list_points(run_dir):
             raise UsageError(f"{where}: a sweep of {len(points)} runs; give the folder of one: {run_dir / points[0]}")
         raise UsageError(f"{where}: holds no run.json; give the folder of a finished run.")
     record = read_run_json(run_dir / "run.json")
@@ -76,6 +76,11 @@ def read_finished_run(run_dir: Path) -> dict[str, Any]:
             f"{where}: the run did not finish (status {record.get('status')!r}); only a finished run can be exported."
         )
     return record
+
+
+def list_points(folder: Path) -> list[str]:
+    """Return the names of the runs in the folder of a sweep; none if it is no folder."""
+    return sorted(point.parent.name for point in folder.glob("*/run.json")) if os.path.isdir(folder) else []
 
 
 def check_recorded_config(record: Mapping[str, Any]) -> dict[str, Any]:

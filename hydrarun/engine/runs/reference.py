@@ -15,6 +15,7 @@ import numpy as np
 
 from hydrarun.config.schema import Report
 from hydrarun.core.errors import RunError, UsageError
+from hydrarun.core.files import resolve_path
 from hydrarun.core.resources import read_options
 from hydrarun.core.strict_json import read_json
 from hydrarun.outputs import reader
@@ -44,9 +45,7 @@ def make_reference_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def find_reference_dir(config: Mapping[str, Any]) -> Path:
     """Return the absolute folder of the reference run of `config`."""
-    return Path(config["report"]["twins"]).expanduser().resolve() / hash_config(
-        to_recorded_config(make_reference_config(config))
-    )
+    return resolve_path(config["report"]["twins"]) / hash_config(to_recorded_config(make_reference_config(config)))
 
 
 def read_reference(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[np.ndarray] | None:

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from hydrarun.core.errors import RunError
-from hydrarun.core.files import MAX_TEXT_BYTES, find_file_problem, read_file
-from hydrarun.core.strict_json import read_json_object
+from hydrarun.core.files import MAX_TEXT_BYTES, open_file, read_file
+from hydrarun.core.strict_json import read_json, read_json_object
 from hydrarun.models.weights.header import Header
 
 #: files that the libraries read, apart from weights: configs, tokenizers and chat templates
 LIBRARY_FILES = (".json", ".txt", ".model", ".jinja")
+
+#: larger JSON files are vocabularies, which take seconds to parse; their library refuses damaged ones
+MAX_CONFIG_BYTES = 2**20
 
 
 class Checkpoint:
@@ -33,11 +36,15 @@ class Checkpoint:
 
     def present(self) -> str:
         """Describe what the folder holds instead, for the error message."""
-        if not self.folder.is_dir():
+        try:
+            names = sorted(os.listdir(self.folder))
+        except FileNotFoundError:
             return "the folder does not exist"
-        if any(path.suffix in (".bin", ".pt", ".pth", ".ckpt") for path in self.folder.iterdir()):
+        except OSError as error:
+            return f"the folder cannot be read: {error.strerror}"
+        if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
             return "it holds pickle weights, which are never loaded: convert them to safetensors"
-        return f"it holds {', '.join(sorted(path.name for path in self.folder.iterdir())) or 'nothing'}"
+        return f"it holds {', '.join(names) or 'nothing'}"
 
     @cached_property
     def headers(self) -> dict[str, Header]:
@@ -99,8 +106,15 @@ def check_folder(folder: Path) -> None:
 def check_library_files(folder: Path) -> None:
     """Raise `RunError` for the first file of a checkpoint, apart from weights, that a library could not read."""
     for path in list_files(folder, LIBRARY_FILES):
-        if problem := find_file_problem(path, MAX_TEXT_BYTES):
-            raise RunError(f"{path}: {problem}")
+        try:
+            with open_file(path, MAX_TEXT_BYTES) as file:
+                size = os.fstat(file.fileno()).st_size
+            if path.suffix == ".json" and size <= MAX_CONFIG_BYTES:
+                read_json(path, MAX_CONFIG_BYTES, finite=False)
+        except OSError as error:
+            raise RunError(f"{path}: {error.strerror}") from None
+        except ValueError as error:
+            raise RunError(f"{path}: not JSON: {error}") from None
 
 
 def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:

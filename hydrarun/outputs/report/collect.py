@@ -67,7 +67,7 @@ class Point:
 
 def collect_points(folder: Path) -> list[Point]:
     """Read the points in and below `folder`, in natural order of their names. Raises UsageError if there are none."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UsageError(f"report: {folder}: no such folder")
     points = [read_point(folder, place) for place in find_run_folders(folder)]
     if not points:
