@@ -14,7 +14,7 @@ from hydrarun.core.files import expand_home
 from hydrarun.core.resources import find_folder
 
 PACKAGE = "package:"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"(?=.{3,96}$)\w[\w.-]*/\w[\w.-]*")
 #: files to download; weights only from component folders, because some repositories also store them as a single file
 FILES = ["*.json", "*/*.safetensors", "*.txt", "*.model", "*.jinja"]
 
@@ -91,7 +91,12 @@ def resolve_weights(model: dict[str, Any]) -> WeightsSource:
 def download_snapshot(repository: str, revision: str | None) -> WeightsSource:
     """Return the hub's snapshot, downloading what the local cache lacks; a complete cache works offline too."""
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     where = f"model.path={repository}" + (f" model.revision={revision}" if revision else "")
     try:
@@ -101,6 +106,8 @@ def download_snapshot(repository: str, revision: str | None) -> WeightsSource:
             f"{where}: the hub has no such repository or revision, or it needs `hf auth login`."
             " A local folder is given as ./name or by its full path"
         ) from None
+    except HFValidationError as error:
+        raise UsageError(f"{where}: {str(error).splitlines()[0]}") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise RunError(

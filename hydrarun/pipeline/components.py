@@ -97,13 +97,18 @@ def read_model_index(folder: Path, cls: type) -> ModelIndex:
     pairs = {key: tuple(value) for key, value in content.items() if isinstance(value, list) and len(value) == 2}
     if not isinstance(saved_by, str):
         raise RunError(f"{path}: not the index of a diffusers pipeline")
-    for name, pair in pairs.items():
-        if not all(isinstance(one, str | None) for one in pair):
-            raise RunError(f"{path}: {name}: not the names of a library and a class")
+    check_index(path, content)
     if saved_by != cls.__name__:
         raise RunError(f"{path}: a checkpoint of {saved_by}, and this model option runs {cls.__name__}")
     settings = {key: value for key, value in content.items() if key not in pairs and not key.startswith("_")}
     return ModelIndex(find_components(pairs), settings)
+
+
+def check_index(path: Path, index: Mapping[str, Any]) -> None:
+    """Raise `RunError` for a pair in a model_index.json that does not name a library and a class, or null for both."""
+    for name, one in index.items():
+        if isinstance(one, list) and len(one) == 2 and one[0] is not None and not all(isinstance(x, str) for x in one):
+            raise RunError(f"{path}: {name}: {str(one)[:100]} does not name a library and a class")
 
 
 def find_components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

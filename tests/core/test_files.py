@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import socket
 import stat
 
@@ -12,6 +13,7 @@ import pytest
 
 from hydrarun.core import files
 from hydrarun.core.files import compute_sha256, find_file_problem, open_file, open_lock, read_file
+from hydrarun.core.resources import PACKAGE
 
 
 def make_socket(path):
@@ -116,3 +118,42 @@ def test_a_lock_keeps_the_content(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="a pipe, not a regular file"):
         open_lock(tmp_path / "pipe")
+
+
+#: calls that read a file by themselves, and the modules that may: they read what the package ships, or what is no file
+READS = re.compile(r"\bopen\(|\.read_text\(|\.read_bytes\(|json\.loads?\(|yaml\.(safe_)?load\(")
+OWN = {
+    "core/files.py": "is the one place",
+    "core/strict_json.py": "is the one parser",
+    "core/strict_yaml.py": "is the one parser",
+    "core/resources.py": "conf/",
+    "core/moved_names.py": "the package's table",
+    "config/options.py": "conf/",
+    "config/targets.py": "conf/",
+    "cli/commands/list.py": "conf/",
+    "cli/recipe/json_schema.py": "conf/",
+    "engine/plan/configs.py": "published shapes",
+    "engine/plan/devices.py": "the package's table",
+    "engine/plan/out_of_memory.py": "a process of its own",
+    "engine/plan/__main__.py": "a process of its own",
+    "engine/ranks/worker.py": "messages of the driver",
+    "engine/ranks/launch.py": "messages of the driver",
+    "engine/ranks/local_group.py": "messages of the ranks",
+    "outputs/report/page.py": "the page's template",
+    "outputs/provenance.py": "/proc",
+    "outputs/journal.py": "appends, and copies a value",
+    "outputs/media/mp4.py": "a file that it wrote, and libav on an opened file",
+    "outputs/media/wav.py": "libav on an opened file",
+    "outputs/media/png.py": "Pillow on an opened file",
+    "outputs/media/images.py": "Pillow on an opened file",
+    "outputs/report/thumbnails.py": "libav on memory",
+}
+
+
+def test_files_are_opened_at_one_place():
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if READS.search(path.read_text(encoding="utf-8"))
+    }
+    assert found - OWN.keys() == set()

@@ -31,6 +31,7 @@ def check_folder_fit(config: dict[str, Any], folder: Path) -> None:
     kinds = checkpoint_types.INDEX, checkpoint_types.VAE, checkpoint_types.TRANSFORMER | sound
     for file, content, checks in zip(files, contents, kinds, strict=True):
         checkpoint_types.check_types(file, content, checks)
+    checkpoint_types.check_rope_axes(files[2], transformer)
     check_checkpoint_configs(config, index, vae, transformer)
 
 

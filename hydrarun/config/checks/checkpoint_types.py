@@ -43,11 +43,16 @@ FLAG: Check = (lambda value: isinstance(value, bool), "true or false")
 FLAGS: Check = (_is_list_of_flags, "a list of true and false")
 CLASS: Check = (_is_class, "a list of a library and a class")
 
+#: channels of a head that rotate by each position
+ROPE_AXES = ("axes_dims_rope", "axes_dims")
+
 #: the checked keys, by the name of the file. A key may be missing or null
 INDEX = {"transformer": CLASS, "transformer_2": CLASS, "scheduler": CLASS, "vae": CLASS}
 TRANSFORMER = {
     **dict.fromkeys(("num_layers", "num_single_layers", "n_layers", "n_refiner_layers"), COUNT),
     **dict.fromkeys(("num_attention_heads", "n_heads", "num_key_value_attention_heads", "pos_embed_max_size"), SIZE),
+    **dict.fromkeys(ROPE_AXES, SIZES),
+    **dict.fromkeys(("attention_head_dim", "dim"), SIZE),
     "guidance_embeds": FLAG,
 }
 VAE = {
@@ -65,3 +70,11 @@ def check_types(path: Path, content: Mapping[str, Any], checks: Mapping[str, Che
     for key, (matches, words) in checks.items():
         if content.get(key) is not None and not matches(content[key]):
             raise RunError(f"{path}: {key}: {format_value(content[key])} is not {words}")
+
+
+def check_rope_axes(path: Path, transformer: Mapping[str, Any]) -> None:
+    """Raise `RunError` for more rotated channels than a head has: tables of that size would be built in the run."""
+    width = transformer.get("attention_head_dim") or transformer.get("dim")
+    for key in ROPE_AXES:
+        if width and sum(transformer.get(key) or ()) > width:
+            raise RunError(f"{path}: {key}: {transformer[key]} are more channels than the {width} of a head")

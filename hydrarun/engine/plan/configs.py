@@ -13,7 +13,7 @@ from hydrarun.config.hub import find_cached_snapshot, find_local_folder
 from hydrarun.core.errors import UsageError
 from hydrarun.core.resources import PACKAGE
 from hydrarun.models.weights.safetensors import check_library_files
-from hydrarun.pipeline.components import LIBRARIES, find_component_class, find_components
+from hydrarun.pipeline.components import LIBRARIES, check_index, find_component_class, find_components
 
 #: published configs of checkpoints, one file each
 SHAPES = PACKAGE / "models" / "shapes"
@@ -73,6 +73,7 @@ def read_folder_configs(path: Path) -> ComponentConfigs:
     index = read_json(path / "model_index.json")
     if not index:
         raise UsageError(f"{path / 'model_index.json'}: not the index of a diffusers pipeline")
+    check_index(path / "model_index.json", index)
     found = ComponentConfigs(path, index, {}, str(path))
     found.components = {
         name: read_json(path / name / file)
