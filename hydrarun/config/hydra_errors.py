@@ -54,8 +54,9 @@ def _describe_yaml_error(error: Exception) -> str:
         return "an option or a value on the command line is nested too deeply"
     if isinstance(error, UnicodeDecodeError):
         return f"the file of an option is not UTF-8 text: {error.reason} at byte {error.start}"
-    mark = getattr(error, "problem_mark", None)
-    return f"{mark.name}, line {mark.line + 1}: {error.problem}" if mark else str(error).splitlines()[0]
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}"
+    return str(error).splitlines()[0]
 
 
 def explain_error(error: Exception, overrides: Sequence[str]) -> str:

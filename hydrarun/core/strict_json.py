@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,24 @@ MAX_DEPTH = 32
 
 TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 
+#: what diffusers writes into configs, and what Python writes into records of runs
+INFINITE = ("Infinity", "-Infinity")
+CONSTANTS = (*INFINITE, "NaN")
+
 TOO_LONG = "a number of too many digits"  # more than Python converts
 
 # an escaped half of a surrogate pair; two halves together are a character
 HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def parse_json(data: str | bytes, finite: bool = True) -> Any:
-    """Parse JSON. Unless `finite`, NaN and infinity are allowed, which Python and diffusers write.
+def parse_json(data: str | bytes, constants: Collection[str] = ()) -> Any:
+    """Parse JSON. `constants`: allowed names of numbers that are not finite, `INFINITE` or `CONSTANTS`.
 
     Raises `ValueError`, of one line, for invalid JSON or UTF-8, a key that is set twice, too many levels or digits,
     and text that cannot be encoded.
     """
-    numbers: dict[str, Any] = {"parse_constant": _refuse_constant, "parse_float": _parse_finite} if finite else {}
+    convert = partial(_parse_constant, constants)
+    numbers: dict[str, Any] = {"parse_constant": convert} | ({} if constants else {"parse_float": _parse_finite})
     try:
         text = data if isinstance(data, str) else data.decode()
         content = json.loads(text, object_pairs_hook=_refuse_repeated_keys, **numbers)
@@ -41,17 +47,17 @@ def parse_json(data: str | bytes, finite: bool = True) -> Any:
     return content
 
 
-def read_json(path: Path, most: int, finite: bool = True) -> Any:
+def read_json(path: Path, most: int, constants: Collection[str] = ()) -> Any:
     """Read a JSON file of at most `most` bytes.
 
     Raises `OSError` as `core.files.read_file` does, and `ValueError` as `parse_json` does.
     """
-    return parse_json(read_file(path, most), finite)
+    return parse_json(read_file(path, most), constants)
 
 
-def read_json_object(path: Path, most: int, finite: bool = True) -> dict[str, Any]:
+def read_json_object(path: Path, most: int, constants: Collection[str] = ()) -> dict[str, Any]:
     """Do the same, and raise `ValueError` for anything else than an object."""
-    content = read_json(path, most, finite)
+    content = read_json(path, most, constants)
     if not isinstance(content, dict):
         raise ValueError("not an object")
     return content
@@ -89,8 +95,10 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number")
+def _parse_constant(allowed: Collection[str], name: str) -> float:
+    if name not in allowed:
+        raise ValueError(f"{name} is not a number")
+    return float(name)
 
 
 def _parse_finite(digits: str) -> float:

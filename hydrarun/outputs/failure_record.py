@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydrarun.core.strict_json import read_json_object
+from hydrarun.core.strict_json import CONSTANTS, read_json_object
 
 Stamp = tuple[int, int]
 
@@ -41,7 +41,7 @@ def get_file_stamp(file: Path) -> Stamp | None:
 def _write_failure(config: dict[str, Any], file: Path, error: Exception, own: bool) -> None:
     from hydrarun.outputs.writer import describe_error, write_run  # imports numpy, so only on failure
 
-    record = read_json_object(file, MAX_BYTES, finite=False) if own else _build_bare_record(config)
+    record = read_json_object(file, MAX_BYTES, CONSTANTS) if own else _build_bare_record(config)
     said = describe_error(error)
     if record.get("status") == "failed" and record["error"]["message"] in said["message"]:
         return

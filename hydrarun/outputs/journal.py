@@ -10,7 +10,7 @@ from typing import Any
 
 from hydrarun.core.errors import UsageError
 from hydrarun.core.files import open_file
-from hydrarun.core.strict_json import parse_json
+from hydrarun.core.strict_json import CONSTANTS, parse_json
 
 MAX_BYTES = 2**30  # of one ledger: about a million pictures
 
@@ -59,7 +59,7 @@ class Ledger:
 
     def _parse_row(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            row = parse_json(line, finite=False)
+            row = parse_json(line, CONSTANTS)
         except ValueError:
             row = None
         if not isinstance(row, dict):

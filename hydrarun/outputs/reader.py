@@ -11,7 +11,7 @@ import numpy as np
 
 from hydrarun.core.errors import UsageError
 from hydrarun.core.moved_names import use_current_names
-from hydrarun.core.strict_json import read_json
+from hydrarun.core.strict_json import CONSTANTS, read_json
 from hydrarun.outputs.media import frames
 from hydrarun.outputs.media.read import read_output
 from hydrarun.outputs.writer import FORMAT, WHICH, hash_pixels
@@ -110,7 +110,7 @@ def _load_media_file(path: Path) -> RecordedRun:
 def read_run_json(path: Path) -> dict[str, Any]:
     """Read a run.json of this format, with current class names. Raises UsageError for any other file."""
     try:
-        record = use_current_names(read_json(path, MAX_JSON_BYTES, finite=False))
+        record = use_current_names(read_json(path, MAX_JSON_BYTES, CONSTANTS))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     except ValueError as error:

@@ -21,6 +21,7 @@ from hydrarun.acceleration.offload.module_mover import move_module
 from hydrarun.core.device import HOST
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.core.progress import ByteCounter
+from hydrarun.core.strict_json import INFINITE
 from hydrarun.models.weights.config_size import (
     build_on_meta,
     check_counts,
@@ -175,7 +176,7 @@ def check_component_fit(cls: Any, folder: Path, checkpoint: Checkpoint) -> None:
     The libraries would build it first: from a wrong config, without end.
     """
     where = str(folder / "config.json")
-    config = read_checkpoint_json(folder / "config.json", finite=False)
+    config = read_checkpoint_json(folder / "config.json", INFINITE)
     check_counts(where, config, len(checkpoint.headers))
     module = build_on_meta(where, lambda: make_module(cls, config), limit_parameter_count(checkpoint))
     check_module_fit(where, module, checkpoint)

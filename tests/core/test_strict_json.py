@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hydrarun.core.strict_json import MAX_DEPTH, parse_json, read_json, read_json_object
+from hydrarun.core.strict_json import CONSTANTS, INFINITE, MAX_DEPTH, parse_json, read_json, read_json_object
 
 VALUES = [{"a": [1, -2.5, True, None, "ü"], "b": {"c": {}}}, [], "text", 0, 1e300, 2**80]
 
@@ -56,7 +56,10 @@ def test_what_is_refused(text, message):
 
 
 def test_infinity_where_libraries_write_it():
-    assert parse_json("[-Infinity, 1e999]", finite=False) == [float("-inf"), float("inf")]
+    assert parse_json("[-Infinity, 1e999]", INFINITE) == [float("-inf"), float("inf")]
+    with pytest.raises(ValueError, match="NaN is not a number"):
+        parse_json("[NaN]", INFINITE)
+    assert str(parse_json("[NaN]", CONSTANTS)) == "[nan]"
 
 
 def test_many_keys_of_which_the_last_is_repeated():

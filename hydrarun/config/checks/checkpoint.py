@@ -10,7 +10,7 @@ from typing import Any
 from hydrarun.config.checks import checkpoint_types
 from hydrarun.core.errors import UsageError
 from hydrarun.core.files import MAX_TEXT_BYTES
-from hydrarun.core.strict_json import read_json_object
+from hydrarun.core.strict_json import INFINITE, read_json_object
 
 #: keys of a transformer's config.json for the number of blocks
 DEPTHS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")
@@ -203,6 +203,6 @@ def check_guidance_scale(scale: float | None, distilled: bool) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; return an empty one if the file cannot be read. Loading the checkpoint reports that error."""
     try:
-        return read_json_object(path, MAX_TEXT_BYTES, finite=False)
+        return read_json_object(path, MAX_TEXT_BYTES, INFINITE)
     except (OSError, ValueError):
         return {}

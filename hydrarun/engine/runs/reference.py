@@ -17,7 +17,7 @@ from hydrarun.config.schema import Report
 from hydrarun.core.errors import RunError, UsageError
 from hydrarun.core.files import resolve_path
 from hydrarun.core.resources import read_options
-from hydrarun.core.strict_json import read_json
+from hydrarun.core.strict_json import CONSTANTS, read_json
 from hydrarun.outputs import reader
 from hydrarun.outputs.media import kinds
 from hydrarun.outputs.provenance import hash_config, keep_pixel_settings
@@ -62,7 +62,7 @@ def read_reference(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[
         {key: facts.get(key) for key in reader.FACTS},
     )
     try:
-        record = read_json(file, reader.MAX_JSON_BYTES, finite=False)
+        record = read_json(file, reader.MAX_JSON_BYTES, CONSTANTS)
         if (
             record["status"],
             keep_pixel_settings(record["config"]),

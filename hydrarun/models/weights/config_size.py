@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -46,8 +47,12 @@ def build_on_meta(where: str, build: Callable[[], M], most: int = MAX_PARAMETERS
     constructor rejects.
     """
     try:
-        with torch.device("meta"), _limit_parameters(where, most):
-            return build()
+        with torch.device("meta"), _limit_parameters(where, most), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about sizes of 0, which are refused below
+            module = build()
+            if empty := next((name for name, value in module.named_parameters() if not value.numel()), None):
+                raise RunError(f"{where}: asks for no numbers in {empty}")
+            return module
     except (RunError, UsageError):
         raise
     except Exception as error:  # the config may be a stranger's: constructors raise nearly anything for wrong sizes

@@ -11,7 +11,7 @@ from typing import Any
 
 from hydrarun.core.errors import RunError
 from hydrarun.core.files import MAX_TEXT_BYTES, open_file, read_file
-from hydrarun.core.strict_json import read_json, read_json_object
+from hydrarun.core.strict_json import INFINITE, read_json, read_json_object
 from hydrarun.models.weights.header import Header
 
 #: files that the libraries read, apart from weights: configs, tokenizers and chat templates
@@ -81,10 +81,10 @@ class Checkpoint:
         return sum(end - first for first, end in places)
 
 
-def read_checkpoint_json(path: Path, finite: bool = True) -> dict[str, Any]:
+def read_checkpoint_json(path: Path, constants: Collection[str] = ()) -> dict[str, Any]:
     """Read a JSON object of a checkpoint. Raises `RunError`, which names the file."""
     try:
-        return read_json_object(path, MAX_TEXT_BYTES, finite)
+        return read_json_object(path, MAX_TEXT_BYTES, constants)
     except FileNotFoundError:
         raise RunError(f"{path}: no such file") from None
     except OSError as error:
@@ -110,7 +110,7 @@ def check_library_files(folder: Path) -> None:
             with open_file(path, MAX_TEXT_BYTES) as file:
                 size = os.fstat(file.fileno()).st_size
             if path.suffix == ".json" and size <= MAX_CONFIG_BYTES:
-                read_json(path, MAX_CONFIG_BYTES, finite=False)
+                read_json(path, MAX_CONFIG_BYTES, INFINITE)
         except OSError as error:
             raise RunError(f"{path}: {error.strerror}") from None
         except ValueError as error:

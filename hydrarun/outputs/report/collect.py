@@ -13,7 +13,7 @@ from typing import Any
 from hydrarun.core.errors import UsageError
 from hydrarun.core.files import read_file
 from hydrarun.core.moved_names import use_current_names
-from hydrarun.core.strict_json import read_json
+from hydrarun.core.strict_json import CONSTANTS, read_json
 from hydrarun.core.strict_yaml import parse_yaml
 
 FORMAT = 1  # of the run.json files that this module reads
@@ -105,7 +105,7 @@ def read_point(root: Path, folder: Path) -> Point:
 def read_record(file: Path) -> tuple[dict[str, Any], str | None]:
     """Read run.json; returns its content and None, or an empty dict and the error."""
     try:
-        record = use_current_names(read_json(file, MAX_BYTES, finite=False))
+        record = use_current_names(read_json(file, MAX_BYTES, CONSTANTS))
     except FileNotFoundError:
         return {}, UNFINISHED
     except OSError as error:

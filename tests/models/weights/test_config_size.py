@@ -71,6 +71,12 @@ def test_what_constructors_raise_is_one_line(build):
     assert "\n" not in str(caught.value)
 
 
+def test_a_size_of_zero(recwarn):
+    with pytest.raises(RunError, match="^x: asks for no numbers in weight$"):
+        build_on_meta("x", lambda: nn.Linear(0, 3))
+    assert not recwarn.list
+
+
 def test_refusals_of_our_own_stay():
     def build() -> nn.Module:
         raise UsageError("not this variant")
