@@ -10,6 +10,7 @@ import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from hydrarun.core.errors import UsageError
+from hydrarun.core.files import resolve_path
 from hydrarun.models.transformer import Transformer
 
 GRAPHS = 256  # limit of graphs per block, one for each input size
@@ -93,7 +94,7 @@ def set_graph_cache(cache_dir: str | None) -> None:
     if cache_dir is None and os.environ.get(CACHE_DIR, default_cache_dir()) != default_cache_dir():
         return
     users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "hydrarun", "compile")
-    folder = Path(cache_dir or users).expanduser().resolve()
+    folder = resolve_path(cache_dir or users)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydrarun.core.errors import RunError, UsageError, suggest_name
+from hydrarun.core.files import expand_home
 from hydrarun.core.resources import find_folder
 
 PACKAGE = "package:"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"(?=.{3,96}$)\w[\w.-]*/\w[\w.-]*")
 #: files to download; weights only from component folders, because some repositories also store them as a single file
 FILES = ["*.json", "*/*.safetensors", "*.txt", "*.model", "*.jinja"]
 
@@ -47,18 +50,20 @@ def find_named_folder(path: str) -> Path | None:
                 f" It has: {', '.join(names)}"
             )
         return shipped / name
-    expanded = Path(path).expanduser()
-    if expanded.is_dir():
-        if not (expanded / "model_index.json").is_file():
+    expanded = expand_home(path)
+    if os.path.isdir(expanded):
+        if not os.path.lexists(expanded / "model_index.json"):
             raise UsageError(
                 f"model.path={path}: not a checkpoint in diffusers layout, there is no model_index.json in it"
             )
         return expanded
-    if expanded.exists():
+    if os.path.lexists(expanded):
         raise UsageError(f"model.path={path}: a single file; give the folder that holds model_index.json")
     if HUB_ID.fullmatch(path):
         return None
-    siblings = [p.name for p in expanded.parent.iterdir()] if expanded.parent.is_dir() else []
+    siblings: list[str] = []
+    with suppress(OSError):
+        siblings = os.listdir(expanded.parent)
     raise UsageError(
         f"model.path={path}: no such folder.{suggest_name(expanded.name, siblings)}"
         " Give a folder in diffusers layout, or a hub id like owner/name"
@@ -86,7 +91,12 @@ def resolve_weights(model: dict[str, Any]) -> WeightsSource:
 def download_snapshot(repository: str, revision: str | None) -> WeightsSource:
     """Return the hub's snapshot, downloading what the local cache lacks; a complete cache works offline too."""
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     where = f"model.path={repository}" + (f" model.revision={revision}" if revision else "")
     try:
@@ -96,6 +106,8 @@ def download_snapshot(repository: str, revision: str | None) -> WeightsSource:
             f"{where}: the hub has no such repository or revision, or it needs `hf auth login`."
             " A local folder is given as ./name or by its full path"
         ) from None
+    except HFValidationError as error:
+        raise UsageError(f"{where}: {str(error).splitlines()[0]}") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise RunError(

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException, ValidationError
@@ -35,6 +36,8 @@ def translate_errors(overrides: Sequence[str]) -> Iterator[None]:
     """Turn exceptions raised while composing these overrides into a UsageError."""
     try:
         yield
+    except (RecursionError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(_describe_yaml_error(error)) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(explain_error(error, overrides)) from error
     except ValueError as error:
@@ -43,6 +46,17 @@ def translate_errors(overrides: Sequence[str]) -> Iterator[None]:
         if str(error).startswith(COMMAND_LINE_MISTAKES):
             raise UsageError(str(error)) from error
         raise
+
+
+def _describe_yaml_error(error: Exception) -> str:
+    """Describe an error of Hydra's own YAML reader, which reads options of `--config-dir` and `hydra.searchpath`."""
+    if isinstance(error, RecursionError):
+        return "an option or a value on the command line is nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return f"the file of an option is not UTF-8 text: {error.reason} at byte {error.start}"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}"
+    return str(error).splitlines()[0]
 
 
 def explain_error(error: Exception, overrides: Sequence[str]) -> str:

@@ -56,7 +56,7 @@ def build_search_path(flags: Sequence[str]) -> Any:
     """Build Hydra's search path for options."""
     path = create_config_search_path(flag_value(flags, "--config-path", "-cp") or str(resources.find_folder("conf")))
     if folder := flag_value(flags, "--config-dir", "-cd"):
-        if not Path(folder).is_dir():
+        if not os.path.isdir(folder):
             raise UsageError(f"--config-dir {folder}: no such folder")
         path.prepend("command-line", f"file://{os.path.abspath(folder)}", SearchPathQuery(provider="schema"))
     return path

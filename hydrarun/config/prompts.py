@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 from hydrarun.config.schema import Sampling
 from hydrarun.config.type_check import describe_hint, format_value, matches_hint
 from hydrarun.core.errors import UsageError, raise_mistakes, suggest_name
+from hydrarun.core.files import MAX_TEXT_BYTES, expand_home, read_file
+from hydrarun.core.strict_json import parse_json
 
 #: the fields of a line and their types; a line has one value where `sampling` also takes lists
 FIELDS: dict[str, Any] = {
@@ -39,7 +40,7 @@ Numbered = Iterator[tuple[int, Any]]
 
 def read_prompts(name: str) -> list[Line]:
     """Read the lines of a file: their fields, and `line`. Raises UsageError that lists every bad line."""
-    path = Path(name).expanduser()
+    path = expand_home(name)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UsageError(f"input.prompts={name}: its name ends in none of {', '.join(READERS)}")
@@ -86,8 +87,7 @@ def describe_unknown_field(name: str) -> str:
 
 def _read_text(name: str, path: Path) -> str:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return file.read()
+        return read_file(path, MAX_TEXT_BYTES).decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"input.prompts={name}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -149,19 +149,9 @@ def _parse_json_lines(text: str, name: str) -> Numbered:
     """Read one JSON object per line."""
     for number, line in _iterate_lines(text):
         try:
-            yield number, json.loads(line, object_pairs_hook=_refuse_repeated_keys)
-        except (ValueError, RecursionError) as error:
-            said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-            raise UsageError(f"{name} line {number}: not JSON: {said}") from None
-
-
-def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a dict from JSON pairs. Raises ValueError for a repeated key, of which the last would win silently."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is set twice")
-    return found
+            yield number, parse_json(line)
+        except ValueError as error:
+            raise UsageError(f"{name} line {number}: not JSON: {error}") from None
 
 
 def _resolve_image_paths(fields: Line, folder: Path) -> Line:
@@ -171,7 +161,7 @@ def _resolve_image_paths(fields: Line, folder: Path) -> Line:
     if not images:
         return fields
     paths = [images] if isinstance(images, str) else images
-    return {**fields, "images": [path if "://" in path else str(folder / Path(path).expanduser()) for path in paths]}
+    return {**fields, "images": [path if "://" in path else str(folder / expand_home(path)) for path in paths]}
 
 
 READERS = {".txt": _parse_plain_text, ".csv": _parse_csv, ".jsonl": _parse_json_lines}

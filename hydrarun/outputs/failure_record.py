@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydrarun.core.strict_json import CONSTANTS, read_json_object
+
 Stamp = tuple[int, int]
+
+MAX_BYTES = 2**31  # of the run.json that the block wrote itself
 
 
 @contextmanager
@@ -38,7 +41,7 @@ def get_file_stamp(file: Path) -> Stamp | None:
 def _write_failure(config: dict[str, Any], file: Path, error: Exception, own: bool) -> None:
     from hydrarun.outputs.writer import describe_error, write_run  # imports numpy, so only on failure
 
-    record = json.loads(file.read_text(encoding="utf-8")) if own else _build_bare_record(config)
+    record = read_json_object(file, MAX_BYTES, CONSTANTS) if own else _build_bare_record(config)
     said = describe_error(error)
     if record.get("status") == "failed" and record["error"]["message"] in said["message"]:
         return

@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hydrarun.core.errors import UsageError
+from hydrarun.core.files import open_file
+from hydrarun.core.strict_json import CONSTANTS, parse_json
+
+MAX_BYTES = 2**30  # of one ledger: about a million pictures
 
 
 class Ledger:
@@ -24,7 +28,7 @@ class Ledger:
         #: number of bytes of the file that are read into `rows`
         self._end = 0
         file.parent.mkdir(parents=True, exist_ok=True)
-        lines = self._read_new_lines() if file.exists() else []
+        lines = self._read_new_lines() if os.path.lexists(file) else []
         if lines:
             found, *self.rows = [self._parse_row(number, line) for number, line in enumerate(lines, start=1)]
             self._check_identity(found, json.loads(json.dumps(identity)), rows_of)
@@ -46,13 +50,16 @@ class Ledger:
         return self._line_error(row + 2)
 
     def _read_new_lines(self) -> list[bytes]:
-        lines = read_whole_lines(self.file, self._end)
+        try:
+            lines = read_whole_lines(self.file, self._end)
+        except OSError as error:
+            raise UsageError(f"{self.file}: {error.strerror}; choose another folder: hydra.run.dir=…") from None
         self._end += sum(len(line) + 1 for line in lines)
         return lines
 
     def _parse_row(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            row = json.loads(line)
+            row = parse_json(line, CONSTANTS)
         except ValueError:
             row = None
         if not isinstance(row, dict):
@@ -83,9 +90,9 @@ def append_row(file: Path, row: Mapping[str, Any]) -> int:
 
 def read_whole_lines(file: Path, start: int) -> list[bytes]:
     """Return the lines of a file from byte `start` on, without line breaks. Truncates an incomplete last line."""
-    with file.open("rb") as opened:
+    with open_file(file, MAX_BYTES) as opened:
         opened.seek(start)
-        content = opened.read()
+        content = opened.read(MAX_BYTES)
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(file, start + len(whole))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from hydrarun.core.errors import UsageError
 from hydrarun.core.moved_names import use_current_names
+from hydrarun.core.strict_json import CONSTANTS, read_json
 from hydrarun.outputs.media import frames
 from hydrarun.outputs.media.read import read_output
 from hydrarun.outputs.writer import FORMAT, WHICH, hash_pixels
@@ -72,10 +72,7 @@ def load_recorded_run(path: Path) -> RecordedRun:
 
 def _read_config(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Return the recorded configuration with current class names."""
-    try:
-        return use_current_names(_get_field(path, record, "config", dict))
-    except RecursionError:
-        raise UsageError(f"{path}: its configuration is nested too deeply") from None
+    return use_current_names(_get_field(path, record, "config", dict))
 
 
 def is_lossy(path: Path) -> bool:
@@ -101,7 +98,7 @@ def _load_media_file(path: Path) -> RecordedRun:
     run_config = {**config, "sampling": {**sampling, **which}}
     whole, part = "pixels_sha256", None
     for form, (stem, _) in frames.STEMS.items():
-        if stem in record and not path.is_dir():
+        if stem in record and not os.path.isdir(path):
             whole, part = f"{stem}_sha256", frames.frame_file_name(_get_field(path, record, stem, int), form)
     digest = _get_field(path, record, whole, str)
     picture = RecordedPicture(
@@ -113,13 +110,11 @@ def _load_media_file(path: Path) -> RecordedRun:
 def read_run_json(path: Path) -> dict[str, Any]:
     """Read a run.json of this format, with current class names. Raises UsageError for any other file."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise UsageError(f"{path}: refused, larger than {MAX_JSON_BYTES} bytes")
-        record = use_current_names(json.loads(path.read_text(encoding="utf-8")))
+        record = use_current_names(read_json(path, MAX_JSON_BYTES, CONSTANTS))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise UsageError(f"{path}: not a JSON file") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: not a JSON file: {error}") from None
     if not isinstance(record, dict):
         raise UsageError(f"{path}: not the run.json of a run")
     _check_format(path, record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 import unicodedata
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hydrarun.core.errors import RunError
-from hydrarun.core.files import write_atomically
+from hydrarun.core.files import expand_home, resolve_path, write_atomically
 from hydrarun.core.inputs import image_paths
 from hydrarun.outputs.media import frames, kinds, mp4, png, wav
 from hydrarun.outputs.provenance import hash_config, redact_config, redact_text
@@ -276,7 +277,7 @@ def to_recorded_config(config: dict[str, Any]) -> dict[str, Any]:
 def _make_paths_absolute(config: dict[str, Any]) -> dict[str, Any]:
     """Make paths absolute, so that the record is valid from any folder; hub ids are kept."""
     model, given = config["model"], config["input"]
-    if Path(model["path"]).expanduser().is_dir():
+    if os.path.isdir(expand_home(model["path"])):
         model = {**model, "path": _make_absolute(model["path"])}
     if given["images"] is not None:
         given = {**given, "images": [_make_absolute(path) for path in image_paths(config)]}
@@ -284,7 +285,7 @@ def _make_paths_absolute(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make_absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
+    return str(resolve_path(path))
 
 
 @dataclass

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -20,10 +19,17 @@ import torch
 
 from hydrarun.acceleration.offload.module_mover import move_module
 from hydrarun.core.device import HOST
-from hydrarun.core.errors import RunError
+from hydrarun.core.errors import RunError, UsageError
 from hydrarun.core.progress import ByteCounter
+from hydrarun.core.strict_json import INFINITE
+from hydrarun.models.weights.config_size import (
+    build_on_meta,
+    check_counts,
+    check_module_fit,
+    limit_parameter_count,
+)
 from hydrarun.models.weights.lazy_state_dict import make_lazy_state_dict
-from hydrarun.models.weights.safetensors import Checkpoint
+from hydrarun.models.weights.safetensors import Checkpoint, read_checkpoint_json
 from hydrarun.pipeline.processors import load_processor
 
 #: components that this package loads itself
@@ -87,16 +93,23 @@ class ModelIndex(NamedTuple):
 def read_model_index(folder: Path, cls: type) -> ModelIndex:
     """Read the index of a checkpoint. Raises `RunError` unless the pipeline class `cls` saved it."""
     path = folder / "model_index.json"
-    try:
-        content = json.loads(path.read_text())
-        saved_by = content["_class_name"]
-        pairs = {key: tuple(value) for key, value in content.items() if isinstance(value, list) and len(value) == 2}
-    except (ValueError, KeyError, TypeError, OSError):
-        raise RunError(f"{path}: not the index of a diffusers pipeline") from None
+    content = read_checkpoint_json(path)
+    saved_by = content.get("_class_name")
+    pairs = {key: tuple(value) for key, value in content.items() if isinstance(value, list) and len(value) == 2}
+    if not isinstance(saved_by, str):
+        raise RunError(f"{path}: not the index of a diffusers pipeline")
+    check_index(path, content)
     if saved_by != cls.__name__:
         raise RunError(f"{path}: a checkpoint of {saved_by}, and this model option runs {cls.__name__}")
     settings = {key: value for key, value in content.items() if key not in pairs and not key.startswith("_")}
     return ModelIndex(find_components(pairs), settings)
+
+
+def check_index(path: Path, index: Mapping[str, Any]) -> None:
+    """Raise `RunError` for a pair in a model_index.json that does not name a library and a class, or null for both."""
+    for name, one in index.items():
+        if isinstance(one, list) and len(one) == 2 and one[0] is not None and not all(isinstance(x, str) for x in one):
+            raise RunError(f"{path}: {name}: {str(one)[:100]} does not name a library and a class")
 
 
 def find_components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -137,7 +150,8 @@ def load_component(
         with translate_load_errors(folder / name), quiet_libraries():
             return load_processor(cls, folder / name) if is_processor(cls) else cls.from_pretrained(folder / name)
     checkpoint = Checkpoint(folder / name, STEMS[library])
-    _ = checkpoint.headers  # reports damaged files by name
+    with quiet_libraries():
+        check_component_fit(cls, folder / name, checkpoint)
     shown = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported by name in refuse_incomplete
     with translate_load_errors(folder / name), quiet_libraries():
         if library == "transformers":
@@ -154,6 +168,24 @@ def load_component(
         module.generation_config = read_generation_config(folder / name)
     move_module(module.eval().requires_grad_(False), device)
     return module
+
+
+def check_component_fit(cls: Any, folder: Path, checkpoint: Checkpoint) -> None:
+    """Raise `RunError` for damaged files, or a config that asks for another size of model than the weights have.
+
+    The libraries would build it first: from a wrong config, without end.
+    """
+    where = str(folder / "config.json")
+    config = read_checkpoint_json(folder / "config.json", INFINITE)
+    check_counts(where, config, len(checkpoint.headers))
+    module = build_on_meta(where, lambda: make_module(cls, config), limit_parameter_count(checkpoint))
+    check_module_fit(where, module, checkpoint)
+
+
+def make_module(cls: Any, config: dict[str, Any]) -> torch.nn.Module:
+    """Build a module of diffusers or transformers from the content of its config.json."""
+    theirs = issubclass(cls, torch.nn.Module) and hasattr(cls, "config_class")  # transformers'
+    return cls(cls.config_class.from_dict(config)) if theirs else cls.from_config(config)
 
 
 def read_generation_config(folder: Path) -> Any:
@@ -218,9 +250,9 @@ def translate_load_errors(folder: Path) -> Iterator[None]:
     """Turn a library's error about a checkpoint into a one-line `RunError` that names the folder."""
     try:
         yield
-    except torch.OutOfMemoryError:  # also a RuntimeError, but not the checkpoint's fault
+    except (torch.OutOfMemoryError, RunError, UsageError):  # not the checkpoint's fault, or said already
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:  # libraries raise nearly anything for a damaged file
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RunError(f"{folder}: cannot be loaded: {first}") from error
 

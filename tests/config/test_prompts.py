@@ -76,7 +76,7 @@ def test_json_lines_set_fields_with_their_types(tmp_path):
         ("a.jsonl", '{"prompt": "a", "seed": [1]}', "a.jsonl line 1: seed: [1] is not a whole number"),
         ("a.jsonl", '{"prompt": "a", "seed": true}', "a.jsonl line 1: seed: true is not a whole number"),
         ("a.jsonl", '{"prompt": "a", "cache": "none"}', "a.jsonl line 1: cache: unknown field."),
-        ("a.jsonl", "[" * 100_000, "a.jsonl line 1: not JSON: nested too deeply"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl line 1: not JSON: nested more than 32 levels deep"),
         ("a.txt", "# nothing\n", "a.txt: no prompt in it: one per line; lines that start with # are comments"),
         ("a.txt", b"\xff", "a.txt: not UTF-8 text"),
         ("a.yaml", "prompt: a", "a.yaml: its name ends in none of .txt, .csv, .jsonl"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -68,6 +69,69 @@ def test_a_truncated_file(folder, name):
     path = folder / name / WEIGHTS.get(name, WEIGHTS["vae"])
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(RunError, match=rf"{name}/.*: truncated"):
+        tiny.runner(folder)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_integers_in_the_place_of_weights(folder, name):
+    path = folder / name / WEIGHTS[name]
+    tensors = load_file(path)
+    key = next(key for key in sorted(tensors) if key.endswith("weight"))
+    save_file(tensors | {key: tensors[key].to(torch.int8)}, path, metadata={"format": "pt"})
+    with pytest.raises(RunError, match=rf"{WEIGHTS[name]}: '{key}' has the dtype I8.*not quantized"):
+        tiny.runner(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("vae", {"num_res_blocks": 10**9}, "num_res_blocks: 1000000000, and the weights hold"),
+        ("vae", {"num_res_blocks": 900}, "asks for more than"),
+        ("vae", {"base_dim": 50_000}, "asks for .* numbers, and the weights hold"),
+        ("vae", {"base_dim": -4}, "no model can be built with these values"),
+        ("vae", {"dim_mult": "x"}, "no model can be built with these values"),
+        ("text_encoder", {"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers: 1000000000, and the"),
+        ("text_encoder", {"text_config": {"intermediate_size": 10**9}}, "asks for .* numbers, and the weights hold"),
+        ("text_encoder", {"text_config": 5}, "no model can be built with these values"),
+        ("text_encoder", {"vision_config": {"depth": 10**9}}, "depth: 1000000000, and the weights hold"),
+    ],
+    ids=str,
+)
+def test_sizes_that_the_weights_do_not_have(folder, name, change, message):
+    path = folder / name / "config.json"
+    config = json.loads(path.read_text())
+    for key, value in change.items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(config))
+    with pytest.raises(RunError, match=rf"{name}/config.json: {message}") as caught:
+        tiny.runner(folder)
+    assert "\n" not in str(caught.value)
+
+
+#: files that a library opens by itself
+LIBRARY_FILES = ("tokenizer/tokenizer_config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
+
+
+@pytest.mark.parametrize("name", [*LIBRARY_FILES, "tokenizer/vocab.txt", "tokenizer/templates/a.jinja"])
+def test_what_is_no_file_is_refused_before_a_library_opens_it(folder, name):
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(RunError, match=rf"{name}: a pipe, not a regular file$"):
+        tiny.runner(folder)
+    path.unlink()
+    path.touch()
+    os.truncate(path, 8 * 2**30)
+    with pytest.raises(RunError, match=rf"{name}: larger than \d+ bytes$"):
+        tiny.runner(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "{", '{"a": 1, "a": 2}'], ids=lambda text: text[:9])
+@pytest.mark.parametrize("name", LIBRARY_FILES)
+def test_damaged_json_is_refused_before_a_library_opens_it(folder, name, text):
+    (folder / name).write_text(text)
+    with pytest.raises(RunError, match=rf"{name}: not JSON: "):
         tiny.runner(folder)
 
 

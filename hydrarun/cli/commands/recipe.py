@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hydrarun.cli.arguments import Arguments
 from hydrarun.core.errors import UsageError
+from hydrarun.core.files import find_file_problem
 from hydrarun.core.tables import print_tables
 
 USAGE = """\
@@ -76,7 +77,7 @@ def run_recipe(line: Arguments) -> int:
 
 def find_recipe_file(path: Path) -> Path:
     """Return the recipe file for a file, or a folder with a single recipe. Raises UsageError."""
-    if path.is_dir():
+    if os.path.isdir(path):
         found = sorted(path.glob("*.yaml"))
         if len(found) != 1:
             listed = f": {', '.join(one.name for one in found)}; give the path of one" if found else ""
@@ -84,8 +85,10 @@ def find_recipe_file(path: Path) -> Path:
         (path,) = found
         if path.is_symlink():
             raise UsageError(f"recipe run: {path} is a link; give the path of the file itself.")
-    if path.suffix != ".yaml" or not path.is_file():
+    if path.suffix != ".yaml" or not os.path.lexists(path):
         raise UsageError(f"recipe run: {path}: not a file that ends in .yaml, nor a folder that holds one.")
+    if problem := find_file_problem(path):
+        raise UsageError(f"recipe run: {path}: {problem}.")
     return path.absolute()
 
 

@@ -25,6 +25,7 @@ from hydrarun.config.checks.configuration import check_configuration
 from hydrarun.config.compose import compose_config
 from hydrarun.config.schema import Report
 from hydrarun.core.errors import UsageError, suggest_name
+from hydrarun.core.files import resolve_path
 from hydrarun.core.inputs import image_paths
 from hydrarun.core.progress import Progress
 from hydrarun.core.quoting import make_printable, quote_overrides
@@ -84,7 +85,7 @@ def split_words(words: Sequence[str]) -> tuple[Path, Path, list[str]]:
         output_dir = Path(override.removeprefix(RUN_DIR))
         overrides.remove(override)
     made_in = file.parent.parent if frames.NAME.fullmatch(file.name) else file.parent
-    if output_dir.resolve() in (made_in.resolve(), file.parent.resolve()):
+    if resolve_path(output_dir) in (resolve_path(made_in), resolve_path(file.parent)):
         raise UsageError(f"hydra.run.dir={output_dir}: {file.name} itself is there and would be overwritten")
     return file, output_dir, overrides
 

@@ -19,6 +19,7 @@ from hydrarun.config.compose import check_composed, compose_unchecked, split_com
 from hydrarun.config.hydra_errors import translate_errors
 from hydrarun.config.hydra_main import load_configuration, run_job, run_with_hydra, set_run_folder, set_run_mode
 from hydrarun.core.errors import UsageError
+from hydrarun.core.files import resolve_path
 from hydrarun.core.quoting import quote_overrides
 from hydrarun.core.version import __version__
 from hydrarun.engine.ranks import launch
@@ -100,7 +101,7 @@ def choose_resume_dir(config: dict[str, Any], overrides: list[str]) -> str | Non
     file = config["input"]["prompts"]
     if not isinstance(file, str) or any(override.startswith("hydra.run.dir=") for override in overrides):
         return None
-    path = Path(file).expanduser().resolve()
+    path = resolve_path(file)
     digest = hash_config({**config, "input": {**config["input"], "prompts": str(path)}})
     return f"outputs/{path.stem}-{digest}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,12 +17,13 @@ from hydrarun.config.compose import compose_config
 from hydrarun.config.prompts import LINE
 from hydrarun.config.recipes import file
 from hydrarun.config.recipes.metadata import FORMAT, Evidence, Measurement
-from hydrarun.config.recipes.yaml_loader import dump_yaml, parse_sections
+from hydrarun.config.recipes.yaml_loader import parse_sections
 from hydrarun.config.schema import fill_defaults
 from hydrarun.core.errors import UsageError
-from hydrarun.core.files import write_atomically
+from hydrarun.core.files import read_file, write_atomically
 from hydrarun.core.inputs import image_paths
 from hydrarun.core.resources import read_options
+from hydrarun.core.strict_yaml import dump_yaml
 from hydrarun.outputs.provenance import expand_home, keep_pixel_settings
 from hydrarun.outputs.reader import read_run_json
 
@@ -42,7 +44,7 @@ def export_run(run_dir: Path, path: Path) -> None:
     images, lines = collect_images(config, measured, path), collect_prompts(config, path)
     thumbnail = path.with_suffix(".webp")
     for target in (path, thumbnail, *images, *lines):
-        if target.exists():
+        if os.path.lexists(target):
             raise UsageError(
                 f"recipe export: {target} exists; choose another: hydrarun recipe export {run_dir} FILE.yaml"
             )
@@ -64,9 +66,8 @@ def export_run(run_dir: Path, path: Path) -> None:
 def read_finished_run(run_dir: Path) -> dict[str, Any]:
     """Read the run.json of a complete run. Raises UsageError."""
     where = f"recipe export: {run_dir}"
-    points = sorted(point.parent.name for point in run_dir.glob("*/run.json"))
-    if not (run_dir / "run.json").is_file():
-        if points:
+    if not os.path.lexists(run_dir / "run.json"):
+        if points := list_points(run_dir):
             raise UsageError(f"{where}: a sweep of {len(points)} runs; give the folder of one: {run_dir / points[0]}")
         raise UsageError(f"{where}: holds no run.json; give the folder of a finished run.")
     record = read_run_json(run_dir / "run.json")
@@ -75,6 +76,11 @@ def read_finished_run(run_dir: Path) -> dict[str, Any]:
             f"{where}: the run did not finish (status {record.get('status')!r}); only a finished run can be exported."
         )
     return record
+
+
+def list_points(folder: Path) -> list[str]:
+    """Return the names of the runs in the folder of a sweep; none if it is no folder."""
+    return sorted(point.parent.name for point in folder.glob("*/run.json")) if os.path.isdir(folder) else []
 
 
 def check_recorded_config(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +102,7 @@ def collect_images(config: Mapping[str, Any], measured: Measurement, path: Path)
     found: dict[Path, bytes] = {}
     for index, (name, known) in enumerate(zip(image_paths(config), measured.inputs, strict=False)):
         try:
-            data = Path(name).read_bytes()
+            data = read_file(name, MAX_IMAGES)
         except OSError as error:
             raise UsageError(f"recipe export: the input image {name}: {error.strerror}.") from None
         if hashlib.sha256(data).hexdigest() != known:

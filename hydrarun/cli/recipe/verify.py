@@ -15,8 +15,9 @@ from hydrarun.config.compose import compose_config
 from hydrarun.config.recipes import file, search
 from hydrarun.config.recipes.file import Recipe
 from hydrarun.config.recipes.metadata import FORMAT, Evidence, Measurement, Verification
+from hydrarun.config.recipes.yaml_loader import MAX_BYTES
 from hydrarun.core.errors import RunError, UsageError, suggest_name
-from hydrarun.core.files import write_atomically
+from hydrarun.core.files import read_file, write_atomically
 from hydrarun.core.quoting import make_printable
 from hydrarun.engine.ranks import launch
 from hydrarun.outputs.provenance import collect_versions, describe_hardware, redact_text
@@ -157,7 +158,7 @@ def save_evidence(recipe: Recipe, evidence: Evidence, thumbnail: bytes | None) -
         print(f"output {verdict.index}: {verdict.result}{psnr}")
     for sentence in evidence.verified.found:
         print(make_printable(sentence, 2000))
-    if recipe.path.read_bytes() != recipe.text.encode():
+    if not is_unchanged(recipe):
         raise RunError(f"{recipe.path}: was changed while it ran, so nothing is written into it")
     try:
         if thumbnail:
@@ -167,3 +168,11 @@ def save_evidence(recipe: Recipe, evidence: Evidence, thumbnail: bytes | None) -
     except OSError as error:
         print(f"{recipe.path}: {evidence.status}, but it cannot be written here ({error.strerror}). The evidence:")
         print(file.format_evidence(file.sign_evidence(recipe, evidence)), end="")
+
+
+def is_unchanged(recipe: Recipe) -> bool:
+    """Return whether the recipe's file still holds what was read from it."""
+    try:
+        return read_file(recipe.path, MAX_BYTES) == recipe.text.encode()
+    except OSError:
+        return False

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hydrarun.config.checks import checkpoint_types
 from hydrarun.core.errors import UsageError
+from hydrarun.core.files import MAX_TEXT_BYTES
+from hydrarun.core.strict_json import INFINITE, read_json_object
 
 #: keys of a transformer's config.json for the number of blocks
 DEPTHS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")
@@ -21,10 +23,16 @@ SHARED_HEADS = "num_key_value_attention_heads"
 def check_folder_fit(config: dict[str, Any], folder: Path) -> None:
     """Raise `UsageError` for settings that the checkpoint in `folder` does not support or would ignore.
 
-    Checks only what the checkpoint's JSON files contain.
+    Checks only what the checkpoint's JSON files contain. Raises `RunError` for values of another type than expected.
     """
-    vae, transformer = (read_json(folder / name / "config.json") for name in ("vae", "transformer"))
-    check_checkpoint_configs(config, read_json(folder / "model_index.json"), vae, transformer)
+    files = [folder / "model_index.json", folder / "vae" / "config.json", folder / "transformer" / "config.json"]
+    index, vae, transformer = contents = [read_json(file) for file in files]
+    sound = checkpoint_types.SOUND if "sampling_rate" in vae else {}
+    kinds = checkpoint_types.INDEX, checkpoint_types.VAE, checkpoint_types.TRANSFORMER | sound
+    for file, content, checks in zip(files, contents, kinds, strict=True):
+        checkpoint_types.check_types(file, content, checks)
+    checkpoint_types.check_rope_axes(files[2], transformer)
+    check_checkpoint_configs(config, index, vae, transformer)
 
 
 def check_checkpoint_configs(
@@ -195,7 +203,6 @@ def check_guidance_scale(scale: float | None, distilled: bool) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; return an empty one if the file cannot be read. Loading the checkpoint reports that error."""
     try:
-        content = json.loads(path.read_text())
+        return read_json_object(path, MAX_TEXT_BYTES, INFINITE)
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}

@@ -19,10 +19,11 @@ from hydrarun.config.recipes.metadata import (
     parse_evidence,
     to_plain_data,
 )
-from hydrarun.config.recipes.yaml_loader import MAX_BYTES, RecipeError, StrictLoader, dump_yaml, parse_sections
+from hydrarun.config.recipes.yaml_loader import MAX_BYTES, RecipeError, parse_sections
 from hydrarun.core.errors import UsageError
-from hydrarun.core.files import write_atomically
+from hydrarun.core.files import open_file, write_atomically
 from hydrarun.core.quoting import make_printable
+from hydrarun.core.strict_yaml import StrictLoader, dump_yaml, parse_yaml
 
 MAX_MESSAGE = 1000  # characters; an error message quotes the recipe
 
@@ -70,7 +71,7 @@ def read_recipe(path: Path, name: str) -> Recipe:
 
 
 def _read_bytes(path: Path) -> Recipe:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         text, whole = parse_sections(file.read(MAX_BYTES + 1))
     content = {key: value for key, value in whole.items() if key not in METADATA}
     for problem in vet.find_problems(text, content):
@@ -87,7 +88,7 @@ def _read_bytes(path: Path) -> Recipe:
 
 def sign_evidence(recipe: Recipe, evidence: Evidence) -> dict[str, Any]:
     """Return the evidence as plain data, with the digest that covers the recipe and the evidence."""
-    unsigned = yaml.load(format_evidence({**to_plain_data(evidence), "digest": ""}), StrictLoader)
+    unsigned = parse_yaml(format_evidence({**to_plain_data(evidence), "digest": ""}))
     return {**unsigned["evidence"], "digest": compute_digest({**recipe.whole, **unsigned})}
 
 
@@ -120,8 +121,8 @@ def replace_evidence(recipe: Recipe, evidence: Evidence) -> str:
 def holds_sections(text: str, whole: dict[str, Any]) -> bool:
     """Return whether `text`, of any length, is the YAML of these sections."""
     try:
-        return bool(yaml.load(text, StrictLoader) == whole)
-    except yaml.YAMLError:
+        return bool(parse_yaml(text) == whole)
+    except ValueError:
         return False
 
 

@@ -46,8 +46,8 @@ def locate_weights(path: str, folder: Path) -> str:
     """
     if path.startswith(PACKAGE):
         return path
-    if HUB_ID.fullmatch(path) and not {".", ".."} & set(path.split("/")) and not (folder / path).exists():
-        if Path(path).exists():
+    if HUB_ID.fullmatch(path) and not {".", ".."} & set(path.split("/")) and not os.path.lexists(folder / path):
+        if os.path.lexists(path):
             raise RecipeError(
                 f"model.path: '{path}' is a repository of the hub, but a folder of that name is here and would be"
                 " used instead: run it from another folder."

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from omegaconf import OmegaConf
 from hydrarun.config.recipes.file import Recipe, read_recipe
 from hydrarun.core import resources
 from hydrarun.core.errors import UsageError, suggest_name
+from hydrarun.core.files import expand_home, find_file_problem
 
 SEARCHPATH = "hydra.searchpath"
 
@@ -59,9 +61,9 @@ def list_recipe_names() -> list[str]:
 def find_recipe_file(name: str) -> Path:
     """Return the file of `recipe=name`. Raises UsageError if there is none, or more than one."""
     if name.endswith(".yaml"):
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise UsageError(f"recipe={name}: there is no such file.")
+        path = expand_home(name)
+        if problem := find_file_problem(path):
+            raise UsageError(f"recipe={name}: {problem if os.path.lexists(path) else 'there is no such file'}.")
         return path
     known = list_recipe_names()
     if name not in known:
@@ -70,7 +72,7 @@ def find_recipe_file(name: str) -> Path:
             f"recipe={name}: no such recipe.{suggest_name(name, known)} Known: {', '.join(known)}."
             " Your own: the path of a file that ends in .yaml."
         )
-    files = [file for root in list_roots() if (file := root / f"{name}.yaml").is_file()]
+    files = [file for root in list_roots() if os.path.lexists(file := root / f"{name}.yaml")]
     if len(files) > 1:
         raise UsageError(f"recipe={name}: in several places: {', '.join(map(str, files))}; give the path of one.")
     return files[0]

@@ -12,7 +12,8 @@ from hydrarun.config.checks.checkpoint import read_json
 from hydrarun.config.hub import find_cached_snapshot, find_local_folder
 from hydrarun.core.errors import UsageError
 from hydrarun.core.resources import PACKAGE
-from hydrarun.pipeline.components import LIBRARIES, find_component_class, find_components
+from hydrarun.models.weights.safetensors import check_library_files
+from hydrarun.pipeline.components import LIBRARIES, check_index, find_component_class, find_components
 
 #: published configs of checkpoints, one file each
 SHAPES = PACKAGE / "models" / "shapes"
@@ -67,10 +68,12 @@ def find_configs(model: dict[str, Any]) -> ComponentConfigs:
 
 
 def read_folder_configs(path: Path) -> ComponentConfigs:
-    """Read the configs of a checkpoint folder. Raises `UsageError` if it has no index."""
+    """Read the configs of a checkpoint folder. Raises `UsageError` without an index, `RunError` for no plain files."""
+    check_library_files(path)
     index = read_json(path / "model_index.json")
     if not index:
         raise UsageError(f"{path / 'model_index.json'}: not the index of a diffusers pipeline")
+    check_index(path / "model_index.json", index)
     found = ComponentConfigs(path, index, {}, str(path))
     found.components = {
         name: read_json(path / name / file)

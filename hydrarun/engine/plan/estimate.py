@@ -30,6 +30,7 @@ from hydrarun.engine.plan.weights import ComponentSize
 from hydrarun.models.experts import NAMES, Experts, find_boundary
 from hydrarun.models.layers.tensor_parallel import shard_layers
 from hydrarun.models.transformer import Transformer
+from hydrarun.models.weights.config_size import build_on_meta, check_counts
 from hydrarun.outputs.media import images, kinds
 from hydrarun.pipeline.components import quiet_libraries
 from hydrarun.pipeline.request import make_state
@@ -101,8 +102,9 @@ def build_meta_transformer(
     """Build one transformer on the meta device: this rank's tensor-parallel shard."""
     known = inspect.signature(cls).parameters
     arguments = {key: value for key, value in configs.config(name).items() if key in known}
-    with torch.device("meta"):
-        transformer = cls(**arguments)
+    where = f"{configs.said}: {name}/config.json"
+    check_counts(where, arguments)
+    transformer = build_on_meta(where, lambda: cls(**arguments))
     transformer.config = arguments
     if mesh and mesh["tensor"]:
         shard_layers(transformer, mesh["tensor"])

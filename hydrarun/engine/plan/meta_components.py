@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,8 @@ from torch.utils._pytree import tree_map
 from hydrarun.core.device import HOST
 from hydrarun.engine.plan.configs import ComponentConfigs
 from hydrarun.engine.plan.meter import META, Meter
-from hydrarun.pipeline.components import OURS, load_component, quiet_libraries, read_model_index
+from hydrarun.models.weights.config_size import build_on_meta, check_counts
+from hydrarun.pipeline.components import OURS, load_component, make_module, quiet_libraries, read_model_index
 
 #: assumed bytes of text per token without a tokenizer; a special token counts as one
 BYTES_PER_TOKEN = 4
@@ -32,12 +34,12 @@ SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")
 def make_meta_modules(configs: ComponentConfigs, dtype: torch.dtype, vae_dtype: torch.dtype) -> dict[str, nn.Module]:
     """Build the text encoders and the VAE on the meta device, by their names in the checkpoint."""
     found = {}
-    for name, (library, _) in configs.entries.items():
+    for name in configs.entries:
         if name not in OURS and issubclass(cls := configs.cls(name), nn.Module):
-            config = configs.config(name)
-            with torch.device("meta"), quiet_libraries():
-                theirs = library == "transformers"
-                module = cls(cls.config_class.from_dict(config)) if theirs else cls.from_config(config)
+            where, config = f"{configs.said}: {name}/config.json", configs.config(name)
+            check_counts(where, config)
+            with quiet_libraries():
+                module = build_on_meta(where, partial(make_module, cls, config))
             kind = vae_dtype if name == "vae" else dtype
             found[name] = cast_module(module, kind, find_float32_modules(module, kind))
     return found

@@ -16,6 +16,7 @@ from typing import Any
 from hydrarun.config import batches
 from hydrarun.config.batches import BatchJob, Config, PendingBatch
 from hydrarun.core.errors import RunError, UsageError
+from hydrarun.core.files import open_lock
 from hydrarun.core.progress import Progress
 from hydrarun.engine.runs.batch_ledger import BatchLedger
 from hydrarun.outputs.writer import current_timestamp, write_run
@@ -179,7 +180,11 @@ class BatchPlan:
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other processes from drawing into `folder` while the block runs. Raises UsageError if another one draws."""
-    with (folder / LOCK_FILE).open("w") as file:
+    try:
+        file = open_lock(folder / LOCK_FILE)
+    except OSError as error:
+        raise UsageError(f"{folder / LOCK_FILE}: {error.strerror}; choose another folder: hydra.run.dir=…") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -7,7 +7,6 @@ Each row of `ledger.jsonl` is an object with one key: `begun` (a process is read
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 from hydrarun.config.batches import BatchItem, Config, derive_batch_config
 from hydrarun.config.checks.report import PAIRED
 from hydrarun.core.errors import UsageError
+from hydrarun.core.files import compute_sha256
 from hydrarun.outputs.journal import Ledger
 from hydrarun.outputs.media.read import read_output
 from hydrarun.outputs.provenance import hash_config
@@ -93,7 +93,7 @@ class BatchLedger:
             return False
         try:
             if "sha256" in record:
-                return hashlib.sha256(file.read_bytes()).hexdigest() == record["sha256"]
+                return compute_sha256(file) == record["sha256"]
             return hash_pixels(read_output(file)[0]) == record["pixels_sha256"]
         except (OSError, UsageError):
             return False

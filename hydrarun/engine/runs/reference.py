@@ -3,7 +3,6 @@ that can be replayed."""
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,9 @@ import numpy as np
 
 from hydrarun.config.schema import Report
 from hydrarun.core.errors import RunError, UsageError
+from hydrarun.core.files import resolve_path
 from hydrarun.core.resources import read_options
+from hydrarun.core.strict_json import CONSTANTS, read_json
 from hydrarun.outputs import reader
 from hydrarun.outputs.media import kinds
 from hydrarun.outputs.provenance import hash_config, keep_pixel_settings
@@ -44,9 +45,7 @@ def make_reference_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def find_reference_dir(config: Mapping[str, Any]) -> Path:
     """Return the absolute folder of the reference run of `config`."""
-    return Path(config["report"]["twins"]).expanduser().resolve() / hash_config(
-        to_recorded_config(make_reference_config(config))
-    )
+    return resolve_path(config["report"]["twins"]) / hash_config(to_recorded_config(make_reference_config(config)))
 
 
 def read_reference(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[np.ndarray] | None:
@@ -63,7 +62,7 @@ def read_reference(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[
         {key: facts.get(key) for key in reader.FACTS},
     )
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file, reader.MAX_JSON_BYTES, CONSTANTS)
         if (
             record["status"],
             keep_pixel_settings(record["config"]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shlex
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from hydrarun.core.errors import RunError, UsageError
+from hydrarun.core.files import MAX_TEXT_BYTES, compute_sha256, find_file_problem, read_file
 from hydrarun.core.progress import Progress
 from hydrarun.core.threads import ThreadPool
 
@@ -17,8 +17,6 @@ from hydrarun.core.threads import ThreadPool
 SUMS = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 DIGEST = re.compile(r"[0-9a-f]{64}")
-
-BLOCK = 2**20
 
 
 def verify_checksums(folder: Path, progress: Progress) -> None:
@@ -30,7 +28,7 @@ def verify_checksums(folder: Path, progress: Progress) -> None:
     """
     listed = folder / SUMS
     weights = sorted(folder.glob("*/*.safetensors"))
-    recorded = read_checksums(listed) if listed.is_file() else read_link_checksums(weights)
+    recorded = read_checksums(listed) if os.path.lexists(listed) else read_link_checksums(weights)
     if not recorded:
         raise UsageError(
             f"verify=true: no checksums of the weights in {folder}. If you trust the files, record them:"
@@ -40,14 +38,15 @@ def verify_checksums(folder: Path, progress: Progress) -> None:
         if path not in recorded:
             where = (
                 f"not in {listed}"
-                if listed.is_file()
+                if os.path.lexists(listed)
                 else "not a symlink to a file named by its sha256, unlike others here"
             )
             raise RunError(f"{path}: cannot be verified: {where}")
     with progress.reading("verifying weights") as tally, ThreadPool() as pool:
         for path in recorded:
-            if not path.is_file():
-                raise RunError(f"{path}: missing, but {listed} lists it")
+            if problem := find_file_problem(path):
+                what = problem if os.path.lexists(path) else "missing"
+                raise RunError(f"{path}: {what}, but {listed} lists it")
             tally.expect(path.stat().st_size)
         for path, digest in recorded.items():
             pool.start(compare_checksum, path, digest, tally.add)
@@ -55,8 +54,12 @@ def verify_checksums(folder: Path, progress: Progress) -> None:
 
 def read_checksums(path: Path) -> dict[Path, str]:
     """Read `{file: sha256}` from a SHA256SUMS. Raises `UsageError` for malformed lines and paths outside its folder."""
+    try:
+        text = os.fsdecode(read_file(path, MAX_TEXT_BYTES))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
     found = {}
-    for number, line in enumerate(path.read_text(errors="surrogateescape").splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         match = LINE.fullmatch(line)
         if match is None:
             raise UsageError(f"{path}, line {number}: not a sha256 and a file's name, as `sha256sum` writes them")
@@ -84,13 +87,3 @@ def compare_checksum(path: Path, expected: str, count: Callable[[int], None]) ->
             f"{path}: not the file that was recorded: its sha256 is {found}, expected is {expected}."
             " Download or copy it again"
         )
-
-
-def compute_sha256(path: Path, count: Callable[[int], None] = lambda _: None) -> str:
-    """Return the sha256 of the file's content. `count` receives the numbers of bytes read."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(block):
-            digest.update(block[:size])
-            count(size)
-    return digest.hexdigest()

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from hydrarun.core.device import HOST
-from hydrarun.models.weights.safetensors import Checkpoint, Header
+from hydrarun.models.weights.header import Header
+from hydrarun.models.weights.safetensors import Checkpoint
 from hydrarun.models.weights.tensor_reader import (
-    DTYPES,
     TensorPiece,
     allocate_tensor,
-    check_piece,
     count_piece_bytes,
+    find_dtype,
     read_piece,
 )
 
@@ -53,7 +53,6 @@ def make_lazy_state_dict(checkpoint: Checkpoint, dtype: torch.dtype, add: Callab
     found = {}
     for name, header in checkpoint.headers.items():
         piece = TensorPiece(name, tuple(header.tensors[name]["shape"]))
-        check_piece(header, piece)
-        own = DTYPES[header.tensors[name]["dtype"]]
+        own = find_dtype(header, name)
         found[name] = LazyTensor(header, piece, dtype if own.is_floating_point and dtype != torch.float16 else own, add)
     return found

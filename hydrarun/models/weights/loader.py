@@ -7,7 +7,6 @@ the threads pass every dtype explicitly, and write only to the transformer's own
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,13 @@ from hydrarun.core.progress import ByteCounter
 from hydrarun.core.threads import ThreadPool
 from hydrarun.models.layers.tensor_parallel import ShardedModule, shard_layers
 from hydrarun.models.transformer import Transformer
-from hydrarun.models.weights.safetensors import Checkpoint
+from hydrarun.models.weights.config_size import build_on_meta, check_counts, limit_parameter_count
+from hydrarun.models.weights.safetensors import Checkpoint, read_checkpoint_json
 from hydrarun.models.weights.tensor_reader import (
     Index,
     Shape,
     TensorPiece,
     allocate_tensor,
-    check_piece,
     count_piece_bytes,
     read_piece,
 )
@@ -67,12 +66,13 @@ def load_transformer(
     """
     device = torch.empty(0, device=device).device  # add the index: "cuda" may be another device in another thread
     arguments = read_config(cls, folder / "config.json", note)
-    with torch.device("meta"):
-        transformer = cls(**arguments).eval().requires_grad_(False)
+    checkpoint, where = Checkpoint(folder), str(folder / "config.json")
+    check_counts(where, arguments, len(checkpoint.headers))
+    transformer = build_on_meta(where, lambda: cls(**arguments), limit_parameter_count(checkpoint))
+    transformer.eval().requires_grad_(False)
     transformer.config = arguments
     if axis is not None:
         shard_layers(transformer, axis)
-    checkpoint = Checkpoint(folder)
     placements = plan_placements(transformer, checkpoint)
     skipped = tuple(f"{name}." for name in left(transformer))
 
@@ -110,13 +110,7 @@ def count_read_bytes(placement: Placement, checkpoint: Checkpoint) -> int:
 
 def read_config(cls: type, path: Path, note: Callable[[str], None]) -> dict[str, Any]:
     """Read the constructor's arguments from a config.json. A note names the keys that it does not accept."""
-    try:
-        config = json.loads(path.read_text())
-        given = {key: value for key, value in config.items() if not key.startswith("_")}
-    except FileNotFoundError:
-        raise RunError(f"{path}: no such file") from None
-    except (ValueError, AttributeError):
-        raise RunError(f"{path}: not a JSON object") from None
+    given = {key: value for key, value in read_checkpoint_json(path).items() if not key.startswith("_")}
     accepted = inspect.signature(cls).parameters
     unused = sorted(set(given) - set(accepted))
     if unused:
@@ -139,7 +133,7 @@ def plan_placements(transformer: Transformer, checkpoint: Checkpoint) -> list[Pl
                 f"{checkpoint.headers[source].path}: {source!r} has shape {list(shape)}, config.json asks for"
                 f" {list(piece.shape)}"
             )
-        check_piece(checkpoint.headers[source], piece)
+        checkpoint.headers[source].require_float(source)
     return placements
 
 
@@ -183,7 +177,7 @@ def slice_dim(dim: int, start: int, stop: int) -> Index:
 
 def check_names(checkpoint: Checkpoint, *, missing: set[str], unexpected: set[str]) -> None:
     """Raise `RunError` for tensors that the checkpoint lacks or that the model does not use."""
-    where = checkpoint.index_path if checkpoint.index_path.is_file() else checkpoint.single_path
+    where = checkpoint.index_path if checkpoint.sharded else checkpoint.single_path
     if missing:
         name = min(missing)
         raise RunError(

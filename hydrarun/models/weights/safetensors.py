@@ -1,65 +1,24 @@
-"""Safetensors files on disk: where each tensor is, and whether files are complete. Imports nothing heavy.
-
-Format: 8 bytes little-endian header length, a JSON header `{tensor: {dtype, shape, data_offsets}}`, then the data
-(https://huggingface.co/docs/safetensors).
-"""
+"""The safetensors files of a checkpoint on disk, and whether they are complete. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import dataclass
+import os
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hydrarun.core.errors import RunError
+from hydrarun.core.files import MAX_TEXT_BYTES, open_file, read_file
+from hydrarun.core.strict_json import INFINITE, read_json, read_json_object
+from hydrarun.models.weights.header import Header
 
-MAX_HEADER_BYTES = 100_000_000
-SAMPLE_BYTES = 1024
+#: files that the libraries read, apart from weights: configs, tokenizers and chat templates
+LIBRARY_FILES = (".json", ".txt", ".model", ".jinja")
 
-
-@dataclass(frozen=True)
-class Header:
-    """The header of one file."""
-
-    path: Path
-    tensors: dict[str, dict[str, Any]]
-    #: offset of the data in the file
-    start: int
-
-    @classmethod
-    def read(cls, path: Path) -> Header:
-        """Read a file's header. Raises `RunError` if the file is missing, truncated or not a safetensors file."""
-        try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                    raise RunError(f"{path}: not a safetensors file, or cut off in its header ({size} bytes)")
-                content = json.loads(file.read(length))
-            tensors = {name: entry for name, entry in content.items() if name != "__metadata__"}
-            end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        except FileNotFoundError:
-            raise RunError(f"{path}: no such file") from None
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise RunError(f"{path}: its header is damaged; download or copy the file again") from None
-        if 8 + length + end != size:
-            raise RunError(
-                f"{path}: truncated or padded: {size} bytes, its header describes {8 + length + end};"
-                " download or copy the file again"
-            )
-        return cls(path, tensors, 8 + length)
-
-    def sample(self) -> bytes:
-        """Return the header and the first bytes of every tensor."""
-        content = [json.dumps(self.tensors, sort_keys=True).encode()]
-        with self.path.open("rb") as file:
-            for entry in sorted(self.tensors.values(), key=lambda entry: entry["data_offsets"]):
-                first, end = entry["data_offsets"]
-                file.seek(self.start + first)
-                content.append(file.read(min(SAMPLE_BYTES, end - first)))
-        return b"".join(content)
+#: larger JSON files are vocabularies, which take seconds to parse; their library refuses damaged ones
+MAX_CONFIG_BYTES = 2**20
 
 
 class Checkpoint:
@@ -70,36 +29,45 @@ class Checkpoint:
         self.folder = folder
         self.index_path = folder / f"{stem}.safetensors.index.json"
         self.single_path = folder / f"{stem}.safetensors"
-        if not self.index_path.is_file() and not self.single_path.is_file():
+        #: whether the weights are shards; any file of that name counts, so that reading it reports what it is instead
+        self.sharded = os.path.lexists(self.index_path)
+        if not self.sharded and not os.path.lexists(self.single_path):
             raise RunError(f"{folder}: no {stem}.safetensors and no index of shards; {self.present()}")
 
     def present(self) -> str:
         """Describe what the folder holds instead, for the error message."""
-        if not self.folder.is_dir():
+        try:
+            names = sorted(os.listdir(self.folder))
+        except FileNotFoundError:
             return "the folder does not exist"
-        if any(path.suffix in (".bin", ".pt", ".pth", ".ckpt") for path in self.folder.iterdir()):
+        except OSError as error:
+            return f"the folder cannot be read: {error.strerror}"
+        if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
             return "it holds pickle weights, which are never loaded: convert them to safetensors"
-        return f"it holds {', '.join(sorted(path.name for path in self.folder.iterdir())) or 'nothing'}"
+        return f"it holds {', '.join(names) or 'nothing'}"
 
     @cached_property
     def headers(self) -> dict[str, Header]:
         """`{tensor: header of its file}`. Raises `RunError` naming file and tensor if index and files disagree."""
-        if not self.index_path.is_file():
+        if not self.sharded:
             header = Header.read(self.single_path)
             return dict.fromkeys(header.tensors, header)
-        try:
-            weight_map = json.loads(self.index_path.read_text())["weight_map"]
-            names = {tensor: str(name) for tensor, name in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise RunError(f"{self.index_path}: not an index of safetensors shards") from None
-        for name in set(names.values()):
-            if Path(name).name != name:
-                raise RunError(f"{self.index_path}: a shard must lie in the same folder, not at {name!r}")
+        names = self._read_index()
         shards = {name: Header.read(self.folder / name) for name in sorted(set(names.values()))}
         for tensor, name in names.items():
             if tensor not in shards[name].tensors:
                 raise RunError(f"{self.folder / name}: lacks {tensor!r}, which {self.index_path.name} puts there")
         return {tensor: shards[name] for tensor, name in names.items()}
+
+    def _read_index(self) -> dict[str, str]:
+        """Return `{tensor: name of its file}`."""
+        weight_map = read_checkpoint_json(self.index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise RunError(f"{self.index_path}: not an index of safetensors shards")
+        for name in set(weight_map.values()):
+            if Path(name).name != name or "\0" in name:
+                raise RunError(f"{self.index_path}: a shard must lie in the same folder, not at {name!r}")
+        return weight_map
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -113,24 +81,61 @@ class Checkpoint:
         return sum(end - first for first, end in places)
 
 
+def read_checkpoint_json(path: Path, constants: Collection[str] = ()) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint. Raises `RunError`, which names the file."""
+    try:
+        return read_json_object(path, MAX_TEXT_BYTES, constants)
+    except FileNotFoundError:
+        raise RunError(f"{path}: no such file") from None
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise RunError(f"{path}: not a JSON object: {error}") from None
+
+
 def check_folder(folder: Path) -> None:
-    """Read the header of every safetensors file below `folder`. Raises `RunError` for the first damaged file."""
-    for path in sorted(folder.rglob("*.safetensors")):
+    """Read the header of every safetensors file of a checkpoint, and check that a library can read its other files.
+
+    Raises `RunError` for the first file that is damaged, or that is no regular file.
+    """
+    check_library_files(folder)
+    for path in list_files(folder, (".safetensors",)):
         Header.read(path)
+
+
+def check_library_files(folder: Path) -> None:
+    """Raise `RunError` for the first file of a checkpoint, apart from weights, that a library could not read."""
+    for path in list_files(folder, LIBRARY_FILES):
+        try:
+            with open_file(path, MAX_TEXT_BYTES) as file:
+                size = os.fstat(file.fileno()).st_size
+            if path.suffix == ".json" and size <= MAX_CONFIG_BYTES:
+                read_json(path, MAX_CONFIG_BYTES, INFINITE)
+        except OSError as error:
+            raise RunError(f"{path}: {error.strerror}") from None
+        except ValueError as error:
+            raise RunError(f"{path}: not JSON: {error}") from None
+
+
+def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """List the files in a checkpoint and up to two folders deeper, links to folders included."""
+    found = (path for pattern in ("*", "*/*", "*/*/*") for path in folder.glob(pattern))
+    return sorted(path for path in found if path.suffix in suffixes)
 
 
 def fingerprint_weights(folder: Path) -> str:
     """Return 16 hex digits that identify these weights: a hash of every JSON file and of a sample of every tensor.
 
     The sample is a tensor's first bytes: enough to detect retrained weights, fast at any size, no proof of equality.
+    Raises `RunError` for a file that cannot be read.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.suffix == ".safetensors":
-            content = Header.read(path).sample()
-        elif path.suffix == ".json":
-            content = path.read_bytes()
-        else:
+        if path.suffix not in (".safetensors", ".json"):
             continue
+        try:
+            content = Header.read(path).sample() if path.suffix == ".safetensors" else read_file(path, MAX_TEXT_BYTES)
+        except OSError as error:
+            raise RunError(f"{path}: {error.strerror}") from None
         digest.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:16]

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from hydrarun.core.errors import RunError
-from hydrarun.models.weights.safetensors import Header
+from hydrarun.core.files import open_file
+from hydrarun.models.weights.header import Header
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
@@ -72,15 +73,12 @@ def count_piece_bytes(header: Header, piece: TensorPiece) -> int:
     return (last - first) * count_row_bytes(header, piece)
 
 
-def check_piece(header: Header, piece: TensorPiece) -> None:
-    """Raise `RunError` for an unsupported dtype, or for data offsets that do not match the shape."""
-    entry = header.tensors[piece.source]
-    if entry["dtype"] not in DTYPES:
-        raise RunError(f"{header.path}: {piece.source!r} has the dtype {entry['dtype']}, which cannot be read")
-    first, end = entry["data_offsets"]
-    wanted = math.prod(piece.shape) * DTYPES[entry["dtype"]].itemsize
-    if first < 0 or end - first != wanted:
-        raise RunError(f"{header.path}: {piece.source!r} takes {wanted} bytes, its header gives it {first} to {end}")
+def find_dtype(header: Header, name: str) -> torch.dtype:
+    """Return the dtype of a tensor in the file. Raises `RunError` for one that torch does not have."""
+    dtype = header.tensors[name]["dtype"]
+    if dtype not in DTYPES:
+        raise RunError(f"{header.path}: {name!r} has the dtype {dtype}, which cannot be read")
+    return DTYPES[dtype]
 
 
 def read_piece(header: Header, piece: TensorPiece, target: Tensor) -> None:
@@ -93,7 +91,7 @@ def read_piece(header: Header, piece: TensorPiece, target: Tensor) -> None:
     taken = (slice(None), *columns)
     target = target if target.ndim else target.view(1)
     try:
-        with header.path.open("rb", buffering=0) as file:
+        with open_file(header.path, buffering=0) as file:
             if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous() and not columns:
                 read_into_tensor(file, offset, target)
                 return

@@ -9,8 +9,11 @@ from typing import BinaryIO, TypeVar
 import av
 
 from hydrarun.core.errors import UsageError
+from hydrarun.core.files import open_file
 
 T = TypeVar("T")
+
+MAX_BYTES = 2**31  # of one file; the limits for what is decoded from it are lower
 
 
 def read_container(path: Path, kind: str, decode: Callable[[Path, BinaryIO], T]) -> T:
@@ -19,7 +22,7 @@ def read_container(path: Path, kind: str, decode: Callable[[Path, BinaryIO], T])
     The file is untrusted: raises a one-line UsageError for anything wrong with it.
     """
     try:
-        with open(path, "rb") as file:
+        with open_file(path, MAX_BYTES) as file:
             return decode(path, file)
     except av.FFmpegError as error:  # before OSError, which some of them also are
         raise UsageError(f"{path}: damaged {kind} file: {error.strerror}") from None

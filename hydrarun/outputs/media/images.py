@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 import re
-import stat
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +18,8 @@ from PIL.ExifTags import Base
 from PIL.Image import Transpose
 
 from hydrarun.core.errors import UsageError, suggest_name
+from hydrarun.core.files import open_file
+from hydrarun.outputs.media.png import MAX_BYTES
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
@@ -87,16 +88,11 @@ def _read_cached(path: str, local: Path, alpha: bool, stamp: tuple[int, int, int
 
 def _open_file(path: Path) -> BinaryIO:
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise _RefusedError("a folder, not an image file")
-        if not stat.S_ISREG(mode):  # reading a pipe or a device may never end
-            raise _RefusedError("not a regular file")
-        return path.open("rb")
+        return open_file(path, MAX_BYTES)
     except FileNotFoundError:
         raise _RefusedError(_describe_missing(path)) from None
-    except (OSError, ValueError) as error:  # ValueError: a null character
-        raise _RefusedError(getattr(error, "strerror", None) or str(error)) from None
+    except OSError as error:
+        raise _RefusedError(str(error.strerror)) from None
 
 
 def _describe_missing(path: Path) -> str:

@@ -16,9 +16,12 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from hydrarun.core.errors import UsageError
+from hydrarun.core.files import open_file
 from hydrarun.outputs.media.recipe_text import check_text_sizes, parse_recipe
 
 CHUNK = "hydrarun"
+
+MAX_BYTES = 2**29  # of one file: more than the most pixels that Pillow decodes, without compression
 
 
 def encode_png(pixels: np.ndarray, text: Mapping[str, str]) -> bytes:
@@ -43,7 +46,7 @@ def read_png(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=["PNG"]) as image:
+            with open_file(path, MAX_BYTES) as file, Image.open(file, formats=["PNG"]) as image:
                 image.load()  # also reads the text chunks that follow the pixels
                 pixels = np.asarray(image.convert("RGBA" if image.mode == "RGBA" else "RGB"))
                 text = getattr(image, "text", {}).get(CHUNK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def read_output(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
     Raises a one-line UsageError for a damaged file or another format.
     """
     suffix = path.suffix.lower()
-    if path.is_dir():
+    if os.path.isdir(path):
         return read_frames(path)
     if suffix == ".mp4":
         from hydrarun.outputs.media.mp4 import read_mp4  # imports av, so only for videos and sounds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from PIL import PngImagePlugin
 
 from hydrarun.core.errors import UsageError
+from hydrarun.core.strict_json import CONSTANTS, parse_json
 
 #: Pillow refuses compressed PNG chunks that decompress to more; all other texts get the same limit
 MAX_TEXT_BYTES = PngImagePlugin.MAX_TEXT_CHUNK
@@ -32,9 +32,9 @@ def parse_recipe(path: Path, text: str | None, holder: str) -> dict[str, Any] | 
     if len(text.encode(errors="replace")) > MAX_TEXT_BYTES:
         raise UsageError(f"{path}: refused, its {holder} is larger than {MAX_TEXT_BYTES} bytes")
     try:
-        recipe = json.loads(text)
-    except (ValueError, RecursionError):
-        recipe = None
+        recipe = parse_json(text, CONSTANTS)
+    except ValueError as error:
+        raise UsageError(f"{path}: its {holder} is not a JSON object: {error}") from None
     if not isinstance(recipe, dict):
         raise UsageError(f"{path}: its {holder} is not a JSON object")
     return recipe

@@ -3,7 +3,6 @@ an error, not an exception."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -11,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hydrarun.core.errors import UsageError
+from hydrarun.core.files import read_file
 from hydrarun.core.moved_names import use_current_names
+from hydrarun.core.strict_json import CONSTANTS, read_json
+from hydrarun.core.strict_yaml import parse_yaml
 
 FORMAT = 1  # of the run.json files that this module reads
 
 MAX_BYTES = 64 * 2**20  # of one run.json
+MAX_OVERRIDES = 2**20  # bytes of one record of a command line
 
 RECORD, OVERRIDES = "run.json", ".hydra/overrides.yaml"
 
@@ -66,7 +67,7 @@ class Point:
 
 def collect_points(folder: Path) -> list[Point]:
     """Read the points in and below `folder`, in natural order of their names. Raises UsageError if there are none."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UsageError(f"report: {folder}: no such folder")
     points = [read_point(folder, place) for place in find_run_folders(folder)]
     if not points:
@@ -104,15 +105,13 @@ def read_point(root: Path, folder: Path) -> Point:
 def read_record(file: Path) -> tuple[dict[str, Any], str | None]:
     """Read run.json; returns its content and None, or an empty dict and the error."""
     try:
-        if file.stat().st_size > MAX_BYTES:
-            return {}, f"{RECORD}: larger than {MAX_BYTES} bytes"
-        record = use_current_names(json.loads(file.read_text(encoding="utf-8")))
+        record = use_current_names(read_json(file, MAX_BYTES, CONSTANTS))
     except FileNotFoundError:
         return {}, UNFINISHED
     except OSError as error:
         return {}, f"{RECORD}: {error.strerror}"
-    except (ValueError, RecursionError):
-        return {}, f"{RECORD} is damaged: not a JSON file"
+    except ValueError as error:
+        return {}, f"{RECORD} is damaged: not a JSON file: {error}"
     if not isinstance(record, dict) or "outputs" not in record:
         return {}, f"{RECORD} is damaged: not the record of a run"
     if record.get("format") != FORMAT:
@@ -123,8 +122,8 @@ def read_record(file: Path) -> tuple[dict[str, Any], str | None]:
 def read_overrides(file: Path) -> list[str] | None:
     """Read the command-line overrides as Hydra recorded them; None if there is no valid record."""
     try:
-        words = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        words = parse_yaml(read_file(file, MAX_OVERRIDES))
+    except (OSError, ValueError):
         return None
     return words if isinstance(words, list) and all(isinstance(word, str) for word in words) else None
 

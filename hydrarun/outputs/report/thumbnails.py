@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from hydrarun.core.errors import UsageError
+from hydrarun.core.files import read_file
 from hydrarun.outputs.media import kinds
 from hydrarun.outputs.media.alpha import make_comparable
 from hydrarun.outputs.media.read import read_output
@@ -174,10 +175,11 @@ def build_cell_media(file: Path, pixels: np.ndarray, rate: int, apart: OutputDif
         )
     if kinds.find_array_kind(pixels) is kinds.SOUND:
         whole = file.stat().st_size <= SMALL_FILE
-        sound = format_data_uri("audio/wav", file.read_bytes()) if whole else encode_sound_uri(pixels, rate)
+        sound = format_data_uri("audio/wav", read_file(file, SMALL_FILE)) if whole else encode_sound_uri(pixels, rate)
         return CellMedia(encode_picture_uri(small), size, not whole, None, apart, sound)
     if file.is_file() and file.stat().st_size <= SMALL_FILE and max(size) <= SIDE:
-        return CellMedia(encode_picture_uri(small), size, False, format_data_uri("video/mp4", file.read_bytes()), apart)
+        whole_video = format_data_uri("video/mp4", read_file(file, SMALL_FILE))
+        return CellMedia(encode_picture_uri(small), size, False, whole_video, apart)
     return CellMedia(encode_picture_uri(small), size, True, encode_video_uri(pixels, rate), apart)
 
 

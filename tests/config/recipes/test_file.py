@@ -12,8 +12,9 @@ from hydrarun.cli import main
 from hydrarun.config.compose import compose_config
 from hydrarun.config.recipes import catalogue, file, search
 from hydrarun.config.recipes.metadata import CHANGED, FORMAT, Evidence, compute_digest
-from hydrarun.config.recipes.yaml_loader import dump_yaml, parse_sections
+from hydrarun.config.recipes.yaml_loader import parse_sections
 from hydrarun.core.errors import UsageError
+from hydrarun.core.strict_yaml import dump_yaml
 
 EVIDENCE = f"format: {FORMAT}, status: verified, digest: ''"
 
@@ -53,8 +54,8 @@ METADATA = {
     "another format": (f"evidence: {{{EVIDENCE.replace('1', '2')}}}", "evidence.format: 2; this version"),
     "evidence with another key": (f"evidence: {{{EVIDENCE}, measurd: 1}}", "Did you mean 'measured'?"),
     "half a measurement": (f"evidence: {{{EVIDENCE}, measured: {{date: x}}}}", "evidence.measured.config_hash: is mis"),
-    "evidence as bytes": (
-        f"evidence: {{{EVIDENCE}, verified: {{date: x, hardware: {{a: !!binary aGk=}}, versions: {{}}, outputs: [], "
+    "evidence with mixed keys": (
+        f"evidence: {{{EVIDENCE}, verified: {{date: x, hardware: {{a: x, 2: y}}, versions: {{}}, outputs: [], "
         "found: []}}",
         "evidence: holds something that is not a plain value",
     ),

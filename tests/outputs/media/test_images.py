@@ -313,9 +313,9 @@ def test_a_missing_file_names_its_neighbour(tmp_path):
 
 def test_what_is_no_regular_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    assert refused(tmp_path) == "a folder, not an image file"
-    assert refused(tmp_path / "pipe") == "not a regular file"
-    assert refused("/dev/zero") == "not a regular file"
+    assert refused(tmp_path) == "a folder, not a file"
+    assert refused(tmp_path / "pipe") == "a pipe, not a regular file"
+    assert refused("/dev/zero") == "a device, not a regular file"
     assert refused(tmp_path / ("a" * 300)) == "File name too long"
     assert refused(saved(tmp_path, PICTURE, "a.png") / "b.png") == "Not a directory"
     assert refused(f"{tmp_path}/a\0b.png") == "embedded null byte"

@@ -170,4 +170,4 @@ def test_oversized_text(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ["{", "[1, 2]", '"text"', "null", "made by another tool", "[" * 100_000])
 def test_a_comment_that_is_not_a_json_object(tmp_path, text):
-    assert refused(write(tmp_path, hydrarun=text)) == "its comment tag is not a JSON object"
+    assert refused(write(tmp_path, hydrarun=text)).startswith("its comment tag is not a JSON object")

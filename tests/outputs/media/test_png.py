@@ -60,7 +60,7 @@ def test_no_such_file(tmp_path):
 
 
 def test_a_folder(tmp_path):
-    assert "directory" in refused(tmp_path)
+    assert refused(tmp_path) == "a folder, not a file"
 
 
 @pytest.mark.parametrize("data", [b"", b"GIF89a", b"not a picture at all"])

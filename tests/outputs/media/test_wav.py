@@ -110,10 +110,8 @@ def test_samples_of_another_kind(tmp_path):
 
 def test_a_comment_that_is_no_recipe(tmp_path):
     for text in ("[1]", "{", "12"):
-        assert (
-            refused(write(tmp_path, wav.encode_wav(SOUND, 8000, {"hydrarun": text})))
-            == "its comment tag is not a JSON object"
-        )
+        said = refused(write(tmp_path, wav.encode_wav(SOUND, 8000, {"hydrarun": text})))
+        assert said.startswith("its comment tag is not a JSON object")
 
 
 def test_more_samples_than_are_read(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def test_points_come_by_their_numbers(tmp_path):
     ("content", "status", "error"),
     [
         (None, "unfinished", "no run.json: it was killed, or it is still running"),
-        ('{"outputs": [', "damaged", "run.json is damaged: not a JSON file"),
+        ('{"a": 1, "a": 2}', "damaged", "run.json is damaged: not a JSON file: 'a' is set twice"),
         ("[1, 2]", "damaged", "run.json is damaged: not the record of a run"),
         ("{}", "damaged", "run.json is damaged: not the record of a run"),
         ('{"format": 2, "outputs": []}', "damaged", "run.json: its format is 2; this version of hydrarun reads 1"),

@@ -171,7 +171,7 @@ def test_what_went_wrong_is_said_where_the_picture_would_be(tmp_path):
         "unfinishedno run.json: it was killed, or it is still running",
         "failedall &lt;b&gt;black&lt;/b&gt;",
     ]
-    assert shown.rows(text, "grid")[0][4] == "damagedrun.json is damaged: not a JSON file"
+    assert shown.rows(text, "grid")[0][4].startswith("damagedrun.json is damaged: not a JSON file: ")
     status = [row[3] for row in shown.rows(text, "numbers")]
     assert status[5] == "failed: all &lt;b&gt;black&lt;/b&gt;"
     assert "7 points" in text
