@@ -12,6 +12,8 @@ from typing import Any
 
 #: pictures of one run: all prompts, or all lines of `input.prompts`, times `num_images_per_prompt`
 MAX_PICTURES = 100_000
+#: pictures of one batch
+MAX_BATCH = 1_024
 #: points of one sweep
 MAX_POINTS = 2_000
 MAX_SEED = 2**63 - 1
@@ -22,7 +24,7 @@ MAX_BITS = 64
 
 #: least and most of each number, by section ("" for the top level); the least of a field that takes fractions is 0.0
 BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
-    "": {"batch_size": (1, MAX_PICTURES), "retry": (0, 1_000)},
+    "": {"batch_size": (1, MAX_BATCH), "retry": (0, 1_000)},
     "sampling": {
         "num_inference_steps": (1, 10_000),
         "height": (1, 16_384),

@@ -20,7 +20,7 @@ import torch
 
 from hydrarun.acceleration.offload.module_mover import move_module
 from hydrarun.core.device import HOST
-from hydrarun.core.errors import RunError
+from hydrarun.core.errors import RunError, UsageError, is_host_memory_error
 from hydrarun.core.progress import ByteCounter
 from hydrarun.models.weights.lazy_state_dict import make_lazy_state_dict
 from hydrarun.models.weights.safetensors import Checkpoint
@@ -218,9 +218,11 @@ def translate_load_errors(folder: Path) -> Iterator[None]:
     """Turn a library's error about a checkpoint into a one-line `RunError` that names the folder."""
     try:
         yield
-    except torch.OutOfMemoryError:  # also a RuntimeError, but not the checkpoint's fault
+    except (RunError, UsageError, MemoryError, torch.OutOfMemoryError):  # not the checkpoint's fault, or said already
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:
+        if is_host_memory_error(error):
+            raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RunError(f"{folder}: cannot be loaded: {first}") from error
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hydrarun.config import batches
-from hydrarun.config.bounds import MAX_PICTURES, MAX_SEED
+from hydrarun.config.bounds import MAX_BATCH, MAX_PICTURES, MAX_SEED
 from hydrarun.config.type_check import format_value, matches_hint
 
 MAX_PROMPTS = 100_000  # characters of all prompts of a run, which fit into a picture's metadata
@@ -22,10 +22,13 @@ def find_problems(sampling: Mapping[str, Any], captioned: bool) -> Iterator[Prob
 
 def find_total_problem(config: Mapping[str, Any]) -> Iterator[Problem]:
     """Check the number of pictures of a run before anything lists them."""
-    if (total := batches.count_items(config)) > MAX_PICTURES:
-        listed = "seed" if isinstance(config["sampling"]["seed"], list) else "num_images_per_prompt"
-        key = f"sampling.{listed}" if config["input"]["prompts"] is None else "input.prompts"
+    total = batches.count_items(config)
+    listed = "seed" if isinstance(config["sampling"]["seed"], list) else "num_images_per_prompt"
+    key = f"sampling.{listed}" if config["input"]["prompts"] is None else "input.prompts"
+    if total > MAX_PICTURES:
         yield key, f"asks for {total} pictures in one run; {MAX_PICTURES} at most."
+    elif total > MAX_BATCH and not batches.is_batch_run(config):
+        yield key, f"asks for {total} pictures in one batch; {MAX_BATCH} at most: set batch_size."
 
 
 def _check_texts(sampling: Mapping[str, Any], captioned: bool) -> Iterator[Problem]:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from hydrarun.config.checks.checkpoint import read_json
+from hydrarun.config.checks.components import check_component_files
 from hydrarun.config.hub import find_cached_snapshot, find_local_folder
 from hydrarun.core.errors import UsageError
 from hydrarun.core.resources import PACKAGE
@@ -67,7 +68,8 @@ def find_configs(model: dict[str, Any]) -> ComponentConfigs:
 
 
 def read_folder_configs(path: Path) -> ComponentConfigs:
-    """Read the configs of a checkpoint folder. Raises `UsageError` if it has no index."""
+    """Read the configs of a checkpoint folder. Raises `UsageError` if it has no index, or what no plan may build."""
+    check_component_files(path)
     index = read_json(path / "model_index.json")
     if not index:
         raise UsageError(f"{path / 'model_index.json'}: not the index of a diffusers pipeline")

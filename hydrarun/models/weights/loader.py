@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hydrarun.core.distributed.mesh import Axis
-from hydrarun.core.errors import RunError, suggest_name
+from hydrarun.core.errors import RunError, UsageError, suggest_name
 from hydrarun.core.progress import ByteCounter
 from hydrarun.core.threads import ThreadPool
 from hydrarun.models.layers.tensor_parallel import ShardedModule, shard_layers
@@ -66,10 +66,7 @@ def load_transformer(
     (read errors are raised on leaving the pool), and `UsageError` for more ranks than can share the weights.
     """
     device = torch.empty(0, device=device).device  # add the index: "cuda" may be another device in another thread
-    arguments = read_config(cls, folder / "config.json", note)
-    with torch.device("meta"):
-        transformer = cls(**arguments).eval().requires_grad_(False)
-    transformer.config = arguments
+    transformer = make_meta_transformer(cls, folder / "config.json", note)
     if axis is not None:
         shard_layers(transformer, axis)
     checkpoint = Checkpoint(folder)
@@ -87,6 +84,21 @@ def load_transformer(
     tally.expect(sum(count_read_bytes(placement, checkpoint) for placement in wanted))
     for placement in wanted:
         pool.start(place_one, placement)
+    return transformer
+
+
+def make_meta_transformer(cls: type[Transformer], path: Path, note: Callable[[str], None]) -> Transformer:
+    """Build `cls` on the meta device from a config.json. Raises `RunError` for values that no transformer has."""
+    arguments = read_config(cls, path, note)
+    try:
+        with torch.device("meta"):
+            transformer = cls(**arguments).eval().requires_grad_(False)
+    except (RunError, UsageError, MemoryError):
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunError(f"{path}: no {cls.__name__} has these settings: {first}") from error
+    transformer.config = arguments
     return transformer
 
 

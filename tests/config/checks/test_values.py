@@ -108,6 +108,10 @@ def changed(**values):
         {"sampling__prompt": ["a", "b"], "sampling__negative_prompt": ["c", "d"]},
         {"sampling__prompt": ["a", "b"], "sampling__negative_prompt": "c"},
         {"sampling__max_sequence_length": 1024},
+        {"sampling__num_images_per_prompt": 1024},
+        {"sampling__num_images_per_prompt": 100_000, "batch_size": 4},
+        {"device": "cuda:127"},
+        {"scheduler": {"num_train_timesteps": 1000, "beta_schedule": "linear"}},
     ],
 )
 def test_good_values(values):
@@ -183,6 +187,7 @@ def test_good_values(values):
         ("extra", 3, "unknown key"),
         ("vae", 3, "is not a mapping"),
         ("sampling__num_images_per_prompt", 2_000_000_000, "asks for 2000000000 pictures in one run; 100000 at most"),
+        ("sampling__num_images_per_prompt", 1025, "asks for 1025 pictures in one batch; 1024 at most: set batch_size"),
         ("sampling__num_images_per_prompt", -(10**12), "-1000000000000 is below 1"),
         ("sampling__prompt", ["a"] * 100_001, "asks for 100001 pictures in one run; 100000 at most"),
         ("sampling__seed", [1] * 100_001, "asks for 100001 pictures in one run; 100000 at most"),
@@ -191,7 +196,7 @@ def test_good_values(values):
         ("sampling__num_inference_steps", 10**12, "1000000000000 is above 10000"),
         ("sampling__height", 1_000_000_000, "1000000000 is above 16384"),
         ("sampling__width", 2**63, "9223372036854775808 is above 16384"),
-        ("batch_size", 10**12, "1000000000000 is above 100000"),
+        ("batch_size", 10**12, "1000000000000 is above 1024"),
         ("model__patch_size", 10**9, "1000000000 is above 256"),
         ("model__experts", 0, "0 is below 1"),
         ("model__experts", 3, "3 is above 2"),
