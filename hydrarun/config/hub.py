@@ -9,11 +9,12 @@ from typing import Any
 
 from hydrarun.core.errors import RunError, UsageError, suggest_name
 from hydrarun.core.resources import find_folder
+from hydrarun.models.weights.checksums import SETTINGS
 
 PACKAGE = "package:"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 #: files to download; weights only from component folders, because some repositories also store them as a single file
-FILES = ["*.json", "*/*.safetensors", "*.txt", "*.model", "*.jinja"]
+FILES = ["*/*.safetensors", *SETTINGS]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hydrarun.config.checks.checkpoint import read_json
 from hydrarun.core.errors import raise_mistakes
 
 #: every file whose keys become settings of a class; tokenizer.json, vocabularies and indices of shards do not
-FILES = ("model_index.json", "*config*.json")
+FILES = ("model_index.json", "*config*.json", "*/*config*.json", "*/*/*config*.json")
 
 #: keys by which a checkpoint names code to run: an attention may be a kernel that transformers downloads from the hub
 CODE = re.compile(r"_*attn_implementation(_internal)?|auto_map|custom_generate")
@@ -28,7 +28,7 @@ def check_component_files(folder: Path) -> None:
     """Raise `UsageError` that lists every key and number that is refused, in the files of the checkpoint `folder`."""
     raise_mistakes(
         f"{path}: {text}"
-        for path in sorted({path for pattern in FILES for path in folder.rglob(pattern)})
+        for path in sorted({path for pattern in FILES for path in folder.glob(pattern)})
         for text in find_refused_keys(read_json(path))
     )
 
