@@ -127,6 +127,22 @@ def derive_line_config(config: Config, line: Line) -> Config:
     return {**config, "sampling": {**config["sampling"], **own}, "input": given, "batch_size": max_batch_size(config)}
 
 
+def count_items(config: Mapping[str, Any]) -> int:
+    """Return the number of pictures of the run from lengths alone. The values may be unchecked."""
+    lines, sampling = config["input"]["prompts"], config["sampling"]
+    if lines is None:
+        return count_pictures(sampling)
+    return sum(count_pictures({**sampling, **line}) for line in lines)
+
+
+def count_pictures(sampling: Mapping[str, Any]) -> int:
+    """Return the number of pictures that `expand_prompts` gives."""
+    prompts, seeds = (len(one) if isinstance(one, list) else None for one in (sampling["prompt"], sampling["seed"]))
+    if seeds is not None:
+        return seeds
+    return (1 if prompts is None else prompts) * (sampling["num_images_per_prompt"] or 1)
+
+
 def list_items(config: Config) -> list[BatchItem]:
     """Return every picture of the run, in the order of the lines."""
     found: list[BatchItem] = []

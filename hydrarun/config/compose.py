@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hydrarun.config import batches
 from hydrarun.config.checks.checkpoint import check_folder_fit
+from hydrarun.config.checks.components import check_component_files
 from hydrarun.config.checks.configuration import check_configuration
 from hydrarun.config.checks.values import find_cfg_scale, get_unguided_scale
 from hydrarun.config.hub import find_local_folder
@@ -68,6 +69,7 @@ def check_composed(config: dict[str, Any], origin: ConfigOrigin) -> dict[str, An
         raise UsageError("parallel.max_ranks: set in the file of an option; only the command line may set it")
     folder = find_local_folder(config["model"]["path"], config["model"]["revision"])
     if folder is not None:  # a hub checkpoint is checked after its download
+        check_component_files(folder)
         raise_mistakes(_find_line_refusals(config, lambda one: check_folder_fit(one, folder)))
     raise_mistakes(_find_line_refusals(config, _ImageReader()))
     return config

@@ -12,11 +12,12 @@ from typing import Any
 from hydrarun.core.errors import RunError, UsageError, suggest_name
 from hydrarun.core.files import expand_home
 from hydrarun.core.resources import find_folder
+from hydrarun.models.weights.checksums import SETTINGS
 
 PACKAGE = "package:"
 HUB_ID = re.compile(r"(?=.{3,96}$)\w[\w.-]*/\w[\w.-]*")
 #: files to download; weights only from component folders, because some repositories also store them as a single file
-FILES = ["*.json", "*/*.safetensors", "*.txt", "*.model", "*.jinja"]
+FILES = ["*/*.safetensors", *SETTINGS]
 
 
 @dataclass(frozen=True)

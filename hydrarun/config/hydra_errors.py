@@ -20,7 +20,12 @@ from hydrarun.core.errors import UsageError, find_closest, suggest_name
 from hydrarun.core.resources import list_groups
 
 # Messages of plain ValueErrors that Hydra raises for mistakes on the command line (any other ValueError is a bug).
-COMMAND_LINE_MISTAKES = ("Only one of --run", "The --resolve flag", "Expecting one subcommand", "No completion plugin")
+COMMAND_LINE_MISTAKES = (
+    "Only one of --run",
+    "The --resolve flag",
+    "Expecting one subcommand",
+    "No completion plugin",
+)
 
 #: options that an extra of this package installs
 EXTRAS = {
@@ -40,9 +45,13 @@ def translate_errors(overrides: Sequence[str]) -> Iterator[None]:
         raise UsageError(_describe_yaml_error(error)) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(explain_error(error, overrides)) from error
+    except OverflowError as error:  # OmegaConf converts a whole number of over 308 digits
+        raise UsageError(f"{_find_error_line(error, 'full_key') or 'configuration'}: a number is too large") from error
     except ValueError as error:
         if str(error).startswith("Config group override"):
             raise UsageError(_describe_non_option(overrides)) from error
+        if str(error).startswith("Exceeds the limit"):  # of Python's conversion
+            raise UsageError("configuration: a number of more than 4300 digits") from error
         if str(error).startswith(COMMAND_LINE_MISTAKES):
             raise UsageError(str(error)) from error
         raise

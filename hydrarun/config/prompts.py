@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hydrarun.config.bounds import MAX_PICTURES
 from hydrarun.config.schema import Sampling
 from hydrarun.config.type_check import describe_hint, format_value, matches_hint
 from hydrarun.core.errors import UsageError, raise_mistakes, suggest_name
@@ -51,6 +52,8 @@ def read_prompts(name: str) -> list[Line]:
         mistakes += [f"{name} line {number}: {text}" for text in found]
         if not found:
             lines.append({LINE: number, **_resolve_image_paths(fields, path.parent)})
+        if len(lines) > MAX_PICTURES:
+            raise UsageError(f"input.prompts={name}: more than {MAX_PICTURES} prompts; split the file")
     raise_mistakes(mistakes)
     if not lines:
         raise UsageError(f"input.prompts={name}: no prompt in it{HINTS[path.suffix.lower()]}")

@@ -6,6 +6,8 @@ import types
 import typing
 from typing import Any
 
+LONGEST = 200  # most characters of a value in a message
+
 
 def matches_hint(value: Any, hint: Any) -> bool:
     """Return whether `value` matches `hint`; True for annotations that YAML cannot express. A bool is not a number."""
@@ -50,5 +52,8 @@ def describe_hint(hint: Any) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Format a value as in YAML or on the command line: true, null, 'text'."""
-    return {True: "true", False: "false", None: "null"}[value] if isinstance(value, (bool, type(None))) else repr(value)
+    """Format a value for a message as in YAML or on the command line: true, null, 'text'. Long ones are cut."""
+    if isinstance(value, (bool, type(None))):
+        return {True: "true", False: "false", None: "null"}[value]
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 import traceback
 from collections.abc import Iterable
@@ -21,7 +22,25 @@ LISTED = 20
 
 
 class OutOfMemoryError(RunError):
-    """A device ran out of memory."""
+    """A device, or the machine, ran out of memory."""
+
+
+#: torch's messages about host memory, which it raises as plain RuntimeErrors; the last one is about sizes above 2**63
+HOST_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+
+
+def is_host_memory_error(error: BaseException) -> bool:
+    """Return whether host memory ran out: Python's and NumPy's MemoryError, or the error of torch's CPU allocator."""
+    plain = isinstance(error, RuntimeError) and any(text in str(error) for text in HOST_MEMORY)
+    return plain or isinstance(error, MemoryError)
+
+
+def make_host_memory_error(error: BaseException, phase: str = "") -> OutOfMemoryError:
+    """Return the error to raise when host memory runs out, in a phase of a run if given."""
+    where = f" in {phase}" if phase else ""
+    size = re.search(r"allocate (\d+ bytes|[\d.]+ \wiB)", str(error))
+    wanted = f", {size[1]} more were asked for" if size else ""
+    return OutOfMemoryError(f"out of memory{where}: on the host{wanted}; `hydrarun plan` shows settings that fit")
 
 
 def raise_mistakes(mistakes: Iterable[str]) -> None:
@@ -62,6 +81,8 @@ def require_at_least(key: str, value: int, least: int) -> int:
 
 def report_error(error: Exception) -> int:
     """Print an exception, with its traceback if it is unexpected, and return its exit code."""
+    if is_host_memory_error(error):
+        error = make_host_memory_error(error)
     if not isinstance(error, (UsageError, RunError)):
         traceback.print_exception(error)
         return 1

@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 #: most bytes of a text that a user writes or that belongs to a checkpoint: prompts, configs, tokenizers
 MAX_TEXT_BYTES = 2**28
@@ -62,12 +62,15 @@ def read_file(path: str | Path, most: int) -> bytes:
 
 def compute_sha256(path: str | Path, count: Callable[[int], None] = lambda _: None) -> str:
     """Return the sha256 of a regular file's content. `count` receives the numbers of bytes read. Raises `OSError`."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
     with open_file(path, buffering=0) as file:
-        while size := file.readinto(block):  # type: ignore[attr-defined]
-            digest.update(block[:size])
-            count(size)
-    return digest.hexdigest()
+        return _compute_digest(hashlib.sha256(), file, count)
+
+
+def compute_git_sha1(path: str | Path, count: Callable[[int], None] = lambda _: None) -> str:
+    """Return the hash by which git names a regular file's content. Arguments as for `compute_sha256`."""
+    with open_file(path, buffering=0) as file:
+        head = b"blob %d\0" % os.fstat(file.fileno()).st_size
+        return _compute_digest(hashlib.sha1(head, usedforsecurity=False), file, count)
 
 
 def find_file_problem(path: str | Path) -> str | None:
@@ -96,6 +99,14 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _compute_digest(digest: Any, file: BinaryIO, count: Callable[[int], None]) -> str:
+    block = memoryview(bytearray(BLOCK))
+    while size := file.readinto(block):  # type: ignore[attr-defined]
+        digest.update(block[:size])
+        count(size)
+    return digest.hexdigest()
 
 
 def _open_regular(path: str | Path, flags: int) -> int:

@@ -125,5 +125,5 @@ def _format_item(key: str, item: Any) -> str:
 def _parse_override(override: str) -> Override | None:
     try:
         return OverridesParser.create().parse_override(override)
-    except (HydraException, RecursionError):  # nested deeper than the parser can follow
+    except (HydraException, RecursionError, ValueError):  # nested too deep; a number of over 4,300 digits
         return None

@@ -16,6 +16,7 @@ from hydrarun.acceleration.parallel.hsdp import is_sharded, shard_encoder, shard
 from hydrarun.acceleration.parallel.sequence import SequenceParallel
 from hydrarun.acceleration.quantization import NoQuantization
 from hydrarun.config.checks.checkpoint import check_folder_fit
+from hydrarun.config.checks.components import check_component_files
 from hydrarun.config.checks.report import REPEAT
 from hydrarun.config.hub import WeightsSource, resolve_weights
 from hydrarun.config.targets import instantiate, load_class
@@ -79,6 +80,7 @@ def build_pipeline(config: dict[str, Any], progress: Progress, device_name: str)
     check_stages(stages)
     mesh = Mesh(config["parallel"], device) if world_size(config["parallel"]) > 1 else None
     source = resolve_weights(model)
+    check_component_files(source.folder)
     check_folder_fit(config, source.folder)
     check_folder(source.folder)
     with quiet_libraries():

@@ -19,7 +19,7 @@ from hydrarun.core.inputs import image_paths
 from hydrarun.core.progress import Progress
 from hydrarun.core.timing import Timings
 from hydrarun.engine.build import build_pipeline, make_backends, make_cache
-from hydrarun.engine.plan.out_of_memory import make_memory_error
+from hydrarun.engine.plan.out_of_memory import name_memory_errors
 from hydrarun.models.weights.safetensors import fingerprint_weights
 from hydrarun.outputs.media import images, kinds
 from hydrarun.outputs.media.images import InputImage
@@ -43,10 +43,8 @@ class Runner:
         self.progress = progress or Progress(quiet=True)
         start = time.perf_counter()
         make_backends(config)  # refuses a backend that this machine lacks before weights are read
-        try:
+        with name_memory_errors(lambda: config, lambda: "loading", lambda: choose_device(name, Progress(quiet=True))):
             self.built = build_pipeline(config, self.progress, name)
-        except torch.OutOfMemoryError as error:
-            raise make_memory_error(config, "loading", choose_device(name, Progress(quiet=True))) from error
         self.load_s = time.perf_counter() - start
         self.read_bytes = self.built.read_bytes
 
@@ -125,11 +123,12 @@ class Runner:
         """Run these stages on this rank's share of the request `state`."""
         parts = self.built.parts
         parts.cache = self.get_cache(cache or self.config["cache"])
-        try:
+        with name_memory_errors(
+            lambda: {**self.config, "sampling": restore_sampling(state)},
+            lambda: timings.running,
+            lambda: parts.device,
+        ):
             run_stages(stages, own, parts, timings)
-        except torch.OutOfMemoryError as error:
-            asked = {**self.config, "sampling": restore_sampling(state)}
-            raise make_memory_error(asked, timings.running, parts.device) from error
 
     def get_cache(self, node: dict[str, Any]) -> Cache:
         """Return the cache of a node: the one built with the model if the nodes are equal. Each request restarts it."""

@@ -19,7 +19,7 @@ import torch
 
 from hydrarun.acceleration.offload.module_mover import move_module
 from hydrarun.core.device import HOST
-from hydrarun.core.errors import RunError, UsageError
+from hydrarun.core.errors import RunError, UsageError, is_host_memory_error
 from hydrarun.core.progress import ByteCounter
 from hydrarun.core.strict_json import INFINITE
 from hydrarun.models.weights.config_size import (
@@ -250,9 +250,11 @@ def translate_load_errors(folder: Path) -> Iterator[None]:
     """Turn a library's error about a checkpoint into a one-line `RunError` that names the folder."""
     try:
         yield
-    except (torch.OutOfMemoryError, RunError, UsageError):  # not the checkpoint's fault, or said already
+    except (RunError, UsageError, MemoryError, torch.OutOfMemoryError):  # not the checkpoint's fault, or said already
         raise
     except Exception as error:  # libraries raise nearly anything for a damaged file
+        if is_host_memory_error(error):
+            raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RunError(f"{folder}: cannot be loaded: {first}") from error
 

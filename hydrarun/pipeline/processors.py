@@ -25,8 +25,9 @@ def load_processor(cls: type, folder: Path) -> Any:
 
     if not any((folder / name).is_file() for name in SETTINGS_FILES):
         raise RunError(f"{folder}: no {' and no '.join(SETTINGS_FILES)} here")
-    images = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    own = {"local_files_only": True, "trust_remote_code": False}  # unset, transformers asks on the terminal
+    images = AutoImageProcessor.from_pretrained(folder, backend="pil", **own)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **own)
     processor = drop_video_processor(cls)(images, tokenizer, tokenizer.chat_template)
     vocabulary = tokenizer.get_vocab()
     for token in filter(None, (processor.image_token, getattr(processor, "video_token", None))):

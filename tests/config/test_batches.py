@@ -70,6 +70,26 @@ def test_by_itself_a_file_is_drawn_one_by_one_or_one_by_each_rank(file):
     assert batches.max_batch_size(compose_config([file({"prompt": "a"}), "parallel=data2"])) == 2
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"prompt": "a", "seed": 1, "num_images_per_prompt": None},
+        {"prompt": "a", "seed": 1, "num_images_per_prompt": 3},
+        {"prompt": ["a", "b"], "seed": 1, "num_images_per_prompt": 3},
+        {"prompt": ["a", "b"], "seed": [1, 2, 3, 4], "num_images_per_prompt": None},
+        {"prompt": ["a", "b"], "seed": [1, 2, 3, 4], "num_images_per_prompt": 2},
+    ],
+)
+def test_pictures_are_counted_without_listing_them(sampling):
+    assert batches.count_pictures(sampling) == len(batches.expand_prompts({"negative_prompt": None, **sampling}))
+
+
+def test_items_of_lines_are_counted_without_listing_them(file):
+    rows = [{"prompt": "a"}, {"prompt": "b", "num_images_per_prompt": 3}]
+    config = compose_config([file(*rows), "sampling.num_images_per_prompt=2"])
+    assert batches.count_items(config) == len(batches.list_items(config)) == 5
+
+
 def test_a_batch_is_a_run_of_its_own(file):
     config = compose_config([file({"prompt": "a", "seed": 3}), "retry=2", "fail_fast=true"])
     alone = batches.derive_batch_config(config, batches.list_items(config))
@@ -117,6 +137,12 @@ def test_a_job_says_only_what_the_configuration_does_not(file):
         ),
         ({"prompt": "a", "height": 100}, "line 2 of input.prompts: sampling.height=100"),
         ({"prompt": "a", "seed": -1}, "sampling.seed (line 2 of input.prompts): -1 is not a whole number"),
+        ({"prompt": "a", "num_frames": 10**12}, "sampling.num_frames (line 2 of input.prompts): model demo"),
+        ({"prompt": "a", "width": 10**12}, "sampling.width (line 2 of input.prompts): 1000000000000 is above 16384."),
+        (
+            {"prompt": "a", "num_images_per_prompt": 10**12},
+            "input.prompts (command line): asks for 1000000000001 pictures in one run; 100000 at most.",
+        ),
         ({"prompt": "a", "images": "x.png"}, "input.images (line 2 of input.prompts): lists 1 image; model demo takes"),
     ],
 )

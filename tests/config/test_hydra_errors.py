@@ -12,6 +12,9 @@ from hydrarun.core.errors import UsageError
     [
         ("sampling.stpes=3", "sampling.stpes (command line): unknown key. Did you mean 'num_inference_"),
         ("+sampling.stpes=3", "sampling.stpes (command line): unknown key. Did you mean 'num_inference_"),
+        (f"sampling.height={'9' * 5000}", f"sampling.height (command line): '{'9' * 199}… is not a whole number"),
+        (f"sampling.true_cfg_scale={'9' * 400}", "sampling.true_cfg_scale: a number is too large"),
+        (f"scheduler.shift={'9' * 400}", "a whole number of 1329 bits; 64 at most"),
         ("modle=demo", "modle (command line): unknown key. Did you mean 'model'? Known: model, scheduler, sampling,"),
         ("prompt=a cat", "prompt (command line): unknown key. Did you mean 'sampling.prompt'?"),
         ("steps=3", "Did you mean 'sampling.num_inference_steps'?"),

@@ -102,3 +102,9 @@ def test_where_only_prompts_belong_a_line_sets_nothing_else(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "seed": 1}\n')
     with pytest.raises(UsageError, match="line 2: sets seed: here a line can only be a prompt"):
         prompts.read_prompt_texts(str(tmp_path / "a.jsonl"))
+
+
+def test_more_prompts_than_a_run_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "MAX_PICTURES", 3)
+    assert len(read(tmp_path, "a.txt", "a\n" * 3)) == 3
+    assert complaint(tmp_path, "a.txt", "a\n" * 4) == "input.prompts=a.txt: more than 3 prompts; split the file"

@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
+import torch
 
-from hydrarun.core.errors import find_closest, suggest_name
+from hydrarun.core.errors import find_closest, is_host_memory_error, make_host_memory_error, report_error, suggest_name
 
 
 @pytest.mark.parametrize(
@@ -24,3 +26,29 @@ def test_nearest_is_a_sentence_or_nothing():
     assert suggest_name("dmeo", ["demo"]) == " Did you mean 'demo'?"
     assert suggest_name("zzz", ["demo"]) == ""
     assert suggest_name("zzz", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("allocate", "size"),
+    [
+        (lambda: torch.empty(10**14), ", 400000000000000 bytes more were asked for"),
+        (lambda: torch.empty(2**62, 4), ""),
+        (lambda: np.empty(10**15), ", 7.11 PiB more were asked for"),
+        (lambda: bytearray(10**15), ""),
+    ],
+)
+def test_what_no_host_has_memory_for_is_one_line(allocate, size, capsys):
+    with pytest.raises((MemoryError, RuntimeError)) as caught:
+        allocate()
+    assert is_host_memory_error(caught.value)
+    said = str(make_host_memory_error(caught.value, "denoise"))
+    assert said == f"out of memory in denoise: on the host{size}; `hydrarun plan` shows settings that fit"
+    assert report_error(caught.value) == 1
+    assert capsys.readouterr().err == said.replace(" in denoise", "") + "\n"
+
+
+def test_other_errors_are_not_about_memory():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(-1)
+    assert not is_host_memory_error(caught.value)
+    assert not is_host_memory_error(ValueError("not enough memory"))

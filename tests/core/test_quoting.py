@@ -293,3 +293,9 @@ def test_choice_sweeps_over_paths(value, points):
 def test_a_choice_of_paths_that_cannot_be_read_is_refused(value):
     with pytest.raises(UsageError, match=r"^input\.images: .*: write each text in quotes, input\.images=choice\("):
         quote_overrides([f"{IMAGES}={value}"])
+
+
+def test_a_number_that_python_does_not_read_is_text():
+    digits = "9" * 5000
+    assert parsed(f"[{digits}]") == f"[{digits}]"
+    assert PARSER.parse_override(quote_overrides([f"sampling.height={digits}"])[0]).value() == digits

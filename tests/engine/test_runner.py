@@ -11,7 +11,7 @@ import torch
 
 import hydrarun
 from hydrarun.cli.main import dispatch_verb
-from hydrarun.core.errors import RunError, UsageError
+from hydrarun.core.errors import OutOfMemoryError, RunError, UsageError
 from hydrarun.engine import build
 from hydrarun.engine.runner import Runner
 from hydrarun.engine.runs.single import run_single
@@ -183,3 +183,14 @@ def test_nan_is_an_error_and_no_file(tiny_folder, tmp_path, component, message):
         run_single(runner, runner.config, tmp_path)
     assert not list(tmp_path.glob("*.png"))
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(10**14), lambda: np.empty(10**15)])
+def test_host_memory_that_runs_out_is_one_line_with_the_phase(tiny_folder, monkeypatch, allocate):
+    runner = tiny.runner(tiny_folder)
+    monkeypatch.setattr(build.load_class(runner.config["model"]["stages"][-1]), "__call__", lambda *_: allocate())
+    with pytest.raises(OutOfMemoryError, match=r"^out of memory in decode: on the host, .* shows settings that fit$"):
+        runner.generate()
+    monkeypatch.setattr(build, "load_pipeline", lambda *_, **__: allocate())
+    with pytest.raises(OutOfMemoryError, match=r"^out of memory in loading: on the host, .* shows settings that fit$"):
+        tiny.runner(tiny_folder)

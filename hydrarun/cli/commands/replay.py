@@ -65,7 +65,7 @@ def replay_file(line: Arguments) -> int:
     for text in describe_config(config):
         progress.note(make_printable(text))
     check_frames(recorded, config["output"]["format"])
-    check_picture_indices(recorded, len(batches.list_items(config)))
+    check_picture_indices(recorded, batches.count_items(config))
     record = launch.run_configuration(config, output_dir)
     same = [compare_picture(picture, record, output_dir) for picture in recorded.pictures]
     for text in list_differences(recorded.facts, record):

@@ -58,14 +58,14 @@ def describe_weights(model: Mapping[str, Any]) -> str:
 
 
 def list_input_images(config: Mapping[str, Any]) -> list[str]:
-    """Return the input images of all items without duplicates."""
-    each = (image_paths({"input": {"images": item.images}}) for item in batches.list_items(dict(config)))
+    """Return the input images of all prompts without duplicates."""
+    each = (image_paths(one) for _, one in batches.iterate_lines(dict(config)))
     return list(dict.fromkeys(path for paths in each for path in paths))
 
 
 def describe_outputs(config: Mapping[str, Any]) -> str:
     """Describe the number, size and steps of the outputs."""
-    sampling, count = config["sampling"], len(batches.list_items(dict(config)))
+    sampling, count = config["sampling"], batches.count_items(config)
     kind = kinds.find_model_kind(config["model"])
     length = kind.length(sampling)
     many = f"{count} {kind.one if count == 1 else kind.many}"

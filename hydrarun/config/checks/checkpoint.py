@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,25 @@ def check_checkpoint_configs(
     config: dict[str, Any], index: Mapping[str, Any], vae: Mapping[str, Any], transformer: Mapping[str, Any]
 ) -> None:
     """Do the same for a checkpoint with this model_index.json and these configs."""
+    with name_unusable_values(config["model"]["path"]):
+        _check_configs(config, index, vae, transformer)
+
+
+@contextmanager
+def name_unusable_values(path: str) -> Iterator[None]:
+    """Turn the error about a value that no check can compute with into a one-line `UsageError`."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"model.path={path}: its model_index.json, vae/config.json or transformer/config.json holds a value of the"
+            f" wrong kind: {error}"
+        ) from error
+
+
+def _check_configs(
+    config: dict[str, Any], index: Mapping[str, Any], vae: Mapping[str, Any], transformer: Mapping[str, Any]
+) -> None:
     check_heads(config["parallel"]["tensor_degree"], transformer)
     depth = sum(transformer.get(key) or 0 for key in DEPTHS)
     check_offloaded_blocks(config["offload"], depth)
@@ -130,6 +150,8 @@ def check_teacache_scheduler(config: Mapping[str, Any], index: Mapping[str, Any]
 def check_heads(ranks: int, transformer: Mapping[str, Any]) -> None:
     """Raise `UsageError` for more tensor-parallel ranks than heads: a head is not split."""
     heads = next((transformer[key] for key in (SHARED_HEADS, *HEADS) if key in transformer), None)
+    if heads is not None and heads < 1:
+        raise ValueError(f"{heads} attention heads")
     if heads is not None and ranks > heads:
         kind = "groups of heads" if SHARED_HEADS in transformer else "heads"
         raise UsageError(

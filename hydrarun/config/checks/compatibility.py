@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hydrarun.config.batches import expand_prompts, iterate_lines
+from hydrarun.config.batches import count_pictures, iterate_lines
 from hydrarun.config.checks.report import REPEAT
 from hydrarun.config.checks.values import find_cfg_scale, get_unguided_scale
 from hydrarun.core.errors import raise_mistakes
@@ -78,7 +78,7 @@ def find_skipped_layers(config: Config) -> Sequence[int]:
 
 def count_batch_pictures(config: Config) -> int:
     """Return the number of pictures in a batch."""
-    return config["batch_size"] or len(expand_prompts(config["sampling"]))
+    return config["batch_size"] or count_pictures(config["sampling"])
 
 
 def encodes_prompts_singly(config: Config) -> bool:

@@ -13,7 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hydrarun.config import batches, prompts
-from hydrarun.config.checks import report
+from hydrarun.config.bounds import (
+    BOUNDS,
+    MAX_DEVICE_INDEX,
+    find_bound_problems,
+    find_wide_numbers,
+)
+from hydrarun.config.checks import items, report
 from hydrarun.config.schema import MISSING, Config, TeaCacheFit
 from hydrarun.config.type_check import describe_hint, format_value, matches_hint
 from hydrarun.core.distributed import degrees
@@ -22,7 +28,6 @@ from hydrarun.core.inputs import image_paths
 from hydrarun.outputs.media import kinds
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-MAX_SEED = 2**63 - 1
 EXPERTS = ("transformer", "transformer_2")
 #: fields of `sampling` that not every model takes; NEEDED are those that must be set if the model takes them
 OPTIONAL = (
@@ -38,7 +43,6 @@ OPTIONAL = (
     "audio_end_in_s",
 )
 NEEDED = ("num_frames", "layers", "resolution", "max_sequence_length", "audio_start_in_s")
-MAX_PROMPTS = 100_000  # characters of all prompts of a run, which fit into a picture's metadata
 
 Problem = tuple[str, str]  # key, sentence
 
@@ -76,7 +80,7 @@ def _find_line_problems(config: Mapping[str, Any]) -> Iterator[tuple[batches.Lin
 
 def _check_shape(config: Mapping[str, Any]) -> Iterator[Problem]:
     """Check keys, types and missing values. With `input.prompts`, `sampling.prompt` may be missing."""
-    wrong = list(_check_structure(config, Config, ""))
+    wrong = list(find_wide_numbers(config)) or list(_check_structure(config, Config, ""))
     yield from wrong
     prompted = not wrong and config["input"]["prompts"] is not None
     yield from (problem for problem in _find_missing(config, "") if not (prompted and problem[0] == "sampling.prompt"))
@@ -88,6 +92,7 @@ def _check_settings(config: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _check_dtype(config["dtype"])
     yield from ((f"parallel.{key}", text) for key, text in degrees.find_degree_problems(config["parallel"]))
     yield from _check_minimum("parallel.max_ranks", config["parallel"]["max_ranks"], 1)
+    yield from find_bound_problems(config, "scheduler")
     yield from _check_vae_dtype(config["vae"]["dtype"])
     yield from _check_plan(config["plan"])
     yield from _check_teacache_fit(
@@ -107,25 +112,30 @@ def _check_request(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _check_batches(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Check the settings of batch runs, and the lines of `input.prompts`."""
-    yield from _check_minimum("batch_size", config["batch_size"], 1)
-    yield from _check_minimum("retry", config["retry"], 0)
+    """Check the number of pictures, the settings of batch runs, and the lines of `input.prompts`."""
+    yield from find_bound_problems(config, "")
     if not batches.is_batch_run(config):
         for name in ("retry", "fail_fast"):
             if config[name]:
                 yield name, "without input.prompts or batch_size it has no effect: all pictures are one batch."
     lines = config["input"]["prompts"]
     if lines is None:
+        yield from items.find_total_problem(config)
         return
     if not (isinstance(lines, list) and lines):
         yield "input.prompts", f"{format_value(lines)} is not a file or a list of prompts."
         return
-    for number, line in enumerate(lines, start=1):
-        own = {name: value for name, value in line.items() if name != batches.LINE} if isinstance(line, dict) else line
-        yield from (("input.prompts", f"number {number}: {text}.") for text in prompts.find_line_problems(own))
+    broken = list(_check_lines(lines))
+    yield from broken or items.find_total_problem(config)
     for name in ("seed", "negative_prompt"):
         if isinstance(config["sampling"][name], list):
             yield f"sampling.{name}", "lists several: with input.prompts give one for all, or one in each line."
+
+
+def _check_lines(lines: list[Any]) -> Iterator[Problem]:
+    for number, line in enumerate(lines, start=1):
+        own = {name: value for name, value in line.items() if name != batches.LINE} if isinstance(line, dict) else line
+        yield from (("input.prompts", f"number {number}: {text}.") for text in prompts.find_line_problems(own))
 
 
 def find_cfg_scale(config: Mapping[str, Any]) -> tuple[str, float | None]:
@@ -179,10 +189,12 @@ def _find_missing(node: Any, path: str) -> Iterator[Problem]:
 
 
 def _check_device(device: str) -> Iterator[Problem]:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+    match = re.fullmatch(r"auto|cpu|cuda(?::(0|[1-9][0-9]{0,3}))?", device)
+    if match is None or int(match[1] or 0) > MAX_DEVICE_INDEX:
         yield (
             "device",
-            f"{device!r} is none of auto, cpu, cuda, cuda:0, cuda:1….{suggest_name(device, ('auto', 'cpu', 'cuda'))}",
+            f"{device!r} is none of auto, cpu, cuda, cuda:0, cuda:1… cuda:{MAX_DEVICE_INDEX}."
+            f"{suggest_name(device, ('auto', 'cpu', 'cuda'))}",
         )
 
 
@@ -213,7 +225,7 @@ def _check_model(model: Mapping[str, Any]) -> Iterator[Problem]:
     counts = model["input_images"]
     if not (len(counts) == 2 and all(matches_hint(n, int) for n in counts) and 0 <= counts[0] <= counts[1]):
         yield "model.input_images", f"{format_value(counts)} is not [least, most]."
-    yield from _check_minimum("model.patch_size", model["patch_size"], 1)
+    yield from find_bound_problems({"model": model}, "model")
     yield from _check_teacache_fit("model.teacache", model["teacache"], model["experts"])
     if model["judge"] not in (None, *report.JUDGES):
         yield "model.judge", f"{model['judge']!r} is none of null, {', '.join(report.JUDGES)}."
@@ -259,18 +271,9 @@ def _check_limit(key: str, value: float, limit: Any, name: str) -> Iterator[Prob
 
 
 def _check_sampling(sampling: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[Problem]:
-    for key in ("num_inference_steps", "height", "width", "num_frames", "layers", "max_sequence_length"):
-        yield from _check_minimum(f"sampling.{key}", sampling[key], 1)
-    for key in ("true_cfg_scale", "guidance_scale", "guidance_scale_2"):
-        value = sampling[key] if key in model["takes"] else None
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            yield f"sampling.{key}", f"{value} is not a finite number >= 0."
-    for key in ("audio_start_in_s", "audio_end_in_s"):
-        value = sampling[key] if key in model["takes"] else None
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            yield f"sampling.{key}", f"{value} is not a finite number of seconds >= 0."
-    yield from _check_texts(sampling, has_captioner(model))
-    yield from _check_picture_count(sampling)
+    taken = [name for name in BOUNDS["sampling"] if name not in OPTIONAL or name in model["takes"]]
+    yield from find_bound_problems({"sampling": sampling}, "sampling", taken)
+    yield from items.find_problems(sampling, has_captioner(model))
 
 
 def _check_minimum(key: str, value: int | None, least: int) -> Iterator[Problem]:
@@ -295,7 +298,7 @@ def _check_guidance(config: Mapping[str, Any]) -> Iterator[Problem]:
     can_do_without = "negative_prompt" not in model["takes"] or model["guidance"].get("unprompted")
     if can_do_without or config["sampling"]["negative_prompt"] is not None:
         return
-    if scale is not None and math.isfinite(scale) and scale > off:
+    if scale is not None and off < scale < math.inf:
         yield (
             "sampling.negative_prompt",
             f"null, but {name}={scale} guides away from it: set"
@@ -340,47 +343,6 @@ def _check_output(config: Mapping[str, Any]) -> Iterator[Problem]:
     if is_video(config):
         if output["fps"] is None:
             yield "output.fps", "null: a video needs frames per second, output.fps=16"
-        yield from _check_minimum("output.fps", output["fps"], 1)
+        yield from find_bound_problems(config, "output")
     elif output["fps"] is not None:
         yield "output.fps", f"{output['fps']}: model {name} draws {kind.many}, which have none."
-
-
-def _check_texts(sampling: Mapping[str, Any], captioned: bool) -> Iterator[Problem]:
-    """Check prompts and negative prompts. `captioned`: prompts may be empty or null."""
-    prompt, negative = sampling["prompt"], sampling["negative_prompt"]
-    prompts = prompt if isinstance(prompt, list) else ["" if captioned and prompt is None else prompt]
-    if not prompts or not all(isinstance(text, str) and (text or captioned) for text in prompts):
-        yield "sampling.prompt", f"{format_value(prompt)} is not a non-empty text, or a list of them."
-    elif sum(map(len, prompts)) > MAX_PROMPTS:
-        yield "sampling.prompt", f"more than {MAX_PROMPTS} characters in all, and each picture's metadata holds them."
-    if negative is None:
-        return
-    negatives = negative if isinstance(negative, list) else [negative]
-    if not all(isinstance(text, str) for text in negatives):
-        yield "sampling.negative_prompt", f"{format_value(negative)} is not null, a text or a list of texts."
-    elif isinstance(negative, list) and len(negative) != len(prompts):
-        yield (
-            "sampling.negative_prompt",
-            f"lists {len(negative)} texts for {len(prompts)} prompts: give one for all, or one for each.",
-        )
-
-
-def _check_picture_count(sampling: Mapping[str, Any]) -> Iterator[Problem]:
-    seed, count = sampling["seed"], sampling["num_images_per_prompt"]
-    if count is not None:
-        yield from _check_minimum("sampling.num_images_per_prompt", count, 1)
-    seeds = seed if isinstance(seed, list) else [seed]
-    if not seeds or not all(matches_hint(one, int) and 0 <= one <= MAX_SEED for one in seeds):
-        yield (
-            "sampling.seed",
-            f"{format_value(seed)} is not a whole number from 0 to 2**63-1, or a list of such numbers.",
-        )
-    elif isinstance(seed, list):
-        prompts = len(sampling["prompt"]) if isinstance(sampling["prompt"], list) else 1
-        wanted = prompts * (count or 1)
-        if prompts and (len(seed) != wanted if count else len(seed) % prompts):
-            each = f" x {count} pictures" if count else ""
-            yield (
-                "sampling.seed",
-                f"lists {len(seed)} seeds for {prompts} prompts{each}: give one per picture, or one number for all.",
-            )

@@ -68,7 +68,10 @@ def find_configs(model: dict[str, Any]) -> ComponentConfigs:
 
 
 def read_folder_configs(path: Path) -> ComponentConfigs:
-    """Read the configs of a checkpoint folder. Raises `UsageError` without an index, `RunError` for no plain files."""
+    """Read the configs of a checkpoint folder.
+
+    Raises `UsageError` without an index and for what no plan may build, `RunError` for what is no plain file.
+    """
     check_library_files(path)
     index = read_json(path / "model_index.json")
     if not index:

@@ -1,11 +1,15 @@
-"""The out-of-memory message: the phase, the memory in use, the plan's estimate, and settings that would fit."""
+"""Out-of-memory messages. A device's: the phase, the memory in use, the plan's estimate, and settings that would fit.
+
+The host's is one line: a plan needs a process of its own, for which memory may be short too.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -14,11 +18,26 @@ import torch
 from hydrarun.config import targets
 from hydrarun.core.device import read_peak_bytes, read_total_bytes
 from hydrarun.core.distributed.degrees import world_size
-from hydrarun.core.errors import OutOfMemoryError
+from hydrarun.core.errors import OutOfMemoryError, is_host_memory_error, make_host_memory_error
 from hydrarun.engine.plan.devices import DeviceSpec, format_gib
 
 #: timeout of the plan in seconds; host memory may be short too
 PATIENCE = 120
+
+
+@contextmanager
+def name_memory_errors(
+    config: Callable[[], Mapping[str, Any]], phase: Callable[[], str], device: Callable[[], torch.device]
+) -> Iterator[None]:
+    """Turn errors about memory into an OutOfMemoryError. The arguments give what it describes once it is raised."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise make_memory_error(config(), phase(), device()) from error
+    except (MemoryError, RuntimeError) as error:
+        if is_host_memory_error(error):
+            raise make_host_memory_error(error, phase()) from error
+        raise
 
 
 def make_memory_error(config: Mapping[str, Any], phase: str, device: torch.device) -> OutOfMemoryError:

@@ -46,9 +46,11 @@ class Plan:
 
 def make_plan(config: dict[str, Any], origin: ConfigOrigin | None = None) -> Plan:
     """Plan a composed configuration. Raises `UsageError` for invalid values."""
-    device = find_plan_device(config)
-    config = batches.resolve_prompts({**config, "device": device.kind, "plan": {"auto": False, "device": None}})
+    asked = config
+    config = batches.resolve_prompts({**config, "plan": {"auto": False, "device": None}})
     check_sections(fill_images(config), origin)
+    device = find_plan_device(asked)  # imports torch
+    config = {**config, "device": device.kind}
     ranks = world_size(config["parallel"])
     conflicts = list(
         dict.fromkeys(text for _, one in batches.iterate_lines(config) for text in compatibility.format_violations(one))

@@ -53,7 +53,7 @@ def build_on_meta(where: str, build: Callable[[], M], most: int = MAX_PARAMETERS
             if empty := next((name for name, value in module.named_parameters() if not value.numel()), None):
                 raise RunError(f"{where}: asks for no numbers in {empty}")
             return module
-    except (RunError, UsageError):
+    except (RunError, UsageError, MemoryError):
         raise
     except Exception as error:  # the config may be a stranger's: constructors raise nearly anything for wrong sizes
         said = str(error).strip().splitlines() or [type(error).__name__]

@@ -141,18 +141,15 @@ class PrepareTimesteps(timesteps.PrepareTimesteps):
     If the scheduler does not take both, it spaces its own.
     """
 
-    def __call__(self, state: State, parts: Components, timings: Timings) -> None:
-        scheduler = parts.pipeline.scheduler
+    def set_timesteps(self, scheduler: Any, state: State, device: torch.device) -> None:
         if not {"timesteps", "sigmas", "mu"} <= inspect.signature(scheduler.set_timesteps).parameters.keys():
-            super().__call__(state, parts, timings)
+            super().set_timesteps(scheduler, state, device)
             return
         count = scheduler.config.num_train_timesteps
         steps = np.linspace(count, 1.0, state.num_inference_steps + 1)[:-1].astype(np.int64).astype(np.float32)
         scheduler.set_timesteps(
-            timesteps=steps, sigmas=steps / count, mu=self.mu(scheduler.config, state.grid), device=parts.device
+            timesteps=steps, sigmas=steps / count, mu=self.mu(scheduler.config, state.grid), device=device
         )
-        scheduler.set_begin_index(0)
-        state.timesteps = scheduler.timesteps
 
     def mu(self, config: Any, grid: Sequence[int]) -> float:
         tokens = grid[1] * grid[2]

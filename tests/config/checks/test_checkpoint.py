@@ -8,11 +8,13 @@ import sys
 import pytest
 
 from hydrarun.config.checks.checkpoint import (
+    check_checkpoint_configs,
     check_guidance_scale,
     check_request_fit,
     check_skipped_layers,
     read_vae_factors,
 )
+from hydrarun.config.compose import compose_config
 from hydrarun.core.errors import UsageError
 from tests.helpers import tiny
 
@@ -118,3 +120,24 @@ def test_more_ranks_than_heads_are_refused_while_composing(tiny_folder):
     with pytest.raises(UsageError, match=r"tensor_degree=4: this checkpoint has 3 heads.*tensor_degree=3 at most"):
         tiny.config(tiny_folder, "parallel=tp4")
     assert tiny.config(tiny_folder, "parallel=tp2")
+
+
+@pytest.mark.parametrize(
+    ("vae", "transformer", "message"),
+    [
+        ({"temperal_downsample": 3}, {}, "'int' object is not iterable"),
+        ({"block_out_channels": 3}, {}, "object of type 'int' has no len()"),
+        ({}, {"num_attention_heads": "8"}, "not supported between instances of 'str'"),
+        ({}, {"num_attention_heads": 0}, "0 attention heads"),
+        ({}, {"num_layers": "8"}, "unsupported operand"),
+        ({"sampling_rate": 0, "downsampling_ratios": [2]}, {"sample_size": 8}, "division by zero"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_one_line(vae, transformer, message):
+    config = compose_config(["sampling.prompt=a"])
+    with pytest.raises(UsageError) as caught:
+        check_checkpoint_configs(config, {}, vae, transformer)
+    said = str(caught.value)
+    assert said.startswith("model.path=package:demo: its model_index.json, vae/config.json or transformer/config.json")
+    assert message in said
+    assert "\n" not in said

@@ -343,6 +343,24 @@ def test_config_that_is_missing_or_no_json(folder):
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("attention_head_dim", 10**12, "Storage size calculation overflowed"),
+        ("num_attention_heads", -1, "Trying to create tensor with negative dimension"),
+        ("axes_dims_rope", 3, "object is not iterable"),
+    ],
+)
+def test_a_config_that_no_transformer_has(folder, key, value, message):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(
+        RunError, match=rf"config.json: no QwenImageTransformer has these settings: .*{message}"
+    ) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_fingerprint_sees_names_shapes_values_and_settings(folder):
     first = fingerprint_weights(folder)
     assert first == fingerprint_weights(folder)

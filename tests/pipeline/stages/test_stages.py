@@ -38,6 +38,32 @@ def test_a_schedule_that_cannot_be_is_refused(tiny_runner):
         tiny_runner.generate(num_inference_steps=1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "grid", "message"),
+    [
+        (
+            {},
+            (1, 2048, 2048),
+            "the scheduler's noise levels are not finite: its shift is too large for 4194304 tokens",
+        ),
+        (
+            {"max_image_seq_len": 256},
+            (1, 4, 4),
+            "FlowMatchEulerDiscreteScheduler has no such schedule .*: float division",
+        ),
+        ({"base_shift": None}, (1, 4, 4), "FlowMatchEulerDiscreteScheduler has no such schedule with the settings of"),
+    ],
+)
+def test_settings_of_a_scheduler_that_give_no_schedule_are_one_line(settings, grid, message, tiny_runner):
+    scheduler = FlowMatchEulerDiscreteScheduler(**{**tiny.SCHEDULER, **settings})
+    state = make_state(tiny_runner.config["sampling"])
+    state.grid = grid
+    parts = SimpleNamespace(pipeline=SimpleNamespace(scheduler=scheduler), device="cpu")
+    with pytest.raises(UsageError, match=f"^sampling.num_inference_steps=4: {message}") as caught:
+        PrepareTimesteps()(state, parts, None)
+    assert "\n" not in str(caught.value)
+
+
 def test_another_scheduler_equals_diffusers_with_it(tiny_folder, tiny_pipeline):
     """A multistep scheduler, by `_target_`, against the reference pipeline with the same scheduler."""
     from diffusers import QwenImagePipeline, UniPCMultistepScheduler
