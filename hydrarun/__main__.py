@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from hydrarun.core.distributed.rank import is_rank, rank_info
 from hydrarun.core.errors import UsageError
+from hydrarun.core.printable import printable_output
 
 
 def main() -> int:
@@ -28,7 +29,8 @@ def serve_torchrun(argv: list[str]) -> None:
     with suppress(UsageError):
         for name in parse_arguments(argv).targets:
             targets.allow_target(name)
-    serve_rank(open_torchrun_store(), tell=True)
+    with printable_output():
+        serve_rank(open_torchrun_store(), tell=True)
 
 
 if __name__ == "__main__":

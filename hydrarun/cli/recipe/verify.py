@@ -17,7 +17,7 @@ from hydrarun.config.recipes.file import Recipe
 from hydrarun.config.recipes.metadata import FORMAT, Evidence, Measurement, Verification
 from hydrarun.core.errors import RunError, UsageError, suggest_name
 from hydrarun.core.files import write_atomically
-from hydrarun.core.quoting import make_printable
+from hydrarun.core.printable import make_printable
 from hydrarun.engine.ranks import launch
 from hydrarun.outputs.provenance import collect_versions, describe_hardware, redact_text
 

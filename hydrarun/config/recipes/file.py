@@ -22,7 +22,7 @@ from hydrarun.config.recipes.metadata import (
 from hydrarun.config.recipes.yaml_loader import MAX_BYTES, RecipeError, StrictLoader, dump_yaml, parse_sections
 from hydrarun.core.errors import UsageError
 from hydrarun.core.files import write_atomically
-from hydrarun.core.quoting import make_printable
+from hydrarun.core.printable import make_printable
 
 MAX_MESSAGE = 1000  # characters; an error message quotes the recipe
 

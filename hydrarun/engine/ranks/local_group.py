@@ -110,17 +110,17 @@ class RankGroup:
         for rank, code in ended.items():
             # NCCL and gloo may abort when another rank has ended
             if code < 0 and (said is None or code != -signal.SIGABRT):
-                return RunError(f"rank {rank} was killed (signal {-code}){self._last_lines(rank)}")
+                return RunError(f"rank {rank} was killed (signal {-code})", *self._last_lines(rank))
         if said:
             return said
         rank, code = next(iter(ended.items()))
-        return RunError(f"rank {rank} ended with exit code {code}{self._last_lines(rank)}")
+        return RunError(f"rank {rank} ended with exit code {code}", *self._last_lines(rank))
 
-    def _last_lines(self, rank: int) -> str:
+    def _last_lines(self, rank: int) -> list[str]:
         """Return the last lines that a rank printed before it ended."""
         self.logs[rank].seek(0)
         lines = self.logs[rank].read().decode(errors="replace").splitlines()[-LOG_LINES:]
-        return "".join(f"\n  {line}" for line in lines)
+        return [f"  {line}" for line in lines]
 
     def _interrupt(self) -> None:
         """Handle Ctrl-C: let rank 0 record the interruption in run.json, then end all ranks."""

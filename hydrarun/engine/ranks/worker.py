@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from hydrarun.config import targets
 from hydrarun.core.distributed.rank import RankInfo, rank_info, threads_per_rank
 from hydrarun.core.errors import RunError, UsageError
+from hydrarun.core.printable import printable_output
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -203,7 +204,7 @@ def publish_failure(store: Store, rank: int, error: BaseException) -> None:
 def read_failure(store: Store) -> tuple[int, UsageError | RunError]:
     """Return the rank that failed first, and its error."""
     said = json.loads(store.get("failure"))
-    return said["rank"], (UsageError if said["usage"] else RunError)(said["text"])
+    return said["rank"], (UsageError if said["usage"] else RunError)(*said["text"].split("\n"))
 
 
 def abort(store: Store, rank: int, error: BaseException, tell: bool) -> NoReturn:
@@ -267,7 +268,8 @@ def main(argv: Sequence[str]) -> None:
         targets.allow_target(name)
     store = TCPStore("127.0.0.1", int(port), is_master=False, timeout=CONNECT)
     store.set_timeout(IDLE)
-    serve_rank(PrefixStore("hydrarun", store), tell=False)
+    with printable_output():
+        serve_rank(PrefixStore("hydrarun", store), tell=False)
 
 
 if __name__ == "__main__":
