@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from hydrarun.core.distributed.rank import is_rank, rank_info
 from hydrarun.core.errors import UsageError
+from hydrarun.core.printable import printable_output
 
 
 def main() -> int:
@@ -28,8 +29,9 @@ def serve_torchrun(argv: list[str]) -> None:
     with suppress(UsageError):
         for name in parse_arguments(argv).targets:
             targets.allow_target(name)
-    store = torchrun.open_store()
-    worker.serve_rank(torchrun.TorchrunLink(store), store)
+    with printable_output():
+        store = torchrun.open_store()
+        worker.serve_rank(torchrun.TorchrunLink(store), store)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from hydrarun.cli.arguments import HELP, VERBS, parse_arguments
 from hydrarun.config import targets
 from hydrarun.core.errors import report_error
+from hydrarun.core.printable import printable_output
 from hydrarun.engine.ranks import launch
 
 
@@ -22,14 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # makes Hydra raise all exceptions; without it Hydra prints some of them and exits
     os.environ["HYDRA_FULL_ERROR"] = "1"
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
+    with printable_output():
         try:
-            return get_exit_code(lambda: dispatch_verb(words))
-        finally:
-            launch.close_executor()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+            try:
+                return get_exit_code(lambda: dispatch_verb(words))
+            finally:
+                launch.close_executor()
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
 
 
 def get_exit_code(action: Callable[[], int]) -> int:

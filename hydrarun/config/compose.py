@@ -21,6 +21,7 @@ from hydrarun.config.recipes import search
 from hydrarun.core.errors import UsageError, raise_mistakes
 from hydrarun.core.inputs import image_paths
 from hydrarun.core.moved_names import use_current_names
+from hydrarun.core.printable import make_printable
 from hydrarun.core.quoting import quote_overrides
 from hydrarun.core.resources import list_groups
 
@@ -118,7 +119,7 @@ class ConfigOrigin:
     def print_notes(self, config: dict[str, Any]) -> None:
         """Print the `notes` to stderr."""
         for note in self.notes(config):
-            print(note, file=sys.stderr)
+            print(make_printable(note), file=sys.stderr)
 
     def notes(self, config: dict[str, Any]) -> list[str]:
         """Return notes for the user before the run: weights that a recipe loads, and settings without effect."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import suppress
+import sys
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydrarun.core.errors import RunError, UsageError, suggest_name
 from hydrarun.core.files import expand_home
+from hydrarun.core.printable import find_raw_stream
 from hydrarun.core.resources import find_folder
 from hydrarun.models.weights.checksums import SETTINGS
 
@@ -101,7 +103,8 @@ def download_snapshot(repository: str, revision: str | None) -> WeightsSource:
 
     where = f"model.path={repository}" + (f" model.revision={revision}" if revision else "")
     try:
-        snapshot = Path(snapshot_download(repository, revision=revision, allow_patterns=FILES))
+        with redirect_stderr(find_raw_stream(sys.stderr)):  # its bars move the cursor
+            snapshot = Path(snapshot_download(repository, revision=revision, allow_patterns=FILES))
     except RepositoryNotFoundError:
         raise RunError(
             f"{where}: the hub has no such repository or revision, or it needs `hf auth login`."

@@ -57,7 +57,7 @@ def check_targets(config: Mapping[str, Any], origin: Callable[[str], str] | None
     Imports nothing. `origin` returns where a key's value came from. Raises UsageError with one line per violation.
     """
     if problems := list(_find_problems(config, "")):
-        raise UsageError("\n".join(f"{key}{f' ({origin(key)})' if origin else ''}: {text}" for key, text in problems))
+        raise UsageError(*(f"{key}{f' ({origin(key)})' if origin else ''}: {text}" for key, text in problems))
 
 
 def load_class(node: Mapping[str, Any], where: str = "") -> type:

@@ -8,12 +8,21 @@ import sys
 import traceback
 from collections.abc import Iterable
 
+from hydrarun.core.printable import make_printable
 
-class UsageError(Exception):
+
+class ReportedError(Exception):
+    """An error that is printed without a traceback. Each argument is one line, and printable whatever it quotes."""
+
+    def __str__(self) -> str:
+        return "\n".join(make_printable(str(line)) for line in self.args)
+
+
+class UsageError(ReportedError):
     """The user's mistake. The message is the whole line (or lines) to print; the command exits with 2."""
 
 
-class RunError(Exception):
+class RunError(ReportedError):
     """A run failed for a reason the user can act on (corrupt weights, NaN pictures…). Printed as is; exit code 1."""
 
 
@@ -48,7 +57,7 @@ def raise_mistakes(mistakes: Iterable[str]) -> None:
     different = list(dict.fromkeys(mistakes))
     if different:
         more = [f"… and {len(different) - LISTED} more"] if len(different) > LISTED else []
-        raise UsageError("\n".join([*different[:LISTED], *more]))
+        raise UsageError(*different[:LISTED], *more)
 
 
 def find_closest(name: str, names: Iterable[str]) -> str | None:
@@ -83,7 +92,7 @@ def report_error(error: Exception) -> int:
     """Print an exception, with its traceback if it is unexpected, and return its exit code."""
     if is_host_memory_error(error):
         error = make_host_memory_error(error)
-    if not isinstance(error, (UsageError, RunError)):
+    if not isinstance(error, ReportedError):
         traceback.print_exception(error)
         return 1
     print(error, file=sys.stderr)

@@ -6,12 +6,13 @@ Everything goes to stderr, so that stdout stays free for results.
 from __future__ import annotations
 
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -19,6 +20,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -27,6 +29,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 from rich.table import Table
+
+from hydrarun.core.printable import find_raw_stream, make_printable, printable_output
 
 TIMINGS = {
     "load_s": "load weights",
@@ -46,6 +50,15 @@ MEASURES = {"psnr": ("PSNR", 1, " dB"), "ssim": ("SSIM", 4, ""), "snr": ("SNR", 
 
 #: seconds between lines about bytes in a log
 SECONDS_BETWEEN_LINES = 10.0
+
+
+class RawConsole(Console):
+    """Writes to stderr, below the filter of control characters: bars consist of them."""
+
+    @property
+    def file(self) -> IO[str]:  # type: ignore[override, misc]
+        """The stream of the moment; tests and redirections replace it."""
+        return find_raw_stream(sys.stderr)
 
 
 class ByteCounter:
@@ -86,7 +99,7 @@ class Progress:
 
     def __init__(self, console: Console | None = None, quiet: bool = False):
         """`console`: where to write instead of stderr; `quiet`: print nothing (the Python API)."""
-        self.console = console or Console(stderr=True, quiet=quiet)
+        self.console = console or RawConsole(quiet=quiet)
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[], None]]:
@@ -102,7 +115,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print a line that the user must see: a choice made for them, a warning."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(make_printable(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def table(self, record: dict[str, Any], folder: Path = Path()) -> None:
         """Print the closing table of a run: stage timings, steps, memory, quality, and the files in `folder`.
@@ -119,11 +132,17 @@ class Progress:
             self.note(str(folder / output["path"]))
 
     @contextmanager
+    def _show_bars(self, *columns: ProgressColumn) -> Iterator[Bars]:
+        """Show bars while the block runs. Other output goes above them, through rich, which would obey its escapes."""
+        with Bars(*columns, console=self.console, transient=True) as bars, printable_output():
+            yield bars
+
+    @contextmanager
     def _bar(self, name: str, total: int | None) -> Iterator[Callable[[], None]]:
-        text, elapsed = TextColumn("{task.description}"), TimeElapsedColumn()
+        text, elapsed = TextColumn("{task.description}", markup=False), TimeElapsedColumn()
         steps = (BarColumn(), MofNCompleteColumn(), elapsed, TextColumn("left"), TimeRemainingColumn())
         columns = (text, *steps) if total else (SpinnerColumn(), text, elapsed)
-        with Bars(*columns, console=self.console, transient=True) as bars:
+        with self._show_bars(*columns) as bars:
             task = bars.add_task(name, total=total)
             yield lambda: bars.advance(task)
 
@@ -145,8 +164,8 @@ class Progress:
 
     @contextmanager
     def _reading_bar(self, name: str) -> Iterator[ByteCounter]:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Bars(*columns, TimeElapsedColumn(), console=self.console, transient=True) as bars:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with self._show_bars(*columns, TimeElapsedColumn()) as bars:
             task = bars.add_task(name, total=None)
             yield ByteCounter(lambda tally: bars.update(task, total=tally.expected, completed=tally.done))
 

@@ -42,11 +42,6 @@ def escape_interpolation(text: str) -> str:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
-def make_printable(text: str, most: int = 300) -> str:
-    """Return at most `most` characters, control characters as `?`: foreign text could rewrite the terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text[:most])
-
-
 def _quote_override(override: str) -> str:
     try:
         override.encode()

@@ -6,9 +6,11 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from hydrarun.core.printable import make_printable
+
 
 class Table(NamedTuple):
-    """A title, the names of the columns, and the cells."""
+    """A title, the names of the columns, and the cells, of which each is shown as one printable line."""
 
     title: str
     header: tuple[str, ...]
@@ -25,17 +27,21 @@ def print_tables(tables: Sequence[Table]) -> None:
 
 def format_markdown(table: Table) -> str:
     """Return the table in Markdown, with a heading."""
-    lines = [table.header, tuple("---" for _ in table.header), *table.rows]
+    lines = [table.header, tuple("---" for _ in table.header), *_clean_rows(table)]
     body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
     return "\n".join([f"### {table.title}", "", *body])
 
 
 def format_plain(table: Table) -> str:
     """Return the table in aligned columns, for pipes and logs."""
-    lines = [table.header, *table.rows]
+    lines = [table.header, *_clean_rows(table)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(table.header))]
     body = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([f"{table.title}:", *(f"  {line}" for line in body)])
+
+
+def _clean_rows(table: Table) -> list[tuple[str, ...]]:
+    return [tuple(map(make_printable, row)) for row in table.rows]
 
 
 def _print_rich(tables: Sequence[Table]) -> None:
@@ -47,6 +53,6 @@ def _print_rich(tables: Sequence[Table]) -> None:
         shown = RichTable(title=f"\n{table.title}", title_justify="left", title_style="bold", box=None, pad_edge=False)
         for column in table.header:
             shown.add_column(column, overflow="fold")
-        for row in table.rows:
+        for row in _clean_rows(table):
             shown.add_row(*row)
         console.print(shown)

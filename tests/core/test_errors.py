@@ -1,8 +1,18 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
 
-from hydrarun.core.errors import find_closest, is_host_memory_error, make_host_memory_error, report_error, suggest_name
+from hydrarun.core.errors import (
+    UsageError,
+    find_closest,
+    is_host_memory_error,
+    make_host_memory_error,
+    raise_mistakes,
+    report_error,
+    suggest_name,
+)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +36,18 @@ def test_nearest_is_a_sentence_or_nothing():
     assert suggest_name("dmeo", ["demo"]) == " Did you mean 'demo'?"
     assert suggest_name("zzz", ["demo"]) == ""
     assert suggest_name("zzz", []) == ""
+
+
+def test_each_argument_of_an_error_is_one_printable_line(capsys):
+    """What it quotes starts no line of its own."""
+    error = UsageError("a\x1b[2J: b\nerror: c", "d\u202e")
+    assert str(error) == "a?[2J: b error: c\nd?"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert report_error(error) == 2
+    assert capsys.readouterr().err == "a?[2J: b error: c\nd?\n"
+    with pytest.raises(UsageError) as caught:
+        raise_mistakes(["x: a\nb", "y", "y"])
+    assert str(caught.value) == "x: a b\ny"
 
 
 @pytest.mark.parametrize(

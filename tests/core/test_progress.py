@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from hydrarun.core.printable import PrintableStream
 from hydrarun.core.progress import Progress
 
 RECORD = {
@@ -202,3 +203,28 @@ def test_quiet_says_nothing(capsys):
     progress.note("device: cpu")
     progress.table(RECORD)
     assert capsys.readouterr() == ("", "")
+
+
+HOSTILE = "[bold]a[/] :cat: \x1b[2J\u202e\nb"
+
+
+@pytest.mark.parametrize("make", [in_a_log, on_a_terminal])
+def test_what_is_noted_is_one_literal_line(make):
+    progress, text = make()
+    progress.note(HOSTILE)
+    assert text.getvalue() == "[bold]a[/] :cat: ?[2J? b\n"
+
+
+def test_the_paths_below_the_table_are_literal_too():
+    progress, text = in_a_log()
+    progress.table({**RECORD, "outputs": [{"path": HOSTILE}]}, Path("[red]x"))
+    assert text.getvalue().splitlines()[-1] == "[red]x/[bold]a[/] :cat: ?[2J? b"
+
+
+def test_stderr_is_that_of_the_moment_and_below_its_filter(monkeypatch):
+    progress, first, second = Progress(), io.StringIO(), io.StringIO()
+    for stream in (first, second):
+        monkeypatch.setattr("sys.stderr", PrintableStream(stream))
+        progress.note("a")
+        assert progress.console.file is stream
+    assert first.getvalue() == second.getvalue() == "a\n"

@@ -11,6 +11,7 @@ from hydrarun.cli.arguments import Arguments
 from hydrarun.config.compose import compose_unchecked
 from hydrarun.config.schema import MISSING
 from hydrarun.core.errors import UsageError
+from hydrarun.core.printable import make_printable
 from hydrarun.core.quoting import quote_overrides
 from hydrarun.engine.plan.devices import format_gib
 from hydrarun.engine.plan.fast_imports import skip_optional_imports
@@ -41,7 +42,7 @@ def show_plan(line: Arguments) -> int:
         json.dump(plan_to_json(made), sys.stdout, indent=2)
         print()
     else:
-        print("\n".join(format_plan(made)))
+        print("\n".join(map(make_printable, format_plan(made))))
     return 2 if made.conflicts else 0 if made.fits else 1
 
 

@@ -45,7 +45,7 @@ def list_recipes(line: Arguments) -> int:
         raise UsageError(f"recipe list: {strange[0]}: it takes {search.SEARCHPATH}=[DIR] and --json.")
     search.set_collections(line.words)
     if "--json" in line.flags:
-        print(json.dumps([asdict(entry) for entry in catalogue.list_entries()], indent=2, ensure_ascii=False))
+        print(json.dumps([asdict(entry) for entry in catalogue.list_entries()], indent=2))
     else:
         print_tables([make_table("recipes")])
     return 0
@@ -135,7 +135,8 @@ def _take_names(line: Arguments, least: int, most: int) -> list[str]:
     """Return the words that are files, folders or names. Raises UsageError for a wrong count."""
     names = [word for word in line.words if _is_name(word)]
     if not least <= len(names) <= most:
-        raise UsageError(f"{line.verb} takes {'one file' if most == 1 else 'a folder, and a file to write'}.\n{USAGE}")
+        wanted = "one file" if most == 1 else "a folder, and a file to write"
+        raise UsageError(f"{line.verb} takes {wanted}.", *USAGE.splitlines())
     return names
 
 

@@ -27,8 +27,9 @@ from hydrarun.config.schema import Report
 from hydrarun.core.errors import UsageError, suggest_name
 from hydrarun.core.files import resolve_path
 from hydrarun.core.inputs import image_paths
+from hydrarun.core.printable import make_printable
 from hydrarun.core.progress import Progress
-from hydrarun.core.quoting import make_printable, quote_overrides
+from hydrarun.core.quoting import quote_overrides
 from hydrarun.engine.ranks import launch
 from hydrarun.outputs.media import frames, kinds
 from hydrarun.outputs.media.read import read_output
@@ -48,6 +49,8 @@ Exit code: 0 identical, 1 different, 2 FILE cannot be replayed."""
 
 RUN_DIR = "hydra.run.dir="
 
+MAX_LINE = 300  # most characters of a line about what a file records
+
 # the groups that set how to draw; `model` and `sampling` set what to draw, which comes from the file
 GROUPS = ("scheduler", "parallel", "cache", "attention", "compile", "quantization", "offload")
 
@@ -63,13 +66,13 @@ def replay_file(line: Arguments) -> int:
     config = rebuild_config(recorded, overrides)
     progress = Progress()
     for text in describe_config(config):
-        progress.note(make_printable(text))
+        progress.note(text[:MAX_LINE])
     check_frames(recorded, config["output"]["format"])
     check_picture_indices(recorded, batches.count_items(config))
     record = launch.run_configuration(config, output_dir)
     same = [compare_picture(picture, record, output_dir) for picture in recorded.pictures]
     for text in list_differences(recorded.facts, record):
-        print(make_printable(text))
+        print(make_printable(text, MAX_LINE))
     return 0 if all(same) else 1
 
 
@@ -78,7 +81,7 @@ def split_words(words: Sequence[str]) -> tuple[Path, Path, list[str]]:
     files = [word for word in words if "=" not in word or os.path.exists(word)]
     overrides = [word for word in words if word not in files]
     if len(files) != 1:
-        raise UsageError(f"replay takes one file, not {' '.join(files) or 'none'}\n{USAGE}")
+        raise UsageError(f"replay takes one file, not {' '.join(files) or 'none'}", *USAGE.splitlines())
     file = Path(files[0])
     output_dir = Path(f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}-replay")
     for override in [override for override in overrides if override.startswith(RUN_DIR)]:
@@ -163,7 +166,7 @@ def check_frames(recorded: RecordedRun, output_format: str) -> None:
     for picture in recorded.pictures:
         if picture.part is not None and output_format not in frames.STEMS:
             raise UsageError(
-                f"{make_printable(picture.name)}: one frame of a video; its pixels can only be compared with "
+                f"{picture.name}: one frame of a video; its pixels can only be compared with "
                 f"output.format=frames, not {output_format}"
             )
 
@@ -172,8 +175,7 @@ def check_picture_indices(recorded: RecordedRun, count: int) -> None:
     """Check that each recorded picture is one of the `count` that its configuration draws. Raises UsageError."""
     for picture in recorded.pictures:
         if picture.index not in range(count):
-            name = make_printable(picture.name)
-            raise UsageError(f"{name}: recorded as number {picture.index} (from 0) of a run that draws {count}")
+            raise UsageError(f"{picture.name}: recorded as number {picture.index} (from 0) of a run that draws {count}")
 
 
 def describe_config(config: dict[str, Any]) -> Iterator[str]:

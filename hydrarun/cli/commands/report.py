@@ -21,6 +21,6 @@ without cache and quantization."""
 def write_report(line: Arguments) -> int:
     """Write the report of a folder; return the exit code. Raises UsageError and RunError."""
     if len(line.words) != 1:
-        raise UsageError(f"report takes one folder, not {' '.join(line.words) or 'none'}\n{USAGE}")
+        raise UsageError(f"report takes one folder, not {' '.join(line.words) or 'none'}", *USAGE.splitlines())
     print(report.write_report(Path(line.words[0]), flag_value(line.flags, "--reference")))
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import sys
 import textwrap
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
@@ -20,6 +19,7 @@ from hydrarun.config.hydra_errors import translate_errors
 from hydrarun.config.hydra_main import load_configuration, run_job, run_with_hydra, set_run_folder, set_run_mode
 from hydrarun.core.errors import UsageError
 from hydrarun.core.files import resolve_path
+from hydrarun.core.printable import make_printable_lines
 from hydrarun.core.quoting import quote_overrides
 from hydrarun.core.version import __version__
 from hydrarun.engine.ranks import launch
@@ -46,7 +46,7 @@ def run_overrides(overrides: list[str], flags: list[str]) -> int:
     if sorted(flags) == ["--cfg", "--resolve", "job"]:
         # Hydra's own printing treats a literal `${` in a prompt as an interpolation
         config, _ = compose_unchecked(overrides)
-        yaml.safe_dump(config, sys.stdout, sort_keys=False, allow_unicode=True, width=1000)
+        print(format_config(config), end="")
         return 0
     if DRY_RUN in flags:
         from hydrarun.cli.sweep import dry_run
@@ -89,6 +89,14 @@ def run_once(overrides: list[str], flags: list[str]) -> int:
 
     run_job(task, composed, loader)
     return 0
+
+
+def format_config(config: dict[str, Any]) -> str:
+    """Format a configuration as YAML. If a terminal must not get one of its characters, ASCII alone is used."""
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=1000)
+    if make_printable_lines(text) == text:
+        return text
+    return yaml.safe_dump(config, sort_keys=False, width=1000)
 
 
 def is_sweep(flags: list[str]) -> bool:

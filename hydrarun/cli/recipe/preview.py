@@ -14,10 +14,12 @@ from hydrarun.config.hub import find_cached_snapshot, find_local_folder
 from hydrarun.config.recipes.catalogue import name_machine
 from hydrarun.config.recipes.file import Recipe
 from hydrarun.core.inputs import image_paths
-from hydrarun.core.quoting import escape_interpolation, make_printable
+from hydrarun.core.printable import make_printable
+from hydrarun.core.quoting import escape_interpolation
 from hydrarun.outputs.media import kinds
 
 MAX_TEXT = 100  # most characters of a value that are shown
+MAX_LINE = 300  # most characters of a line
 
 
 def quote_recipe(name: str) -> str:
@@ -42,7 +44,7 @@ def describe_recipe(recipe: Recipe, name: str, config: Mapping[str, Any], folder
     given = recipe.content.get("input", {}).get("prompts")
     lines += [f"  reads    {path}" for path in (*([given] if given else ()), *list_input_images(config))]
     lines += [f"  writes   {folder}", f"  status   {format_status(recipe)}"]
-    return (make_printable(line) for line in lines)
+    return (make_printable(line, MAX_LINE) for line in lines)
 
 
 def describe_weights(model: Mapping[str, Any]) -> str:

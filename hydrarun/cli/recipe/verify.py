@@ -18,7 +18,7 @@ from hydrarun.config.recipes.metadata import FORMAT, Evidence, Measurement, Veri
 from hydrarun.config.recipes.yaml_loader import MAX_BYTES
 from hydrarun.core.errors import RunError, UsageError, suggest_name
 from hydrarun.core.files import read_file, write_atomically
-from hydrarun.core.quoting import make_printable
+from hydrarun.core.printable import make_printable
 from hydrarun.engine.ranks import launch
 from hydrarun.outputs.provenance import collect_versions, describe_hardware, redact_text
 

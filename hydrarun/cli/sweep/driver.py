@@ -16,6 +16,7 @@ from hydrarun.cli.sweep.space import BASIC, Sweep, read_sweep
 from hydrarun.config import batches, targets
 from hydrarun.config.hydra_main import run_with_hydra
 from hydrarun.core.errors import UsageError, report_error
+from hydrarun.core.printable import make_printable
 from hydrarun.core.quoting import escape_interpolation
 from hydrarun.outputs import report
 from hydrarun.outputs.failure_record import Stamp, get_file_stamp
@@ -72,7 +73,8 @@ def finish_sweep(sweep: Sweep, before: dict[Path, Stamp | None]) -> list[Point]:
         count = len(ended) if sweep.points is None else len(sweep.points)
         print(f"{len(failed)} of {count} point{'' if count == 1 else 's'} failed:", file=sys.stderr)
         for one in failed:
-            print(f"  {format_point_name(sweep, one)}: {shorten_error(one.error or '')}", file=sys.stderr)
+            text = f"  {format_point_name(sweep, one)}: {shorten_error(one.error or '')}"
+            print(make_printable(text), file=sys.stderr)
     if ended:
         write_sweep_report(sweep.folder)
     return ended

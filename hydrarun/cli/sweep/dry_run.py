@@ -11,6 +11,7 @@ from hydrarun.cli.sweep import order
 from hydrarun.cli.sweep.space import BASIC, read_sweep
 from hydrarun.config.compose import ConfigOrigin, check_composed
 from hydrarun.core.errors import UsageError
+from hydrarun.core.printable import make_printable
 from hydrarun.engine.plan.devices import format_gib
 from hydrarun.engine.plan.fast_imports import skip_optional_imports
 from hydrarun.engine.plan.planner import Plan, find_plan_device, make_plan
@@ -106,7 +107,7 @@ def describe_fit(made: Plan) -> str:
 
 def format_points(points: Sequence[PlannedPoint]) -> Iterator[str]:
     """Format the list; points that share a load are listed below it."""
-    texts = [" ".join(point.overrides) for point in points]
+    texts = [make_printable(" ".join(point.overrides)) for point in points]
     width = max(map(len, texts))
     loads = 0
     before = None
@@ -115,7 +116,7 @@ def format_points(points: Sequence[PlannedPoint]) -> Iterator[str]:
         if point.load and point.load != before:
             loads += 1
             before = point.load
-            body.append(f"load {loads}: {point.load[0]}")
+            body.append(make_printable(f"load {loads}: {point.load[0]}"))
         margin = f"\n{' ' * (len(f'{number:4}') + width + 4)}"
         body.append(f"{number:4}  {text:{width}}  {margin.join(point.verdict.splitlines())}".rstrip())
     yield f"{format_count(len(points), 'point')}, {format_count(loads, 'load')}"

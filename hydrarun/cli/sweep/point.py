@@ -17,6 +17,7 @@ from hydrarun.cli.sweep.space import BASIC
 from hydrarun.config import targets
 from hydrarun.config.compose import check_composed, split_composed, to_plain_config
 from hydrarun.core.errors import RunError, report_error
+from hydrarun.core.printable import make_printable
 from hydrarun.engine.ranks import launch
 from hydrarun.outputs.failure_record import record_failure
 
@@ -56,7 +57,7 @@ def run_composed(composed: DictConfig) -> dict[str, Any]:
     """Run a configuration from Hydra in its output directory; return run.json. Raises UsageError and RunError."""
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
-    print(f"[{settings.job.num}] {' '.join(settings.overrides.task)}", file=sys.stderr)
+    print(make_printable(f"[{settings.job.num}] {' '.join(settings.overrides.task)}"), file=sys.stderr)
     with record_failure(to_plain_config(composed), folder):
         config, origin = split_composed(composed, settings)
         config = check_composed(config, origin)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from hydrarun.config.recipes import search
 from hydrarun.core.errors import UsageError
-from hydrarun.core.quoting import make_printable
+from hydrarun.core.printable import make_printable
 
 HEADER = ("recipe=", "what it is", "model", "status", "evidence from")
+
+MAX_CELL = 300  # most characters of a cell
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,8 @@ class CatalogueEntry:
 
     def cells(self) -> tuple[str, ...]:
         """Return the entry as a table row."""
-        return tuple(
-            make_printable(text or "") for text in (self.name, self.description, self.model, self.status, self.hardware)
-        )
+        texts = (self.name, self.description, self.model, self.status, self.hardware)
+        return tuple(make_printable(text or "", MAX_CELL) for text in texts)
 
 
 def list_entries() -> list[CatalogueEntry]:

@@ -22,7 +22,7 @@ from hydrarun.config.recipes.metadata import (
 from hydrarun.config.recipes.yaml_loader import MAX_BYTES, RecipeError, parse_sections
 from hydrarun.core.errors import UsageError
 from hydrarun.core.files import open_file, write_atomically
-from hydrarun.core.quoting import make_printable
+from hydrarun.core.printable import make_printable
 from hydrarun.core.strict_yaml import StrictLoader, dump_yaml, parse_yaml
 
 MAX_MESSAGE = 1000  # characters; an error message quotes the recipe

@@ -48,7 +48,7 @@ def make_memory_error(config: Mapping[str, Any], phase: str, device: torch.devic
         made = run_plan_process(config, DeviceSpec(str(device), total, "cpu" if device.type == "cpu" else "cuda"))
     except (OSError, ValueError, subprocess.SubprocessError):
         return OutOfMemoryError(f"{first}; no plan could be made. Try offload=model, or a smaller size")
-    return OutOfMemoryError("\n".join([first, *format_expected(made, phase), *format_fixes(made)]))
+    return OutOfMemoryError(first, *format_expected(made, phase), *format_fixes(made))
 
 
 def run_plan_process(config: Mapping[str, Any], device: DeviceSpec) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def fit_configuration(config: dict[str, Any], note: Callable[[str], None]) -> di
     made = make_plan(config)
     plain = {**config, "plan": {"auto": False, "device": None}}
     if made.conflicts:
-        raise UsageError("\n".join(made.conflicts))
+        raise UsageError(*made.conflicts)
     if made.fits:
         note(f"plan=auto: it fits {made.device.name} as it is")
         return plain

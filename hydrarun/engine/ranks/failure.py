@@ -25,7 +25,7 @@ class RankFailure(NamedTuple):
 
     def to_exception(self) -> UsageError | RunError:
         """Return the exception that the driver raises."""
-        return (UsageError if self.usage else RunError)(self.text)
+        return (UsageError if self.usage else RunError)(*self.text.split("\n"))
 
     def to_json(self) -> dict[str, Any]:
         """Return the failure as JSON data: the arguments of this class."""

@@ -155,13 +155,13 @@ class RankGroup:
         if own and code == -signal.SIGABRT:
             return own[0].to_exception()
         end = f"was killed (signal {-code})" if code < 0 else f"ended with exit code {code}"
-        return RunError(f"rank {rank} {end}{self._last_lines(rank)}")
+        return RunError(f"rank {rank} {end}", *self._last_lines(rank))
 
-    def _last_lines(self, rank: int) -> str:
+    def _last_lines(self, rank: int) -> list[str]:
         """Return the last lines that a rank printed before it ended."""
         self.logs[rank].seek(0)
         lines = self.logs[rank].read().decode(errors="replace").splitlines()[-LOG_LINES:]
-        return "".join(f"\n  {line}" for line in lines)
+        return [f"  {line}" for line in lines]
 
     def _interrupt(self) -> None:
         """Handle Ctrl-C: let rank 0 record the interruption in run.json, then end all ranks."""

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from hydrarun.config import targets
 from hydrarun.core.distributed.rank import RankInfo, rank_info, threads_per_rank
 from hydrarun.core.errors import UsageError
+from hydrarun.core.printable import printable_output
 from hydrarun.engine.ranks.failure import RankFailure, describe_failure
 from hydrarun.engine.ranks.messages import receive_message, send_message
 
@@ -304,7 +305,8 @@ def main(argv: Sequence[str]) -> None:
 
     store = FileStore(rendezvous)
     store.set_timeout(COLLECTIVE)
-    serve_rank(link, store)
+    with printable_output():
+        serve_rank(link, store)
 
 
 if __name__ == "__main__":

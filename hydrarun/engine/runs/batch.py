@@ -46,7 +46,8 @@ def run_batches(config: Config, folder: Path, do_job: DoJob) -> dict[str, Any]:
         record = write_run(folder, plan.summarize(created, None))
     plan.progress.table(record, folder)
     if record["status"] == "failed":
-        raise RunError(f"{record['error']['message']}\nRun the same command again to retry them: {folder}")
+        said = record["error"]["message"].split("\n")
+        raise RunError(*said, f"Run the same command again to retry them: {folder}")
     return record
 
 
@@ -126,7 +127,7 @@ class BatchPlan:
                     raise
                 self.record_failure(number, error, row_count)
                 if isinstance(error, UsageError):  # the other batches would probably fail too
-                    raise UsageError(f"{self.format_line(number)}{error}") from None
+                    raise UsageError(*f"{self.format_line(number)}{error}".split("\n")) from None
                 if self.config["fail_fast"]:
                     break
                 numbers = [batch.number for batch in pending]
@@ -161,7 +162,8 @@ class BatchPlan:
             self.ledger.record_failure(new, error)
             expected = isinstance(error, (RunError, UsageError))
             text = str(error) if expected else "".join(traceback.format_exception(error)).rstrip()
-            self.progress.note(f"failed: {text}")
+            for line in f"failed: {text}".split("\n"):
+                self.progress.note(line)
 
     def print_done(self) -> None:
         """Print how many pictures exist, and which files must be drawn again."""

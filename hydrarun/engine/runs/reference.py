@@ -94,7 +94,7 @@ def save_reference(
             writer.finish(results)
             _replace_folder(new, place, Path(temporary, "old"))
     except RunError as error:
-        raise RunError(f"the reference run: {error}") from None
+        raise RunError(*f"the reference run: {error}".split("\n")) from None
     except OSError as error:
         raise RunError(
             f"the reference run cannot be kept in {place}: {error.strerror}; choose another folder: report.twins=…"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hydrarun.core.distributed import collectives
-from hydrarun.core.quoting import make_printable
+from hydrarun.core.printable import make_printable
 from hydrarun.models.transformer import POSITIVE
 from hydrarun.pipeline.stage import Components
 from hydrarun.pipeline.stages.encode import EncodePrompt
@@ -31,7 +31,7 @@ class EncodePromptOrCaption(EncodePrompt):
     def texts(self, state: State, parts: Components) -> dict[str, Any]:
         if state.captioned:  # by every rank, even if its prompts are not blank: HSDP gathers weights from all
             state.caption = self.caption(state, parts)
-            said = make_printable(state.caption, len(state.caption))
+            said = make_printable(state.caption)
             parts.progress.note(f"the prompt is blank; the input image's caption: {said}")
         found = super().texts(state, parts)
         return {**found, POSITIVE: [text if text.strip() else state.caption for text in state.prompts]}

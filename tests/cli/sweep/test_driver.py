@@ -25,7 +25,7 @@ from hydrarun.outputs import failure_record
 def drawn(monkeypatch, tmp_path):
     """The seeds that reached the mock run, in an empty folder; seeds 7, 8 and 9 fail."""
     seen: list[int] = []
-    errors = {7: RunError("no weights"), 8: UsageError("too large\nby far"), 9: ZeroDivisionError("a bug")}
+    errors = {7: RunError("no weights"), 8: UsageError("too large", "by far"), 9: ZeroDivisionError("a bug")}
 
     def run(config, output_dir):
         seed = config["sampling"]["seed"]
@@ -193,7 +193,7 @@ def fails(folder: Path, error: Exception, own: dict | None = None) -> dict:
 def test_a_runs_own_record_stays_with_the_error_that_came_first(tmp_path):
     own = {"format": 1, "status": "failed", "error": {"type": "ValueError", "message": "odd"}, "outputs": [1]}
     assert fails(tmp_path, ValueError("odd"), own) == own
-    assert fails(tmp_path, RunError("Traceback …\nrank 0: ValueError: odd"), own) == own
+    assert fails(tmp_path, RunError("Traceback …", "rank 0: ValueError: odd"), own) == own
     first = fails(tmp_path, RunError("rank 1 was killed (signal 9)"), own)
     assert first == {**own, "error": {"type": "RunError", "message": "rank 1 was killed (signal 9)"}}
     late = fails(tmp_path, OSError("no space"), {"format": 1, "status": "complete", "outputs": [1]})
