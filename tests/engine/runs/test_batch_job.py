@@ -10,7 +10,7 @@ import pytest
 
 from hydrarun.config import batches
 from hydrarun.core.errors import RunError
-from hydrarun.engine.ranks import torchrun
+from hydrarun.engine.ranks import launch, torchrun
 from hydrarun.engine.runs.batch import run_batches
 from hydrarun.engine.runs.batch_ledger import BatchLedger
 from tests.helpers.batch_runs import compose_lines, failing, prompts, read_record
