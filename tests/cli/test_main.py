@@ -47,7 +47,7 @@ def runs(monkeypatch, tmp_path):
         def __init__(self, config, progress, device):
             pass
 
-        def again(self):
+        def reset_stats(self):
             pass
 
     def run_single(runner, config, output_dir):

@@ -45,9 +45,10 @@ GOOD = {
         "audio_end_in_s": None,
     },
     "input": {"images": None, "prompts": None},
-    "parallel": dict.fromkeys(
-        (f"{name}_degree" for name in ("data", "cfg", "ring", "ulysses", "tensor", "hsdp", "vae")), 1
-    ),
+    "parallel": {
+        **dict.fromkeys((f"{name}_degree" for name in ("data", "cfg", "ring", "ulysses", "tensor", "hsdp", "vae")), 1),
+        "max_ranks": None,
+    },
     "scheduler": {},
     "cache": TARGET,
     "attention": TARGET,
