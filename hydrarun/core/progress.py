@@ -55,8 +55,8 @@ SECONDS_BETWEEN_LINES = 10.0
 class RawConsole(Console):
     """Writes to stderr, below the filter of control characters: bars consist of them."""
 
-    @property
-    def file(self) -> IO[str]:  # type: ignore[override, misc]
+    @property  # type: ignore[misc]
+    def file(self) -> IO[str]:  # type: ignore[override]
         """The stream of the moment; tests and redirections replace it."""
         return find_raw_stream(sys.stderr)
 
