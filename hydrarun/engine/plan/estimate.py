@@ -19,7 +19,7 @@ from hydrarun.config.targets import instantiate, load_class
 from hydrarun.core.device import DTYPES
 from hydrarun.core.distributed.degrees import Degrees, world_size
 from hydrarun.core.distributed.mesh import Mesh
-from hydrarun.core.errors import UsageError
+from hydrarun.core.errors import RunError, UsageError
 from hydrarun.core.inputs import image_paths
 from hydrarun.core.progress import Progress
 from hydrarun.engine.plan import meta_components, weights
@@ -91,9 +91,24 @@ def run_dry_forward(config: dict[str, Any], configs: ComponentConfigs, dtype: to
         state = make_state(config["sampling"], load_input_images(config))
         if mesh and (axis := mesh["data"]):
             state = state.select(find_own_indices(len(state.prompts), axis))
-        estimates = play.run(state)
+        with translate_config_errors(configs):
+            estimates = play.run(state)
     steps = config["sampling"]["num_inference_steps"]
     return DryForwardResult(components, tuple(estimates), steps * count_table_rows(transformers["transformer"], state))
+
+
+@contextmanager
+def translate_config_errors(configs: ComponentConfigs) -> Iterator[None]:
+    """Turn an error of a dry forward into a one-line `RunError` if the configs are in a folder: they do not fit."""
+    try:
+        yield
+    except (RunError, UsageError):
+        raise
+    except Exception as error:
+        if configs.folder is None:
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(f"{configs.said}: the configs of its components do not fit each other: {first}") from error
 
 
 def build_meta_transformer(

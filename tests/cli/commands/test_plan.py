@@ -110,6 +110,28 @@ def test_a_checkpoint_that_cannot_be_planned_is_named(capsys, demo_folder, tmp_p
     assert code == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("transformer", {"num_layers": 10**9}, "transformer/config.json: num_layers: 1000000000, and at most 1000"),
+        ("text_encoder", {"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers: 1000000000, and at most"),
+        ("vae", {"num_res_blocks": 10**9}, "num_res_blocks: 1000000000, and at most 1000 are built"),
+        ("vae", {"base_dim": 0}, "vae/config.json: asks for no numbers in"),
+        ("text_encoder", {"text_config": {}}, "the configs of its components do not fit each other"),
+    ],
+    ids=str,
+)
+def test_sizes_of_a_strangers_checkpoint(capsys, demo_folder, tmp_path, name, change, message):
+    folder = shutil.copytree(demo_folder, tmp_path / "checkpoint")
+    file = folder / name / "config.json"
+    file.chmod(0o644)
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    code, out = said(capsys, f"model.path={folder}", "device=cpu")
+    assert code == 1
+    assert message in out
+    assert len(out.splitlines()) == 1
+
+
 def test_a_run_takes_the_device_that_is_there():
     with pytest.raises(UsageError, match=r"^plan\.device \(command line\): a run uses the device of this machine"):
         compose_config(["plan.device=h100"])
