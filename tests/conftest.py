@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hydrarun.cli.commands import list
+from hydrarun.cli.commands import list as listing
 from tests.helpers import fakeacc, ranks, subjects, tiny
 
 torch.set_num_threads(1)  # these models are too small for more
@@ -95,16 +95,16 @@ def fake():
 
 
 @pytest.fixture(scope="session")
-def accelerations_table() -> list.Table:
+def accelerations_table() -> listing.Table:
     """The table of `hydrarun list accelerations`, which takes seconds to build."""
-    return list.make_table("accelerations")
+    return listing.make_table("accelerations")
 
 
 @pytest.fixture
 def listed(accelerations_table, monkeypatch) -> None:
     """Make `hydrarun list` use the prebuilt table and configurations."""
-    monkeypatch.setattr(list, "_make_accelerations_table", lambda: accelerations_table)
-    monkeypatch.setattr(list, "compose_models", lambda: [(name, subjects.CONFIGS[name]) for name in subjects.MODELS])
+    monkeypatch.setattr(listing, "_make_accelerations_table", lambda: accelerations_table)
+    monkeypatch.setattr(listing, "compose_models", lambda: [(name, subjects.CONFIGS[name]) for name in subjects.MODELS])
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hydrarun.cli.commands import list
+from hydrarun.cli.commands import list as listing
 from hydrarun.config.checks import compatibility
 from hydrarun.core import resources
 from hydrarun.core.errors import UsageError
@@ -77,8 +77,8 @@ def test_every_acceleration_is_a_column():
     groups = {folder.name for folder in resources.find_folder("conf").iterdir() if (folder / "none.yaml").exists()}
     assert groups - {"plan"} == {*matrix.GROUPS}
     degrees = {key for column in matrix.columns() if column.group == "parallel" for key in degrees_of(column)}
-    assert degrees == {f"{name}_degree" for name in list.METHODS}
-    assert {*list.ACCELERATIONS} - {"attention"} < {*matrix.GROUPS}
+    assert degrees == {f"{name}_degree" for name in listing.METHODS}
+    assert {*listing.ACCELERATIONS} - {"attention"} < {*matrix.GROUPS}
 
 
 def test_what_hydrarun_lists_is_a_cell(accelerations_table):

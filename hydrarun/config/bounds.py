@@ -26,7 +26,7 @@ MAX_BITS = 64
 BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
     "": {"batch_size": (1, MAX_BATCH), "retry": (0, 1_000)},
     "sampling": {
-        "num_inference_steps": (1, 10_000),
+        "num_inference_steps": (1, 100_000),
         "height": (1, 16_384),
         "width": (1, 16_384),
         "resolution": (1, 16_384),

@@ -7,7 +7,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from hydrarun.cli import arguments
-from hydrarun.cli.commands import list
+from hydrarun.cli.commands import list as listing
 from hydrarun.config.compose import check_composed, compose_unchecked
 from hydrarun.config.recipes import search
 from hydrarun.core import resources
@@ -46,7 +46,7 @@ def test_a_shown_command_can_be_typed(line):
 
 def test_the_tables_of_groups_are_complete():
     text = PAGES[0].read_text(encoding="utf-8")
-    for group in ["model", "recipe", *list.list_table_names()[2:-1]]:
+    for group in ["model", "recipe", *listing.list_table_names()[2:-1]]:
         assert f"| `{group}` |" in text
 
 

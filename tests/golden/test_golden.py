@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hydrarun.cli.commands import list
+from hydrarun.cli.commands import list as listing
 from tests.helpers.paths import ROOT
 
 FOLDER = Path(__file__).parent
@@ -37,7 +37,7 @@ def test_the_tables_of_readme_and_of_models_are_current(listed):
 
 def test_a_family_is_a_check_mark_or_says_what_is_missing():
     update = load_update()
-    methods = dict.fromkeys(list.METHODS, "yes")
+    methods = dict.fromkeys(listing.METHODS, "yes")
     assert update.family_parallel(methods) == "✓"
     assert update.family_parallel({**methods, "cfg": "a > 1", "vae": "-", "ring": "-"}) == "no ring, vae; cfg if a > 1"
     assert update.family_group("compile", "blocks, full") == update.family_group("cache", "all") == "✓"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from hydrarun.cli.commands import list
+from hydrarun.cli.commands import list as listing
 from hydrarun.cli.recipe import json_schema
 from hydrarun.config.compose import compose_unchecked
 from hydrarun.config.recipes import search
@@ -37,7 +37,7 @@ def pages() -> dict[Path, str]:
     """README.md and docs/models.md with the tables between their marks as the code has them."""
     tables = {
         (ROOT / "README.md", "<!-- make golden -->\n"): format_markdown(families()).partition("\n\n")[2],
-        (ROOT / "docs" / "models.md", MODELS_MARK): format_markdown(list.make_table("models")),
+        (ROOT / "docs" / "models.md", MODELS_MARK): format_markdown(listing.make_table("models")),
     }
     return {file: replace_table(file, mark, table) for (file, mark), table in tables.items()}
 
@@ -53,15 +53,15 @@ def replace_table(file: Path, mark: str, table: str) -> str:
 
 def families() -> Table:
     """The short form of `hydrarun list accelerations`: one column for each family."""
-    details = list.make_table("accelerations")
-    tasks = {row[0]: row[1] for row in list.make_table("models").rows}
+    details = listing.make_table("accelerations")
+    tasks = {row[0]: row[1] for row in listing.make_table("models").rows}
     rows = []
     for cells in details.rows:
         row = dict(zip(details.header, cells, strict=True))
-        parallel = family_parallel({method: row[method] for method in list.METHODS})
-        others = (family_group(group, row[group]) for group in list.ACCELERATIONS)
+        parallel = family_parallel({method: row[method] for method in listing.METHODS})
+        others = (family_group(group, row[group]) for group in listing.ACCELERATIONS)
         rows.append((cells[0], tasks[cells[0]], parallel, *others))
-    return Table("families", ("model=", "task", "parallel", *list.ACCELERATIONS), rows)
+    return Table("families", ("model=", "task", "parallel", *listing.ACCELERATIONS), rows)
 
 
 def family_parallel(methods: Mapping[str, str]) -> str:

@@ -71,7 +71,7 @@ def generate_as_forward(encoder: Any, plain: type) -> None:
 
 def shard_parts(parts: list[nn.Module], whole: nn.Module, mesh: Mesh) -> None:
     """Apply `fully_shard` to each part and then to the whole."""
-    place = mesh.hsdp["replicate", "shard"]
+    place = mesh.hsdp()
     for module in (*parts, whole):
         fully_shard(module, mesh=place, ignored_params=find_odd_parameters(module))
 

@@ -53,22 +53,26 @@ class Mesh:
         self.world = world_size(degrees)
         sizes = {name: degrees[f"{name}_degree"] for name in DIMENSIONS}
         names = (*DIMENSIONS[:2], "replica", *DIMENSIONS[2:])
-        shape = [sizes.get(name, self.world // count_worker_ranks(degrees)) for name in names]
+        shape = {name: sizes.get(name, self.world // count_worker_ranks(degrees)) for name in names}
         ranks = torch.arange(self.world)
-        grid = get_device_mesh(ranks.view(shape), names, device)
-        self.axes = {
-            name: Axis(grid.get_group(name), grid.get_local_rank(name), size)
-            for name, size in zip(names, shape, strict=True)
-        }
+        #: the dimensions of a degree above 1; a group of one rank would only hold threads
+        self.axes: dict[str, Axis] = {}
+        if used := {name: size for name, size in shape.items() if size > 1}:
+            grid = get_device_mesh(ranks.view(*used.values()), tuple(used), device)
+            self.axes = {
+                name: Axis(grid.get_group(name), grid.get_local_rank(name), size) for name, size in used.items()
+            }
         self.rank = dist.get_rank()
-        #: ranks that hold equal weights, `[tensor, replicas, shards]`
-        holders = ranks.view(-1, sizes["tensor"]).t().reshape(sizes["tensor"], -1, degrees["hsdp_degree"])
-        self.hsdp = get_device_mesh(holders, ("tensor", "replicate", "shard"), device)
         self.vae = self._vae_axis(ranks)
 
     def __getitem__(self, name: str) -> Axis | None:
-        axis = self.axes[name]
-        return axis if axis.size > 1 else None
+        return self.axes.get(name)
+
+    def hsdp(self) -> DeviceMesh:
+        """Return the mesh of the ranks that hold the same tensor-parallel shard: replicas, and shards of weights."""
+        tensor, shards = self.degrees["tensor_degree"], self.degrees["hsdp_degree"]
+        holders = torch.arange(self.world).view(-1, tensor).t().reshape(tensor, -1, shards)
+        return get_device_mesh(holders, ("tensor", "replicate", "shard"), self.device)["replicate", "shard"]
 
     def _vae_axis(self, ranks: torch.Tensor) -> Axis | None:
         """Return the axis of the `vae_degree` neighbouring ranks that decode together; None for a degree of 1."""

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from hydrarun.cli.commands import list
+from hydrarun.cli.commands import list as listing
 from hydrarun.cli.main import dispatch_verb
 from hydrarun.config.recipes import search
 from hydrarun.core.errors import UsageError
@@ -32,7 +32,7 @@ def test_a_model_shows_its_own_defaults(capsys):
 
 
 def test_a_model_shows_the_accelerations_that_it_goes_with():
-    table = list.make_table("accelerations")
+    table = listing.make_table("accelerations")
     rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
     assert rows["wan22_t2v_a14b"]["offload"] == "all but modulation"  # it has two experts
     assert rows["flux_dev"]["offload"] == "all but expert"
@@ -53,7 +53,7 @@ def test_a_terminal_gets_the_same_cells(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     dispatch_verb(["list", "recipe", "model"])
     shown = capsys.readouterr().out
-    for table in (list.make_table("recipes"), list.make_table("models")):
+    for table in (listing.make_table("recipes"), listing.make_table("models")):
         for row in table.rows:
             assert all(cell in shown for cell in row), json.dumps(row)
 
@@ -76,6 +76,6 @@ def test_help(capsys):
 def test_first_comment_skips_headers(tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text("# @package _global_\n#\n# what it is\n# more\na: 1\n")
-    assert list.read_first_comment(file) == "what it is"
+    assert listing.read_first_comment(file) == "what it is"
     file.write_text("a: 1\n")
-    assert list.read_first_comment(file) == ""
+    assert listing.read_first_comment(file) == ""

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from hydrarun.cli import main
-from hydrarun.cli.commands import list
+from hydrarun.cli.commands import list as listing
 from hydrarun.cli.commands.plan import fill_prompt
 from hydrarun.cli.recipe import json_schema
 from hydrarun.config.checks import compatibility
@@ -180,7 +180,7 @@ def test_the_list(capsys):
     assert entries["qwen_image/rtx4090"]["status"] == "unverified"
     assert entries["qwen_image/rtx4090"]["hardware"] is None
     main.main(["recipe", "list"])
-    assert capsys.readouterr().out == format_plain(list.make_table("recipes")) + "\n"
+    assert capsys.readouterr().out == format_plain(listing.make_table("recipes")) + "\n"
 
 
 @pytest.fixture
