@@ -55,6 +55,18 @@ def translate_errors(overrides: Sequence[str]) -> Iterator[None]:
         if str(error).startswith(COMMAND_LINE_MISTAKES):
             raise UsageError(str(error)) from error
         raise
+    except (AssertionError, AttributeError, TypeError) as error:
+        if not _is_raised_by_hydra(error):
+            raise
+        raise UsageError(f"configuration: Hydra cannot read it: {error or type(error).__name__}") from error
+
+
+def _is_raised_by_hydra(error: BaseException) -> bool:
+    """Return whether the error is raised in Hydra or OmegaConf, as for nonsense in Hydra's own node."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").split(".")[0] in ("hydra", "omegaconf")
 
 
 def _describe_yaml_error(error: Exception) -> str:

@@ -24,9 +24,13 @@ from hydrarun.config.hydra_errors import translate_errors
 from hydrarun.config.recipes import search
 from hydrarun.core import resources
 from hydrarun.core.errors import UsageError
+from hydrarun.core.files import find_file_problem
 from hydrarun.core.flags import flag_value
 
 CONFIG = "config"
+
+#: files that Hydra and a run write into their folder
+WRITTEN = ("run.json", ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml")
 
 
 def load_configuration(
@@ -67,6 +71,7 @@ def run_job(task: Callable[[Path], Any], composed: DictConfig, loader: ConfigLoa
 
     Raises what `task` raises, and UsageError for a directory that cannot be written.
     """
+    check_written_files("hydra.run.dir", Path(composed.hydra.run.dir))
     callbacks = Callbacks(composed)
     callbacks.on_run_start(config=composed, config_name=CONFIG)
     with translate_write_errors():
@@ -81,6 +86,13 @@ def run_job(task: Callable[[Path], Any], composed: DictConfig, loader: ConfigLoa
     if done.status is utils.JobStatus.FAILED:
         raise done._return_value  # `return_value` would print an extra line
     return done.return_value
+
+
+def check_written_files(key: str, folder: Path) -> None:
+    """Raise UsageError if a file that a run writes exists in its folder and is no regular file: a pipe would block."""
+    for name in WRITTEN:
+        if os.path.lexists(folder / name) and (problem := find_file_problem(folder / name)):
+            raise UsageError(f"{key}={folder}: {name} in it is {problem}; choose another folder")
 
 
 def run_with_hydra(task: Callable[[DictConfig], Any], overrides: list[str], flags: list[str]) -> None:

@@ -32,6 +32,10 @@ FIELDS: dict[str, Any] = {
 #: an additional key of each line: its line number in the file, from 1
 LINE = "line"
 
+#: most lines of a file, comments and blank ones included, and mistakes after which the rest is not read
+MAX_LINES = 10 * MAX_PICTURES
+MAX_MISTAKES = 1_000
+
 #: separates paths in a CSV cell
 SEPARATOR = ";"
 
@@ -45,11 +49,16 @@ def read_prompts(name: str) -> list[Line]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UsageError(f"input.prompts={name}: its name ends in none of {', '.join(READERS)}")
+    text = _read_text(name, path)
+    if text.count("\n") > MAX_LINES:
+        raise UsageError(f"input.prompts={name}: more than {MAX_LINES} lines; split the file")
     lines: list[Line] = []
     mistakes: list[str] = []
-    for number, fields in reader(_read_text(name, path), name):
+    for number, fields in reader(text, name):
         found = list(find_line_problems(fields))
-        mistakes += [f"{name} line {number}: {text}" for text in found]
+        mistakes += [f"{name} line {number}: {problem}" for problem in found]
+        if len(mistakes) > MAX_MISTAKES:
+            break
         if not found:
             lines.append({LINE: number, **_resolve_image_paths(fields, path.parent)})
         if len(lines) > MAX_PICTURES:

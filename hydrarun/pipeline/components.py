@@ -106,8 +106,13 @@ def read_model_index(folder: Path, cls: type) -> ModelIndex:
 
 
 def check_index(path: Path, index: Mapping[str, Any]) -> None:
-    """Raise `RunError` for a pair in a model_index.json that does not name a library and a class, or null for both."""
+    """Raise `RunError` for a pair in a model_index.json that does not name a library and a class, or null for both.
+
+    Also for a component whose name is no identifier: it is the name of a folder, and could lead out of the checkpoint.
+    """
     for name, one in index.items():
+        if isinstance(one, list) and not name.isidentifier():
+            raise RunError(f"{path}: {name[:100]!r} is not the name of a component")
         if isinstance(one, list) and len(one) == 2 and one[0] is not None and not all(isinstance(x, str) for x in one):
             raise RunError(f"{path}: {name}: {str(one)[:100]} does not name a library and a class")
 

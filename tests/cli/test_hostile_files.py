@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from hydrarun.cli import main
+from hydrarun.config.hydra_main import WRITTEN
+from hydrarun.config.prompts import MAX_LINES, MAX_MISTAKES
+from hydrarun.core.errors import LISTED
 
 #: by name: what is made in the place of the file, and the reason that is given
 PLACES = {
@@ -109,3 +112,33 @@ def test_damaged_options_of_ones_own(content, message, folder, capsys):
 @pytest.mark.parametrize("key", ["sampling.seed", "model.path"])
 def test_values_nested_on_the_command_line(key, depth, folder, capsys):
     assert refusal([f"{key}={'[' * depth}1{']' * depth}"], capsys)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_a_run_writes_over(name, make, folder, capsys):
+    (folder / "run" / ".hydra").mkdir(parents=True)
+    make(folder / "run" / name)
+    line = refusal(["sampling.num_inference_steps=2", "hydra.run.dir=run"], capsys)
+    assert line.startswith(f"hydra.run.dir=run: {name} in it is a ")
+    assert line.endswith("; choose another folder")
+
+
+def test_what_a_point_of_a_sweep_writes_over(folder, capsys):
+    (folder / "sweep" / "0" / ".hydra").mkdir(parents=True)
+    os.mkfifo(folder / "sweep" / "0" / ".hydra" / "config.yaml")
+    line = refusal(["-m", "sampling.seed=1,2", "hydra.sweep.dir=sweep"], capsys)
+    assert "0: .hydra/config.yaml in it is a pipe" in line
+
+
+@pytest.mark.parametrize(("name", "line"), [("x.txt", "#"), ("x.txt", ""), ("x.jsonl", "{}")])
+def test_a_file_of_too_many_lines(name, line, folder, capsys):
+    (folder / name).write_text(f"{line}\n" * (MAX_LINES + 1))
+    words = ["sampling.num_inference_steps=2", f"input.prompts={name}"]
+    assert refusal(words, capsys) == f"input.prompts={name}: more than {MAX_LINES} lines; split the file"
+
+
+def test_mistakes_are_not_collected_without_end(folder, capsys):
+    (folder / "x.jsonl").write_text("{}\n" * 100_000)
+    assert main.main(["sampling.num_inference_steps=2", "input.prompts=x.jsonl"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"… and {MAX_MISTAKES + 1 - LISTED} more"

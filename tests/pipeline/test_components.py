@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hydrarun.core.errors import RunError
+from hydrarun.models.weights.safetensors import MAX_CONFIG_BYTES, check_library_files
 from hydrarun.pipeline import components
 from hydrarun.pipeline.components import quiet_libraries
 from tests.helpers import tiny
@@ -85,15 +86,15 @@ def test_integers_in_the_place_of_weights(folder, name):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("vae", {"num_res_blocks": 10**9}, "num_res_blocks: 1000000000, and the weights hold"),
+        ("vae", {"num_res_blocks": 9000}, "num_res_blocks: 9000, and the weights hold"),
         ("vae", {"num_res_blocks": 900}, "asks for more than"),
         ("vae", {"base_dim": 50_000}, "asks for .* numbers, and the weights hold"),
         ("vae", {"base_dim": -4}, "no model can be built with these values"),
         ("vae", {"dim_mult": "x"}, "no model can be built with these values"),
-        ("text_encoder", {"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers: 1000000000, and the"),
+        ("text_encoder", {"text_config": {"num_hidden_layers": 9000}}, "num_hidden_layers: 9000, and the"),
         ("text_encoder", {"text_config": {"intermediate_size": 10**9}}, "asks for .* numbers, and the weights hold"),
         ("text_encoder", {"text_config": 5}, "no model can be built with these values"),
-        ("text_encoder", {"vision_config": {"depth": 10**9}}, "depth: 1000000000, and the weights hold"),
+        ("text_encoder", {"vision_config": {"depth": 9000}}, "depth: 9000, and the weights hold"),
     ],
     ids=str,
 )
@@ -187,3 +188,17 @@ def test_text_encoders_go_straight_to_their_device(tiny_folder, fake, monkeypatc
     encoder = components.load_component(tiny_folder, "text_encoder", entry, device=device, dtype=torch.bfloat16)
     assert set(seen) == {"fake"}
     assert not [name for name, module in encoder.named_modules() if hasattr(module, "_hf_hook")]
+
+
+@pytest.mark.parametrize("name", ["/outside/te", "../te", "x/y", ".te", "", "a b"])
+def test_a_component_is_a_folder_of_the_checkpoint(name, tmp_path):
+    with pytest.raises(RunError, match="is not the name of a component"):
+        components.check_index(tmp_path, {"_class_name": "X", name: ["transformers", "T5EncoderModel"]})
+
+
+def test_a_large_config_is_parsed_as_strictly_as_a_small_one(tmp_path):
+    file = tmp_path / "text_encoder" / "generation_config.json"
+    file.parent.mkdir()
+    file.write_text('{"custom_generate": "a/b", "twice": 1, "twice": 2' + " " * MAX_CONFIG_BYTES + "}")
+    with pytest.raises(RunError, match="generation_config.json: not JSON"):
+        check_library_files(tmp_path)

@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydrarun.cli.sweep import order, point
 from hydrarun.cli.sweep.space import BASIC, Sweep, read_sweep
 from hydrarun.config import batches, targets
-from hydrarun.config.hydra_main import run_with_hydra
+from hydrarun.config.hydra_main import check_written_files, run_with_hydra
 from hydrarun.core.errors import UsageError, report_error
 from hydrarun.core.printable import make_printable
 from hydrarun.core.quoting import escape_interpolation
@@ -36,6 +36,8 @@ def run_sweep(overrides: list[str], flags: list[str], fail_fast: bool) -> int:
     for note in order.describe_reorder(words, sweep.overrides):
         print(note, file=sys.stderr)
     check_objectives(sweep, fail_fast)
+    for folder in sorted(path for path in sweep.folder.glob("*") if path.is_dir()):
+        check_written_files("hydra.sweep.dir", folder)
     before = read_stamps(sweep.folder)
     task = partial(point.run_point, targets.list_user_allowed(), fail_fast)
     words = [*sweep.overrides, *make_shared_overrides(sweep)]

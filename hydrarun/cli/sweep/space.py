@@ -26,6 +26,9 @@ from hydrarun.core.errors import UsageError
 
 BASIC = "basic"
 
+#: a file may name the points of a sweep, but not lift the limit on ranks for them
+SWEPT, LIMIT = "hydra.sweeper.params", "parallel.max_ranks"
+
 
 @dataclass
 class Sweep:
@@ -55,6 +58,8 @@ class Sweep:
         if self.engine("sweeper") != BASIC:
             return None
         params = self.shared.hydra.sweeper.params or {}
+        if LIMIT in params and f"{SWEPT}.{LIMIT}" not in (order.parse_key(one) for one in self.overrides):
+            raise UsageError(f"{SWEPT}.{LIMIT}: set in the file of an option; only the command line may set it")
         words = [*(f"{key}={value}" for key, value in params.items()), *self.shared.hydra.overrides.task]
         with translate_errors(self.overrides):
             parsed = OverridesParser.create(config_loader=self.loader).parse_overrides(words)

@@ -50,3 +50,26 @@ def test_other_sweeps_are_refused_in_one_line(words, message):
         read_sweep(quote_overrides(words), ["-m"]).points  # noqa: B018 - a property that raises
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ['+hydra.sweeper.params.sampling.seed="range(1,1000000000)"'],
+        ['hydra.sweeper.params={sampling.seed:"range(1,1000000000)"}'],
+    ],
+)
+def test_nonsense_in_hydras_own_node_is_one_line(words):
+    with pytest.raises(UsageError) as refused:
+        print(read_sweep(words, ["-m"]).points)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_option_cannot_lift_the_limit_on_ranks_for_its_points(tmp_path):
+    file = tmp_path / "cache" / "mine.yaml"
+    file.parent.mkdir()
+    params = "hydra: {sweeper: {params: {parallel.max_ranks: 20, parallel.ulysses_degree: 9}}}"
+    file.write_text(f"# @package _global_\n{params}\n")
+    sweep = read_sweep(["cache=mine", "sampling.seed=1,2"], ["-m", "--config-dir", str(tmp_path)])
+    with pytest.raises(UsageError, match=r"parallel\.max_ranks: set in the file of an option"):
+        print(sweep.points)
