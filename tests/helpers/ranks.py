@@ -27,6 +27,9 @@ PRELOAD = [
     "hydrarun.engine.runner",
 ]
 
+#: calls after which the ranks form a new group. Layouts leave process groups, whose threads poll even when idle.
+RENEW = 8
+
 
 class Pool:
     """Processes that form a gloo group of the size that a call requests."""
@@ -37,7 +40,7 @@ class Pool:
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []
         self.folder = Path(tempfile.mkdtemp(prefix="ranks"))
-        self.groups = 0
+        self.groups = self.calls = 0
         self.size = 0
 
     def __call__(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -48,11 +51,12 @@ class Pool:
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
-        if size != self.size:
-            self.size, self.groups = size, self.groups + 1
+        if size != self.size or self.calls == RENEW:
+            self.size, self.groups, self.calls = size, self.groups + 1, 0
             for rank, pipe in enumerate(self.pipes):
                 pipe.send((_join, (rank, size, str(self.folder / str(self.groups)))))
             self._results(len(self.pipes))
+        self.calls += 1
         for pipe in self.pipes[:size]:
             pipe.send((function, arguments))
         return self._results(size)
