@@ -11,7 +11,7 @@ import pytest
 
 from hydrarun.cli.main import main
 from hydrarun.core.printable import HIDDEN
-from hydrarun.engine.ranks import worker
+from hydrarun.engine.ranks.failure import RankFailure
 
 HOSTILE = "[bold]a :cat: \x1b[2J\x1b]0;t\x07\x9b2J\x7f\u202e\u2066"
 SHOWN = "[bold]a :cat: ?[2J?]0;t??2J???"
@@ -88,7 +88,7 @@ def change(path: Path, **values: object) -> None:
         ),
         ("model_index.json", {"vae": [f"{HOSTILE}\nb", "X"]}, r"[bold]a :cat: \x1b[2J\x1b]0;t\x07"),
         ("model_index.json", {"vae": ["diffusers", f"{HOSTILE}\nb"]}, f"has no component {SHOWN} b"),
-        ("transformer/config.json", {"num_layers": f"{HOSTILE}\nb"}, "holds a value of the wrong kind"),
+        ("transformer/config.json", {"num_layers": f"{HOSTILE}\nb"}, r"num_layers: '[bold]a :cat: \x1b[2J"),
         ("scheduler/scheduler_config.json", {f"{HOSTILE}\nb": {"auto_map": 1}}, f"{SHOWN} b.auto_map is not allowed"),
     ],
 )
@@ -126,11 +126,5 @@ def test_a_dry_run_lists_a_prompt_as_one_line(capsys):
 
 def test_what_a_rank_says_of_its_failure():
     """Its lines are kept: a traceback has several."""
-    said = {"rank": 1, "usage": False, "text": f"Traceback\n  {HOSTILE}\nrank 1: x"}
-
-    class Store:
-        def get(self, _):
-            return json.dumps(said)
-
-    rank, error = worker.read_failure(Store())
-    assert (rank, str(error)) == (1, f"Traceback\n  {SHOWN}\nrank 1: x")
+    failure = RankFailure(1, 0, usage=False, may_follow=False, text=f"Traceback\n  {HOSTILE}\nrank 1: x")
+    assert str(failure.to_exception()) == f"Traceback\n  {SHOWN}\nrank 1: x"

@@ -202,7 +202,7 @@ class Bench:
         size = subject.size(3, 5)
         alone = self.plain(subject, **size)
         degrees = column.config(subject.name)["parallel"]
-        chosen = {key: value for key, value in degrees.items() if value > 1}
+        chosen = {key: value for key, value in degrees.items() if key.endswith("_degree") and value > 1}
         images = CONFIGS[subject.name]["model"]["input_images"][0]
         fields = {**request(subject.name), **size}
         results = self.pool(ranks(column), parallel_runs.draw, subject.name, subject.folder, chosen, images, fields)

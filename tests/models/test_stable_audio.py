@@ -250,7 +250,7 @@ def test_a_batch_its_quality_and_its_report(subject, tmp_path):
         ("sampling.audio_start_in_s=null", r"sampling.audio_start_in_s .*: null, and model stable_audio needs it\."),
         (
             "sampling.audio_start_in_s=-1",
-            r"sampling.audio_start_in_s .*: -1.0 is not a finite number of seconds >= 0\.",
+            r"sampling.audio_start_in_s .*: -1.0 is not a finite number >= 0\.",
         ),
         (
             "sampling.audio_end_in_s=48.5",

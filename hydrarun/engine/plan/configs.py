@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from hydrarun.config.checks.checkpoint import read_json
+from hydrarun.config.checks.components import check_component_files
 from hydrarun.config.hub import find_cached_snapshot, find_local_folder
 from hydrarun.core.errors import UsageError
 from hydrarun.core.resources import PACKAGE
@@ -73,6 +74,7 @@ def read_folder_configs(path: Path) -> ComponentConfigs:
     Raises `UsageError` without an index and for what no plan may build, `RunError` for what is no plain file.
     """
     check_library_files(path)
+    check_component_files(path)
     index = read_json(path / "model_index.json")
     if not index:
         raise UsageError(f"{path / 'model_index.json'}: not the index of a diffusers pipeline")

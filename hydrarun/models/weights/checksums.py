@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
@@ -55,7 +56,7 @@ def verify_checksums(folder: Path, progress: Progress) -> None:
     with progress.reading("verifying files") as tally, ThreadPool() as pool:
         for path in recorded:
             if problem := find_file_problem(path):
-                what = problem if os.path.lexists(path) else "missing"
+                what = "missing" if problem == os.strerror(errno.ENOENT) else problem
                 raise RunError(f"{path}: {what}, but {listed if os.path.lexists(listed) else 'a link'} names it")
             tally.expect(path.stat().st_size)
         for path, digest in recorded.items():

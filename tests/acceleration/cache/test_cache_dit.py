@@ -191,10 +191,10 @@ def test_a_request_that_breaks_off_does_not_spoil_the_next(subject, one_cache):
     def fail_at_the_seventh(*_):
         calls.append(0)
         if len(calls) == 7:
-            raise MemoryError
+            raise ZeroDivisionError
 
     handle = last.register_forward_hook(fail_at_the_seventh)
-    with pytest.raises(MemoryError):
+    with pytest.raises(ZeroDivisionError):
         subject.draw(**{**guided(subject, 12), "seed": 9})
     handle.remove()
     assert one_cache.summarize([1.0, 1.0, 1.0, 1.0])["computed_step_s"] == 1.0  # the steps that ran are recorded

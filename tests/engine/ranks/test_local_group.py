@@ -43,7 +43,7 @@ def test_who_left_without_a_word_is_the_cause(said, ended, expected):
     group.failures = {rank: describe_failure(rank, *one) for rank, one in said.items()}
     group.ended = ended
     found = group._find_cause()
-    assert (type(found), str(found)) == (type(expected), str(expected))
+    assert (type(found), str(found)) == (type(expected), "\n".join(expected.args))
 
 
 def test_a_failure_travels_as_json():

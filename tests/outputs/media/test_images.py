@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from hydrarun.core.errors import UsageError
+from hydrarun.core.printable import make_printable
 from hydrarun.outputs.media import images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -41,7 +42,7 @@ def refused(path: str | Path) -> str:
     with pytest.raises(UsageError) as caught:
         images.read_image(path)
     message = str(caught.value)
-    start = f"input.images: {path}: "
+    start = make_printable(f"input.images: {path}: ")
     assert message.startswith(start)
     assert "\n" not in message
     return message.removeprefix(start)
