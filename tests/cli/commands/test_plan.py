@@ -114,7 +114,7 @@ def test_a_checkpoint_that_cannot_be_planned_is_named(capsys, demo_folder, tmp_p
     ("name", "change", "message"),
     [
         ("transformer", {"num_layers": 9000}, "transformer/config.json: num_layers: 9000, and at most 1000"),
-        ("text_encoder", {"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers: 1000000000, and at most"),
+        ("text_encoder", {"text_config": {"num_hidden_layers": 9000}}, "num_hidden_layers: 9000, and at most"),
         ("vae", {"num_res_blocks": 9000}, "num_res_blocks: 9000, and at most 1000 are built"),
         ("vae", {"base_dim": 0}, "vae/config.json: asks for no numbers in"),
         ("text_encoder", {"text_config": {}}, "the configs of its components do not fit each other"),
