@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from hydrarun.core.nested import iterate_leaves
+
 #: pictures of one run: all prompts, or all lines of `input.prompts`, times `num_images_per_prompt`
 MAX_PICTURES = 100_000
 #: pictures of one batch
@@ -70,13 +72,8 @@ def describe_excess(value: Any, least: float, most: float) -> str | None:
     return f"{value} is below {least}." if value < least else f"{value} is above {most}."
 
 
-def find_wide_numbers(node: Any, path: str = "") -> Iterator[Problem]:
+def find_wide_numbers(config: Any) -> Iterator[Problem]:
     """Yield the whole numbers of more than `MAX_BITS` bits, which neither torch nor a float holds."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from find_wide_numbers(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from find_wide_numbers(value, f"{path}[{index}]")
-    elif isinstance(node, int) and node.bit_length() > MAX_BITS:
-        yield path, f"a whole number of {node.bit_length()} bits; {MAX_BITS} at most."
+    for path, value in iterate_leaves(config):
+        if isinstance(value, int) and value.bit_length() > MAX_BITS:
+            yield path, f"a whole number of {value.bit_length()} bits; {MAX_BITS} at most."

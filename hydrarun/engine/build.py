@@ -135,7 +135,7 @@ def build_pipeline(config: dict[str, Any], progress: Progress, device_name: str)
     for transformer in transformers.values():
         transformer.set_attention_backend(attention)
         if mesh:
-            shard(transformer, mesh)
+            shard_by_mesh(transformer, mesh)
         compiler.apply(transformer, alone=mesh is None)
     if mesh and config["parallel"]["hsdp_degree"] > 1:
         for name, module in pipeline.components.items():
@@ -169,7 +169,7 @@ def make_cache(node: dict[str, Any], folder: Path) -> Cache:
     return instantiate(node, "cache")
 
 
-def shard(transformer: Transformer, mesh: Mesh) -> None:
+def shard_by_mesh(transformer: Transformer, mesh: Mesh) -> None:
     """Shard a loaded transformer's tokens and weights across the ranks."""
     if mesh["ulysses"] or mesh["ring"]:
         transformer.shard_tokens(SequenceParallel(mesh["ulysses"], mesh["ring"]))

@@ -14,7 +14,7 @@ from hydrarun.config.schema import Parallel
 from hydrarun.core.distributed import collectives
 from hydrarun.core.distributed.mesh import Mesh
 from hydrarun.core.timing import Timings
-from hydrarun.engine.build import shard
+from hydrarun.engine.build import shard_by_mesh
 from hydrarun.engine.runner import Runner
 from tests.helpers import subjects
 
@@ -67,7 +67,7 @@ def runner_for(name: str, folder: Path, chosen: dict[str, int]) -> Runner:
     runner.built.parts.mesh = mesh
     for transformer in runner.built.parts.experts:
         transformer.shard_tokens(None)
-        shard(transformer, mesh)
+        shard_by_mesh(transformer, mesh)
     return runner
 
 

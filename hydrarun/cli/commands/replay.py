@@ -27,6 +27,7 @@ from hydrarun.config.schema import Report
 from hydrarun.core.errors import UsageError, suggest_name
 from hydrarun.core.files import resolve_path
 from hydrarun.core.inputs import image_paths
+from hydrarun.core.nested import iterate_leaves
 from hydrarun.core.printable import make_printable
 from hydrarun.core.progress import Progress
 from hydrarun.core.quoting import quote_overrides
@@ -234,19 +235,8 @@ def _format_size(pixels: np.ndarray) -> str:
 
 def list_differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     """Yield a line for each fact (versions, hardware, weights, device…) that differs between the two runs."""
-    old = dict(_flatten_facts({key: then.get(key) for key in FACTS}))
-    new = dict(_flatten_facts({key: now.get(key) for key in FACTS}))
+    old = dict(iterate_leaves({key: then.get(key) for key in FACTS}))
+    new = dict(iterate_leaves({key: now.get(key) for key in FACTS}))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             yield f"  {key}: {old.get(key)} then, {new.get(key)} now"
-
-
-def _flatten_facts(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, child in value.items():
-            yield from _flatten_facts(child, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, list):
-        for index, child in enumerate(value):
-            yield from _flatten_facts(child, f"{prefix}[{index}]")
-    else:
-        yield prefix, value

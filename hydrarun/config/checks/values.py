@@ -25,6 +25,7 @@ from hydrarun.config.type_check import describe_hint, format_value, matches_hint
 from hydrarun.core.distributed import degrees
 from hydrarun.core.errors import raise_mistakes, suggest_name
 from hydrarun.core.inputs import image_paths
+from hydrarun.core.nested import iterate_leaves
 from hydrarun.outputs.media import kinds
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -83,7 +84,7 @@ def _check_shape(config: Mapping[str, Any]) -> Iterator[Problem]:
     wrong = list(find_wide_numbers(config)) or list(_check_structure(config, Config, ""))
     yield from wrong
     prompted = not wrong and config["input"]["prompts"] is not None
-    yield from (problem for problem in _find_missing(config, "") if not (prompted and problem[0] == "sampling.prompt"))
+    yield from (problem for problem in _find_missing(config) if not (prompted and problem[0] == "sampling.prompt"))
 
 
 def _check_settings(config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -177,15 +178,10 @@ def _check_structure(node: Any, section: type, path: str) -> Iterator[Problem]:
             yield f"{path}{key}", f"{format_value(node[key])} is not {describe_hint(hint)}."
 
 
-def _find_missing(node: Any, path: str) -> Iterator[Problem]:
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _find_missing(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _find_missing(value, f"{path}[{index}]")
-    elif node == MISSING:
-        yield path, "is missing: set it, " + (f'{path}="…"' if path in ("sampling.prompt",) else f"{path}=…")
+def _find_missing(config: Any) -> Iterator[Problem]:
+    for path, value in iterate_leaves(config):
+        if value == MISSING:
+            yield path, "is missing: set it, " + (f'{path}="…"' if path in ("sampling.prompt",) else f"{path}=…")
 
 
 def _check_device(device: str) -> Iterator[Problem]:

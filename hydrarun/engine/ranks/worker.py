@@ -239,7 +239,7 @@ class DriverLink:
         self.end.shutdown(socket.SHUT_WR)
 
 
-def abort(link: Link, error: BaseException) -> NoReturn:
+def abort_rank(link: Link, error: BaseException) -> NoReturn:
     """Report a failure and end this process."""
     shown = ""
     try:
@@ -273,7 +273,7 @@ def serve_rank(link: Link, store: Store) -> None:
         session.close()
         link.leave()
     except BaseException as error:
-        abort(link, error)
+        abort_rank(link, error)
 
 
 def end_with_parent(parent: int) -> None:
