@@ -128,9 +128,8 @@ class ConfigOrigin:
             notes.append(f"recipe {self.recipe} loads weights from {config['model']['path']}")
         setter, (name, scale) = self("sampling.negative_prompt"), find_cfg_scale(config)
         chosen = config["sampling"]["negative_prompt"] is not None and not setter.startswith("model")
-        if (
-            chosen and scale is not None and scale <= get_unguided_scale(config)
-        ):  # not an error: a sweep over the scale may include this value
+        # not an error: a sweep over the scale may include this value
+        if chosen and scale is not None and scale <= get_unguided_scale(config):
             off = f"sampling.{name}={scale} turns guidance off"
             notes.append(f"sampling.negative_prompt ({setter}) is not used: {off}")
         return notes

@@ -92,7 +92,7 @@ def check_written_files(key: str, folder: Path) -> None:
     """Raise UsageError if a file that a run writes exists in its folder and is no regular file: a pipe would block."""
     for name in WRITTEN:
         if os.path.lexists(folder / name) and (problem := find_file_problem(folder / name)):
-            raise UsageError(f"{key}={folder}: {name} in it is {problem}; choose another folder")
+            raise UsageError(f"{key}={folder}: {name} in it: {problem}; choose another folder")
 
 
 def run_with_hydra(task: Callable[[DictConfig], Any], overrides: list[str], flags: list[str]) -> None:

@@ -120,7 +120,7 @@ def test_what_a_run_writes_over(name, make, folder, capsys):
     (folder / "run" / ".hydra").mkdir(parents=True)
     make(folder / "run" / name)
     line = refusal(["sampling.num_inference_steps=2", "hydra.run.dir=run"], capsys)
-    assert line.startswith(f"hydra.run.dir=run: {name} in it is a ")
+    assert line.startswith(f"hydra.run.dir=run: {name} in it: a ")
     assert line.endswith("; choose another folder")
 
 
@@ -128,7 +128,7 @@ def test_what_a_point_of_a_sweep_writes_over(folder, capsys):
     (folder / "sweep" / "0" / ".hydra").mkdir(parents=True)
     os.mkfifo(folder / "sweep" / "0" / ".hydra" / "config.yaml")
     line = refusal(["-m", "sampling.seed=1,2", "hydra.sweep.dir=sweep"], capsys)
-    assert "0: .hydra/config.yaml in it is a pipe" in line
+    assert "0: .hydra/config.yaml in it: a pipe" in line
 
 
 @pytest.mark.parametrize(("name", "line"), [("x.txt", "#"), ("x.txt", ""), ("x.jsonl", "{}")])

@@ -345,7 +345,6 @@ def test_a_gpu_recipe_names_a_device_that_it_fits(name, monkeypatch):
     compatibility.check_compatibility(config)
     assert config["plan"]["device"] in read_devices()
     if name.endswith(("square", "dbcache", "schnell/rtx4090", "h100")):
-        monkeypatch.setattr(
-            suggest, "find_suggestions", lambda *_: [None] * 3
-        )  # the search for suggestions takes most of the time
+        # the search for suggestions takes most of the time
+        monkeypatch.setattr(suggest, "find_suggestions", lambda *_: [None] * 3)
         assert planner.make_plan(config).fits
