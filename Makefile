@@ -3,7 +3,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO := outputs/demo
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all golden matrix bench
@@ -12,8 +11,8 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/installed ## install into .venv and draw a picture with the embedded model
-	$(BIN)/python -m hydrarun hydra.run.dir=$(DEMO)
-	@echo "The picture: $$(ls -t $(DEMO)/*.png | head -n 1)"
+	folder=outputs/demo-$$(date +%Y%m%d-%H%M%S); \
+	$(BIN)/python -m hydrarun hydra.run.dir=$$folder && echo "The picture: $$(ls $$folder/*.png)"
 
 test: $(VENV)/installed-test ## lint, check types, run all tests
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ from hydrarun.core import resources
 from hydrarun.core.errors import UsageError
 from hydrarun.core.files import find_file_problem
 from hydrarun.core.flags import flag_value
+from hydrarun.outputs.run_folder import claim_run_folder
 
 CONFIG = "config"
 
@@ -66,15 +67,17 @@ def build_search_path(flags: Sequence[str]) -> Any:
     return path
 
 
-def run_job(task: Callable[[Path], Any], composed: DictConfig, loader: ConfigLoaderImpl) -> Any:
+def run_job(task: Callable[[Path], Any], composed: DictConfig, loader: ConfigLoaderImpl, resumes: bool) -> Any:
     """Create the output directory of a composed run with Hydra, and return the result of `task(directory)`.
 
-    Raises what `task` raises, and UsageError for a directory that cannot be written.
+    Nobody else draws into the directory meanwhile. `resumes`: whether the run continues what a ledger there records.
+    Raises what `task` raises, and UsageError for a directory that cannot be written or holds another run.
     """
-    check_written_files("hydra.run.dir", Path(composed.hydra.run.dir))
+    folder = Path(composed.hydra.run.dir)
+    check_written_files("hydra.run.dir", folder)
     callbacks = Callbacks(composed)
     callbacks.on_run_start(config=composed, config_name=CONFIG)
-    with translate_write_errors():
+    with claim_run_folder(folder, resumes), translate_write_errors():
         done = utils.run_job(
             lambda _: task(Path(composed.hydra.runtime.output_dir)),
             composed,

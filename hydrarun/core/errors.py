@@ -26,6 +26,10 @@ class RunError(ReportedError):
     """A run failed for a reason the user can act on (corrupt weights, NaN pictures…). Printed as is; exit code 1."""
 
 
+class WriteError(RunError):
+    """A file of a run cannot be written. The others cannot be, either, so the run ends."""
+
+
 #: the most mistakes that one error lists; the others are counted
 LISTED = 20
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from hydrarun.core.errors import WriteError
 from hydrarun.core.strict_json import CONSTANTS, read_json_object
 
 Stamp = tuple[int, int]
@@ -16,7 +17,7 @@ MAX_BYTES = 2**31  # of the run.json that the block wrote itself
 
 @contextmanager
 def record_failure(config: dict[str, Any], folder: Path) -> Iterator[None]:
-    """Write a failed run.json to `folder` if the block raises, based on the block's own or a bare record.
+    """Write run.json to `folder` if the block fails or is interrupted, based on the block's own or a bare record.
 
     `config`: plain, may be invalid. An older run.json belongs to another run and is replaced. Records the error that
     the block raises: the one that rank 0 wrote may only be its consequence.
@@ -24,8 +25,9 @@ def record_failure(config: dict[str, Any], folder: Path) -> Iterator[None]:
     before = get_file_stamp(folder / "run.json")
     try:
         yield
-    except Exception as error:
-        _write_failure(config, folder / "run.json", error, get_file_stamp(folder / "run.json") != before)
+    except (Exception, KeyboardInterrupt) as error:
+        with suppress(OSError, WriteError):  # of a full disk, which `error` says: there is nothing to write to
+            _write_failure(config, folder / "run.json", error, get_file_stamp(folder / "run.json") != before)
         raise
 
 
@@ -38,16 +40,16 @@ def get_file_stamp(file: Path) -> Stamp | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _write_failure(config: dict[str, Any], file: Path, error: Exception, own: bool) -> None:
-    from hydrarun.outputs.writer import describe_error, write_run  # imports numpy, so only on failure
+def _write_failure(config: dict[str, Any], file: Path, error: BaseException, own: bool) -> None:
+    from hydrarun.outputs.writer import describe_end, write_run  # imports numpy, so only on failure
 
     record = read_json_object(file, MAX_BYTES, CONSTANTS) if own else _build_bare_record(config)
-    said = describe_error(error)
-    if record.get("status") == "failed" and record["error"]["message"] in said["message"]:
+    end = describe_end(error)
+    if record.get("status") == end["status"] and record["error"]["message"] in end["error"]["message"]:
         return
     rest = {key: value for key, value in record.items() if key not in ("format", "status", "error")}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_run(file.parent, {"status": "failed", "error": said, **rest})
+    write_run(file.parent, {**end, **rest})
 
 
 def _build_bare_record(config: dict[str, Any]) -> dict[str, Any]:

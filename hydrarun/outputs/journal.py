@@ -11,6 +11,7 @@ from typing import Any
 from hydrarun.core.errors import UsageError
 from hydrarun.core.files import open_file
 from hydrarun.core.strict_json import CONSTANTS, parse_json
+from hydrarun.outputs.run_folder import translate_file_errors
 
 MAX_BYTES = 2**30  # of one ledger: about a million pictures
 
@@ -28,7 +29,10 @@ class Ledger:
         #: number of bytes of the file that are read into `rows`
         self._end = 0
         file.parent.mkdir(parents=True, exist_ok=True)
-        lines = self._read_new_lines() if os.path.lexists(file) else []
+        try:
+            lines = self._read_new_lines() if os.path.lexists(file) else []
+        except OSError as error:
+            raise UsageError(f"{file}: {error.strerror}; choose another folder: hydra.run.dir=…") from None
         if lines:
             found, *self.rows = [self._parse_row(number, line) for number, line in enumerate(lines, start=1)]
             self._check_identity(found, json.loads(json.dumps(identity)), rows_of)
@@ -36,8 +40,12 @@ class Ledger:
             self._end = append_row(file, identity)
 
     def refresh(self) -> None:
-        """Read the rows that another writer has appended since the last read; an incomplete last line is cut off."""
-        lines = self._read_new_lines()
+        """Read the rows that another writer has appended since the last read; an incomplete last line is cut off.
+
+        Raises WriteError if the file is gone.
+        """
+        with translate_file_errors(self.file):
+            lines = self._read_new_lines()
         self.rows += [self._parse_row(number, line) for number, line in enumerate(lines, start=len(self.rows) + 2)]
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -50,10 +58,7 @@ class Ledger:
         return self._line_error(row + 2)
 
     def _read_new_lines(self) -> list[bytes]:
-        try:
-            lines = read_whole_lines(self.file, self._end)
-        except OSError as error:
-            raise UsageError(f"{self.file}: {error.strerror}; choose another folder: hydra.run.dir=…") from None
+        lines = read_whole_lines(self.file, self._end)
         self._end += sum(len(line) + 1 for line in lines)
         return lines
 
@@ -79,12 +84,20 @@ class Ledger:
 
 
 def append_row(file: Path, row: Mapping[str, Any]) -> int:
-    """Append a row to a ledger without reading it and flush it to disk; returns the number of bytes written."""
+    """Append a row to a ledger without reading it and flush it to disk; returns the number of bytes written.
+
+    Raises WriteError, after which no part of the row is in the file.
+    """
     line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    with file.open("ab") as opened:
-        opened.write(line)
-        opened.flush()
-        os.fsync(opened.fileno())
+    with translate_file_errors(file), file.open("ab") as opened:
+        size = opened.tell()
+        try:
+            opened.write(line)
+            opened.flush()
+            os.fsync(opened.fileno())
+        except OSError:
+            opened.truncate(size)
+            raise
     return len(line)
 
 

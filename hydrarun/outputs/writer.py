@@ -21,6 +21,7 @@ from hydrarun.core.files import expand_home, resolve_path, write_atomically
 from hydrarun.core.inputs import image_paths
 from hydrarun.outputs.media import frames, kinds, mp4, png, wav
 from hydrarun.outputs.provenance import hash_config, redact_config, redact_text
+from hydrarun.outputs.run_folder import RECORD_FILE, release_reserve, translate_file_errors
 
 FORMAT = 1  # of run.json and of the metadata; incremented when a key changes its meaning
 
@@ -118,8 +119,8 @@ class OutputWriter:
         return self._write_run({"status": "complete"}, measured)
 
     def fail(self, error: BaseException, measured: dict[str, Any]) -> dict[str, Any]:
-        """Write run.json for a run that failed; outputs written so far are kept and listed."""
-        return self._write_run({"status": "failed", "error": describe_error(error)}, measured)
+        """Write run.json for a run that failed or was interrupted; outputs written so far are kept and listed."""
+        return self._write_run(describe_end(error), measured)
 
     def _write_run(self, status: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
         measured = {**measured, "timings": {**measured["timings"], "save_s": self.save_s}}
@@ -134,10 +135,13 @@ class OutputWriter:
         if form in frames.STEMS:
             stem, _ = frames.STEMS[form]
             own = ({stem: number, f"{stem}_sha256": hash_pixels(one)} for number, one in enumerate(pixels))
-            frames.write_frames(path, pixels, [self._text(record, place, timings, extra) for extra in own], form)
+            texts = [self._text(record, place, timings, extra) for extra in own]
+            with translate_file_errors(path):
+                frames.write_frames(path, pixels, texts, form)
             return {}
         data = ENCODERS[form](pixels, record, self._text(record, place, timings, {}))
-        write_atomically(path, data)
+        with translate_file_errors(path):
+            write_atomically(path, data)
         return {"sha256": hashlib.sha256(data).hexdigest()}
 
     def _text(
@@ -190,10 +194,25 @@ def format_file_name(index: int, prompt: str, seed: int, digest: str, output_for
 
 
 def write_run(run_dir: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Write run.json and return its content: `format` and `record`."""
+    """Write run.json and return its content: `format` and `record`. Raises WriteError."""
     record = {"format": FORMAT, **record}
-    write_atomically(run_dir / "run.json", json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n")
+    file, data = run_dir / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n"
+    with translate_file_errors(file):
+        try:
+            write_atomically(file, data)
+        except OSError:
+            if not release_reserve(run_dir):
+                raise
+            write_atomically(file, data)
     return record
+
+
+def describe_end(error: BaseException) -> dict[str, Any]:
+    """Return the `status` and the `error` of run.json for the error that ended a run."""
+    if isinstance(error, KeyboardInterrupt):
+        message = f"interrupted by {error}" if str(error) else "interrupted by Ctrl-C"
+        return {"status": "interrupted", "error": {"type": KeyboardInterrupt.__name__, "message": message}}
+    return {"status": "failed", "error": describe_error(error)}
 
 
 def describe_error(error: BaseException) -> dict[str, str]:

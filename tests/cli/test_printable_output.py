@@ -126,5 +126,5 @@ def test_a_dry_run_lists_a_prompt_as_one_line(capsys):
 
 def test_what_a_rank_says_of_its_failure():
     """Its lines are kept: a traceback has several."""
-    failure = RankFailure(1, 0, usage=False, may_follow=False, text=f"Traceback\n  {HOSTILE}\nrank 1: x")
+    failure = RankFailure(1, 0, "RunError", may_follow=False, text=f"Traceback\n  {HOSTILE}\nrank 1: x")
     assert str(failure.to_exception()) == f"Traceback\n  {SHOWN}\nrank 1: x"

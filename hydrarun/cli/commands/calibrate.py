@@ -22,6 +22,7 @@ from hydrarun.core.errors import UsageError
 from hydrarun.core.quoting import quote_overrides
 from hydrarun.engine.calibration.job import CalibrationJob
 from hydrarun.engine.ranks import launch
+from hydrarun.outputs.run_folder import lock_folder
 
 USAGE = """\
 usage: hydrarun calibrate cache=teacache input.prompts=FILE [KEY=VALUE ...]
@@ -60,15 +61,16 @@ def calibrate_cache(line: Arguments) -> int:
         parse_budget(own[BUDGET]) if is_mask else 1.0,
         parse_evaluations(own.get(EVALUATIONS, "200")),
     )
-    # these import torch, so they come after the checks
-    if is_mask:
-        from hydrarun.engine.calibration import mask
+    with lock_folder(job.folder):
+        # these import torch, so they come after the checks
+        if is_mask:
+            from hydrarun.engine.calibration import mask
 
-        file = mask.calibrate_mask(job)
-    else:
-        from hydrarun.engine.calibration import teacache
+            file = mask.calibrate_mask(job)
+        else:
+            from hydrarun.engine.calibration import teacache
 
-        file = teacache.calibrate_teacache(job)
+            file = teacache.calibrate_teacache(job)
     print(f"\n{file}\n{job.command(file)}")
     return 0
 

@@ -36,6 +36,7 @@ from hydrarun.outputs.media import frames, kinds
 from hydrarun.outputs.media.read import read_output
 from hydrarun.outputs.provenance import expand_home
 from hydrarun.outputs.reader import FACTS, RecordedPicture, RecordedRun, is_lossy, load_recorded_run
+from hydrarun.outputs.run_folder import claim_run_folder
 from hydrarun.outputs.writer import WHICH, hash_pixels
 
 USAGE = """\
@@ -70,7 +71,8 @@ def replay_file(line: Arguments) -> int:
         progress.note(text[:MAX_LINE])
     check_frames(recorded, config["output"]["format"])
     check_picture_indices(recorded, batches.count_items(config))
-    record = launch.run_configuration(config, output_dir)
+    with claim_run_folder(output_dir, batches.is_batch_run(config)):
+        record = launch.run_configuration(config, output_dir)
     same = [compare_picture(picture, record, output_dir) for picture in recorded.pictures]
     for text in list_differences(recorded.facts, record):
         print(make_printable(text, MAX_LINE))

@@ -14,6 +14,7 @@ import yaml
 from hydra.types import RunMode
 
 from hydrarun.cli.arguments import Arguments
+from hydrarun.config import batches
 from hydrarun.config.compose import check_composed, compose_unchecked, split_composed
 from hydrarun.config.hydra_errors import translate_errors
 from hydrarun.config.hydra_main import load_configuration, run_job, run_with_hydra, set_run_folder, set_run_mode
@@ -87,7 +88,7 @@ def run_once(overrides: list[str], flags: list[str]) -> int:
             origin.print_notes(config)
             launch.run_configuration(config, output_dir)
 
-    run_job(task, composed, loader)
+    run_job(task, composed, loader, batches.is_batch_run(config))
     return 0
 
 

@@ -22,6 +22,7 @@ from hydrarun.outputs import report
 from hydrarun.outputs.failure_record import Stamp, get_file_stamp
 from hydrarun.outputs.report import collect
 from hydrarun.outputs.report.collect import Point
+from hydrarun.outputs.run_folder import RECORD_FILE, check_run_folder, lock_folder
 
 PLACE = "hydra.sweep.dir"
 
@@ -37,20 +38,23 @@ def run_sweep(overrides: list[str], flags: list[str], fail_fast: bool) -> int:
         print(note, file=sys.stderr)
     check_objectives(sweep, fail_fast)
     for folder in sorted(path for path in sweep.folder.glob("*") if path.is_dir()):
-        check_written_files("hydra.sweep.dir", folder)
-    before = read_stamps(sweep.folder)
+        check_written_files(PLACE, folder)
     task = partial(point.run_point, targets.list_user_allowed(), fail_fast)
     words = [*sweep.overrides, *make_shared_overrides(sweep)]
     words += ["fail_fast=true"] if fail_fast and batches.is_batch_run(sweep.shared) else []
     enough = False
-    try:
-        run_with_hydra(task, words, flags)
-    except point.PointFailedError:
-        pass  # Optuna's sweeper stops after too many failures, which are printed already
-    except point.SweepStopped:
-        enough = True
-    finally:
-        ended = finish_sweep(sweep, before)
+    with lock_folder(sweep.folder, PLACE):
+        before = read_stamps(sweep.folder)
+        for folder in sorted(before):
+            check_run_folder(folder, resumes_batches(sweep), PLACE)
+        try:
+            run_with_hydra(task, words, flags)
+        except point.PointFailedError:
+            pass  # Optuna's sweeper stops after too many failures, which are printed already
+        except point.SweepStopped:
+            enough = True
+        finally:
+            ended = finish_sweep(sweep, before)
     return max([0 if enough else check_missing_points(sweep, ended), *map(get_point_code, ended)])
 
 
@@ -61,6 +65,12 @@ def choose_sweep_dir(overrides: Sequence[str]) -> list[str]:
         return []
     digest = hashlib.sha256(json.dumps(sorted(overrides)).encode(errors="surrogatepass")).hexdigest()[:8]
     return [f"{PLACE}=outputs/prompts-{digest}-sweep"]
+
+
+def resumes_batches(sweep: Sweep) -> bool:
+    """Return whether points may be batches, which continue what their folders hold."""
+    swept = order.list_swept_keys(sweep.overrides)
+    return batches.is_batch_run(sweep.shared) or bool({"input.prompts", "batch_size"} & {*swept})
 
 
 def finish_sweep(sweep: Sweep, before: dict[Path, Stamp | None]) -> list[Point]:
@@ -156,4 +166,4 @@ def make_shared_overrides(sweep: Sweep) -> list[str]:
 
 def read_stamps(folder: Path) -> dict[Path, Stamp | None]:
     """Return the folders of the points, with the file stamps of their records."""
-    return {place: get_file_stamp(place / collect.RECORD) for place in collect.find_run_folders(folder)}
+    return {place: get_file_stamp(place / RECORD_FILE) for place in collect.find_run_folders(folder)}

@@ -14,12 +14,13 @@ from omegaconf import DictConfig
 
 from hydrarun.cli.sweep.objectives import read_objectives
 from hydrarun.cli.sweep.space import BASIC
-from hydrarun.config import targets
+from hydrarun.config import batches, targets
 from hydrarun.config.compose import check_composed, split_composed, to_plain_config
 from hydrarun.core.errors import RunError, report_error
 from hydrarun.core.printable import make_printable
 from hydrarun.engine.ranks import launch
 from hydrarun.outputs.failure_record import record_failure
+from hydrarun.outputs.run_folder import claim_run_folder
 
 
 class PointFailedError(RunError):
@@ -58,7 +59,8 @@ def run_composed(composed: DictConfig) -> dict[str, Any]:
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
     print(make_printable(f"[{settings.job.num}] {' '.join(settings.overrides.task)}"), file=sys.stderr)
-    with record_failure(to_plain_config(composed), folder):
+    plain = to_plain_config(composed)
+    with claim_run_folder(folder, batches.is_batch_run(plain), "hydra.sweep.dir"), record_failure(plain, folder):
         config, origin = split_composed(composed, settings)
         config = check_composed(config, origin)
         origin.print_notes(config)

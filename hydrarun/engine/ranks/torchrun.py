@@ -14,12 +14,14 @@ import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydrarun.core.distributed.rank import rank_info
+from hydrarun.core.errors import RunError
+from hydrarun.core.interruption import Interrupted
 from hydrarun.engine.ranks import worker
 from hydrarun.engine.ranks.failure import RankFailure, describe_failure
-from hydrarun.engine.ranks.local_group import FAREWELL, GRACE
+from hydrarun.engine.ranks.local_group import FAREWELL, GRACE, POLL
 from hydrarun.outputs.failure_record import record_failure
 
 if TYPE_CHECKING:
@@ -116,7 +118,7 @@ class TorchrunLink:
         failures.append(own)
         if lost and all(failure.may_follow for failure in failures):
             text = f"rank {lost[0]} ended without a message: torchrun reports its exit code"
-            return RankFailure(lost[0], 0, usage=False, may_follow=False, text=text)
+            return RankFailure(lost[0], 0, RunError.__name__, may_follow=False, text=text)
         return min(failures, key=lambda failure: failure.order)
 
     def receive_last_messages(self, seconds: float) -> tuple[list[RankFailure], list[int]]:
@@ -148,7 +150,9 @@ class TorchrunExecutor:
         self.store = open_store()
         self.link = TorchrunLink(self.store)
         self.session: worker.RankSession | None = None
-        signal.signal(signal.SIGTERM, delay_exit)
+        #: whether torchrun has sent SIGTERM: a rank has failed, or somebody ends torchrun itself
+        self.terminated = False
+        signal.signal(signal.SIGTERM, self._interrupt_later)
 
     def run_job(self, action: str, config: dict[str, Any], arguments: dict[str, Any]) -> Any:
         """Run a job on all ranks and return this rank's result. Records a failed run before the process ends."""
@@ -158,12 +162,34 @@ class TorchrunExecutor:
             with record_job_failure(action, config, arguments):
                 try:
                     return self._run_part(job)
-                except Exception as error:
-                    first = self.link.find_first_failure(error)
+                except (Exception, Interrupted) as error:
+                    first = self._find_cause(error)
                     shown = "" if first.rank > 0 and first.order == 1 else first.text  # that rank has printed it
                     raise first.to_exception() from error
         except BaseException as error:
             worker.end_process(error, shown)
+
+    def _find_cause(self, error: BaseException) -> RankFailure:
+        """Return the failure that ends all ranks. Raises Interrupted if there is none: a signal has ended them."""
+        interrupted = isinstance(error, Interrupted)
+        if not (interrupted or self.terminated):
+            return self.link.find_first_failure(error)
+        failures, _ = self.link.receive_last_messages(POLL if interrupted else GRACE)
+        own = None if interrupted else self.link.describe(error)
+        if own and not own.may_follow:
+            failures.append(own)
+        if not failures:
+            raise error if interrupted else Interrupted(signal.SIGTERM)
+        return min(failures, key=lambda failure: failure.order)
+
+    def _interrupt_later(self, *_: Any) -> None:
+        """Handle SIGTERM: leave `GRACE` seconds to hear of the failure for which torchrun ends the ranks, if any."""
+        self.terminated = True
+        signal.signal(signal.SIGALRM, interrupt_now)
+        signal.setitimer(signal.ITIMER_REAL, GRACE)
+        end = threading.Timer(3 * GRACE, os._exit, [128 + signal.SIGTERM])
+        end.daemon = True
+        end.start()
 
     def _run_part(self, job: dict[str, Any]) -> Any:
         """Send the job to the other ranks and run this rank's part."""
@@ -194,8 +220,6 @@ def record_job_failure(action: str, config: dict[str, Any], arguments: dict[str,
     return nullcontext()
 
 
-def delay_exit(*_: Any) -> None:
-    """Delay the exit on SIGTERM, so that rank 0 can record the failure when torchrun ends the other ranks."""
-    end = threading.Timer(GRACE, os._exit, [128 + signal.SIGTERM])
-    end.daemon = True
-    end.start()
+def interrupt_now(*_: Any) -> NoReturn:
+    """Interrupt this process as SIGTERM does elsewhere."""
+    raise Interrupted(signal.SIGTERM)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from hydrarun.config import targets
 from hydrarun.core.distributed.rank import RankInfo, rank_info, threads_per_rank
 from hydrarun.core.errors import UsageError
+from hydrarun.core.interruption import get_interruption_code
 from hydrarun.core.printable import printable_output
 from hydrarun.engine.ranks.failure import RankFailure, describe_failure
 from hydrarun.engine.ranks.messages import receive_message, send_message
@@ -259,7 +260,9 @@ def end_process(error: BaseException, shown: str) -> NoReturn:
             print(shown, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, UsageError) else 1)
+    if isinstance(error, KeyboardInterrupt):
+        os._exit(get_interruption_code(error))
+    os._exit(2 if isinstance(error, UsageError) else 1)
 
 
 def serve_rank(link: Link, store: Store) -> None:

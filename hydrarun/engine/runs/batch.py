@@ -5,23 +5,19 @@ The ledger records which pictures exist. The same command continues from it, how
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from hydrarun.config import batches
 from hydrarun.config.batches import BatchJob, Config, PendingBatch
-from hydrarun.core.errors import RunError, UsageError
-from hydrarun.core.files import open_lock
+from hydrarun.core.errors import RunError, UsageError, WriteError
 from hydrarun.core.progress import Progress
 from hydrarun.engine.runs.batch_ledger import BatchLedger
 from hydrarun.outputs.writer import current_timestamp, write_run
-
-LOCK_FILE = ".lock"
 
 #: temporary names of pictures, videos and run.json
 HALF_WRITTEN = (".[0-9][0-9][0-9][0-9]*-*.tmp", ".run.json.*.tmp")
@@ -31,19 +27,22 @@ DoJob = Callable[[dict[str, Any]], Any]
 
 
 def run_batches(config: Config, folder: Path, do_job: DoJob) -> dict[str, Any]:
-    """Draw every picture that is not in `folder` yet; return the content of run.json.
+    """Draw every picture that is not in `folder` yet; return the content of run.json. The caller has locked `folder`.
 
     Raises RunError at the end if any picture failed. Stops at once and raises the error of `do_job` if it fails before
     any batch starts, or with a UsageError, which other batches would probably raise too.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with lock_folder(folder):
-        remove_half_written(folder)
-        plan = BatchPlan(config, folder, Progress())
-        created = current_timestamp()
+    remove_half_written(folder)
+    plan = BatchPlan(config, folder, Progress())
+    created = current_timestamp()
+    try:
         with recording_failures(lambda: plan, created):
             plan.draw_all(do_job)
         record = write_run(folder, plan.summarize(created, None))
+    except WriteError as error:
+        saved = f"{len(plan.find_done())} of {len(plan.items)} are saved"
+        raise WriteError(f"{error}; {saved}. Run the same command again to draw the others: {folder}") from None
     plan.progress.table(record, folder)
     if record["status"] == "failed":
         said = record["error"]["message"].split("\n")
@@ -62,7 +61,8 @@ def recording_failures(open_plan: Callable[[], BatchPlan], created: str) -> Iter
     except BaseException as error:
         plan = open_plan()
         if plan.ledger.select_rows("begun"):
-            write_run(plan.folder, plan.summarize(created, error))
+            with suppress(WriteError):  # the disk is full, which `error` says, or will: the ledger has everything
+                write_run(plan.folder, plan.summarize(created, error))
         raise
 
 
@@ -119,7 +119,7 @@ class BatchPlan:
             try:
                 self.send_job(do_job, pending)
                 break
-            except OSError:
+            except (OSError, WriteError):
                 raise
             except Exception as error:
                 number = self.find_last_begun(row_count)
@@ -177,21 +177,6 @@ class BatchPlan:
     def summarize(self, created: str, stopped: BaseException | None) -> dict[str, Any]:
         """Return the content of run.json so far. `stopped`: the error that ended the run early."""
         return self.ledger.summarize(self.items, self.find_done(), created, stopped)
-
-
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other processes from drawing into `folder` while the block runs. Raises UsageError if another one draws."""
-    try:
-        file = open_lock(folder / LOCK_FILE)
-    except OSError as error:
-        raise UsageError(f"{folder / LOCK_FILE}: {error.strerror}; choose another folder: hydra.run.dir=…") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"{folder}: another process is drawing into it; wait for it, or hydra.run.dir=…") from None
-        yield
 
 
 def remove_half_written(folder: Path) -> None:

@@ -17,12 +17,19 @@ from hydrarun.config.batches import BatchItem, Config, derive_batch_config
 from hydrarun.config.checks.report import PAIRED
 from hydrarun.core.errors import UsageError
 from hydrarun.core.files import compute_sha256
+from hydrarun.engine.runs.ledger_rows import is_ledger_row
 from hydrarun.outputs.journal import Ledger
 from hydrarun.outputs.media.read import read_output
 from hydrarun.outputs.provenance import hash_config
-from hydrarun.outputs.writer import FORMAT, describe_error, format_file_name, hash_pixels, to_recorded_config
-
-LEDGER_FILE = "ledger.jsonl"
+from hydrarun.outputs.run_folder import LEDGER_FILE
+from hydrarun.outputs.writer import (
+    FORMAT,
+    describe_end,
+    describe_error,
+    format_file_name,
+    hash_pixels,
+    to_recorded_config,
+)
 
 
 class BatchLedger:
@@ -37,6 +44,8 @@ class BatchLedger:
         digest = hash_config(to_recorded_config({**config, "sampling": sampling, "input": given}))
         self.ledger = Ledger(folder / LEDGER_FILE, {"format": FORMAT, "config": digest}, "pictures")
 
+        self._check_rows(0)
+
     @property
     def row_count(self) -> int:
         """Number of rows read or added so far."""
@@ -44,7 +53,15 @@ class BatchLedger:
 
     def refresh(self) -> None:
         """Read the rows that a rank has appended since the last read."""
+        known = self.row_count
         self.ledger.refresh()
+        self._check_rows(known)
+
+    def _check_rows(self, start: int) -> None:
+        """Raise UsageError for a row, from row `start` on, that no version of hydrarun has written."""
+        for number, row in enumerate(self.ledger.rows[start:], start):
+            if not is_ledger_row(row):
+                raise self.ledger.damage_error(number)
 
     def select_rows(self, kind: str, start: int = 0) -> list[Any]:
         """Return the contents of the rows of one kind, from row `start` on."""
@@ -129,16 +146,10 @@ class BatchLedger:
             for item in items
             if item.index not in done
         ]
-        complete = not failed and stopped is None
         facts = begun[-1]["facts"] if begun else {}
         recorded_config = to_recorded_config(self.config)
         return {
-            "status": "complete" if complete else "failed",
-            **(
-                {}
-                if complete
-                else {"error": describe_error(stopped) if stopped else count_failures(failed, len(items))}
-            ),
+            **describe_status(stopped, failed, len(items)),
             "created": created,
             "config_hash": hash_config(recorded_config),
             "outputs": outputs,
@@ -156,10 +167,15 @@ def describe_failure(indices: Sequence[int], error: BaseException) -> dict[str, 
     return {"indices": list(indices), "error": describe_error(error)}
 
 
-def count_failures(failed: Sequence[Mapping[str, Any]], count: int) -> dict[str, str]:
-    """Return the error for run.json of a run in which some pictures failed."""
+def describe_status(stopped: BaseException | None, failed: Sequence[Mapping[str, Any]], count: int) -> dict[str, Any]:
+    """Return the `status` of run.json, with the `error` that ended the run early, or that of pictures that failed."""
+    if stopped:
+        return describe_end(stopped)
+    if not failed:
+        return {"status": "complete"}
     first = next((one["error"]["message"] for one in failed if one["error"]), "not drawn")
-    return {"type": "RunError", "message": f"{len(failed)} of {count} failed; the first: {first}"}
+    message = f"{len(failed)} of {count} failed; the first: {first}"
+    return {"status": "failed", "error": {"type": "RunError", "message": message}}
 
 
 def list_distinct_images(images: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,15 +13,16 @@ from torch.utils._pytree import tree_map
 from hydrarun.config.batches import BatchJob, Config, PendingBatch, derive_batch_config
 from hydrarun.core.device import HOST
 from hydrarun.core.distributed.rank import rank_info
-from hydrarun.core.errors import RunError
+from hydrarun.core.errors import RunError, WriteError
 from hydrarun.core.timing import Timings
 from hydrarun.engine.runner import Runner, make_pictures
-from hydrarun.engine.runs.batch_ledger import LEDGER_FILE, describe_failure
+from hydrarun.engine.runs.batch_ledger import describe_failure
 from hydrarun.engine.runs.quality import follow_measuring, measure_quality
 from hydrarun.engine.runs.single import add_quality, describe_image
 from hydrarun.outputs.journal import append_row
 from hydrarun.outputs.media.images import InputImage
 from hydrarun.outputs.provenance import redact_config
+from hydrarun.outputs.run_folder import LEDGER_FILE
 from hydrarun.outputs.writer import OutputWriter, Picture
 from hydrarun.pipeline.stage import Stage
 from hydrarun.pipeline.state import State
@@ -175,6 +176,8 @@ class BatchWriter:
                 continue
             try:
                 self.add_row("done", writer.save(**vars(picture), timings=timings))
+            except WriteError:
+                raise
             except RunError as error:
                 self.add_row("failed", describe_failure([item.index], error))
                 self.runner.progress.note(str(error))

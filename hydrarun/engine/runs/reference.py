@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hydrarun.config.schema import Report
-from hydrarun.core.errors import RunError, UsageError
+from hydrarun.core.errors import RunError, UsageError, WriteError
 from hydrarun.core.files import resolve_path
 from hydrarun.core.resources import read_options
 from hydrarun.core.strict_json import CONSTANTS, read_json
@@ -93,6 +93,8 @@ def save_reference(
                 writer.save(**vars(picture), timings=results["timings"])
             writer.finish(results)
             _replace_folder(new, place, Path(temporary, "old"))
+    except WriteError as error:
+        raise RunError(f"the reference run cannot be kept: {error}; choose another folder: report.twins=…") from None
     except RunError as error:
         raise RunError(*f"the reference run: {error}".split("\n")) from None
     except OSError as error:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hydrarun.core.errors import RunError
+from hydrarun.core.errors import RunError, WriteError
 from hydrarun.core.timing import Timings
 from hydrarun.engine.runner import Runner, make_pictures
 from hydrarun.engine.runs.quality import MeasuredQuality, follow_measuring, measure_quality
@@ -33,7 +34,8 @@ def run_single(runner: Runner, config: dict[str, Any], output_dir: Path) -> dict
             for index, record in enumerate(writer.outputs):
                 record.update(measured.of_output(index))
     except BaseException as error:  # Ctrl-C and a full disk too: keep what was written, and record it in run.json
-        writer.fail(error, results or runner.collect_results(timings, start))
+        with suppress(WriteError):
+            writer.fail(error, results or runner.collect_results(timings, start))
         raise
     record = writer.finish(results)
     runner.progress.table(record, output_dir)
@@ -51,12 +53,14 @@ def follow_single(runner: Runner, config: dict[str, Any]) -> None:
 
 
 def save_pictures(runner: Runner, drawn: list[Picture], writer: OutputWriter, timings: dict[str, Any]) -> None:
-    """Write every picture that can be written, then raise the first error."""
+    """Write every picture that can be written, then raise the first error. A full disk ends it at once."""
     refused: list[RunError] = []
     with runner.progress.phase("saving", total=len(drawn)) as advance:
         for picture in drawn:
             try:
                 writer.save(**vars(picture), timings=timings)
+            except WriteError as error:
+                raise WriteError(f"{error}; {len(writer.outputs)} of {len(drawn)} are saved") from None
             except RunError as error:
                 refused.append(error)
             advance()

@@ -15,13 +15,14 @@ from hydrarun.core.files import read_file
 from hydrarun.core.moved_names import use_current_names
 from hydrarun.core.strict_json import CONSTANTS, read_json
 from hydrarun.core.strict_yaml import parse_yaml
+from hydrarun.outputs.run_folder import RECORD_FILE
 
 FORMAT = 1  # of the run.json files that this module reads
 
 MAX_BYTES = 64 * 2**20  # of one run.json
 MAX_OVERRIDES = 2**20  # bytes of one record of a command line
 
-RECORD, OVERRIDES = "run.json", ".hydra/overrides.yaml"
+OVERRIDES = ".hydra/overrides.yaml"
 
 MOST = 1e300  # numbers this large are treated as missing
 
@@ -71,14 +72,14 @@ def collect_points(folder: Path) -> list[Point]:
         raise UsageError(f"report: {folder}: no such folder")
     points = [read_point(folder, place) for place in find_run_folders(folder)]
     if not points:
-        raise UsageError(f"report: {folder}: no run in it or below it (a run is a folder with {RECORD})")
+        raise UsageError(f"report: {folder}: no run in it or below it (a run is a folder with {RECORD_FILE})")
     return sorted(points, key=lambda found: natural_sort_key(found.name))
 
 
 def find_run_folders(folder: Path) -> Iterator[Path]:
     """Yield every run folder; does not search inside run folders."""
     for place, folders, files in os.walk(folder):
-        if RECORD in files or os.path.isfile(os.path.join(place, OVERRIDES)):
+        if RECORD_FILE in files or os.path.isfile(os.path.join(place, OVERRIDES)):
             folders.clear()
             yield Path(place)
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -92,7 +93,7 @@ def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
 
 def read_point(root: Path, folder: Path) -> Point:
     """Read the point in `folder`, also if run.json is missing or damaged."""
-    record, error = read_record(folder / RECORD)
+    record, error = read_record(folder / RECORD_FILE)
     status = "complete" if get_value(record, "status", kind=str) == "complete" else "failed"
     if not record:
         status = "unfinished" if error == UNFINISHED else "damaged"
@@ -109,13 +110,13 @@ def read_record(file: Path) -> tuple[dict[str, Any], str | None]:
     except FileNotFoundError:
         return {}, UNFINISHED
     except OSError as error:
-        return {}, f"{RECORD}: {error.strerror}"
+        return {}, f"{RECORD_FILE}: {error.strerror}"
     except ValueError as error:
-        return {}, f"{RECORD} is damaged: not a JSON file: {error}"
+        return {}, f"{RECORD_FILE} is damaged: not a JSON file: {error}"
     if not isinstance(record, dict) or "outputs" not in record:
-        return {}, f"{RECORD} is damaged: not the record of a run"
+        return {}, f"{RECORD_FILE} is damaged: not the record of a run"
     if record.get("format") != FORMAT:
-        return {}, f"{RECORD}: its format is {record.get('format')!r}; this version of hydrarun reads {FORMAT}"
+        return {}, f"{RECORD_FILE}: its format is {record.get('format')!r}; this version of hydrarun reads {FORMAT}"
     return record, None
 
 
@@ -141,7 +142,7 @@ def _read_output(entry: dict[str, Any]) -> Output:
     if path is None:
         error = error or "not made"
     elif Path(path).name != path or path in ("", "..") or "\0" in path:
-        path, error = None, f"{path!r} is not the name of a file next to {RECORD}"
+        path, error = None, f"{path!r} is not the name of a file next to {RECORD_FILE}"
     quality = get_value(entry, "quality", kind=dict) or {}
     numbers = {name: value for name in quality if (value := get_number(quality, name)) is not None}
     return Output(

@@ -14,7 +14,8 @@ from hydra.errors import HydraException
 
 from hydrarun.core.quoting import PATHS_KEY, TEXT_KEYS, quote_overrides
 from hydrarun.outputs.provenance import redact_text
-from hydrarun.outputs.report.collect import RECORD, Point
+from hydrarun.outputs.report.collect import Point
+from hydrarun.outputs.run_folder import RECORD_FILE
 
 
 def format_command(point: Point) -> str | None:
@@ -22,7 +23,7 @@ def format_command(point: Point) -> str | None:
     if point.overrides is not None:
         return shlex.join(["hydrarun", *map(requote_override, point.overrides)])
     if point.record:
-        return shlex.join(["hydrarun", "replay", RECORD if point.name == "." else f"{point.name}/{RECORD}"])
+        return shlex.join(["hydrarun", "replay", RECORD_FILE if point.name == "." else f"{point.name}/{RECORD_FILE}"])
     return None
 
 
