@@ -22,7 +22,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def get_interruption_code(error: KeyboardInterrupt) -> int:
-    """Return the exit code of a shell's command that a signal ended: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+    """Return the exit code, as in a shell: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
     return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
 
 

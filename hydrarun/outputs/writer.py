@@ -88,7 +88,7 @@ class OutputWriter:
         start = time.perf_counter()
         position = self.drawn
         self.drawn += 1  # a refused picture keeps its index: replay finds the others by their index
-        _refuse_constant(pixels, prompt, seed)
+        _refuse_constant(pixels, prompt, seed, self.facts)
         output = self.config["output"]
         texts = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
         index, digest = position, self.config_hash
@@ -271,15 +271,20 @@ def hash_pixels(pixels: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
-def _refuse_constant(pixels: np.ndarray, prompt: str, seed: int) -> None:
+def _refuse_constant(pixels: np.ndarray, prompt: str, seed: int, facts: Mapping[str, Any]) -> None:
     kind = kinds.find_array_kind(pixels)
     nothing = kind.monotone(pixels)
     if nothing is None:
         return
+    wider = {"float16": "dtype=bfloat16 or dtype=float32", "bfloat16": "dtype=float32"}.get(facts["dtype"])
+    causes = [
+        *([f"overflow of {facts['dtype']} (try {wider})"] if wider else []),
+        *(["a fault in the attention backend (try attention=sdpa)"] if facts["attention"] != "sdpa" else []),
+        "weights that do not belong to this model (see model.path)",
+    ]
     raise RunError(
         f"the {kind.one} for seed {seed} ({prompt[:60]!r}) is all {nothing}; nothing was written for it."
-        " Likely causes: overflow (try dtype=bfloat16 or dtype=float32 instead of float16), a fault in the"
-        " attention backend (try attention=sdpa), or weights that do not belong to this model (see model.path)."
+        f" Likely cause{'' if len(causes) == 1 else 's'}: {', or '.join(causes)}."
     )
 
 

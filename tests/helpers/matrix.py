@@ -155,7 +155,8 @@ def refusal(name: str, column: Column) -> str | None:
     for rule in compatibility.find_violations(column.config(name)):
         sentence = rule.sentence.replace("another model than {model}", "another model")
         sentence = sentence.replace("model {model}", "the model").replace("{steps}", str(column.steps(name)))
-        return f"{sentence[0].upper()}{sentence[1:]}. Use {rule.fix.replace('{model}', 'MODEL')}."
+        fixes = ", or ".join(rule.list_fixes(column.config(name))).replace(f"model={name}", "model=MODEL")
+        return f"{sentence[0].upper()}{sentence[1:]}. Use {fixes}."
     return None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from hydrarun.cli.arguments import Arguments
 from hydrarun.config import prompts as prompt_files
 from hydrarun.config import targets
-from hydrarun.config.checks import compatibility
+from hydrarun.config.checks import questions
 from hydrarun.config.compose import ConfigOrigin, check_composed, compose_unchecked
 from hydrarun.core.distributed.degrees import world_size
 from hydrarun.core.errors import UsageError
@@ -90,8 +90,8 @@ def split_settings(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 def check_cache(config: dict[str, Any], own: dict[str, str]) -> bool:
     """Return True for a mask, False for TeaCache. Raises UsageError for other caches, or settings of the other one."""
-    is_mask = compatibility.uses_gate(config, "Mask")
-    if not (is_mask or compatibility.uses_gate(config, "TeaCache")):
+    is_mask = questions.uses_gate(config, "Mask")
+    if not (is_mask or questions.uses_gate(config, "TeaCache")):
         raise UsageError(
             "calibrate: choose cache=teacache, whose polynomial it fits, or cache=mask, whose steps it searches"
         )

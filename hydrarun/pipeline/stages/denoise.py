@@ -69,8 +69,8 @@ class Denoise(Stage):
         parts.cache.end()
         if not state.latents.isfinite().all():
             raise RunError(
-                f"the latents are NaN or infinite after {len(run)} steps: the weights are damaged, or"
-                f" {str(parts.dtype).removeprefix('torch.')} is too narrow for this model; try dtype=float32"
+                f"the latents are NaN or infinite after {len(run)} steps: the weights are damaged"
+                f"{suggest_wider_dtype(parts.dtype)}"
             )
 
     def predict(
@@ -117,6 +117,12 @@ def find_branches(state: State, parts: Components, step: Step) -> tuple[str, ...
 def find_step_kind(state: State, parts: Components, step: Step) -> tuple[str, tuple[str, ...]]:
     """Return the expert and the predictions of a step: steps with equal ones do the same work."""
     return step.expert, find_branches(state, parts, step)
+
+
+def suggest_wider_dtype(dtype: torch.dtype) -> str:
+    """Return `, or bfloat16 is too narrow …`; "" for float32, the widest."""
+    name = str(dtype).removeprefix("torch.")
+    return "" if dtype is torch.float32 else f", or {name} is too narrow for this model; try dtype=float32"
 
 
 def make_schedule(timesteps: Tensor, experts: Experts) -> tuple[Step, ...]:
