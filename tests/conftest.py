@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from hydrarun.cli.commands import list as listing
-from tests.helpers import fakeacc, ranks, subjects, tiny
+from tests.helpers import fakeacc, ranks, scheduling, subjects, tiny
 
 torch.set_num_threads(1)  # these models are too small for more
 
@@ -29,12 +29,15 @@ def pytest_addoption(parser) -> None:
     parser.addoption("--write-matrix", action="store_true", help="write the results to docs/matrix.md")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
+def pytest_collection_modifyitems(items) -> None:
+    scheduling.mark_others_full(items)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Send the tests of one model to one worker, under `--dist loadscope`."""
-    from tests.helpers.scheduling import ModelScheduling
-
-    return ModelScheduling(config, log) if config.getvalue("dist") == "loadscope" else None
+    return scheduling.ModelScheduling(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 @pytest.fixture(scope="session")

@@ -16,14 +16,14 @@ from hydrarun.core import resources
 from hydrarun.core.errors import UsageError
 from tests.helpers import matrix
 from tests.helpers.matrix import Column, Found
-from tests.helpers.subjects import CONFIGS, MODELS, SORTS, VARIANTS
+from tests.helpers.subjects import CONFIGS, FAMILIES, MODELS
 
 
 def is_short(name: str, column: Column) -> bool:
-    """Whether `make test` runs the cell: all columns for one model of each sort, for the other families one column of
-    each group in rotation. `make test-all` runs the other cells."""
+    """Whether `make test` runs the cell: for each family one column of each group, in rotation, so that each column is
+    run for some family. `make test-all` runs the other cells."""
     group = [one for one in matrix.columns() if one.group == column.group]
-    return name in SORTS or (name not in VARIANTS and group.index(column) == MODELS.index(name) % len(group))
+    return name in FAMILIES and group.index(column) == FAMILIES.index(name) % len(group)
 
 
 CELLS = [(name, column) for name in MODELS for column in matrix.columns()]

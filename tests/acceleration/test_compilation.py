@@ -53,6 +53,7 @@ def plain(subject, **request):
             vars(transformer).update(pieces)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("subject", subjects.SORTS, indirect=True)
 def test_the_whole_transformer_is_one_graph(traced):
     """One graph for both branches, whose prompts are equally long here, both experts and all steps."""
@@ -65,6 +66,7 @@ def test_the_whole_transformer_is_one_graph(traced):
     assert not counters["graph_break"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("subject", ["flux_dev", "qwen_image_edit_plus", "wan22_ti2v_5b"], indirect=True)
 def test_a_cache_that_looks_between_the_blocks_has_graphs_between_its_looks(traced):
     """The first block, the other blocks, and the parts before and after: no more graphs, whatever is skipped."""

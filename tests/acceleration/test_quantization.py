@@ -275,6 +275,7 @@ def latents_on_a_rank(name: str, folder: Path, chosen: dict[str, int], fields: d
     return latents(runner, **fields).numpy()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("layout", ["cfg", "ulysses", "ring", "data"])
 @pytest.mark.parametrize("subject", ["qwen_image"], indirect=True)
 def test_ranks_compute_the_same(pool, subject, layout):

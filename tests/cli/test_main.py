@@ -147,6 +147,7 @@ def test_an_impossible_sweep_is_refused_before_its_first_point(runs, capsys):
     assert not runs
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("error", "code", "shown", "traceback"),
     [

@@ -51,6 +51,7 @@ def model(tmp_path, text: str) -> str:
     return f"hydra.searchpath=[file://{tmp_path}]"
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("section", OWN)
 def test_a_models_own_value_wins_over_the_default(section, tmp_path):
     key, value = OWN[section]
@@ -62,6 +63,7 @@ def test_a_models_own_value_wins_over_the_default(section, tmp_path):
     assert (usual if key is None else usual[key]) != value
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("group", CHOSEN)
 def test_a_model_chooses_options_and_the_user_others(group, tmp_path):
     where = model(tmp_path, f"defaults: [demo, override /{group}: {CHOSEN[group]}, _self_]\n")

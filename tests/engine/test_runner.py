@@ -32,6 +32,7 @@ def test_compiled_blocks_equal_plain_ones(tiny_folder, tiny_runner):
     assert not counters["graph_break"]
 
 
+@pytest.mark.full
 def test_flex_attention_equals_the_default(tiny_folder, tiny_runner):
     prompts = ["a", "a much longer prompt"]
     flex = tiny.runner(tiny_folder, "attention=flex")

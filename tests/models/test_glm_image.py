@@ -243,6 +243,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
 }
 
 
+@pytest.mark.sample(3)
 @only
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_prefix_is_shared_by_ranks(subject, layout, pool, edited):
@@ -297,6 +298,7 @@ def test_weights_that_are_held_otherwise(subject, edited, option):
         assert len(runner.built.parts.tables["transformer"].made_of) == 4 + IMAGES
 
 
+@pytest.mark.sample(1)
 @only
 @pytest.mark.parametrize("whole", [False, True], ids=["blocks", "full"])
 def test_compiled_edits(subject, edited, whole):

@@ -60,6 +60,7 @@ def drawn():
     return draw
 
 
+@pytest.mark.sample(60)
 @pytest.mark.parametrize(("subject", "case"), EVERY_CASE, indirect=["subject"])
 def test_equals_diffusers(subject, case, drawn):
     state = drawn(subject, case)
@@ -70,6 +71,7 @@ def test_equals_diffusers(subject, case, drawn):
     assert apart(wanted, state.frames) <= 1
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("subject", FAMILIES, indirect=True)
 def test_cases_can_fail(subject, drawn):
     """Each case's settings change the latents far beyond the tolerance, so the comparison can detect them."""
@@ -82,6 +84,7 @@ def test_cases_can_fail(subject, drawn):
     assert plain.latents.abs().mean() < 10  # not so large that the absolute tolerance is meaningless
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("subject", FAMILIES, indirect=True)
 def test_several_images_of_several_prompts_equal_singles(subject):
     """diffusers repeats the padding masks in the wrong order here, so singles are the reference."""
@@ -93,6 +96,7 @@ def test_several_images_of_several_prompts_equal_singles(subject):
         assert apart(single.frames[0], batch.frames[index]) <= 1
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("subject", FAMILIES, indirect=True)
 def test_half_precision_follows_the_reference(subject):
     """bfloat16 keeps 8 bits: the same operations in the same precision stay close to diffusers' own bfloat16 run."""

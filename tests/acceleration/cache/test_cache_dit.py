@@ -44,6 +44,7 @@ def check_computed(subject, computed: set[int], steps: int, **arguments) -> None
     assert found["blocks"]["all"] == 2 * steps * depth
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("subject", SORTS, indirect=True)
 @pytest.mark.parametrize("prune", [False, True])
 def test_a_threshold_of_zero_is_the_plain_run(subject, prune):

@@ -22,6 +22,7 @@ def fresh_pipeline(subject):
     return pipeline
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("subject", ["demo"], indirect=True)
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ def unequal(subject) -> dict:
     }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("subject", list(THRESHOLDS), indirect=True)
 @pytest.mark.parametrize(("layout", "prune"), CASES)
 def test_ranks_decide_as_one_process(subject, layout, prune, pool):

@@ -72,6 +72,7 @@ def runs(monkeypatch) -> list[tuple[str, str, int]]:
     return seen
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("subject", FAMILIES, indirect=True)
 def test_nothing_skipped_is_the_plain_run_to_the_bit(subject, plains):
     want = plain(subject, plains)
@@ -100,6 +101,7 @@ def test_a_mask_computes_exactly_its_steps(subject, plains, runs):
     assert (latents - want).abs().max() > 1e-3
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("subject", SORTS, indirect=True)
 def test_a_run_knows_nothing_of_the_one_before(subject):
     """Two prompts in a row give bit-identical results to fresh runs; the measuring gates skip some steps."""
@@ -126,6 +128,7 @@ def test_a_batch_is_its_items(subject, plains):
         assert (batch[index : index + 1] - alone).abs().max() <= 1e-4 * large  # as without a cache: other matrix shapes
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("subject", ["qwen_image", "flux_dev", "wan22_t2v_a14b"], indirect=True)
 def test_gates_skip_more_as_the_threshold_rises(subject):
     for name in ("teacache", "first_block"):

@@ -72,6 +72,7 @@ def skipped(record) -> int:
     return sum(len(expert["positive"]["skipped"]) for expert in record["steps"].values())
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("subject", MODELS, indirect=True)
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_ranks_decide_as_one_and_draw_the_same(subject, name, layout, pool, alone):

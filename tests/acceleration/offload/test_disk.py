@@ -43,6 +43,7 @@ class Reading:
         return tensor
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("subject", SORTS, indirect=True)
 def test_blocks_come_from_their_files(subject, monkeypatch):
     """On the CPU: the plain run's latents, and never more than two blocks' weights alive."""

@@ -38,6 +38,7 @@ def expected(runner: Runner, expert: str) -> int:
 # --- from the host ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("subject", SORTS, indirect=True)
 def test_of_the_blocks_only_those_in_turn_are_on_the_device(deep, fake):
     """In each step the weights' bytes are exactly those of the formula, and activations' those of the plain run."""
@@ -196,6 +197,7 @@ def by_hand(runner: Runner, resident: int = 0) -> Runner:
     return runner
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("option", ["int8_weight_only", "fp8_weight_only", "int8"])
 @pytest.mark.parametrize("subject", ["flux_dev"], indirect=True)
 def test_quantized_blocks_are_copied_quantized(deep, option):
@@ -264,6 +266,7 @@ def draw_in_turn(name: str, folder: Any, chosen: dict[str, int], fields: dict[st
     return [tiny.draw(one, **fields).latents.numpy() for one in (disk, host)]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("layout", ["tensor", "ulysses", "ring", "cfg"])
 @pytest.mark.parametrize("subject", ["wan21_t2v_14b"], indirect=True)
 def test_ranks_have_their_own_shares_in_turn(pool, subject, layout):

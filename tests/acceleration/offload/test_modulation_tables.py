@@ -86,6 +86,7 @@ def modulations(module: torch.nn.Module) -> list[Modulation]:
     return [child for child in module.modules() if isinstance(child, Modulation)]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("subject", SOME, indirect=True)
 def test_latents_equal_the_plain_run_in_request_after_request(subject, tabled):
     """Guided; one prompt without guidance; more steps."""
@@ -121,6 +122,7 @@ def test_caches_skip_the_same_steps_with_the_same_numbers(subject, tabled):
         assert found["steps"] == plain["steps"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("subject", ["flux_dev", "qwen_image_edit_plus"], indirect=True)
 def test_compiled_blocks_read_the_tables_of_each_request(subject):
     """One graph per block class; tables of another length at another address do not break it."""
@@ -133,6 +135,7 @@ def test_compiled_blocks_read_the_tables_of_each_request(subject):
     same(subject, tabled, num_inference_steps=3, prompt="b", seed=1, negative_prompt="x")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "layout", ["cfg_degree", "ulysses_degree", "tensor_degree", "hsdp_degree", "data_degree"], ids=lambda name: name
 )
@@ -187,6 +190,7 @@ ROWS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("subject", WITH, indirect=True)
 def test_what_is_conditioned_equally_shares_a_row(subject, tabled):
     each, once = ROWS[subject.name]

@@ -70,6 +70,7 @@ def test_the_fake_device_counts_bytes_and_refuses_the_hosts_tensors(fake):
     assert fake.max_memory_allocated() >= before + 60
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("subject", SORTS, indirect=True)
 def test_a_device_draws_what_the_cpu_draws(subject, fake, kept):
     got, want = plain(subject, fake, kept)[True], on_the_cpu(subject, kept)
@@ -78,6 +79,7 @@ def test_a_device_draws_what_the_cpu_draws(subject, fake, kept):
     assert np.abs(got.frames.astype(int) - want.frames).max() <= 1
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("subject", SORTS, indirect=True)
 def test_model_offload_peaks_at_the_largest_phase(subject, fake, kept):
     """Every stage holds exactly the bytes of what it uses, plus the plain run's activations."""
@@ -121,6 +123,7 @@ def test_text_encoder_offload_lets_it_go_once_prompts_are_encoded(subject, fake,
     assert got.activations == want.activations
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("subject", SORTS, indirect=True)
 def test_on_the_cpu_the_text_encoder_is_let_go_of_and_read_again(subject, kept, monkeypatch):
     """Two requests in a row: the same numbers, and the files are read for the second."""

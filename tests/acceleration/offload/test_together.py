@@ -18,6 +18,7 @@ def latents(folder, model: str, *more: str) -> list[torch.Tensor]:
     return [tiny.draw(runner).latents for _ in range(2)]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("subject", ["qwen_image", "flux_dev"], indirect=True)
 @pytest.mark.parametrize("cache", ["cache=none", "cache=every_n"])
 def test_a_quantized_text_encoder_that_was_let_go_comes_back_quantized(subject, cache):

@@ -7,6 +7,7 @@ import pytest
 from tests.helpers.ranks_work import held
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("subject", ["wan22_t2v_a14b", "flux_dev"], indirect=True)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_bytes_held_are_one_nth(pool, subject, ranks):

@@ -47,6 +47,7 @@ def in_one_process(subject, alone) -> tuple[np.ndarray, np.ndarray]:
     return alone[subject.name]
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize(("subject", "layout"), CASES, indirect=["subject"])
 def test_equals_one_process(subject, layout, pool, alone):
     images, fields = asked(subject)
@@ -64,6 +65,7 @@ def test_equals_one_process(subject, layout, pool, alone):
         assert apart(frames, pictures) <= 1
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("subject", ["flux_dev"], indirect=True)
 @pytest.mark.parametrize(
     "layout", [{"ring_degree": 2}, {"tensor_degree": 2}, {"hsdp_degree": 2, "ulysses_degree": 2}], ids=str

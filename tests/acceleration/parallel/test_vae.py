@@ -157,6 +157,7 @@ def expected_bytes(name: str, way: str, x: Tensor, ranks: int) -> list[Counter[s
     return sent
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("way", ["decode", "encode"])
 @pytest.mark.parametrize(("name", "ranks", "rows", "frames", "batch"), CASES)
 def test_equals_unsplit(pool, name, ranks, rows, frames, batch, way):

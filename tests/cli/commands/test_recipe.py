@@ -336,6 +336,7 @@ def on_gpus() -> list[str]:
     return [name for name, model in composed.items() if model["name"] != "demo" and "shapes" in model["facts"]]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", on_gpus())
 def test_a_gpu_recipe_names_a_device_that_it_fits(name, monkeypatch):
     """For each model, only the recipe that needs the largest share of its device is planned here, to save time."""

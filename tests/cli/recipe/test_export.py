@@ -71,6 +71,7 @@ def words(content: dict) -> dict:
     return {**content, "defaults": sorted(chosen)}
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("overrides", CASES)
 def test_only_what_differs_from_the_defaults_is_said(overrides):
     assert words(minimal.make_minimal_recipe(compose_config(overrides))) == {
@@ -79,6 +80,7 @@ def test_only_what_differs_from_the_defaults_is_said(overrides):
     }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", search.list_recipe_names())
 def test_a_shipped_recipe_is_as_small_as_can_be(name, tmp_path):
     """The configuration of a shipped recipe minimizes to the same recipe, plus values that the recipe leaves open."""

@@ -100,6 +100,7 @@ def test_a_change_by_hand_begins_anew(runs):
     assert recipe().evidence.measured.outputs[0].seed == 5
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("more", "code", "status", "result", "said"),
     [

@@ -58,6 +58,7 @@ def test_nine_points_load_once(monkeypatch, tmp_path):
     assert len(hashes) == 9  # all points draw different pictures
 
 
+@pytest.mark.full
 def test_two_layouts_of_torchruns_ranks_load_twice_and_draw_the_same(alone, tmp_path):
     words = ["parallel=cfg2,ulysses2", "sampling.num_inference_steps=3", "sampling.seed=1,-1,2"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hydrarun", "-m"]

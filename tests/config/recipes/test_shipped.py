@@ -39,6 +39,7 @@ def chosen(name: str) -> dict[str, str]:
     return found
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("subject", "name"), [(chosen(name)["model"], name) for name in NAMES], indirect=["subject"])
 def test_a_recipe_draws_the_plain_pictures(subject, name, fake, kept, tmp_path_factory, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))

@@ -104,6 +104,7 @@ def offloads(model: str) -> list[str]:
     ]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     ("subject", "option"), [(model, option) for model in MODELS for option in offloads(model)], indirect=["subject"]
 )
@@ -120,6 +121,7 @@ def test_every_phase_takes_what_the_plan_expects(subject, option, fake, larger, 
         assert measured(drawn, config, fake, before) == pytest.approx(want, rel=SAME)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("subject", "words"),
     [

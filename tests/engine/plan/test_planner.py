@@ -32,6 +32,7 @@ def numbers(text: str) -> float:
     return float(text.rpartition(" ")[2].removesuffix("B")) * 1e9
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_shapes_have_as_many_parameters_as_is_published(name):
     """To the last published digit. Weights kept in float32 count double in bytes, but are few."""

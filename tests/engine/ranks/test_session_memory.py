@@ -57,6 +57,7 @@ def test_twenty_builds_in_turns_leave_nothing(tiny_folder, unseen, tmp_path):
     assert live()[0] < counts[2][0] / 10
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("other", ["offload=layerwise", "quantization=int8_weight_only", "vae.tiling=true"])
 def test_a_device_is_empty_after_each_build(fake, tiny_folder, other, tmp_path):
     words = ["sampling.num_inference_steps=2", "device=auto"]

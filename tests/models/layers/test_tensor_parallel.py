@@ -102,6 +102,7 @@ def formula(transformer: Any, call: tuple[Any, ...], ranks: int) -> float:
     return 2 * (ranks - 1) / ranks * reduced
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("ranks", HEADS)
 @pytest.mark.parametrize("subject", CLASSES, indirect=True)
 @torch.no_grad()

@@ -128,6 +128,7 @@ def assert_same_weights(one: Any, other: Any) -> None:
             assert all(torch.equal(value, found[key]) for key, value in module.state_dict().items()), component
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", NAMES)
 def test_pictures_are_neither_flat_nor_saturated(name):
     pictures, sizes = drawn(name)
@@ -148,11 +149,13 @@ def test_the_seed_matters(name):
     assert difference(pictures[0], pictures[1]) > 5
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", FROM_IMAGES)
 def test_the_image_matters(name):
     assert difference(draw(pipeline(name), name, seeds=(0,), image=1)[0], drawn(name)[0][0]) > MATTERS
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_saved_pipeline_loads_with_the_same_weights_and_settings(name, tmp_path):
     pipeline(name).save_pretrained(tmp_path)
