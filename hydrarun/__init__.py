@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from hydrarun.core.errors import RunError, UsageError
@@ -20,7 +21,12 @@ def load(*overrides: str) -> Runner | RemoteRunner:
     With `parallel=…` this starts the ranks, which run until `close()`. Under torchrun every rank must call `load` and
     `generate`. Raises `hydrarun.UsageError` where the command would exit with code 2.
     """
-    from hydrarun.config.compose import compose_config
+    from hydrarun.config.compose import check_composed, compose_unchecked
+    from hydrarun.core.quoting import quote_overrides
     from hydrarun.engine.ranks import launch
 
-    return launch.load_runner(compose_config(overrides))
+    composed, origin = compose_unchecked(quote_overrides(overrides))
+    config = check_composed(composed, origin)
+    for note in origin.notes(config):
+        warnings.warn(note, stacklevel=2)
+    return launch.load_runner(config)

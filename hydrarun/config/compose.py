@@ -13,7 +13,7 @@ from hydrarun.config import batches
 from hydrarun.config.checks.checkpoint import check_folder_fit
 from hydrarun.config.checks.components import check_component_files
 from hydrarun.config.checks.configuration import check_configuration
-from hydrarun.config.checks.values import find_cfg_scale, get_unguided_scale
+from hydrarun.config.checks.notes import find_notes
 from hydrarun.config.hub import find_local_folder
 from hydrarun.config.hydra_errors import describe_option_list, translate_errors
 from hydrarun.config.hydra_main import load_configuration
@@ -126,13 +126,8 @@ class ConfigOrigin:
         notes = []
         if self("model.path") == f"recipe {self.recipe}":
             notes.append(f"recipe {self.recipe} loads weights from {config['model']['path']}")
-        setter, (name, scale) = self("sampling.negative_prompt"), find_cfg_scale(config)
-        chosen = config["sampling"]["negative_prompt"] is not None and not setter.startswith("model")
-        # not an error: a sweep over the scale may include this value
-        if chosen and scale is not None and scale <= get_unguided_scale(config):
-            off = f"sampling.{name}={scale} turns guidance off"
-            notes.append(f"sampling.negative_prompt ({setter}) is not used: {off}")
-        return notes
+        setter = self("sampling.negative_prompt")
+        return [*notes, *find_notes(config, not setter.startswith("model"), setter)]
 
     def is_override(self, key: str) -> bool:
         """Return whether an override sets exactly this key."""

@@ -36,6 +36,10 @@ EXTRAS = {
 }
 
 
+#: keys of the section that the group `scheduler` replaces
+OLD_SCHEDULER = "model.scheduler."
+
+
 @contextmanager
 def translate_errors(overrides: Sequence[str]) -> Iterator[None]:
     """Turn exceptions raised while composing these overrides into a UsageError."""
@@ -128,6 +132,8 @@ def _describe_key_error(error: OmegaConfBaseException, place: str) -> str:
     fields = _list_allowed_fields(error)
     if isinstance(error, ValidationError) and error.key in fields:
         return f"{where}: {format_value(error.value)} is not {_describe_wanted_type(fields[error.key])}."
+    if full_key.startswith(OLD_SCHEDULER):
+        return f"{where}: a section of older versions' files; use {full_key.removeprefix('model.')}=…"
     if " not in '" in str(error) or "is not in struct" in str(error):
         hint = _suggest_field(str(error.key), fields)
         return f"{where}: unknown key.{hint} Known: {', '.join(fields) or 'none'}."

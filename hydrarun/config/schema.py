@@ -167,6 +167,7 @@ class Config:
     device: str = "auto"
     dtype: str = "auto"
     verify: bool = False
+    strict_prompt: bool = False
 
 
 def fill_defaults(config: Any, section: type = Config) -> Any:

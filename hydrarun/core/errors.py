@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import re
 import sys
 import traceback
@@ -46,6 +47,25 @@ def is_host_memory_error(error: BaseException) -> bool:
     """Return whether host memory ran out: Python's and NumPy's MemoryError, or the error of torch's CPU allocator."""
     plain = isinstance(error, RuntimeError) and any(text in str(error) for text in HOST_MEMORY)
     return plain or isinstance(error, MemoryError)
+
+
+#: what an import raises if torchvision was built for another torch: transformers needs it only if it is there
+TORCHVISION = "the installed torchvision does not fit torch: install the one that belongs to it, or uninstall it"
+
+
+def describe_import_error(error: BaseException) -> str:
+    """Return the first line of a library's error, and the cause if it is a torchvision that does not fit torch."""
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"{first}; {TORCHVISION}" if is_torchvision_error(error) else first
+
+
+def is_torchvision_error(error: BaseException | None) -> bool:
+    """Return whether importing an installed torchvision failed, which transformers may report as another error."""
+    while error and not (
+        isinstance(error, (ImportError, RuntimeError, AttributeError)) and "torchvision" in str(error)
+    ):
+        error = error.__cause__ or error.__context__
+    return error is not None and importlib.util.find_spec("torchvision") is not None
 
 
 def make_host_memory_error(error: BaseException, phase: str = "") -> OutOfMemoryError:
@@ -96,6 +116,8 @@ def report_error(error: Exception) -> int:
     """Print an exception, with its traceback if it is unexpected, and return its exit code."""
     if is_host_memory_error(error):
         error = make_host_memory_error(error)
+    if not isinstance(error, ReportedError) and is_torchvision_error(error):
+        error = RunError(describe_import_error(error))
     if not isinstance(error, ReportedError):
         traceback.print_exception(error)
         return 1

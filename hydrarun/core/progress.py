@@ -9,6 +9,7 @@ import statistics
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,7 +99,7 @@ class Progress:
     """Shows the user how far a run is. One phase at a time."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False):
-        """`console`: where to write instead of stderr; `quiet`: print nothing (the Python API)."""
+        """`console`: where to write instead of stderr; `quiet`: print nothing."""
         self.console = console or RawConsole(quiet=quiet)
 
     @contextmanager
@@ -116,6 +117,10 @@ class Progress:
     def note(self, text: str) -> None:
         """Print a line that the user must see: a choice made for them, a warning."""
         self.console.print(make_printable(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Print a line about something that makes the result differ from what the user may expect."""
+        self.note(text)
 
     def table(self, record: dict[str, Any], folder: Path = Path()) -> None:
         """Print the closing table of a run: stage timings, steps, memory, quality, and the files in `folder`.
@@ -183,6 +188,17 @@ class Progress:
         tally = ByteCounter(show)
         yield tally
         self.note(f"{name}: {tally}")
+
+
+class SilentProgress(Progress):
+    """The progress of the Python API: prints nothing. What `warn` would print becomes a Python warning."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+
+    def warn(self, text: str) -> None:
+        """Issue a `UserWarning`."""
+        warnings.warn(make_printable(text), stacklevel=2)
 
 
 def _summary_rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:

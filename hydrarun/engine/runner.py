@@ -12,11 +12,12 @@ import torch
 from hydrarun.acceleration.cache.base import Cache
 from hydrarun.acceleration.parallel.data import find_own_indices, gather_frames
 from hydrarun.config.checks.configuration import check_configuration
+from hydrarun.config.checks.notes import find_notes
 from hydrarun.core.device import choose_device, read_peak_bytes, reset_peak_bytes
 from hydrarun.core.distributed.mesh import Axis
 from hydrarun.core.errors import UsageError, suggest_name
 from hydrarun.core.inputs import image_paths
-from hydrarun.core.progress import Progress
+from hydrarun.core.progress import Progress, SilentProgress
 from hydrarun.core.timing import Timings
 from hydrarun.engine.build import build_pipeline, make_backends, make_cache
 from hydrarun.engine.plan.out_of_memory import name_memory_errors
@@ -28,6 +29,7 @@ from hydrarun.outputs.writer import Picture
 from hydrarun.pipeline.request import make_state, restore_sampling
 from hydrarun.pipeline.stage import Stage, run_stages
 from hydrarun.pipeline.state import State
+from hydrarun.pipeline.truncation import gather_readings, list_records
 
 
 class Runner:
@@ -40,7 +42,7 @@ class Runner:
         """
         self.config = config
         name = device or config["device"]
-        self.progress = progress or Progress(quiet=True)
+        self.progress = progress or SilentProgress()
         start = time.perf_counter()
         make_backends(config)  # refuses a backend that this machine lacks before weights are read
         with name_memory_errors(lambda: config, lambda: "loading", lambda: choose_device(name, Progress(quiet=True))):
@@ -62,6 +64,8 @@ class Runner:
                 raise UsageError(f"sampling has no field {name!r}.{suggest_name(name, [*fields, 'images'])}")
         changed = {**self.config, "sampling": {**fields, **sampling}, "input": given}
         check_configuration(changed)
+        for note in find_notes(changed, "negative_prompt" in sampling):
+            self.progress.warn(note)
         state = self.prepare_state(changed, self.read_images(changed))
         return make_pictures(self.draw(state, Timings(self.built.parts.device), changed["cache"]))
 
@@ -71,12 +75,14 @@ class Runner:
         read = [images.read_image(path, alpha) for path in image_paths(config)]
         for image in read:
             if image.note:
-                self.progress.note(f"{image.path.name}: {image.note}")
+                self.progress.warn(f"{image.path.name}: {image.note}")
         return read
 
     def prepare_state(self, config: dict[str, Any], given: list[InputImage]) -> State:
         """Return the initial state of the batch that `config` asks for."""
-        return make_state(config["sampling"], [image.image for image in given])
+        state = make_state(config["sampling"], [image.image for image in given])
+        state.strict_prompt = config["strict_prompt"]
+        return state
 
     def warm_up(self, config: dict[str, Any], given: list[InputImage], timings: Timings) -> None:
         """Draw the run of `config` for `warmup` steps of each transformer, and discard the result.
@@ -141,7 +147,9 @@ class Runner:
         if not axis:
             return own
         whole = replace(own, prompts=state.prompts, negative_prompts=state.negative_prompts, seeds=state.seeds)
-        whole.frames = gather_frames(own.frames, len(state.prompts), axis, self.built.parts.device)
+        device = self.built.parts.device
+        whole.frames = gather_frames(own.frames, len(state.prompts), axis, device)
+        whole.readings = gather_readings(own.readings, axis, device)
         return whole
 
     def data_axis(self) -> Axis | None:
@@ -227,5 +235,7 @@ def make_pictures(state: State) -> list[Picture]:
     still = state.num_frames is None and state.layers is None and state.frames.ndim == 5
     captions = [None if prompt.strip() else state.caption for prompt in state.prompts]
     pixels = state.frames[:, 0] if still else state.frames
-    items = zip(pixels, state.prompts, negatives, state.seeds, captions, strict=True)
+    texts = [{"prompt": one, "negative_prompt": other} for one, other in zip(state.prompts, negatives, strict=True)]
+    cuts = [list_records(state.readings, both) for both in texts]
+    items = zip(pixels, state.prompts, negatives, state.seeds, captions, cuts, strict=True)
     return [Picture(*item) for item in items]

@@ -9,6 +9,7 @@ from typing import Any
 
 from hydrarun.core.errors import WriteError
 from hydrarun.core.strict_json import CONSTANTS, read_json_object
+from hydrarun.outputs.run_folder import LEDGER_FILE
 
 Stamp = tuple[int, int]
 
@@ -19,8 +20,9 @@ MAX_BYTES = 2**31  # of the run.json that the block wrote itself
 def record_failure(config: dict[str, Any], folder: Path) -> Iterator[None]:
     """Write run.json to `folder` if the block fails or is interrupted, based on the block's own or a bare record.
 
-    `config`: plain, may be invalid. An older run.json belongs to another run and is replaced. Records the error that
-    the block raises: the one that rank 0 wrote may only be its consequence.
+    `config`: plain, may be invalid. An older run.json belongs to another run and is replaced, unless it lists what a
+    batch has made, which this run continues. Records the error that the block raises: the one that rank 0 wrote may
+    only be its consequence.
     """
     before = get_file_stamp(folder / "run.json")
     try:
@@ -43,13 +45,21 @@ def get_file_stamp(file: Path) -> Stamp | None:
 def _write_failure(config: dict[str, Any], file: Path, error: BaseException, own: bool) -> None:
     from hydrarun.outputs.writer import describe_end, write_run  # imports numpy, so only on failure
 
-    record = read_json_object(file, MAX_BYTES, CONSTANTS) if own else _build_bare_record(config)
+    record = _read_record(file) if own or (file.parent / LEDGER_FILE).exists() else None
+    record = record or _build_bare_record(config)
     end = describe_end(error)
-    if record.get("status") == end["status"] and record["error"]["message"] in end["error"]["message"]:
+    if own and record.get("status") == end["status"] and record["error"]["message"] in end["error"]["message"]:
         return
     rest = {key: value for key, value in record.items() if key not in ("format", "status", "error")}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_run(file.parent, {**end, **rest})
+
+
+def _read_record(file: Path) -> dict[str, Any] | None:
+    try:
+        return read_json_object(file, MAX_BYTES, CONSTANTS)
+    except (OSError, ValueError):
+        return None
 
 
 def _build_bare_record(config: dict[str, Any]) -> dict[str, Any]:

@@ -46,12 +46,12 @@ def hash_config(config: dict[str, Any]) -> str:
 def keep_pixel_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a configuration that affects the pixels.
 
-    Leaves out `output`, `report`, `verify`, `plan` and `warmup`, the settings of a batch (`batch_size`, `retry`,
-    `fail_fast`), the model's `facts` (published figures) and `judge`, the folder of compiled graphs, and the limit on
-    the number of ranks. Paths in the home folder start with `~`, so that a redacted configuration gives the same result
-    as its original.
+    Leaves out `output`, `report`, `verify`, `plan`, `warmup` and `strict_prompt`, the settings of a batch
+    (`batch_size`, `retry`, `fail_fast`), the model's `facts` (published figures) and `judge`, the folder of compiled
+    graphs, and the limit on the number of ranks. Paths in the home folder start with `~`, so that a redacted
+    configuration gives the same result as its original.
     """
-    unseen = ("output", "report", "verify", "plan", "warmup", "batch_size", "retry", "fail_fast")
+    unseen = ("output", "report", "verify", "plan", "warmup", "batch_size", "retry", "fail_fast", "strict_prompt")
     kept = {key: value for key, value in redact_config(config).items() if key not in unseen}
     for section, beside in (("model", ("facts", "judge")), ("compile", ("cache_dir",)), ("parallel", ("max_ranks",))):
         kept[section] = {key: value for key, value in kept.get(section, {}).items() if key not in beside}

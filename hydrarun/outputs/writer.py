@@ -9,7 +9,7 @@ import re
 import time
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,10 +78,12 @@ class OutputWriter:
         seed: int,
         timings: dict[str, Any],
         caption: str | None = None,
+        cuts: Sequence[dict[str, Any]] = (),
     ) -> dict[str, Any]:
         """Write the next output (an array of `hydrarun.outputs.media.kinds`) and return its record.
 
-        `timings`: those known so far, in seconds; `caption`: the text that the model used for a blank prompt. Raises
+        `timings`: those known so far, in seconds; `caption`: the text that the model used for a blank prompt; `cuts`:
+        what the text encoders did not read of the texts. Raises
         RunError for an output that must be wrong (all of one colour, in every layer if it has layers; silence), and for
         a video size that the format cannot hold.
         """
@@ -99,6 +101,7 @@ class OutputWriter:
             "path": format_file_name(index, prompt, seed, digest, output["format"]),
             **texts,
             **({} if caption is None else {"caption": caption}),
+            **({"cuts": [*cuts]} if cuts else {}),
             "pixels_sha256": hash_pixels(pixels),
             **kinds.find_array_kind(pixels).extent(pixels, output, self.facts),
         }
@@ -168,7 +171,7 @@ class OutputWriter:
             "batch": {"index": place.position, "sampling": {key: sampling.get(key) for key in WHICH}},
             "config_hash": place.config_hash,
             "pixels_sha256": record["pixels_sha256"],
-            **({"caption": record["caption"]} if "caption" in record else {}),
+            **{key: record[key] for key in ("caption", "cuts") if key in record},
             "created": self.created,
             "timings": timings,
             **self.facts,
@@ -196,7 +199,9 @@ def format_file_name(index: int, prompt: str, seed: int, digest: str, output_for
 def write_run(run_dir: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Write run.json and return its content: `format` and `record`. Raises WriteError."""
     record = {"format": FORMAT, **record}
-    file, data = run_dir / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n"
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    # a refused configuration may hold halves of surrogate pairs, which become escapes
+    file, data = run_dir / RECORD_FILE, text.encode(errors="backslashreplace") + b"\n"
     with translate_file_errors(file):
         try:
             write_atomically(file, data)
@@ -321,3 +326,4 @@ class Picture:
     negative_prompt: str | None
     seed: int
     caption: str | None = None  # the text that the model used for a blank prompt
+    cuts: list[dict[str, Any]] = field(default_factory=list)  # what the text encoders did not read of the texts

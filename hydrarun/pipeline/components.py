@@ -19,7 +19,7 @@ import torch
 
 from hydrarun.acceleration.offload.module_mover import move_module
 from hydrarun.core.device import HOST
-from hydrarun.core.errors import RunError, UsageError, is_host_memory_error
+from hydrarun.core.errors import RunError, UsageError, describe_import_error, is_host_memory_error
 from hydrarun.core.progress import ByteCounter
 from hydrarun.core.strict_json import INFINITE
 from hydrarun.models.weights.config_size import (
@@ -31,10 +31,10 @@ from hydrarun.models.weights.config_size import (
 from hydrarun.models.weights.lazy_state_dict import make_lazy_state_dict
 from hydrarun.models.weights.safetensors import Checkpoint, read_checkpoint_json
 from hydrarun.pipeline.processors import load_processor
+from hydrarun.pipeline.stage import LIBRARIES
 
 #: components that this package loads itself
 OURS = ("transformer", "transformer_2")
-LIBRARIES = ("diffusers", "transformers")
 #: loggers that warn, while diffusers imports torchao, about CUDA kernels that do not load and changes in torch
 TORCHAO_LOGGERS = ("torchao", "torch.utils._pytree")
 #: file name stem of the weights, by the library of the component's class
@@ -73,7 +73,8 @@ def load_pipeline(
     for name, entry in entries.items():
         kind = vae_dtype if name == "vae" else dtype
         components[name] = load_component(folder, name, entry, device=place(name), dtype=kind, add=tally.add)
-    pipeline = cls(**{name: value for name, value in components.items() if name in accepted})
+    with translate_load_errors(folder / "model_index.json"):
+        pipeline = cls(**{name: value for name, value in components.items() if name in accepted})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -217,7 +218,10 @@ def find_component_class(library: str, name: str) -> Any:
     import diffusers
     import transformers
 
-    found = getattr(importlib.import_module(library), name, None)
+    try:
+        found = getattr(importlib.import_module(library), name, None)
+    except (ImportError, RuntimeError) as error:  # transformers imports a class's module here
+        raise RunError(f"{library} cannot import {name}: {describe_import_error(error)}") from error
     kinds = (
         diffusers.ModelMixin,
         diffusers.SchedulerMixin,
@@ -260,8 +264,7 @@ def translate_load_errors(folder: Path) -> Iterator[None]:
     except Exception as error:  # libraries raise nearly anything for a damaged file
         if is_host_memory_error(error):
             raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RunError(f"{folder}: cannot be loaded: {first}") from error
+        raise RunError(f"{folder}: cannot be loaded: {describe_import_error(error)}") from error
 
 
 @contextmanager

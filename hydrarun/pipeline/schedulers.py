@@ -66,7 +66,7 @@ def make_scheduler(config: Mapping[str, Any], saved: Mapping[str, Any]) -> Any |
         scheduler = cls.from_config(settings)
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"scheduler: {cls.__name__} does not take these settings together: {error}") from None
-    if predicts_flow(saved, str(saved[CLASS_NAME])) != predicts_flow(scheduler.config, cls.__name__):
+    if not fits_objective(saved, str(saved[CLASS_NAME]), scheduler.config, cls.__name__):
         raise UsageError(
             f"scheduler: {cls.__name__} takes another kind of prediction than the checkpoint's"
             f" {saved[CLASS_NAME]}, and this model makes only one. Use scheduler=checkpoint"
@@ -92,6 +92,17 @@ def is_installed(package: str) -> bool:
 def predicts_flow(settings: Mapping[str, Any], class_name: str) -> bool:
     """Return whether a scheduler interprets its model's prediction as the velocity of a flow."""
     return class_name.startswith("FlowMatch") or settings.get("prediction_type") == "flow_prediction"
+
+
+def fits_objective(saved: Mapping[str, Any], saved_class: str, settings: Mapping[str, Any], class_name: str) -> bool:
+    """Return whether a scheduler interprets predictions as the checkpoint's own does.
+
+    A flow also needs noise levels of a flow (`use_flow_sigmas`), where the class has others.
+    """
+    flow = predicts_flow(settings, class_name)
+    if flow != predicts_flow(saved, saved_class):
+        return False
+    return not flow or settings.get("use_flow_sigmas", True) or not saved.get("use_flow_sigmas", True)
 
 
 def _settle_shift(given: Mapping[str, Any], takes: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +13,23 @@ from hydrarun.acceleration.cache.base import Cache, NoCache
 from hydrarun.acceleration.offload.modulation_tables import ModulationTables
 from hydrarun.acceleration.offload.strategies import USES, NoOffload
 from hydrarun.core.distributed.mesh import Mesh
-from hydrarun.core.errors import UsageError, suggest_name
+from hydrarun.core.errors import (
+    ReportedError,
+    RunError,
+    UsageError,
+    describe_import_error,
+    is_host_memory_error,
+    suggest_name,
+)
 from hydrarun.core.progress import Progress
 from hydrarun.core.timing import Timings
 from hydrarun.models.experts import Experts
 from hydrarun.models.transformer import Transformer
 from hydrarun.pipeline.guidance import ClassifierFreeGuidance
 from hydrarun.pipeline.state import State
+
+#: whose classes a checkpoint's components are
+LIBRARIES = ("diffusers", "transformers")
 
 
 @dataclass
@@ -96,6 +107,39 @@ def run_stages(stages: Sequence[Stage], state: State, parts: Components, timings
     """Run the stages in order, without gradients, and add each one's time to its phase."""
     with torch.inference_mode(), timings.watch_compiler():
         for stage in stages:
-            with timings.phase(stage.phase):
+            with timings.phase(stage.phase), translate_library_errors(stage, parts):
                 parts.offload.prepare_stage(stage.uses)
                 stage(state, parts, timings)
+
+
+@contextmanager
+def translate_library_errors(stage: Stage, parts: Components) -> Iterator[None]:
+    """Turn an error that a component's library raises into a one-line `RunError`.
+
+    Some values of a checkpoint's config.json fail only when its modules run. An error of our own keeps its traceback.
+    """
+    try:
+        yield
+    except (ReportedError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        library = find_raising_library(error)
+        # losing another rank is a RuntimeError too, and not the cause of a failure
+        lost = isinstance(error, RuntimeError) and parts.mesh is not None
+        if library is None or lost or is_host_memory_error(error):
+            raise
+        where = " and ".join(stage.uses) or stage.phase
+        raise RunError(
+            f"{where}: {library} fails with {type(error).__name__}: {describe_import_error(error)}. A value in the"
+            " checkpoint's config.json may be wrong, or the library's version"
+        ) from error
+
+
+def find_raising_library(error: BaseException) -> str | None:
+    """Return the library of components that our code called when the error was raised; None if it called none."""
+    library, trace = None, error.__traceback__
+    while trace:
+        package = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+        library = None if package == "hydrarun" else package if package in LIBRARIES else library
+        trace = trace.tb_next
+    return library

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from hydrarun.models.layers.tokens import Grid
+from hydrarun.pipeline.truncation import Readings
 
 
 def declare_stage_field() -> Any:
@@ -41,6 +42,9 @@ class State:
     audio_end_in_s: float | None = None  # None: the end of the longest sound that the model makes
     layers: int | None = None  # of a picture; None: not layered
     resolution: int | None = None  # side in pixels of a square with the picture's area
+    strict_prompt: bool = False  # whether a prompt of which no text encoder reads all is refused
+    #: by prompt, what its tokenizers pass on
+    readings: Readings = field(default_factory=dict)
     captioned: bool = False  # whether any prompt of the request, also another rank's, is blank
     #: the text that replaces a blank prompt
     caption: str | None = declare_stage_field()

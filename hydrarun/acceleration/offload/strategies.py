@@ -132,7 +132,8 @@ class LayerwiseOffload(ModelOffload):
         self, module: nn.Module, read: Callable[[], nn.Module], folder: Path, dtype: torch.dtype
     ) -> Offloadable:
         if isinstance(module, Transformer):
-            check_offloaded_blocks(vars(self), module.depth)  # in case config.json does not state the depth
+            # in case config.json does not state the depth
+            check_offloaded_blocks(vars(self), module.depth, self.device.type)
             return HostPrefetcher(module, self.device, self.resident_blocks, self.prefetch_blocks)
         return super().make_offloadable(module, read, folder, dtype)
 

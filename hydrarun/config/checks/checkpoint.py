@@ -61,7 +61,7 @@ def _check_configs(
 ) -> None:
     check_heads(config["parallel"]["tensor_degree"], transformer)
     depth = sum(transformer.get(key) or 0 for key in DEPTHS)
-    check_offloaded_blocks(config["offload"], depth)
+    check_offloaded_blocks(config["offload"], depth, config["device"])
     check_skipped_layers(config["model"]["guidance"].get("layers"), depth)
     check_experts(config["model"], index)
     check_teacache_scheduler(config, index)
@@ -113,9 +113,10 @@ def check_sound_seconds(sampling: Mapping[str, Any], vae: Mapping[str, Any], tra
         )
     first, stop = (int(second * vae["sampling_rate"]) for second in (start, most if end is None else end))
     if first >= stop:
+        fix = "sampling.audio_start_in_s=0" if stop else "sampling.audio_end_in_s=null"
         raise UsageError(
             f"sampling.audio_start_in_s={start:g}: leaves nothing of a sound that ends at"
-            f" {most if end is None else end:g} s; sampling.audio_start_in_s=0"
+            f" {most if end is None else end:g} s; {fix}"
         )
 
 
@@ -160,16 +161,19 @@ def check_heads(ranks: int, transformer: Mapping[str, Any]) -> None:
         )
 
 
-def check_offloaded_blocks(offload: Mapping[str, Any], depth: int) -> None:
+def check_offloaded_blocks(offload: Mapping[str, Any], depth: int, device: str) -> None:
     """Raise `UsageError` if no block is offloaded: the resident and the buffered blocks cover all `depth` blocks.
 
     A depth of 0 means unknown.
     """
     resident, ahead = offload.get("resident_blocks"), offload.get("prefetch_blocks")
     if depth and isinstance(resident, int) and isinstance(ahead, int) and resident + ahead + 1 >= depth:
+        fixes = ["offload=none" if device == "cpu" else "offload=model"]
+        if depth > 2:
+            fixes.append("offload.resident_blocks=0 offload.prefetch_blocks=1")
         raise UsageError(
             f"offload.resident_blocks={resident} offload.prefetch_blocks={ahead}: {resident} resident and"
-            f" {ahead + 1} buffered blocks cover all {depth} blocks of this checkpoint: use offload=model, or fewer"
+            f" {ahead + 1} buffered blocks cover all {depth} blocks of this checkpoint: use {', or '.join(fixes)}"
         )
 
 

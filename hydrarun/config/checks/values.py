@@ -81,7 +81,7 @@ def _find_line_problems(config: Mapping[str, Any]) -> Iterator[tuple[batches.Lin
 
 def _check_shape(config: Mapping[str, Any]) -> Iterator[Problem]:
     """Check keys, types and missing values. With `input.prompts`, `sampling.prompt` may be missing."""
-    wrong = list(find_wide_numbers(config)) or list(_check_structure(config, Config, ""))
+    wrong = [*find_wide_numbers(config), *_find_broken_texts(config)] or list(_check_structure(config, Config, ""))
     yield from wrong
     prompted = not wrong and config["input"]["prompts"] is not None
     yield from (problem for problem in _find_missing(config) if not (prompted and problem[0] == "sampling.prompt"))
@@ -176,6 +176,16 @@ def _check_structure(node: Any, section: type, path: str) -> Iterator[Problem]:
             yield from _check_structure(node[key], typing.cast(type, hint), f"{path}{key}.")
         elif node[key] != MISSING and not matches_hint(node[key], hint):
             yield f"{path}{key}", f"{format_value(node[key])} is not {describe_hint(hint)}."
+
+
+def _find_broken_texts(config: Any) -> Iterator[Problem]:
+    """Yield the texts that are no valid Unicode: no file can hold them, and no tokenizer reads them."""
+    for path, value in iterate_leaves(config):
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                yield path, f"holds half of a surrogate pair, character {error.start + 1}, which is no text."
 
 
 def _find_missing(config: Any) -> Iterator[Problem]:

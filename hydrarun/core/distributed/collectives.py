@@ -73,6 +73,16 @@ def broadcast_text(text: str, device: torch.device) -> str:
     return bytes(all_reduce(letters, get_world_group()).tolist()).decode() if size else ""
 
 
+def gather_texts(text: str, group: Group, device: torch.device) -> list[str]:
+    """Return the texts of all ranks of the group, on every rank."""
+    own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    sizes = all_gather(torch.tensor([len(own)], device=device), 0, [1] * group.size(), group).tolist()
+    if not any(sizes):
+        return [""] * len(sizes)
+    parts = all_gather(own, 0, sizes, group).cpu().split(sizes)
+    return [bytes(part.tolist()).decode() for part in parts]
+
+
 class RingExchange:
     """Sends tensors to the next rank of a ring and receives the previous rank's; the caller computes meanwhile."""
 

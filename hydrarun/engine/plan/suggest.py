@@ -73,8 +73,9 @@ def list_candidates(
 
 def has_enough_blocks(offload: dict[str, Any], dry_run: DryForwardResult) -> bool:
     """Return whether the model has enough blocks for an offload that prefetches blocks."""
+    depth = next(len(one.blocks) for one in dry_run.components if one.name == HIGH_NOISE)
     try:
-        check_offloaded_blocks(offload, next(len(one.blocks) for one in dry_run.components if one.name == HIGH_NOISE))
+        check_offloaded_blocks(offload, depth, "cuda")
     except UsageError:
         return False
     return True

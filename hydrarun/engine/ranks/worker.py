@@ -109,7 +109,7 @@ class RankSession:
 
         Raises UsageError and RunError.
         """
-        from hydrarun.core.progress import Progress
+        from hydrarun.core.progress import Progress, SilentProgress
         from hydrarun.outputs.provenance import reset_peak_host_bytes
 
         reset_peak_host_bytes()
@@ -117,7 +117,7 @@ class RankSession:
             self.runner.reset_stats()
         else:
             self.close()
-            progress = Progress(quiet=quiet or self.place.rank > 0)
+            progress = Progress(quiet=True) if self.place.rank > 0 else SilentProgress() if quiet else Progress()
             if self.store:
                 self._join_group(config["device"], progress)
             self.runner = make_runner(config, progress, self.device or None)

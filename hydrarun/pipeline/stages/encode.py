@@ -15,6 +15,7 @@ from hydrarun.models.transformer import NEGATIVE, POSITIVE
 from hydrarun.pipeline.stage import Components, Stage
 from hydrarun.pipeline.stages.images import fit_area
 from hydrarun.pipeline.state import State
+from hydrarun.pipeline.truncation import describe_cut, find_cuts, refuse_lost_words, watch_tokenizers
 
 
 class EncodePrompt(Stage):
@@ -44,10 +45,20 @@ class EncodePrompt(Stage):
                 continue
             unique = list(dict.fromkeys(prompts))
             rows = torch.tensor([unique.index(prompt) for prompt in prompts], device=parts.device)
-            encoded = self.encode(unique, state, parts)
+            with watch_tokenizers(parts.pipeline, unique, state.max_sequence_length, state.readings):
+                encoded = self.encode(unique, state, parts)
             state.conditioning[branch] = {
                 name: None if value is None else value.index_select(0, rows) for name, value in encoded.items()
             }
+        self.report_cuts(state, parts)
+
+    def report_cuts(self, state: State, parts: Components) -> None:
+        """Tell the user what the text encoders do not read. Raises `UsageError` with `strict_prompt`."""
+        if state.strict_prompt:
+            refuse_lost_words(state.readings)
+        for prompt, readings in state.readings.items() if parts.warmup is None else ():
+            if find_cuts(readings):
+                parts.progress.warn(describe_cut(prompt, readings))
 
     def unprompted(self, state: State, parts: Components) -> dict[str, Any]:
         """Return the conditioning for a missing negative prompt. Raises `UsageError` if guidance requires one."""

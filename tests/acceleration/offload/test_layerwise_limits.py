@@ -34,12 +34,16 @@ def test_blocks_that_would_all_be_there_are_refused_from_json_alone(tmp_path, re
     if fits:
         check_folder_fit(config, tmp_path)
         return
-    with pytest.raises(UsageError) as caught:
-        check_folder_fit(config, tmp_path)
-    assert str(caught.value) == (
-        f"offload.resident_blocks={resident} offload.prefetch_blocks={ahead}: {resident} resident and"
-        f" {ahead + 1} buffered blocks cover all {depth} blocks of this checkpoint: use offload=model, or fewer"
-    )
+    fix = ["offload.resident_blocks=0", "offload.prefetch_blocks=1"]
+    for device, other in (("auto", "model"), ("cpu", "none")):
+        with pytest.raises(UsageError) as caught:
+            check_folder_fit({**config, "device": device}, tmp_path)
+        assert str(caught.value) == (
+            f"offload.resident_blocks={resident} offload.prefetch_blocks={ahead}: {resident} resident and"
+            f" {ahead + 1} buffered blocks cover all {depth} blocks of this checkpoint: use offload={other}, or"
+            f" {' '.join(fix)}"
+        )
+    check_folder_fit(compose_unchecked(["model=flux_dev", "offload=layerwise", *fix])[0], tmp_path)
 
 
 def test_what_offloads_hold_on_the_device():
