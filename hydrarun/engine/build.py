@@ -35,6 +35,7 @@ from hydrarun.models.weights.checksums import verify_checksums
 from hydrarun.models.weights.loader import load_transformer
 from hydrarun.models.weights.safetensors import check_folder, fingerprint_weights
 from hydrarun.pipeline.components import load_module, load_pipeline, quiet_libraries
+from hydrarun.pipeline.schedule_check import check_schedules
 from hydrarun.pipeline.schedulers import make_scheduler, read_scheduler
 from hydrarun.pipeline.stage import Components, Stage, check_stages
 from hydrarun.pipeline.vae import configure_vae
@@ -84,7 +85,9 @@ def build_pipeline(config: dict[str, Any], progress: Progress, device_name: str)
     check_folder_fit(config, source.folder)
     check_folder(source.folder)
     with quiet_libraries():
-        scheduler = make_scheduler(config, read_scheduler(source.folder))
+        saved = read_scheduler(source.folder)
+        scheduler = make_scheduler(config, saved)
+        check_schedules(config, stages, scheduler, saved, source.folder)
     if config["verify"] and rank_info().local_rank == 0:  # one rank of each machine; if it fails, all end
         verify_checksums(source.folder, progress)
     cache = make_cache(config["cache"], source.folder)

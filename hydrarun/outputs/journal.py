@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -42,9 +43,11 @@ class Ledger:
     def refresh(self) -> None:
         """Read the rows that another writer has appended since the last read; an incomplete last line is cut off.
 
-        Raises WriteError if the file is gone.
+        Raises WriteError if the file is gone or another one is in its place.
         """
         with translate_file_errors(self.file):
+            if self.file.stat().st_size < self._end:
+                raise OSError(errno.ESTALE, "another file has taken its place")
             lines = self._read_new_lines()
         self.rows += [self._parse_row(number, line) for number, line in enumerate(lines, start=len(self.rows) + 2)]
 

@@ -79,7 +79,7 @@ def _find_run(record_file: Path) -> str | None:
 def reserve_space(folder: Path) -> None:
     """Let the lock file take `RESERVE` bytes of the disk if there are as many."""
     try:
-        with open(folder / LOCK_FILE, "r+b") as file:
+        with open_lock(folder / LOCK_FILE) as file:
             file.write(bytes(RESERVE))
     except OSError:
         release_reserve(folder)

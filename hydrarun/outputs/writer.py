@@ -68,7 +68,8 @@ class OutputWriter:
         self.outputs: list[dict[str, Any]] = []
         self.drawn = 0
         self.save_s = 0.0
-        run_dir.mkdir(parents=True, exist_ok=True)
+        if places is None:  # the folder of a batch is there; if it was removed, the run ends
+            run_dir.mkdir(parents=True, exist_ok=True)
 
     def save(
         self,

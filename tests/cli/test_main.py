@@ -59,7 +59,7 @@ def runs(monkeypatch, tmp_path):
     stand_ins = {
         "engine.runner": {"Runner": Runner},
         "engine.runs.single": {"run_single": run_single, "follow_single": None},
-        "core.progress": {"Progress": lambda quiet: None},
+        "core.progress": {"Progress": lambda: None, "SilentProgress": lambda: None},
     }
     for name, attributes in stand_ins.items():
         module = types.ModuleType(f"hydrarun.{name}")
@@ -187,7 +187,7 @@ def test_an_output_directory_that_cannot_be_made_is_the_users_to_change(runs, ca
     (tmp_path / "file").touch()
     assert main.main(["hydra.run.dir=file/inside"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("cannot write the output directory")
+    assert error == "file/inside: Not a directory; choose another folder: hydra.run.dir=…\n"
     assert len(error.splitlines()) == 1
 
 

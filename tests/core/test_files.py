@@ -124,6 +124,7 @@ def test_a_lock_keeps_the_content(tmp_path):
 READS = re.compile(r"\bopen\(|\.read_text\(|\.read_bytes\(|json\.loads?\(|yaml\.(safe_)?load\(")
 OWN = {
     "core/files.py": "is the one place",
+    "core/interruption.py": "the null device",
     "core/strict_json.py": "is the one parser",
     "core/strict_yaml.py": "is the one parser",
     "core/resources.py": "conf/",
@@ -138,6 +139,7 @@ OWN = {
     "engine/plan/__main__.py": "a process of its own",
     "engine/ranks/messages.py": "messages of the driver and its ranks",
     "engine/ranks/torchrun.py": "messages of the ranks",
+    "pipeline/truncation.py": "messages of the ranks",
     "outputs/report/page.py": "the page's template",
     "outputs/provenance.py": "/proc",
     "outputs/journal.py": "appends, and copies a value",

@@ -150,8 +150,8 @@ def test_the_command_writes_each_layer_and_draws_them_again(subject, tmp_path, c
     assert output["caption"] == subject.draw(prompt="", num_inference_steps=1).caption
     assert "the prompt is blank; the input image's caption: " in said
     assert output["quality"] == {"psnr": 100.0, "ssim": pytest.approx(1.0)}
-    for file in (folder, files[2], tmp_path / "run.json"):
-        assert main.main(["replay", str(file), f"hydra.run.dir={tmp_path / 'again'}"]) == 0
+    for number, file in enumerate((folder, files[2], tmp_path / "run.json")):
+        assert main.main(["replay", str(file), f"hydra.run.dir={tmp_path / f'again{number}'}"]) == 0
         assert "identical pixels" in capsys.readouterr().out
 
 

@@ -213,7 +213,7 @@ def test_turbo_is_another_checkpoint_with_other_defaults():
     [
         (["model=zimage", "sampling.guidance_scale=null"], "sampling.guidance_scale.*: null; 0 turns guidance off"),
         (["model=zimage", "sampling.negative_prompt=null"], "or sampling.guidance_scale=0 for no guidance"),
-        (["model=zimage_turbo", "parallel=cfg2"], "parallel.cfg_degree=1, or a scale above 0"),
+        (["model=zimage_turbo", "parallel=cfg2"], "parallel.cfg_degree=1, or sampling.guidance_scale=1"),
     ],
 )
 def test_what_users_are_told_counts_from_zero(words, said):

@@ -150,6 +150,8 @@ def test_single_values_of_the_checkpoints_own():
         (["scheduler._target_=hydrarun.pipeline.guidance.ClassifierFreeGuidance"], "is no scheduler of diffusers'"),
         (["scheduler=cosine_dpm_solver"], "CosineDPMSolverMultistepScheduler takes another kind of prediction than"),
         (["scheduler=unipc", "scheduler.prediction_type=epsilon"], "UniPCMultistepScheduler takes another kind"),
+        (["scheduler=dpm_solver", "scheduler.use_flow_sigmas=false"], "DPMSolverMultistepScheduler takes another kind"),
+        (["model.scheduler.shift=3"], "a section of older versions' files; use scheduler.shift=…"),
     ],
 )
 def test_what_cannot_be_is_refused(overrides, said):

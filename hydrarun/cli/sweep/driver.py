@@ -80,7 +80,7 @@ def finish_sweep(sweep: Sweep, before: dict[Path, Stamp | None]) -> list[Point]:
         (collect.read_point(sweep.folder, place) for place in places),
         key=lambda one: collect.natural_sort_key(one.name),
     )
-    failed = [one for one in ended if get_point_code(one)]
+    failed = [one for one in ended if get_point_code(one) and one.status != "interrupted"]
     if failed:
         count = len(ended) if sweep.points is None else len(sweep.points)
         print(f"{len(failed)} of {count} point{'' if count == 1 else 's'} failed:", file=sys.stderr)

@@ -43,7 +43,8 @@ def run_batches(config: Config, folder: Path, do_job: DoJob) -> dict[str, Any]:
     except WriteError as error:
         saved = f"{len(plan.find_done())} of {len(plan.items)} are saved"
         raise WriteError(f"{error}; {saved}. Run the same command again to draw the others: {folder}") from None
-    plan.progress.table(record, folder)
+    if record["batches"]:  # else there are no times to show
+        plan.progress.table(record, folder)
     if record["status"] == "failed":
         said = record["error"]["message"].split("\n")
         raise RunError(*said, f"Run the same command again to retry them: {folder}")

@@ -94,11 +94,12 @@ def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
 def read_point(root: Path, folder: Path) -> Point:
     """Read the point in `folder`, also if run.json is missing or damaged."""
     record, error = read_record(folder / RECORD_FILE)
-    status = "complete" if get_value(record, "status", kind=str) == "complete" else "failed"
+    status = get_value(record, "status", kind=str)
+    status = status if status in ("complete", "interrupted") else "failed"
     if not record:
         status = "unfinished" if error == UNFINISHED else "damaged"
-    elif status == "failed":
-        error = describe_error(record.get("error")) or "failed, and run.json does not say why"
+    elif status != "complete":
+        error = describe_error(record.get("error")) or f"{status}, and run.json does not say why"
     name = folder.relative_to(root).as_posix()
     return Point(name, folder, status, error, read_overrides(folder / OVERRIDES), record, list_outputs(record))
 

@@ -65,7 +65,7 @@ def test_all_conflicts_come_at_once_with_their_fixes(capsys):
     code, out = said(capsys, "offload=expert", "parallel=cfg2", "sampling.true_cfg_scale=1", "plan.device=h100")
     assert code == 2
     assert [line.rpartition(" Use ")[2] for line in out.splitlines()] == [
-        "parallel.cfg_degree=1, or a scale above 1.",
+        "parallel.cfg_degree=1, or sampling.true_cfg_scale=2.",
         "offload=none.",
     ]
 

@@ -18,6 +18,7 @@ def drawn(tmp_path_factory):
     return next(folder.glob("*.png"))
 
 
+@pytest.mark.full
 def test_by_as_many(drawn, tmp_path, capsys):
     assert main.main(["replay", str(drawn), f"hydra.run.dir={tmp_path}"]) == 0
     assert "identical pixels" in capsys.readouterr().out

@@ -32,6 +32,8 @@ def drawn(monkeypatch, tmp_path):
         seen.append(seed)
         if seed in errors:
             raise errors[seed]
+        if config["input"]["prompts"]:
+            (output_dir / "ledger.jsonl").touch()  # as a batch does
         record = {"format": 1, "status": "complete", "outputs": [], "seed": seed}
         (output_dir / "run.json").write_text(json.dumps(record))
         return record
@@ -163,13 +165,25 @@ def test_what_the_record_of_a_refused_point_holds(drawn, monkeypatch):
 
 def test_an_older_record_is_not_the_points(drawn, capsys):
     """The record of an earlier sweep into the same folder is not taken for a result of this one."""
-    for seed, code in ((1, 0), (7, 1)):
-        assert main.main(["-m", f"sampling.seed={seed}", "hydra.sweep.dir=here"]) == code
+    assert main.main(["-m", "sampling.seed=7", "hydra.sweep.dir=here"]) == 1
     assert record("here/0")["error"]["message"] == "no weights"
     assert "1 of 1 point failed:" in capsys.readouterr().err
     (Path("here") / "0").rename("here/1")
     assert main.main(["-m", "sampling.seed=1", "hydra.sweep.dir=here"]) == 0
     assert capsys.readouterr().err.startswith("[0] sampling.seed=1\nreport: ")
+
+
+def test_the_points_of_a_finished_sweep_are_kept(drawn, capsys):
+    words = ["-m", "sampling.seed=1,2", "hydra.sweep.dir=here"]
+    assert main.main(words) == 0
+    before = Path("here/0/run.json").read_bytes()
+    capsys.readouterr()
+    assert main.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hydra.sweep.dir=")
+    assert line.endswith("holds the run of another time; choose another folder, or delete this one")
+    assert drawn == [1, 2]
+    assert Path("here/0/run.json").read_bytes() == before
 
 
 CONFIG = compose_config([])
@@ -236,7 +250,7 @@ def test_a_folder_with_any_name(drawn, tmp_path):
     name = "a (1) = 'é"
     assert main.main(["-m", "sampling.seed=1,2", f"hydra.sweep.dir={name}"]) == 0
     assert sorted(path.name for path in (tmp_path / name).iterdir()) == [
-        *("0", "1", "multirun.yaml", "report.html", "report.json")
+        *(".lock", "0", "1", "multirun.yaml", "report.html", "report.json")
     ]
 
 

@@ -66,6 +66,7 @@ GOOD = {
     "device": "auto",
     "dtype": "auto",
     "verify": False,
+    "strict_prompt": False,
 }
 
 

@@ -74,7 +74,7 @@ def test_a_sweep_keeps_its_ranks_survives_a_failure_and_names_it_once(fake, tmp_
     assert closing in error
     assert error.partition(closing)[0].count("the sky is green") == 1
     assert "\nrank 1: ZeroDivisionError: the sky is green\n" in error
-    assert sorted(path.name for path in (tmp_path / "here" / "0").iterdir()) == [".hydra", "pids.json", "run.json"]
+    assert sorted(path.name for path in (tmp_path / "here" / "0").glob("[!.]*")) == ["pids.json", "run.json"]
 
 
 def test_large_jobs_pass_and_another_build_gets_other_ranks(fake):
@@ -132,7 +132,8 @@ def test_ctrl_c_ends_all(tmp_path):
     assert driver.wait(20) == 130
     assert gone(pids, 0)
     assert driver.stderr.read().splitlines()[-1] == "interrupted"
-    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == [".hydra", "pids.json"]
+    assert sorted(path.name for path in (tmp_path / "here").glob("[!.]*")) == ["pids.json", "run.json"]
+    assert records(tmp_path)[0]["status"] == "interrupted"
 
 
 def test_the_ranks_of_a_killed_driver_die(tmp_path):

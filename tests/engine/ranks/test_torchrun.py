@@ -47,7 +47,7 @@ def test_the_first_failure_is_printed_by_its_rank_and_raised_by_rank_0(links):
     assert links[2].report_failure(UsageError(text)).text == text
     assert links[1].report_failure(LOST) is None
     found = links[0].find_first_failure(LOST)
-    assert (found.rank, found.order, found.usage, found.text) == (2, 1, True, text)
+    assert (found.rank, found.order, found.kind, found.text) == (2, 1, "UsageError", text)
 
 
 def test_rank_0_fails_first(links):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from hydrarun.cli import main
-from hydrarun.core.errors import RunError, UsageError
+from hydrarun.core.errors import RunError, UsageError, WriteError
 from hydrarun.engine.ranks import launch, local_group
 from hydrarun.engine.runs import batch, batch_worker
 from hydrarun.engine.runs.batch_ledger import BatchLedger
@@ -148,8 +149,8 @@ def test_a_failure_is_kept_the_others_go_on_and_the_same_command_tries_again(con
 def test_a_picture_that_cannot_be_one_fails_alone(config, tmp_path, monkeypatch):
     refuse = writer._refuse_constant
 
-    def black(pixels, prompt, seed):
-        refuse(np.zeros_like(pixels) if prompt == "black" else pixels, prompt, seed)
+    def black(pixels, prompt, seed, facts):
+        refuse(np.zeros_like(pixels) if prompt == "black" else pixels, prompt, seed, facts)
 
     monkeypatch.setattr(writer, "_refuse_constant", black)
     with pytest.raises(RunError, match="1 of 3 failed"):
@@ -157,6 +158,12 @@ def test_a_picture_that_cannot_be_one_fails_alone(config, tmp_path, monkeypatch)
     made = read_record(tmp_path)
     assert [output["index"] for output in made["outputs"]] == [0, 2]
     assert made["failed"][0]["error"]["message"].startswith("the picture for seed 1 ('black') is all black")
+
+
+def test_a_batch_of_which_nothing_is_drawn_is_one_line_too(config, tmp_path, monkeypatch):
+    failing(monkeypatch, {"a": [RunError("NaN")]})
+    with pytest.raises(RunError, match="1 of 1 failed; the first: NaN"):
+        launch.run_configuration(config(*prompts("a")), tmp_path)
 
 
 def test_retry_tries_again_after_the_others(config, tmp_path, monkeypatch):
@@ -190,7 +197,74 @@ def test_ctrl_c_leaves_a_run_json_of_what_is_there(config, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         launch.run_configuration(config(*prompts("a", "b", "c")), tmp_path)
     made = read_record(tmp_path)
-    assert (made["status"], made["error"]["type"], len(made["outputs"])) == ("failed", "KeyboardInterrupt", 1)
+    assert (made["status"], made["error"]["type"], len(made["outputs"])) == ("interrupted", "KeyboardInterrupt", 1)
+
+
+def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(config, tmp_path, monkeypatch):
+    """Neither the other pictures nor retries are tried. What is there stays, and run.json lists it."""
+    write, tried = writer.write_atomically, []
+
+    def fill(path, data):
+        if path.suffix == ".png":
+            tried.append(path.name)
+            if len(tried) == 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, data)
+
+    rows = prompts("a", "b", "c")
+    monkeypatch.setattr(writer, "write_atomically", fill)
+    with pytest.raises(WriteError) as raised:
+        launch.run_configuration(config(*rows, words=("retry=2",)), tmp_path)
+    assert len(tried) == 2
+    assert str(raised.value) == (
+        f"{tmp_path}: cannot write {tried[1]}: No space left on device; 1 of 3 are saved. Run the same command again to"
+        f" draw the others: {tmp_path}"
+    )
+    made = read_record(tmp_path)
+    assert (made["status"], len(made["outputs"])) == ("failed", 1)
+    again = launch.run_configuration(config(*rows, words=("retry=2",)), tmp_path)
+    assert (again["status"], len(again["outputs"])) == ("complete", 3)
+
+
+def test_a_folder_that_is_removed_while_the_batch_runs(config, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    finished = batch_worker.make_pictures
+
+    def remove(state):
+        if state.prompts == ["b"]:
+            shutil.rmtree(folder)
+        return finished(state)
+
+    monkeypatch.setattr(batch_worker, "make_pictures", remove)
+    with pytest.raises(WriteError) as raised:
+        launch.run_configuration(config(*prompts("a", "b", "c")), folder)
+    assert str(raised.value).startswith(f"{folder}: cannot write ")
+    assert "the folder was removed while the run wrote into it; 0 of 3 are saved." in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"done": {}},
+        {"done": 5},
+        {"done": {"path": "../../a.png", "index": 0, "pixels_sha256": ""}},
+        {"drawing": []},
+        {"drawing": ["a"]},
+        {"failed": {"indices": [0], "error": "no"}},
+        {"drawn": {"outputs": [0], "timings": {}, "memory": {}, "cache": {}, "inputs": []}},
+        {"begun": {"facts": {}, "timings": {"load_s": "soon"}, "memory": {}}},
+        {"another": {}},
+        {},
+        {"done": {}, "failed": {}},
+    ],
+    ids=str,
+)
+def test_a_valid_line_that_is_no_row_is_damage(config, tmp_path, row):
+    asked = config(*prompts("a"))
+    BatchLedger(tmp_path, asked).ledger.add(row)
+    with pytest.raises(UsageError, match=r"ledger\.jsonl: line 2 is damaged; delete the file, or choose another"):
+        launch.run_configuration(asked, tmp_path)
 
 
 # --- continuing -----------------------------------------------------------------------------------------------------
