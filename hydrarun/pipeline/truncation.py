@@ -15,6 +15,12 @@ from hydrarun.core.distributed.mesh import Axis
 from hydrarun.core.errors import UsageError
 from hydrarun.core.printable import make_printable
 
+#: attributes of pipelines that hold the number of a template's first tokens, whose embeddings they drop
+DROPPED = ("prompt_template_encode_start_idx", "user_prompt_begin_id")
+
+#: the limit of a call that cuts nothing
+NO_LIMIT = 2**62
+
 MAX_SHOWN = 200  # characters of the words in a message
 
 
@@ -48,31 +54,38 @@ def watch_tokenizers(pipeline: Any, prompts: Sequence[str], sliced_to: int | Non
     """Add to `found` what the tokenizers of a diffusers pipeline pass on of these prompts while the block runs.
 
     `sliced_to`: the pipeline's `max_sequence_length`. A pipeline that does not pass it to any tokenizer keeps that many
-    of a prompt's embeddings.
+    of the embeddings after its template's start. A pipeline of ours that cuts tokens itself has `read_prompt(prompt)`.
     """
+    prompts = tuple(prompts)  # some pipelines write into the list that they get
     calls: list[CutText] = []
+    if hasattr(pipeline, "read_prompt"):
+        found.update({prompt: [pipeline.read_prompt(prompt)] for prompt in prompts if prompt.strip()})
+        yield
+        return
     with ExitStack() as watches:
         for name, component in vars(pipeline).items():
             if isinstance(component, PreTrainedTokenizerBase) and component.is_fast:
                 watches.enter_context(_watch_tokenizer(name, component, calls))
         yield
-    obeyed = sliced_to is None or any(call.limit - _count_before(call, prompts) <= sliced_to for call in calls)
+    dropped = max(getattr(pipeline, name, 0) for name in DROPPED)
+    obeyed = sliced_to is None or any(call.limit - dropped <= sliced_to for call in calls)
+    kept = None if obeyed or sliced_to is None else dropped + sliced_to
     for call in calls:
         if prompt := _find_prompt(call.text, prompts):
-            reading = _measure_reading(call, prompt, None if obeyed else sliced_to)
+            reading = _measure_reading(call, prompt, kept)
             if reading not in found.setdefault(prompt, []):
                 found[prompt].append(reading)
 
 
 @contextmanager
 def _watch_tokenizer(name: str, tokenizer: Any, calls: list[CutText]) -> Iterator[None]:
-    """Record the truncating calls of a tokenizer. `__call__` is looked up in the class, so the class is replaced."""
+    """Record the calls of a tokenizer. `__call__` is looked up in the class, so the class is replaced meanwhile."""
     plain = type(tokenizer)
 
     def call(self: Any, text: Any = None, *args: Any, **options: Any) -> Any:
-        if options.get("truncation") is True and text is not None:
-            limit = options.get("max_length") or self.model_max_length
-            for one in [text] if isinstance(text, str) else text:
+        limit = (options.get("max_length") or self.model_max_length) if options.get("truncation") is True else NO_LIMIT
+        for one in [text] if isinstance(text, str) else text or ():
+            if isinstance(one, str):
                 calls.append(_measure_call(plain, self, name, one, limit, options.get("add_special_tokens", True)))
         return plain.__call__(self, text, *args, **options)
 
@@ -107,22 +120,13 @@ def _locate_prompt(text: str, prompt: str) -> tuple[int, int]:
     return (0, len(text)) if start < 0 else (start, start + len(prompt.strip()))
 
 
-def _count_before(call: CutText, prompts: Sequence[str]) -> int:
-    """Return the number of tokens of a template before the prompt."""
-    prompt = _find_prompt(call.text, prompts)
-    start = _locate_prompt(call.text, prompt)[0] if prompt else 0
-    return sum(stop <= start for _, stop in call.spans) if start else 0
-
-
-def _measure_reading(call: CutText, prompt: str, sliced_to: int | None) -> ReadPrompt:
-    """Return what a call passes on of a prompt. `sliced_to`: as many tokens from its start are kept afterwards."""
+def _measure_reading(call: CutText, prompt: str, kept: int | None) -> ReadPrompt:
+    """Return what a call passes on of a prompt. `kept`: so many tokens from the text's start are kept afterwards."""
     first, last = _locate_prompt(call.text, prompt)
-    own = [(start, stop) for start, stop in call.spans if first <= start < last and stop > start]
-    read = sum(stop <= call.end for _, stop in own)
-    if sliced_to is not None:
-        read = min(read, sliced_to)
-    cut = call.text[own[read][0] : last].strip() if read < len(own) else ""
-    return ReadPrompt(call.name, len(own), read, cut)
+    places = [place for place, (start, stop) in enumerate(call.spans) if first <= start < last and stop > start]
+    read = sum(call.spans[place][1] <= call.end and (kept is None or place < kept) for place in places)
+    cut = call.text[call.spans[places[read]][0] : last].strip() if read < len(places) else ""
+    return ReadPrompt(call.name, len(places), read, cut)
 
 
 def find_cuts(readings: Sequence[ReadPrompt]) -> list[ReadPrompt]:

@@ -146,3 +146,13 @@ def draw_offloaded(name: str, folder: Path, chosen: dict[str, int], fields: dict
     runner.draw(replace(state), Timings(CPU))
     latents = runner.draw(state, Timings(CPU)).latents.numpy()
     return latents, {tensor.device.type for tensor in runner.built.parts.pipeline.text_encoder.parameters()}
+
+
+def list_cuts(name: str, folder: Path, chosen: dict[str, int], fields: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """Return what is recorded of each picture's cut prompts."""
+    from hydrarun.engine.runner import make_pictures
+    from hydrarun.pipeline.request import make_state
+
+    runner = runner_for(name, folder, chosen)
+    state = runner.draw(make_state({**runner.config["sampling"], **fields}, []), Timings(CPU))
+    return [picture.cuts for picture in make_pictures(state)]

@@ -26,9 +26,7 @@ def test_it_draws_or_is_refused(subject, option, monkeypatch):
     config, saved = {**subject.runner.config, "scheduler": OPTIONS[option]}, read_scheduler(subject.folder)
     own, theirs = (str(name).rpartition(".")[2] for name in (saved["_class_name"], OPTIONS[option].get("_target_", "")))
     if theirs and predicts_flow(saved, own) != predicts_flow(OPTIONS[option], theirs):
-        with pytest.raises(
-            UsageError, match=r"takes another kind of prediction .* Use scheduler=checkpoint$|these settings together"
-        ):
+        with pytest.raises(UsageError, match="takes another kind of prediction|these settings together"):
             make_scheduler(config, saved)
         return
     pipeline = subject.runner.built.parts.pipeline

@@ -14,6 +14,7 @@ from hydrarun.core.errors import UsageError
 from hydrarun.pipeline.stage import Components
 from hydrarun.pipeline.stages.encode import EncodePrompt, refuse_placeholder
 from hydrarun.pipeline.state import State
+from hydrarun.pipeline.truncation import ReadPrompt
 
 
 class EncoderDevice:
@@ -25,8 +26,21 @@ class EncoderDevice:
         return self.text_encoder.device  # type: ignore[attr-defined]
 
 
+def tokenize_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Return the token ids of a prompt: each quoted character is tokenized alone."""
+    pieces = [piece for part, quoted in split_quotation(prompt) for piece in (part if quoted else [part])]
+    return [token for piece in pieces for token in tokenizer(piece, add_special_tokens=False)["input_ids"]]
+
+
 class LongCatImagePipeline(EncoderDevice, diffusers.LongCatImagePipeline):
     """diffusers' pipeline, with an `encode_prompt` that takes the usual arguments."""
+
+    def read_prompt(self, prompt: str) -> ReadPrompt:
+        """Return what is read of a prompt: diffusers' own method cuts the tokens."""
+        tokens, limit = tokenize_prompt(self.tokenizer, prompt), self.tokenizer_max_length
+        return ReadPrompt(
+            "tokenizer", len(tokens), min(len(tokens), limit), self.tokenizer.decode(tokens[limit:]).strip()
+        )
 
     def encode_prompt(self, prompt: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Return embeddings `[N, 512, D]` on `device`, which must be the encoder's, and positions."""
@@ -41,9 +55,7 @@ class LongCatImageEditPipeline(EncoderDevice, diffusers.LongCatImageEditPipeline
 
         Raises `UsageError` for a prompt that is too long, with which diffusers' own method fails.
         """
-        parts = split_quotation(prompt[0])
-        pieces = [piece for part, quoted in parts for piece in (part if quoted else [part])]
-        count = sum(len(self.tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces)
+        count = len(tokenize_prompt(self.tokenizer, prompt[0]))
         if count > self.tokenizer_max_length:
             raise UsageError(
                 f"the prompt {prompt[0][:60]!r} has {count} tokens, and this model takes {self.tokenizer_max_length};"
