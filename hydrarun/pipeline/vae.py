@@ -93,11 +93,20 @@ def has_frames(vae: Any) -> bool:
 
 
 def read_latent_scaling(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the latents' mean and standard deviation, `[1, C, 1, 1, 1]` or one number for all channels."""
-    if config.get("latents_mean") is not None:
-        mean, std = torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
+    """Return the latents' mean and standard deviation, `[1, C, 1, 1, 1]` or one number for all channels.
+
+    Raises `RunError` for a VAE whose config does not tell them.
+    """
+    means, deviations, factor = (config.get(name) for name in ("latents_mean", "latents_std", "scaling_factor"))
+    channels = config.get("z_dim") or config.get("latent_channels")
+    if means is not None and deviations is not None and len(means) == len(deviations) == channels:
+        mean, std = torch.tensor(means), torch.tensor(deviations)
+    elif means is None and factor:
+        mean, std = torch.tensor([config.get("shift_factor") or 0.0]), torch.tensor([1 / factor])
     else:
-        mean, std = torch.tensor([config.get("shift_factor") or 0.0]), torch.tensor([1 / config["scaling_factor"]])
+        raise RunError(
+            f"vae/config.json: needs latents_mean and latents_std, {channels} numbers each, or a scaling_factor above 0"
+        )
     mean, std = (value.view(1, -1, 1, 1, 1).to(like.device, like.dtype) for value in (mean, std))
     return mean, std
 

@@ -29,7 +29,8 @@ def check_folder_fit(config: dict[str, Any], folder: Path) -> None:
     files = [folder / "model_index.json", folder / "vae" / "config.json", folder / "transformer" / "config.json"]
     index, vae, transformer = contents = [read_json(file) for file in files]
     sound = checkpoint_types.SOUND if "sampling_rate" in vae else {}
-    kinds = checkpoint_types.INDEX, checkpoint_types.VAE, checkpoint_types.TRANSFORMER | sound
+    of_vae = checkpoint_types.VAE | checkpoint_types.LATENTS
+    kinds = checkpoint_types.INDEX, of_vae, checkpoint_types.TRANSFORMER | sound
     for file, content, checks in zip(files, contents, kinds, strict=True):
         checkpoint_types.check_types(file, content, checks)
     checkpoint_types.check_rope_axes(files[2], transformer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hydrarun.core.errors import RunError
 #: no size of a checkpoint is larger, and no list of sizes longer
 MAX_SIZE = 2**31
 MAX_ENTRIES = 64
+MAX_CHANNELS = 4096  # of latents
 
 Check = tuple[Callable[[Any], bool], str]
 
@@ -32,6 +34,14 @@ def _is_list_of_flags(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= MAX_ENTRIES and all(isinstance(one, bool) for one in value)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_list_of_numbers(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= MAX_CHANNELS and all(map(_is_number, value))
+
+
 def _is_class(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(one, str | None) for one in value)
 
@@ -41,6 +51,8 @@ SIZE: Check = (_is_size, "a whole number from 1")
 SIZES: Check = (_is_list_of_sizes, "a list of whole numbers from 1")
 FLAG: Check = (lambda value: isinstance(value, bool), "true or false")
 FLAGS: Check = (_is_list_of_flags, "a list of true and false")
+NUMBER: Check = (_is_number, "a finite number")
+NUMBERS: Check = (_is_list_of_numbers, "a list of finite numbers")
 CLASS: Check = (_is_class, "a list of a library and a class")
 
 #: channels of a head that rotate by each position
@@ -60,6 +72,12 @@ VAE = {
     "block_out_channels": SIZES,
     "downsampling_ratios": SIZES,
     **dict.fromkeys(("scale_factor_temporal", "scale_factor_spatial", "sampling_rate"), SIZE),
+    **dict.fromkeys(("z_dim", "latent_channels"), SIZE),
+}
+#: additional keys of a VAE: how its latents are scaled
+LATENTS = {
+    **dict.fromkeys(("latents_mean", "latents_std"), NUMBERS),
+    **dict.fromkeys(("scaling_factor", "shift_factor"), NUMBER),
 }
 #: additional key of the transformers of sounds; others store other kinds of values under this name
 SOUND = {"sample_size": SIZE}

@@ -7,6 +7,7 @@ the threads pass every dtype explicitly, and write only to the transformer's own
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,12 +110,18 @@ def count_read_bytes(placement: Placement, checkpoint: Checkpoint) -> int:
 
 
 def read_config(cls: type, path: Path, note: Callable[[str], None]) -> dict[str, Any]:
-    """Read the constructor's arguments from a config.json. A note names the keys that it does not accept."""
+    """Read the constructor's arguments from a config.json. A note names the keys that it does not accept.
+
+    Raises `RunError` for a switch that is neither true nor false: others would be taken for one of both.
+    """
     given = {key: value for key, value in read_checkpoint_json(path).items() if not key.startswith("_")}
     accepted = inspect.signature(cls).parameters
     unused = sorted(set(given) - set(accepted))
     if unused:
         note(f"{path.parent.name}/{path.name}: {', '.join(unused)} not used by {cls.__name__}")
+    for key, value in given.items():
+        if key in accepted and accepted[key].annotation == "bool" and not isinstance(value, bool):
+            raise RunError(f"{path}: {key}: {json.dumps(value)[:100]} is not true or false")
     return {key: value for key, value in given.items() if key in accepted}
 
 

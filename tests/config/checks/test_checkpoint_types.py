@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hydrarun.config.checks.checkpoint_types import INDEX, SOUND, TRANSFORMER, VAE, check_types
+from hydrarun.config.checks.checkpoint_types import INDEX, LATENTS, SOUND, TRANSFORMER, VAE, check_types
 from hydrarun.core.errors import RunError
 from tests.helpers import tiny
 
@@ -30,6 +30,7 @@ def test_no_key_takes_these(checks, value):
         (TRANSFORMER, {"num_layers": 60, "num_single_layers": 0, "num_attention_heads": 1, "guidance_embeds": False}),
         (VAE, {"temperal_downsample": [False, True], "block_out_channels": [128, 256], "sampling_rate": 44100}),
         (SOUND, {"sample_size": 1024}),
+        (LATENTS, {"latents_mean": [0, -1.5], "latents_std": [1, 2.0], "scaling_factor": 0.36, "shift_factor": None}),
     ],
 )
 def test_what_fits(checks, content):
@@ -44,6 +45,9 @@ def test_what_fits(checks, content):
         ("transformer/config.json", {"axes_dims_rope": [10**9]}, "axes_dims_rope: [1000000000] are more channels than"),
         ("vae/config.json", {"temperal_downsample": 5}, "temperal_downsample: 5 is not a list of true and false"),
         ("vae/config.json", {"block_out_channels": []}, "block_out_channels: [] is not a list of whole numbers from 1"),
+        ("vae/config.json", {"latents_std": {}}, "latents_std: {} is not a list of finite numbers"),
+        ("vae/config.json", {"latents_mean": ["x"]}, "latents_mean: ['x'] is not a list of finite numbers"),
+        ("vae/config.json", {"scaling_factor": "x"}, "scaling_factor: 'x' is not a finite number"),
         ("model_index.json", {"scheduler": "x"}, "scheduler: 'x' is not a list of a library and a class"),
         ("model_index.json", {"transformer_2": [1, 2]}, "transformer_2: [1, 2] is not a list of a library and a class"),
     ],
