@@ -62,8 +62,8 @@ def test_a_negative_prompt_without_guidance(tmp_path):
     assert notes("sampling.true_cfg_scale=1", "sampling.negative_prompt=x") == []  # the user did not give it
     assert notes("sampling.true_cfg_scale=1", "sampling.negative_prompt=x", negative=True) == [UNUSED]
     file = tmp_path / "prompts.jsonl"
-    rows = [{"prompt": "a", "negative_prompt": "b", "true_cfg_scale": 1}, {"prompt": "c"}]
-    rows += [{"prompt": "d", "negative_prompt": "e", "true_cfg_scale": 1}, {"prompt": "f", "negative_prompt": "g"}]
+    rows = [{"prompt": "a", "negative_prompt": "b", "true_cfg_scale": 1.0}, {"prompt": "c"}]
+    rows += [{"prompt": "d", "negative_prompt": "e", "true_cfg_scale": 1.0}, {"prompt": "f", "negative_prompt": "g"}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert notes(f"input.prompts={file}") == [f"input.prompts, lines 1, 3: {UNUSED}"]
 
