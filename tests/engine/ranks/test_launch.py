@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -107,10 +108,12 @@ def test_an_aborted_rank_is_named(fake, capfd, tmp_path):
     assert "Traceback" not in error
 
 
-def started(tmp_path: Path) -> tuple[subprocess.Popen, list[int]]:
-    """A command in the middle of a job, and its ranks."""
+def started(
+    tmp_path: Path, command: Sequence[str] = (sys.executable, "-m", "tests.helpers.fake_rank"), slow: int = 1
+) -> tuple[subprocess.Popen, list[int]]:
+    """A command in the middle of a job, and its ranks, of which `slow` is slow."""
     driver = subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.fake_rank", *TWO, "sampling.prompt=1 sleep", "hydra.run.dir=here"],
+        [*command, *TWO, f"sampling.prompt={slow} sleep", "hydra.run.dir=here"],
         cwd=tmp_path,
         env=environment(),
         stderr=subprocess.PIPE,
@@ -125,11 +128,12 @@ def started(tmp_path: Path) -> tuple[subprocess.Popen, list[int]]:
     return driver, json.loads(file.read_text())
 
 
-def test_ctrl_c_ends_all(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_all(tmp_path, number):
     driver, pids = started(tmp_path)
     assert all(map(alive, pids))
-    driver.send_signal(signal.SIGINT)
-    assert driver.wait(20) == 130
+    driver.send_signal(number)
+    assert driver.wait(20) == 128 + number
     assert gone(pids, 0)
     assert driver.stderr.read().splitlines()[-1] == "interrupted"
     assert sorted(path.name for path in (tmp_path / "here").glob("[!.]*")) == ["pids.json", "run.json"]
@@ -158,6 +162,19 @@ def test_torchrun(tmp_path):
     assert done.returncode == 1
     assert done.stderr.count("the sky is green") == 1
     assert not (tmp_path / "here" / "3").exists()
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("slow", [1, 0])
+def test_torchrun_is_ended(tmp_path, slow):
+    """torchrun passes SIGTERM on. Rank 0 waits for another rank or works itself, and records the interruption."""
+    driver, pids = started(tmp_path, TORCHRUN, slow)
+    driver.terminate()
+    driver.wait(40)
+    assert gone(pids)
+    (record,) = records(tmp_path)
+    assert record["status"] == "interrupted", record
+    assert record["error"]["message"] == "interrupted by SIGTERM"
 
 
 def test_torchrun_of_another_size_is_refused_once(tmp_path):
