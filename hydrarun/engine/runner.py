@@ -29,7 +29,7 @@ from hydrarun.outputs.writer import Picture
 from hydrarun.pipeline.request import make_state, restore_sampling
 from hydrarun.pipeline.stage import Stage, run_stages
 from hydrarun.pipeline.state import State
-from hydrarun.pipeline.truncation import gather_readings, list_records
+from hydrarun.pipeline.truncation import describe_cut, gather_readings, list_records
 
 
 class Runner:
@@ -150,6 +150,8 @@ class Runner:
         device = self.built.parts.device
         whole.frames = gather_frames(own.frames, len(state.prompts), axis, device)
         whole.readings = gather_readings(own.readings, axis, device)
+        for prompt in whole.readings.keys() - own.readings.keys():  # of other ranks, which print nothing
+            self.progress.warn(describe_cut(prompt, whole.readings[prompt]))
         return whole
 
     def data_axis(self) -> Axis | None:
