@@ -58,7 +58,7 @@ def watch_tokenizers(pipeline: Any, prompts: Sequence[str], sliced_to: int | Non
     """
     prompts = tuple(prompts)  # some pipelines write into the list that they get
     calls: list[CutText] = []
-    if hasattr(pipeline, "read_prompt"):
+    if hasattr(pipeline, "read_prompt") and isinstance(pipeline.tokenizer, PreTrainedTokenizerBase):
         found.update({prompt: [pipeline.read_prompt(prompt)] for prompt in prompts if prompt.strip()})
         yield
         return

@@ -24,6 +24,7 @@ OWN = {
     "device": (None, "cpu"),
     "dtype": (None, "bfloat16"),
     "verify": (None, True),
+    "strict_prompt": (None, True),
 }
 #: for each group except `model`: an option that differs from the default
 CHOSEN = {
