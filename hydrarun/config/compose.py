@@ -17,6 +17,7 @@ from hydrarun.config.checks.notes import find_notes
 from hydrarun.config.hub import find_local_folder
 from hydrarun.config.hydra_errors import describe_option_list, translate_errors
 from hydrarun.config.hydra_main import load_configuration
+from hydrarun.config.model_choice import find_class_problem
 from hydrarun.config.recipes import search
 from hydrarun.core.errors import UsageError, raise_mistakes
 from hydrarun.core.inputs import image_paths
@@ -71,6 +72,8 @@ def check_composed(config: dict[str, Any], origin: ConfigOrigin) -> dict[str, An
     folder = find_local_folder(config["model"]["path"], config["model"]["revision"])
     if folder is not None:  # a hub checkpoint is checked after its download
         check_component_files(folder)
+        if problem := find_class_problem(config["model"], folder):
+            raise UsageError(f"model.path={config['model']['path']}: {problem}")
         raise_mistakes(_find_line_refusals(config, lambda one: check_folder_fit(one, folder)))
     raise_mistakes(_find_line_refusals(config, _ImageReader()))
     return config

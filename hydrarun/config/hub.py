@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import sys
-from contextlib import redirect_stderr, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydrarun.config.checks.checkpoint import read_json
 from hydrarun.core.errors import RunError, UsageError, suggest_name
 from hydrarun.core.files import expand_home
 from hydrarun.core.printable import find_raw_stream
@@ -93,7 +95,26 @@ def resolve_weights(model: dict[str, Any]) -> WeightsSource:
 
 def download_snapshot(repository: str, revision: str | None) -> WeightsSource:
     """Return the hub's snapshot, downloading what the local cache lacks; a complete cache works offline too."""
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    with translate_hub_errors(repository, revision):
+        snapshot = Path(snapshot_download(repository, revision=revision, allow_patterns=FILES))
+    return WeightsSource(snapshot, snapshot.name)
+
+
+def read_hub_json(repository: str, revision: str | None, name: str) -> dict[str, Any]:
+    """Return a JSON file of a hub repository, downloading it if the local cache lacks it. Raises as for a snapshot."""
+    from huggingface_hub import hf_hub_download
+
+    with translate_hub_errors(repository, revision):
+        file = hf_hub_download(repository, name, revision=revision)
+    return read_json(Path(file))
+
+
+@contextmanager
+def translate_hub_errors(repository: str, revision: str | None) -> Iterator[None]:
+    """Turn the hub's errors into one-line ones: `UsageError` for an invalid id, else `RunError`."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -104,7 +125,7 @@ def download_snapshot(repository: str, revision: str | None) -> WeightsSource:
     where = f"model.path={repository}" + (f" model.revision={revision}" if revision else "")
     try:
         with redirect_stderr(find_raw_stream(sys.stderr)):  # its bars move the cursor
-            snapshot = Path(snapshot_download(repository, revision=revision, allow_patterns=FILES))
+            yield
     except RepositoryNotFoundError:
         raise RunError(
             f"{where}: the hub has no such repository or revision, or it needs `hf auth login`."
@@ -118,4 +139,3 @@ def download_snapshot(repository: str, revision: str | None) -> WeightsSource:
             f"{where}: not in the local cache, and {state} ({type(error).__name__})."
             " Download it where there is a network, or give a folder: model.path=/folder/in/diffusers/layout"
         ) from None
-    return WeightsSource(snapshot, snapshot.name)

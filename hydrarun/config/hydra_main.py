@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hydrarun.config import schema
 from hydrarun.config.hydra_errors import translate_errors
+from hydrarun.config.model_choice import choose_model
 from hydrarun.config.recipes import search
 from hydrarun.core import resources
 from hydrarun.core.errors import UsageError
@@ -39,8 +40,10 @@ def load_configuration(
 ) -> tuple[ConfigLoaderImpl, DictConfig]:
     """Compose quoted overrides (`core.quoting.quote_overrides`) with Hydra, including its own node `hydra`.
 
-    Of Hydra's `flags`, uses those that set the config name and folders. Raises UsageError.
+    Of Hydra's `flags`, uses those that set the config name and folders. A checkpoint without a `model=` gets its own
+    (`model_choice.choose_model`). Raises UsageError.
     """
+    overrides = choose_model(overrides)
     version.setbase("1.3")
     utils.setup_globals()
     register_configs(overrides)
@@ -103,6 +106,7 @@ def run_with_hydra(task: Callable[[DictConfig], Any], overrides: list[str], flag
 
     Raises UsageError.
     """
+    overrides = choose_model(overrides)
     register_configs(overrides)
     decorate = hydra.main(version_base="1.3", config_path=str(resources.find_folder("conf")), config_name=CONFIG)
     with translate_write_errors(), translate_errors(overrides), replace_argv([*overrides, *flags]):

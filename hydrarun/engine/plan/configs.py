@@ -6,18 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hydrarun.config.checks.checkpoint import read_json
 from hydrarun.config.checks.components import check_component_files
 from hydrarun.config.hub import find_cached_snapshot, find_local_folder
+from hydrarun.config.model_choice import load_shapes
 from hydrarun.core.errors import UsageError
-from hydrarun.core.resources import PACKAGE
 from hydrarun.models.weights.safetensors import check_library_files
 from hydrarun.pipeline.components import LIBRARIES, check_index, find_component_class, find_components
 
-#: published configs of checkpoints, one file each
-SHAPES = PACKAGE / "models" / "shapes"
 #: a component's config files
 FILES = ("config.json", "scheduler_config.json")
 
@@ -94,11 +90,3 @@ def read_known_shapes(name: str) -> ComponentConfigs:
     content = load_shapes(name)
     index = content.pop("model_index")
     return ComponentConfigs(None, index, content, "published shapes: not downloaded")
-
-
-def load_shapes(name: str) -> dict[str, dict[str, Any]]:
-    """Load `{component: config}` and the `model_index`. Values override those of the shapes that `like` names."""
-    content = yaml.safe_load((SHAPES / f"{name}.yaml").read_text())
-    like = content.pop("like", None)
-    base = load_shapes(like) if like else {}
-    return base | {key: base.get(key, {}) | value for key, value in content.items()}
