@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from hydrarun.config.checks.checkpoint import DEPTHS, HEADS, read_json
 from hydrarun.config.hub import PACKAGE as SHIPPED
 from hydrarun.config.hub import find_named_folder, read_hub_json
-from hydrarun.core.errors import UsageError
+from hydrarun.core.errors import RunError, UsageError
 from hydrarun.core.printable import make_printable
 from hydrarun.core.resources import PACKAGE, read_options
 
@@ -132,7 +132,10 @@ def choose_model(overrides: Sequence[str]) -> list[str]:
 
 @cache
 def _choose_option(path: str, revision: str | None) -> str | None:
-    index, transformer = read_checkpoint_identity(path, revision)
+    try:
+        index, transformer = read_checkpoint_identity(path, revision)
+    except RunError as error:  # of the hub
+        raise UsageError(f"{error} Or name its model, model=…") from None
     if "_class_name" not in index:
         return None  # a damaged file, which is reported where it is loaded
     options = find_model_options(index, transformer)

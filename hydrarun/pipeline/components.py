@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from hydrarun.acceleration.offload.module_mover import move_module
+from hydrarun.config.checks.checkpoint import read_json
+from hydrarun.config.model_choice import describe_mismatch
 from hydrarun.core.device import HOST
 from hydrarun.core.errors import RunError, UsageError, describe_import_error, is_host_memory_error
 from hydrarun.core.progress import ByteCounter
@@ -92,7 +94,7 @@ class ModelIndex(NamedTuple):
 
 
 def read_model_index(folder: Path, cls: type) -> ModelIndex:
-    """Read the index of a checkpoint. Raises `RunError` unless the pipeline class `cls` saved it."""
+    """Read the index of a checkpoint. Raises `UsageError` unless the pipeline class `cls` saved it."""
     path = folder / "model_index.json"
     content = read_checkpoint_json(path)
     saved_by = content.get("_class_name")
@@ -101,7 +103,8 @@ def read_model_index(folder: Path, cls: type) -> ModelIndex:
         raise RunError(f"{path}: not the index of a diffusers pipeline")
     check_index(path, content)
     if saved_by != cls.__name__:
-        raise RunError(f"{path}: a checkpoint of {saved_by}, and this model option runs {cls.__name__}")
+        transformer = read_json(folder / "transformer" / "config.json")
+        raise UsageError(f"{path}: {cls.__name__} does not run {describe_mismatch(content, transformer)}")
     settings = {key: value for key, value in content.items() if key not in pairs and not key.startswith("_")}
     return ModelIndex(find_components(pairs), settings)
 

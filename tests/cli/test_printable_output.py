@@ -84,7 +84,7 @@ def change(path: Path, **values: object) -> None:
         (
             "model_index.json",
             {"_class_name": f"{HOSTILE}\nb"},
-            f"a checkpoint of {SHOWN} b, and this model",
+            f"does not run a checkpoint of {SHOWN} b, which no model runs",
         ),
         ("model_index.json", {"vae": [f"{HOSTILE}\nb", "X"]}, r"[bold]a :cat: \x1b[2J\x1b]0;t\x07"),
         ("model_index.json", {"vae": ["diffusers", f"{HOSTILE}\nb"]}, f"has no component {SHOWN} b"),

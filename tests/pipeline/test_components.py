@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hydrarun.core.errors import RunError
+from hydrarun.core.errors import RunError, UsageError
 from hydrarun.models.weights.safetensors import MAX_CONFIG_BYTES, check_library_files
 from hydrarun.pipeline import components
 from hydrarun.pipeline.components import quiet_libraries
@@ -139,7 +139,7 @@ def test_damaged_json_is_refused_before_a_library_opens_it(folder, name, text):
 def test_a_checkpoint_of_another_pipeline(folder):
     path = folder / "model_index.json"
     path.write_text(path.read_text().replace("QwenImagePipeline", "FluxPipeline"))
-    with pytest.raises(RunError, match="a checkpoint of FluxPipeline, and this model option runs QwenImagePipeline"):
+    with pytest.raises(UsageError, match="does not run a checkpoint of FluxPipeline: use model=flux"):
         tiny.runner(folder)
 
 

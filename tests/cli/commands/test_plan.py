@@ -99,11 +99,15 @@ def test_a_checkpoint_that_cannot_be_planned_is_named(capsys, demo_folder, tmp_p
     shutil.copytree(demo_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))  # no weights are needed
     assert said(capsys, f"model.path={bare}")[0] == 0
     other = said(capsys, "model=qwen_image_edit", f"model.path={bare}")[1]
-    assert other.startswith(f"{bare}/model_index.json: a checkpoint of QwenImagePipeline")
+    assert other.endswith("QwenImageEditPipeline does not run a checkpoint of QwenImagePipeline: use model=demo")
     (bare / "vae" / "config.json").unlink()
-    code, out = said(capsys, f"model.path={bare}")
+    code, out = said(capsys, "model=demo", f"model.path={bare}")
     assert (code, out) == (2, f"{bare}: there is no vae/config.json, which a plan reads, or it is damaged")
     code, out = said(capsys, "model.path=somebody/something")
+    assert code == 2
+    assert out.startswith("model.path=somebody/something: not in the local cache")
+    assert out.endswith("Or name its model, model=…")
+    code, out = said(capsys, "model=demo", "model.path=somebody/something")
     assert code == 2
     assert out.startswith("model.path=somebody/something: not downloaded, and model demo has no published shapes here")
     code, out = said(capsys, "model=wan21_t2v_14b", f"model.path={bare}")
@@ -126,7 +130,7 @@ def test_sizes_of_a_strangers_checkpoint(capsys, demo_folder, tmp_path, name, ch
     file = folder / name / "config.json"
     file.chmod(0o644)
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    code, out = said(capsys, f"model.path={folder}", "device=cpu")
+    code, out = said(capsys, "model=demo", f"model.path={folder}", "device=cpu")
     assert code == 1
     assert message in out
     assert len(out.splitlines()) == 1
