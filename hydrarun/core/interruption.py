@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 #: signals that ask a process to end; SIGINT raises KeyboardInterrupt already
 ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+#: seconds in which a further signal is taken for the same request
+PAUSE = 1.0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -28,7 +33,7 @@ def get_interruption_code(error: KeyboardInterrupt) -> int:
 
 @contextmanager
 def interrupt_on_signals() -> Iterator[None]:
-    """Raise `Interrupted` in the block on the first of `ENDING`, and ignore the others, which may follow at once.
+    """Raise `Interrupted` in the block on a signal of `ENDING`, once a second: others may follow at once.
 
     A signal that this process ignores (`nohup`) or handles otherwise stays as it is. Only the main thread may set
     handlers; in others the block runs unchanged.
@@ -37,10 +42,14 @@ def interrupt_on_signals() -> Iterator[None]:
         yield
         return
     own = [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]
+    last = -PAUSE
 
     def end(number: int, _: Any) -> None:
-        for one in own:
-            signal.signal(one, signal.SIG_IGN)
+        nonlocal last
+        now = time.monotonic()
+        if now - last < PAUSE:
+            return
+        last = now
         discard_lost_terminal()
         raise Interrupted(number)
 

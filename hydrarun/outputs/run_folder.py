@@ -49,8 +49,10 @@ def lock_folder(folder: Path, key: str = "hydra.run.dir") -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UsageError(f"{folder}: another process is drawing into it; wait for it, or {key}=…") from None
+        except OSError:  # a file system without locks
+            pass
         yield
 
 

@@ -64,7 +64,7 @@ def make_scheduler(config: Mapping[str, Any], saved: Mapping[str, Any]) -> Any |
     del settings[CLASS_NAME]
     try:
         scheduler = cls.from_config(settings)
-    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"scheduler: {cls.__name__} does not take these settings together: {error}") from None
     if not fits_objective(saved, str(saved[CLASS_NAME]), scheduler.config, cls.__name__):
         raise UsageError(
