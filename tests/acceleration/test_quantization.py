@@ -319,7 +319,7 @@ def test_what_torchao_is_not_asked_for(node, line):
 def test_float8_products_are_refused_where_device_auto_is_the_cpu(tmp_path, monkeypatch):
     """Before the checkpoint folder, which is empty, is read."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    config, _ = compose_unchecked([f"model.path={tmp_path}", "quantization=fp8"])
+    config, _ = compose_unchecked(["model=demo", f"model.path={tmp_path}", "quantization=fp8"])
     with pytest.raises(UsageError) as caught:
         Runner(config)
     assert str(caught.value) == (
@@ -336,6 +336,6 @@ def test_which_gpus_multiply_float8(monkeypatch, capability, can):
 
 def test_a_missing_torchao_is_named_with_the_command_that_brings_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torchao", None)
-    config, _ = compose_unchecked([f"model.path={tmp_path}", "quantization=int8_weight_only"])
+    config, _ = compose_unchecked(["model=demo", f"model.path={tmp_path}", "quantization=int8_weight_only"])
     with pytest.raises(UsageError, match=r"needs torchao, .* not installed here: pip install 'torchao>=0\.18'$"):
         Runner(config)

@@ -133,7 +133,7 @@ OWN = {
     "config/targets.py": "conf/",
     "cli/commands/list.py": "conf/",
     "cli/recipe/json_schema.py": "conf/",
-    "engine/plan/configs.py": "published shapes",
+    "config/model_choice.py": "published shapes",
     "engine/plan/devices.py": "the package's table",
     "engine/plan/out_of_memory.py": "a process of its own",
     "engine/plan/__main__.py": "a process of its own",
