@@ -13,6 +13,7 @@ import diffusers
 import torch
 
 from hydrarun.config.checks.checkpoint import read_json, read_vae_factors
+from hydrarun.core.errors import UsageError
 from hydrarun.core.timing import Timings
 from hydrarun.models.layers.tokens import Grid
 from hydrarun.pipeline.request import make_state
@@ -22,6 +23,9 @@ from hydrarun.pipeline.stages.timesteps import PrepareTimesteps
 
 #: tokens per side of a picture whose size is taken from an input image
 UNKNOWN_SIDE = 64
+
+#: steps that are tried; settings fail in the first or in the last ones, and a longer schedule takes time
+MAX_STEPS = 200
 
 
 def check_schedules(
@@ -42,6 +46,24 @@ def check_schedules(
         if isinstance(stage, PrepareTimesteps):
             parts = SimpleNamespace(pipeline=SimpleNamespace(scheduler=copy.deepcopy(tried)), device=device)
             stage(state, cast(Components, parts), Timings(device))
+            try_steps(parts.pipeline.scheduler)
+
+
+def try_steps(scheduler: Any) -> None:
+    """Step a scheduler through its schedule with small latents. Raises UsageError for settings with which it fails.
+
+    Restores torch's random numbers, which some schedulers draw.
+    """
+    latents = torch.zeros(1, 4, 8, 8)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            for timestep in scheduler.timesteps[:MAX_STEPS]:
+                latents = scheduler.step(latents, timestep, latents, return_dict=False)[0]
+        except Exception as error:  # diffusers' schedulers raise nearly anything
+            raise UsageError(
+                f"scheduler: {type(scheduler).__name__} cannot step with these settings:"
+                f" {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            ) from error
 
 
 def make_own_scheduler(saved: Mapping[str, Any]) -> Any | None:

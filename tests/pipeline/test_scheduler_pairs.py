@@ -51,3 +51,7 @@ def test_a_refusal_comes_before_weights(tiny_folder, tiny_runner, monkeypatch):
         Runner({**config, "sampling": {**config["sampling"], "num_inference_steps": 1}})
     with pytest.raises(UsageError, match="takes another kind of prediction"):
         Runner({**config, "scheduler": OPTIONS["cosine_dpm_solver"]})
+    with pytest.raises(UsageError, match="FlowMatchLCMScheduler cannot step with these settings: .* same length"):
+        Runner({**config, "scheduler": {**OPTIONS["lcm"], "scale_factors": [1, 2]}})
+    with pytest.raises(UsageError, match="SASolverScheduler cannot step with these settings: AssertionError"):
+        Runner({**config, "scheduler": {**OPTIONS["sa_solver"], "predictor_order": 0}})
