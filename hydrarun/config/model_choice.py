@@ -84,7 +84,8 @@ def find_model_options(index: Mapping[str, Any], transformer: Mapping[str, Any])
     By pipeline class; then number of experts, `expand_timesteps` and `guidance_embeds`; then sizes; then their order.
     """
     found = {name: one for name, one in read_model_traits().items() if index.get("_class_name") == one.saved_by}
-    second = (index.get("transformer_2") or [None])[0] is not None
+    entry = index.get("transformer_2")
+    second = isinstance(entry, list) and bool(entry) and entry[0] is not None
     tests = (
         lambda one: (one.experts > 1) == (second or index.get("boundary_ratio") is not None),
         lambda one: bool(one.pipeline.get("expand_timesteps")) == bool(index.get("expand_timesteps")),

@@ -92,6 +92,15 @@ def test_what_no_model_runs(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    "content", [[], {}, {"_class_name": 5}, {"_class_name": "QwenImagePipeline", "transformer_2": 5}]
+)
+def test_a_damaged_index_is_one_line(tmp_path, capsys, content):
+    folder = save(tmp_path / "x", content, {"num_layers": {}})
+    assert main.main([f"model.path={folder}", f"hydra.run.dir={tmp_path / 'run'}"]) in (1, 2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_a_sweep_takes_it_too(tmp_path, capsys):
     folder = resources.find_folder("weights") / "demo"
     assert main.main(["-m", "--dry-run", f"model.path={folder}", "sampling.seed=1,2"]) == 0

@@ -17,6 +17,7 @@ from hydrarun.config.checks.fixes import (
     SKIP_BY_CHANGE,
     SKIP_BY_COUNT,
     Fix,
+    can_skip,
     list_existing_steps,
     name_values,
 )
@@ -92,7 +93,8 @@ RULES = (
             *SKIP_BY_CHANGE,
             Fix(
                 f"make them for that number: {CALIBRATE} cache=teacache sampling.num_inference_steps={{steps}}"
-                " input.prompts=prompts.txt"
+                " input.prompts=prompts.txt",
+                can_skip,
             ),
         ),
     ),
